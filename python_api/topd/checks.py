@@ -1,0 +1,87 @@
+"""Argument checks. Every message names the argument, the rule, what came and what to do."""
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def real(
+    name: str,
+    value: object,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    open_low: bool = False,
+    open_high: bool = False,
+    hint: str = "",
+) -> float:
+    """A finite Python number within the bounds, as a float."""
+    tail = f"; {hint}" if hint else ""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}{tail}")
+    below = value <= low if open_low else value < low
+    above = value >= high if open_high else value > high
+    if not math.isfinite(value) or below or above:
+        bounds = []
+        if low > -math.inf:
+            bounds.append(f"{'>' if open_low else '>='} {low:g}")
+        if high < math.inf:
+            bounds.append(f"{'<' if open_high else '<='} {high:g}")
+        raise ValueError(f"{name} must be finite{' and ' if bounds else ''}{' and '.join(bounds)}, got {value!r}{tail}")
+    return float(value)
+
+
+def flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def positive_int(name: str, value: object, *, hint: str = "") -> int:
+    tail = f"; {hint}" if hint else ""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}{tail}")
+    if value <= 0:
+        raise ValueError(f"{name} must be > 0, got {value}{tail}")
+    return value
+
+
+def tensor(name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    return value
+
+
+def floating(name: str, value: object) -> Tensor:
+    """A dense tensor of one of the four floating dtypes that the kernels take."""
+    checked = tensor(name, value)
+    if checked.dtype not in FLOATING:
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {checked.dtype}; dequantise or cast it first")
+    return checked
+
+
+def shaped(name: str, value: Tensor, shape: tuple[int, ...], what: str) -> Tensor:
+    """`what` says where the expected shape comes from."""
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {list(shape)} ({what}), got {list(value.shape)}")
+    return value
+
+
+def on_device(name: str, value: Tensor, device: torch.device, other: str) -> Tensor:
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}, but {other} is on {device}; move them to one device")
+    return value
+
+
+def token_range(tokens: Tensor, vocab: int) -> Tensor:
+    """Tokens of unmasked rows, checked to be in [0, vocab) on a CPU; on a GPU the check would stall the stream."""
+    if tokens.device.type == "cpu" and tokens.numel() and not (0 <= int(tokens.min()) and int(tokens.max()) < vocab):
+        worst = tokens[(tokens < 0) | (tokens >= vocab)][0]
+        raise ValueError(
+            f"tokens must lie in [0, {vocab}), the vocabulary that both heads share, where mask is True, got {int(worst)}; "
+            "mask such rows out"
+        )
+    return tokens

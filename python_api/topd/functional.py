@@ -1,0 +1,221 @@
+"""The public primitives: arguments checked, leading shapes flattened, then the op."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from topd import reference
+from topd.backends import choose_backend
+from topd.checks import flag, floating, on_device, positive_int, real, shaped, tensor
+from topd.divergences import Divergence, resolve_divergence
+from topd.head import Head
+from topd.reference import RowSpec
+from topd.scores import TokenScores, unpack_scores
+
+
+def _side(name: str, hidden: object, head: object) -> tuple[Tensor, Head]:
+    """Hidden states [..., H] that go with a head."""
+    if not isinstance(head, Head):
+        raise TypeError(
+            f"{name} must be a topd.Head, got {type(head).__name__}; build one with topd.Head(weight) or topd.Head.from_model(model)"
+        )
+    states = floating(f"{name}_hidden", hidden)
+    width = head.weight.shape[1]
+    if states.dim() < 1 or states.shape[-1] != width:
+        raise ValueError(f"{name}_hidden must be [..., {width}], the width of {name}.weight, got {list(states.shape)}")
+    if not torch.is_autocast_enabled(states.device.type) and states.dtype != head.weight.dtype:
+        raise ValueError(
+            f"{name}_hidden and {name}.weight must share a dtype, got {states.dtype} and {head.weight.dtype}; cast one of them"
+        )
+    on_device(f"{name}.weight", head.weight, states.device, f"{name}_hidden")
+    return states, head
+
+
+def _per_token(name: str, value: object, dtype: torch.dtype | None, hidden: Tensor) -> Tensor:
+    """A tensor with one entry for each row of hidden, flat."""
+    checked = floating(name, value) if dtype is None else tensor(name, value)
+    if dtype is not None and checked.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, got {checked.dtype}; cast it with .to({dtype})")
+    shaped(name, checked, tuple(hidden.shape[:-1]), "the leading shape of student_hidden")
+    return on_device(name, checked, hidden.device, "student_hidden").reshape(-1)
+
+
+def _refuse_teacher_grad(teacher_hidden: Tensor, teacher: Head) -> None:
+    if teacher_hidden.requires_grad:
+        raise ValueError(
+            "teacher_hidden must not require grad: the teacher is a constant; run the teacher under torch.no_grad(), or pass "
+            "teacher_hidden.detach()"
+        )
+    for field, value in teacher.tensors().items():
+        if value.requires_grad:
+            raise ValueError(
+                f"teacher.{field} must not require grad: the teacher is a constant; pass head.detach(), which shares storage, "
+                "also where a model teaches itself"
+            )
+
+
+def _autocast(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
+    """Under torch.autocast, what F.linear would cast: everything floating but float64."""
+    device_type = hidden.device.type
+    if not torch.is_autocast_enabled(device_type) or torch.float64 in (hidden.dtype, head.weight.dtype):
+        return hidden, head
+    dtype = torch.get_autocast_dtype(device_type)
+    bias = None if head.bias is None else head.bias.to(dtype)
+    cast = Head(head.weight.to(dtype), bias, scale=head.scale, softcap=head.softcap, adapter=head.adapter)
+    return hidden.to(dtype), cast
+
+
+def _op_side(hidden: Tensor, head: Head) -> tuple[Any, ...]:
+    """The op's six arguments for one model."""
+    low_rank = (None, None, 0.0) if head.adapter is None else (head.adapter.a, head.adapter.b, float(head.adapter.scaling))
+    return (hidden.reshape(-1, hidden.shape[-1]), head.weight, head.bias, *low_rank)
+
+
+def _spec(student: Head, teacher: Head, temperature: float, divergence: Divergence, hard_weight: float) -> RowSpec:
+    def softcap(head: Head) -> float | None:
+        return None if head.softcap is None else float(head.softcap)
+
+    return RowSpec(
+        float(student.scale),
+        softcap(student),
+        float(teacher.scale),
+        softcap(teacher),
+        float(temperature),
+        divergence.name,
+        divergence.parameter,
+        float(hard_weight),
+    )
+
+
+def linear_divergence(
+    student_hidden: Tensor,
+    student: Head,
+    teacher_hidden: Tensor,
+    teacher: Head,
+    *,
+    divergence: str | Divergence = "reverse_kl",
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    tokens: Tensor | None = None,
+    hard_weight: float = 0.0,
+    weights_hint: Tensor | None = None,
+    return_scores: bool = False,
+    workspace_bytes: int | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, TokenScores]:
+    """Per-token divergence between a student and a teacher, from hidden states, without [N, V] logits.
+
+    Exact value and gradients for any upstream gradient, at the cost of four matrix products (three with a frozen head).
+
+    Args:
+        student_hidden: [..., H_s] float32, float64, bfloat16 or float16, dtype of `student.weight`; differentiated.
+        student: Head; weight, bias and adapter are differentiated where they require grad.
+        teacher_hidden: [..., H_t], the same leading shape, dtype of `teacher.weight`; constant.
+        teacher: Head; constant. Vocabularies that differ are compared on their first min(V_s, V_t) entries.
+        divergence: a name or a `topd` divergence, e.g. "reverse_kl", topd.JSD(0.3), topd.ForwardKL(entry_clip=0.05).
+        temperature: > 0; both sides' logits are divided by it, after the softcap; no factor temperature².
+        mask: [...] bool; False rows cost nothing, are exactly 0 and get exactly 0 gradient, whatever they hold.
+        tokens: [...] int64, the sampled tokens; read for hard_weight and the scores' log-probabilities. Unmasked tokens lie
+            in the common vocabulary: checked on the CPU; on a GPU, where a check would stall it, such a token has
+            log-probability -inf.
+        hard_weight: >= 0; adds hard_weight * (-log p_S(tokens)) to each row, in the same pass.
+        weights_hint: [...] floating, what the result will be multiplied by, up to one factor: where it is right the backward
+            pass costs nothing more; it never changes a value.
+        return_scores: also return `TokenScores`.
+        workspace_bytes: bound for the tiles of logits; None: 512 MiB on a CPU, on a GPU the smaller of 2 GiB and a quarter
+            of the free memory.
+        backend: None (by device), "reference", "eager", "cpp" or "triton"; one asked for by name never falls back.
+
+    Returns:
+        [...] float32 (float64 if an input is), nats per token (total variation: a probability); with return_scores a pair
+        of it and `TokenScores`. -inf logits mean probability 0: a row is inf where its divergence is, never NaN.
+
+    Raises:
+        TypeError, ValueError: a wrong type, shape, dtype, device, range or option, or a teacher tensor that requires grad.
+
+    Source: reverse KL: arXiv 2606.00305 (OPD); forward KL: arXiv 2606.08432, eq. 6; entry clip: arXiv 2601.18734.
+    """
+    chosen_divergence = resolve_divergence(divergence)
+    _side("student", student_hidden, student)
+    _side("teacher", teacher_hidden, teacher)
+    shape = tuple(student_hidden.shape[:-1])
+    shaped("teacher_hidden", teacher_hidden, (*shape, teacher_hidden.shape[-1]), "the leading shape of student_hidden")
+    on_device("teacher_hidden", teacher_hidden, student_hidden.device, "student_hidden")
+    _refuse_teacher_grad(teacher_hidden, teacher)
+    real("temperature", temperature, low=0.0, open_low=True)
+    real("hard_weight", hard_weight, low=0.0)
+    flag("return_scores", return_scores)
+    if hard_weight and tokens is None:
+        raise ValueError("hard_weight needs tokens, the sampled tokens [...] int64, got tokens=None; pass them or leave it at 0")
+    if workspace_bytes is not None:
+        positive_int("workspace_bytes", workspace_bytes, hint="None for the default")
+    flat_mask = None if mask is None else _per_token("mask", mask, torch.bool, student_hidden)
+    flat_tokens = None if tokens is None else _per_token("tokens", tokens, torch.int64, student_hidden)
+    hint = None if weights_hint is None else _per_token("weights_hint", weights_hint, None, student_hidden).detach()
+    name = choose_backend(backend, student_hidden.device)
+
+    student_hidden, student = _autocast(student_hidden, student)
+    teacher_hidden, teacher = _autocast(teacher_hidden, teacher)
+    spec = _spec(student, teacher, temperature, chosen_divergence, hard_weight)
+    if name == "reference":
+        flat = (student_hidden.reshape(-1, student_hidden.shape[-1]), student)
+        flat_teacher = (teacher_hidden.reshape(-1, teacher_hidden.shape[-1]), teacher)
+        value, scores = reference.linear_divergence(*flat, *flat_teacher, flat_mask, flat_tokens, spec)
+    else:
+        needs = _needs(student_hidden, student)
+        common = (*_op_side(student_hidden, student), *_op_side(teacher_hidden, teacher), flat_mask, flat_tokens, *spec)
+        value, scores, *_ = torch.ops.topd.linear_divergence(*common, workspace_bytes, name, hint, *needs, return_scores)
+    value = value.reshape(shape)
+    return (value, unpack_scores(scores, shape, has_tokens=tokens is not None)) if return_scores else value
+
+
+def _needs(hidden: Tensor, head: Head) -> tuple[bool, bool, bool, bool]:
+    """Whether hidden, weight, bias, adapter want gradients."""
+    if not torch.is_grad_enabled():
+        return False, False, False, False
+    adapter = head.adapter is not None and (head.adapter.a.requires_grad or head.adapter.b.requires_grad)
+    return hidden.requires_grad, head.weight.requires_grad, head.bias is not None and head.bias.requires_grad, adapter
+
+
+def score_tokens(
+    student_hidden: Tensor,
+    student: Head,
+    teacher_hidden: Tensor,
+    teacher: Head,
+    *,
+    tokens: Tensor | None = None,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+) -> TokenScores:
+    """Both KLs, entropies, log-probabilities, agreement and lost mass of each token, in one pass without gradients.
+
+    Args:
+        student_hidden, student, teacher_hidden, teacher: as in `linear_divergence`; all are detached here.
+        tokens: [...] int64, the sampled tokens, or None: then the two log-probabilities are None.
+        mask: [...] bool; False rows are 0 and False.
+        temperature: > 0; governs every score.
+
+    Returns:
+        TokenScores of [...] tensors, float32 (float64 if an input is), nats; 2 matrix products.
+
+    Raises:
+        TypeError, ValueError: as `linear_divergence`.
+    """
+    for name, head in (("student", student), ("teacher", teacher)):
+        if not isinstance(head, Head):
+            raise TypeError(f"{name} must be a topd.Head, got {type(head).__name__}; build one with topd.Head(weight)")
+    with torch.no_grad():
+        result = linear_divergence(
+            tensor("student_hidden", student_hidden).detach(),
+            student.detach(),
+            tensor("teacher_hidden", teacher_hidden).detach(),
+            teacher.detach(),
+            divergence="forward_kl",
+            temperature=temperature,
+            mask=mask,
+            tokens=tokens,
+            return_scores=True,
+        )
+    assert isinstance(result, tuple)
+    return result[1]

@@ -1,0 +1,139 @@
+"""The last layer of a language model, as the ops take it.
+
+    logits(h) = softcap * tanh(scale * (h weightᵀ + bias + scaling (h aᵀ) bᵀ) / softcap)
+
+without a softcap, no tanh. The adapter's product b·a, a full [V, H] matrix, is never formed.
+"""
+
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from topd.checks import floating, on_device, real, shaped
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """A low-rank adapter on a head: logits += scaling * (h aᵀ) bᵀ.
+
+    Args:
+        a: [r, H] floating; may be wider than the head's dtype (PEFT keeps adapters in float32).
+        b: [V, r], dtype of `a`.
+        scaling: a number; LoRA's alpha / r.
+
+    Raises:
+        TypeError, ValueError: a wrong type, rank, dtype or device, named in the message.
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+
+    def __post_init__(self) -> None:
+        floating("LowRank.a", self.a)
+        floating("LowRank.b", self.b)
+        real("LowRank.scaling", self.scaling)
+        if self.a.dim() != 2 or self.b.dim() != 2 or self.a.shape[0] != self.b.shape[1]:
+            raise ValueError(f"LowRank takes a [r, H] and b [V, r], got a {list(self.a.shape)} and b {list(self.b.shape)}")
+        if self.a.dtype != self.b.dtype:
+            raise ValueError(f"LowRank.a and LowRank.b must share a dtype, got {self.a.dtype} and {self.b.dtype}")
+        on_device("LowRank.b", self.b, self.a.device, "LowRank.a")
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """A language model's output layer; holds tensors, copies none.
+
+    Args:
+        weight: [V, H] float32, float64, bfloat16 or float16.
+        bias: [V], dtype of `weight`, or None. An entry of -inf (with no softcap) gives the token probability 0.
+        scale: multiplies weight, bias and adapter together (Cohere's logit_scale, 1 / Granite's logits_scaling).
+        softcap: None, or c > 0 for c * tanh(x / c) (Gemma's final_logit_softcapping).
+        adapter: a LowRank, or None.
+
+    Raises:
+        TypeError, ValueError: a wrong type, shape, dtype, device or range, named in the message.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    _: KW_ONLY
+    scale: float = 1.0
+    softcap: float | None = None
+    adapter: LowRank | None = None
+
+    def __post_init__(self) -> None:
+        weight = floating("Head.weight", self.weight)
+        if weight.dim() != 2 or weight.numel() == 0:
+            raise ValueError(
+                f"Head.weight must be [V, H] with V, H >= 1, got {list(weight.shape)}; gather a sharded head before the call"
+            )
+        vocab, width = weight.shape
+        if self.bias is not None:
+            floating("Head.bias", self.bias)
+            shaped("Head.bias", self.bias, (vocab,), "an entry for each row of Head.weight")
+            if self.bias.dtype != weight.dtype:
+                raise ValueError(f"Head.bias must have the dtype of Head.weight, {weight.dtype}, got {self.bias.dtype}; cast it")
+            on_device("Head.bias", self.bias, weight.device, "Head.weight")
+        real("Head.scale", self.scale)
+        if self.softcap is not None:
+            real("Head.softcap", self.softcap, low=0.0, open_low=True, hint="None means no softcap")
+        if self.adapter is not None:
+            if not isinstance(self.adapter, LowRank):
+                raise TypeError(f"Head.adapter must be a topd.LowRank, got {type(self.adapter).__name__}")
+            a, b = self.adapter.a, self.adapter.b
+            shaped("Head.adapter.a", a, (a.shape[0], width), "[r, H], H as in Head.weight")
+            shaped("Head.adapter.b", b, (vocab, b.shape[1]), "[V, r], V as in Head.weight")
+            on_device("Head.adapter", a, weight.device, "Head.weight")
+
+    def detach(self) -> "Head":
+        """The same head as a constant: shares storage, requires no grad. For a model that teaches itself."""
+        adapter = self.adapter
+        if adapter is not None:
+            adapter = LowRank(adapter.a.detach(), adapter.b.detach(), adapter.scaling)
+        bias = None if self.bias is None else self.bias.detach()
+        return Head(self.weight.detach(), bias, scale=self.scale, softcap=self.softcap, adapter=adapter)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that it holds, by the name of their field."""
+        found = {"weight": self.weight}
+        if self.bias is not None:
+            found["bias"] = self.bias
+        if self.adapter is not None:
+            found |= {"adapter.a": self.adapter.a, "adapter.b": self.adapter.b}
+        return found
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The full logits [..., V] of hidden [..., H], in eager torch: for reading and testing, not for training.
+
+        float16 and bfloat16 are computed in float32, as the ops compute them.
+        """
+        return shape_logits(product(hidden, self, torch.promote_types(self.weight.dtype, torch.float32)), None, self.scale, self.softcap)
+
+    @classmethod
+    def from_model(cls, model: Any) -> "Head":
+        """The head of a transformers causal language model, with its bias, scale, softcap and LoRA; see
+        `topd.integrations.transformers.head_from_model`."""
+        from topd.integrations.transformers import head_from_model
+
+        return head_from_model(model)
+
+
+def shape_logits(product: Tensor, bias: Tensor | None, scale: float, softcap: float | None, temperature: float = 1.0) -> Tensor:
+    """From the matrix product (adapter included) to logits / temperature, as every eager path does it."""
+    if bias is not None:
+        product = product + bias
+    if softcap is not None:
+        return (softcap / temperature) * torch.tanh(product * (scale / softcap))
+    return product if scale == temperature else product * (scale / temperature)
+
+
+def product(hidden: Tensor, head: Head, dtype: torch.dtype) -> Tensor:
+    """hidden weightᵀ + bias + adapter, [N, V] in dtype; differentiable."""
+    hidden = hidden.to(dtype)
+    out = hidden @ head.weight.to(dtype).T
+    if head.adapter is not None:
+        out = out + head.adapter.scaling * ((hidden @ head.adapter.a.to(dtype).T) @ head.adapter.b.to(dtype).T)
+    return out if head.bias is None else out + head.bias.to(dtype)

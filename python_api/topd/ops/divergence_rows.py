@@ -1,0 +1,49 @@
+"""topd::divergence_rows, the work between the matrix products: two tiles of products in, divergences out.
+
+Read per token: both tiles' rows once from memory. Written: the student's row, which becomes the gradient to the product,
+where `grad` asks for it (the teacher's row is scratch), a value, a flag, nine scores. The math is `topd.reference`'s.
+Compiled backends register it for their device; "eager" calls the reference itself.
+"""
+
+import torch
+from torch import Tensor
+
+from topd.reference import Rows, RowSpec, divergence_rows
+from topd.scores import FIELDS
+
+torch.library.define(
+    "topd::divergence_rows",
+    "(Tensor(a!) student_product, Tensor(b!) teacher_product, Tensor? student_bias, Tensor? teacher_bias, Tensor? tokens, "
+    "float student_scale, float? student_softcap, float teacher_scale, float? teacher_softcap, float temperature, "
+    "str divergence, float parameter, float hard_weight, bool grad, bool scores) -> (Tensor value, Tensor scores, Tensor finite)",
+)
+
+
+@torch.library.register_fake("topd::divergence_rows")
+def _fake(student_product: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor]:
+    rows, scores = student_product.shape[0], args[-1]
+    return (
+        student_product.new_empty(rows),
+        student_product.new_empty(len(FIELDS) if scores else 0, rows),
+        student_product.new_empty(rows, dtype=torch.bool),
+    )
+
+
+def run_rows(
+    backend: str,
+    student_product: Tensor,
+    teacher_product: Tensor,
+    student_bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    tokens: Tensor | None,
+    spec: RowSpec,
+    *,
+    grad: bool,
+    scores: bool,
+) -> Rows:
+    """One chunk on the named backend. The tiles are overwritten; the gradient may live in the student's."""
+    operands = (student_product, teacher_product, student_bias, teacher_bias, tokens)
+    if backend == "eager":
+        return divergence_rows(*operands, spec, grad=grad, scores=scores)
+    value, found, finite = torch.ops.topd.divergence_rows(*operands, *spec, grad, scores)
+    return Rows(value, found, finite, student_product if grad else None)

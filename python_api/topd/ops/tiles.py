@@ -1,0 +1,131 @@
+"""The chunk loop of the vocabulary-sized ops: matrix products into two tiles, the rows op, matrix products out of them.
+
+Per chunk: student tile = hidden weightᵀ, teacher tile likewise, `divergence_rows`, then u = dlogits weight and
+d weight += dlogitsᵀ (w ⊙ hidden): the four matrix products of the floor. float16 and bfloat16 are widened to float32: hidden
+states a chunk at a time, weights once a call.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from topd.ops.divergence_rows import run_rows
+from topd.plan import ChunkPlan
+from topd.reference import Rows, RowSpec
+
+
+class Side(NamedTuple):
+    """One model's operands in the order of the ops' arguments: hidden [N, H], weight [V, H], bias [V], a [r, H], b [V, r]."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    a: Tensor | None
+    b: Tensor | None
+    scaling: float
+
+    def widened(self, vocab: int, dtype: torch.dtype) -> "Side":
+        """The first `vocab` entries of the head in dtype; hidden is left for the chunks."""
+        bias = None if self.bias is None else self.bias[:vocab].to(dtype).contiguous()
+        a = None if self.a is None else self.a.to(dtype)
+        b = None if self.b is None else self.b[:vocab].to(dtype)
+        return Side(self.hidden, self.weight[:vocab].to(dtype), bias, a, b, self.scaling)
+
+    def multiply(self, hidden: Tensor, tile: Tensor) -> None:
+        """tile = hidden weightᵀ + scaling (hidden aᵀ) bᵀ; the rows op adds the bias."""
+        torch.mm(hidden, self.weight.T, out=tile)
+        if self.a is not None and self.b is not None:
+            tile.addmm_(hidden @ self.a.T, self.b.T, alpha=self.scaling)
+
+
+class Chunk(NamedTuple):
+    """One chunk's results: `at` is where its rows stand among the N, hidden the student's rows in the tile's dtype."""
+
+    at: slice | Tensor
+    bounds: slice
+    hidden: Tensor
+    rows: Rows
+
+
+class TileLoop:
+    """Iterates over chunks of the chosen rows; the tiles are allocated once and reused."""
+
+    def __init__(
+        self,
+        student: Side,
+        teacher: Side,
+        tokens: Tensor | None,
+        spec: RowSpec,
+        plan: ChunkPlan,
+        backend: str,
+        *,
+        chosen: Tensor | None,
+        dtype: torch.dtype,
+        full_width: bool,
+    ) -> None:
+        self.vocab = min(student.weight.shape[0], teacher.weight.shape[0])
+        self.student = student.widened(student.weight.shape[0] if full_width else self.vocab, dtype)
+        self.teacher = teacher.widened(teacher.weight.shape[0] if full_width else self.vocab, dtype)
+        self.tokens, self.spec, self.plan, self.backend, self.chosen, self.dtype = tokens, spec, plan, backend, chosen, dtype
+
+    def run(self, *, grad: bool, scores: bool) -> Iterator[Chunk]:
+        """Each chunk's results; its gradient lives in a tile that the next chunk overwrites."""
+        empty = self.student.hidden.new_empty
+        student_tile = empty(self.plan.rows, self.student.weight.shape[0], dtype=self.dtype)
+        teacher_tile = empty(self.plan.rows, self.teacher.weight.shape[0], dtype=self.dtype)
+        for start, stop in self.plan.bounds():
+            at = slice(start, stop) if self.chosen is None else self.chosen[start:stop]
+            hidden = self.student.hidden[at].to(self.dtype)
+            student_product, teacher_product = student_tile[: stop - start], teacher_tile[: stop - start]
+            self.student.multiply(hidden, student_product)
+            self.teacher.multiply(self.teacher.hidden[at].to(self.dtype), teacher_product)
+            tokens = None if self.tokens is None else self.tokens[at]
+            operands = (student_product, teacher_product, self.student.bias, self.teacher.bias, tokens)
+            rows = run_rows(self.backend, *operands, self.spec, grad=grad, scores=scores)
+            if rows.grad_logits is not None:
+                rows = rows._replace(grad_logits=rows.grad_logits[:, : self.vocab])
+            yield Chunk(at, slice(start, stop), hidden, rows)
+
+    def hidden_grad(self, grad_logits: Tensor, finite: Tensor, out: Tensor | None = None) -> Tensor:
+        """u = d value / d hidden of a chunk; NaN where a row has no distribution."""
+        u = torch.mm(grad_logits, self.student.weight[: self.vocab], out=out)
+        if self.student.a is not None and self.student.b is not None:
+            u.addmm_(grad_logits @ self.student.b[: self.vocab], self.student.a, alpha=self.student.scaling)
+        return u.masked_fill_(~finite.unsqueeze(-1), torch.nan)
+
+
+class HeadGrads(NamedTuple):
+    """Sums over rows of the gradients of the head's tensors, over the common vocabulary, in the tile's dtype; empty where
+    not asked for."""
+
+    weight: Tensor
+    bias: Tensor
+    a: Tensor
+    b: Tensor
+
+    @classmethod
+    def zeros(cls, side: Side, vocab: int, dtype: torch.dtype, *, weight: bool, bias: bool, adapter: bool) -> "HeadGrads":
+        rank, width = (0 if side.a is None else side.a.shape[0]), side.weight.shape[1]
+        shapes = (vocab, width) if weight else (0,), (vocab,) if bias else (0,)
+        low_rank = ((rank, width), (vocab, rank)) if adapter else ((0,), (0,))
+        return cls(*(side.weight.new_zeros(shape, dtype=dtype) for shape in (*shapes, *low_rank)))
+
+    @property
+    def wanted(self) -> bool:
+        return any(grad.numel() for grad in self)
+
+    def add(self, side: Side, grad_logits: Tensor, hidden: Tensor, row_weights: Tensor) -> None:
+        """Add sum_n row_weights[n] d value_n. A weight of 0 keeps its row out even where hidden is not finite."""
+        if not self.wanted or not row_weights.numel():
+            return
+        weights = row_weights.unsqueeze(-1)
+        weighted = (hidden * weights).masked_fill_(weights == 0, 0.0)
+        if self.weight.numel():
+            self.weight.addmm_(grad_logits.T, weighted)
+        if self.bias.numel():
+            self.bias.addmv_(grad_logits.T, row_weights)
+        if self.a.numel() and side.a is not None and side.b is not None:
+            self.a.addmm_((grad_logits @ side.b[: grad_logits.shape[1]]).T, weighted, alpha=side.scaling)
+            self.b.addmm_(grad_logits.T, weighted @ side.a.T, alpha=side.scaling)

@@ -1,0 +1,50 @@
+"""Per-token scores that fall out of one pass over the logits."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+# The order in which every backend writes a row's scores.
+FIELDS = (
+    "forward_kl",
+    "reverse_kl",
+    "student_entropy",
+    "teacher_entropy",
+    "student_logprob",
+    "teacher_logprob",
+    "top1_agreement",
+    "student_lost_mass",
+    "teacher_lost_mass",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenScores:
+    """What one pass says of each token; constants, shaped as the hidden states' leading dimensions, 0 or False where masked.
+
+    Attributes:
+        forward_kl, reverse_kl: KL(p_T || p_S) and KL(p_S || p_T), nats, never clipped.
+        student_entropy, teacher_entropy: nats.
+        student_logprob, teacher_logprob: log-probability of the given token, nats; None where no tokens were given.
+        top1_agreement: bool, whether both sides' most likely entry is the same (ties go to the smaller id).
+        student_lost_mass, teacher_lost_mass: probability of the entries beyond the common vocabulary, of that side's own
+            full distribution; 0 where the vocabularies are equal.
+    """
+
+    forward_kl: Tensor
+    reverse_kl: Tensor
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+    student_logprob: Tensor | None
+    teacher_logprob: Tensor | None
+    top1_agreement: Tensor
+    student_lost_mass: Tensor
+    teacher_lost_mass: Tensor
+
+
+def unpack_scores(scores: Tensor, shape: tuple[int, ...], *, has_tokens: bool) -> TokenScores:
+    """From the ops' [9, N] tensor to named fields of the caller's shape."""
+    fields = {name: scores[i].reshape(shape) for i, name in enumerate(FIELDS)}
+    logprobs = {k: fields.pop(k) if has_tokens else None for k in ("student_logprob", "teacher_logprob")}
+    agreement = fields.pop("top1_agreement") != 0
+    return TokenScores(**fields, **logprobs, top1_agreement=agreement)
