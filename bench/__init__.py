@@ -1,0 +1,1 @@
+"""Benchmarks of topd beside its rivals: speed, memory, numerics. See README.md."""

@@ -1,0 +1,88 @@
+"""Errors of the contenders on the inputs that are timed: a wrong result is never timed.
+
+Values and d hidden are judged on a few rows against fp64, from the fp32 inputs on (so the rounding of the matrix
+products counts, for everyone alike); d weight, whose truth would need every row in fp64, against eager's.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bench.cases import Inputs
+from bench.peers import Gradients, divergence_of_logprobs
+
+ROWS = 8
+VOCAB_BLOCK = 8192
+LIMIT = 1e-3
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Largest relative error of the value (row by row) and of the gradients (over their largest entry).
+
+    weight is None where there is no d weight, and for eager, its yardstick.
+    """
+
+    value: float
+    hidden: float
+    weight: float | None
+
+
+class DisagreementError(RuntimeError):
+    """A contender's result is wrong, so its time would mean nothing."""
+
+
+def _vocab_blocks(tensor: Tensor) -> list[Tensor]:
+    """Views of at most VOCAB_BLOCK rows of [V, ...]."""
+    return [tensor[start : start + VOCAB_BLOCK] for start in range(0, tensor.shape[0], VOCAB_BLOCK)]
+
+
+def _double_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """[R, V] in fp64, widening the weight a block at a time."""
+    return torch.cat([hidden.double() @ block.double().T for block in _vocab_blocks(weight)], dim=1)
+
+
+def truth(inputs: Inputs, divergence: str, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """fp64 value [R] and d mean / d hidden [R, H_s] of the chosen rows."""
+    with torch.no_grad():
+        student = _double_logits(inputs.student_hidden[rows], inputs.student_weight)
+        teacher = _double_logits(inputs.teacher_hidden[rows], inputs.teacher_weight).log_softmax(-1)
+    student.requires_grad_()
+    value = divergence_of_logprobs(student.log_softmax(-1), teacher, divergence)
+    (grad_logits,) = torch.autograd.grad(value.sum() / inputs.student_hidden.shape[0], student)
+    hidden = torch.zeros(rows.numel(), inputs.student_hidden.shape[1], dtype=torch.float64)
+    with torch.no_grad():
+        blocks = zip(_vocab_blocks(grad_logits.T), _vocab_blocks(inputs.student_weight), strict=True)
+        for grad, weight in blocks:
+            hidden.addmm_(grad.T, weight.double())
+    return value.detach(), hidden
+
+
+def _of_largest(found: Tensor, true: Tensor) -> float:
+    """Largest absolute error over the largest true entry."""
+    return float((found - true).abs().max() / true.abs().max())
+
+
+def measure_errors(inputs: Inputs, divergence: str, results: Mapping[str, Gradients]) -> dict[str, Errors]:
+    """Errors by contender; `results` holds "eager", the yardstick of d weight."""
+    n = inputs.student_hidden.shape[0]
+    rows = torch.linspace(0, n - 1, min(ROWS, n)).long()
+    true_value, true_hidden = truth(inputs, divergence, rows)
+    true_weight = results["eager"].weight
+    errors = {}
+    for name, result in results.items():
+        weight = None
+        if name != "eager" and result.weight is not None and true_weight is not None:
+            weight = _of_largest(result.weight, true_weight)
+        value = float(((result.value[rows] - true_value) / true_value).abs().max())
+        errors[name] = Errors(value, _of_largest(result.hidden[rows], true_hidden), weight)
+    return errors
+
+
+def refuse_wrong(errors: Mapping[str, Errors], limit: float = LIMIT) -> None:
+    """Raise `DisagreementError` where an error is not below the limit (or is NaN)."""
+    for name, error in errors.items():
+        if not all(part is None or part < limit for part in (error.value, error.hidden, error.weight)):
+            raise DisagreementError(f"{name} is off by more than {limit:g}: {error}; nothing was timed")

@@ -1,0 +1,94 @@
+"""Named shapes after real models, and random inputs of those shapes.
+
+Each case declares the flop of its matrix products, the floor that every time is compared with: 2 N H V for one product;
+a trainable head needs student and teacher forward, d hidden and d weight; a frozen head does without d weight.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LOGIT_SPREAD = 2.0
+TEACHER_NOISE = 0.3
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape: N tokens, a common vocabulary V, hidden widths H_s and H_t; workspace_bytes None is topd's default."""
+
+    name: str
+    n: int
+    vocab: int
+    student_width: int
+    teacher_width: int
+    workspace_bytes: int | None = None
+
+    def gemm_count(self, *, trainable_head: bool) -> int:
+        """Matrix products of the floor."""
+        return 4 if trainable_head else 3
+
+    def gemm_flop(self, *, trainable_head: bool) -> int:
+        """Flop of the floor's matrix products."""
+        student = 2 * self.n * self.vocab * self.student_width
+        teacher = 2 * self.n * self.vocab * self.teacher_width
+        return (self.gemm_count(trainable_head=trainable_head) - 1) * student + teacher
+
+
+CASES = {
+    case.name: case
+    for case in (
+        Case("tiny", n=64, vocab=1003, student_width=48, teacher_width=64),
+        Case("small", n=256, vocab=49152, student_width=576, teacher_width=576),
+        Case("smollm2", n=1024, vocab=49152, student_width=576, teacher_width=576),
+        Case("qwen", n=512, vocab=151936, student_width=896, teacher_width=1024, workspace_bytes=1 << 30),
+    )
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """float32 hidden states [N, H] and head weights [V, H] of both sides; what is differentiated requires grad."""
+
+    student_hidden: Tensor
+    student_weight: Tensor
+    teacher_hidden: Tensor
+    teacher_weight: Tensor
+    workspace_bytes: int | None
+
+    @property
+    def trainable_head(self) -> bool:
+        return self.student_weight.requires_grad
+
+    @property
+    def differentiated(self) -> tuple[Tensor, ...]:
+        """What gradients are asked for: hidden states, and the weight of a trainable head."""
+        return (self.student_hidden, self.student_weight) if self.trainable_head else (self.student_hidden,)
+
+
+def _near(student: Tensor, width: int, scale: float, generator: torch.Generator) -> Tensor:
+    """Noise [rows, width] with the student's columns added, as far as both are wide."""
+    shared = min(width, student.shape[1])
+    teacher = torch.empty(student.shape[0], width).normal_(0.0, TEACHER_NOISE * scale, generator=generator)
+    teacher[:, :shared].add_(student[:, :shared])
+    return teacher
+
+
+def make_inputs(case: Case, *, trainable_head: bool, seed: int = 0) -> Inputs:
+    """Random inputs: peaked softmaxes (logits of standard deviation 2) and a teacher near the student.
+
+    Everything is written in place: no temporary of the inputs' size ever exists, as the memory benchmark wants it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    scale = LOGIT_SPREAD / case.student_width**0.5
+    student_hidden = torch.empty(case.n, case.student_width).normal_(generator=generator)
+    student_weight = torch.empty(case.vocab, case.student_width).normal_(0.0, scale, generator=generator)
+    teacher_hidden = _near(student_hidden, case.teacher_width, 1.0, generator)
+    teacher_weight = _near(student_weight, case.teacher_width, scale, generator)
+    return Inputs(
+        student_hidden.requires_grad_(),
+        student_weight.requires_grad_(trainable_head),
+        teacher_hidden,
+        teacher_weight,
+        case.workspace_bytes,
+    )

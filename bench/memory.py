@@ -1,0 +1,197 @@
+"""Peak resident memory of value plus gradients, beyond inputs and gradients: `python -m bench.memory`.
+
+Each number comes from a fresh process, which
+1. imports everything, then warms up threads, the matrix-product library and autograd on tiny shapes;
+2. makes the inputs in place, so that every page of them is resident and no temporary was ever as large;
+3. gives the heap's free pages back (malloc_trim) and resets the kernel's high-water mark (/proc/self/clear_refs);
+4. reads VmRSS, the baseline: interpreter, libraries, inputs;
+5. computes value and gradients once and, with the gradients still alive, reads VmHWM.
+
+peak_mib is VmHWM - baseline, gradients included; beyond_mib is what is left without the bytes of the returned gradients
+and may not pass the budget: one fp32 d weight (trainable head) + one fp32 d hidden + the workspace + 64 MiB. What the
+matrix-product library keeps for large shapes is not warmed up, so it counts. Allocator settings are glibc's defaults:
+blocks above 32 MiB, which are all that matters at 1,024 tokens and more, are mapped one by one and unmapped when freed.
+"""
+
+import argparse
+import ctypes
+import gc
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.cases import CASES, Inputs, make_inputs
+from bench.measure import machine
+from bench.peers import DIVERGENCES, differentiable, trl_version
+from bench.process import INTERRUPTED, options, positive, run_worker
+from bench.report import machine_line, markdown_table, note, write_json
+from topd.backends import NAMES, choose_backend
+from topd.plan import MIB, default_workspace
+
+PEERS = ("ours", "eager", "trl")
+HEADS = ("trainable", "frozen")
+SLACK_MIB = 64
+HEADER = ("peer", "head", "N", "divergence", "peak_mib", "gradients_mib", "beyond_mib", "budget_mib", "within budget")
+
+
+@dataclass(frozen=True)
+class MemoryRow:
+    """One measurement; budget_mib holds for ours and is None for the others."""
+
+    peer: str
+    head: str
+    n: int
+    divergence: str
+    baseline_mib: float
+    peak_mib: float
+    gradients_mib: float
+    beyond_mib: float
+    budget_mib: float | None
+
+    def cells(self) -> list[str]:
+        """Its cells under HEADER."""
+        sizes = [f"{size:.0f}" for size in (self.peak_mib, self.gradients_mib, self.beyond_mib)]
+        if self.budget_mib is None:
+            return [self.peer, self.head, str(self.n), self.divergence, *sizes, "-", "-"]
+        within = "yes" if self.beyond_mib <= self.budget_mib else "NO"
+        return [self.peer, self.head, str(self.n), self.divergence, *sizes, f"{self.budget_mib:.0f}", within]
+
+
+def budget_mib(inputs: Inputs) -> float:
+    """What topd may use beyond inputs and gradients."""
+    gradients = sum(tensor.numel() for tensor in inputs.differentiated) * 4
+    workspace = inputs.workspace_bytes or default_workspace("cpu")
+    return (gradients + workspace) / MIB + SLACK_MIB
+
+
+def resident_mib(field: str) -> float:
+    """VmRSS or VmHWM of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError(f"/proc/self/status has no {field}: this benchmark needs Linux")
+
+
+def settle() -> float:
+    """Return free heap pages, reset the high-water mark to what is resident now, and read it: the baseline."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    baseline_mib, high_mib = resident_mib("VmRSS"), resident_mib("VmHWM")
+    if high_mib - baseline_mib > 1:
+        raise RuntimeError(
+            f"the kernel did not reset VmHWM: {high_mib:.0f} MiB above a resident {baseline_mib:.0f} MiB"
+        )
+    return baseline_mib
+
+
+def measure(case_name: str, peer: str, head: str, n: int, divergence: str, backend: str) -> MemoryRow:
+    """One measurement in this process, which should be fresh."""
+    trainable = head == "trainable"
+    warm_up = make_inputs(CASES["tiny"], trainable_head=trainable)
+    differentiable(warm_up, divergence, backend)[peer]()
+    torch.mm(torch.ones(512, 512), torch.ones(512, 512))
+    inputs = make_inputs(replace(CASES[case_name], n=n), trainable_head=trainable)
+    contender = differentiable(inputs, divergence, backend)[peer]
+    baseline_mib = settle()
+    result = contender()
+    peak_mib = resident_mib("VmHWM") - baseline_mib
+    gradients_mib = sum(grad.nbytes for grad in (result.hidden, result.weight) if grad is not None) / MIB
+    return MemoryRow(
+        peer=peer,
+        head=head,
+        n=n,
+        divergence=divergence,
+        baseline_mib=baseline_mib,
+        peak_mib=peak_mib,
+        gradients_mib=gradients_mib,
+        beyond_mib=peak_mib - gradients_mib,
+        budget_mib=budget_mib(inputs) if peer == "ours" else None,
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    found = argparse.ArgumentParser(prog="python -m bench.memory", description=(__doc__ or "").partition("\n")[0])
+    found.add_argument("--n", nargs="+", type=positive, default=[1024, 2048, 8192], help="tokens")
+    found.add_argument("--case", choices=CASES, default="smollm2", help="the shape whose N is replaced")
+    found.add_argument("--peer", nargs="+", choices=PEERS, default=list(PEERS))
+    found.add_argument("--head", nargs="+", choices=HEADS, default=list(HEADS))
+    found.add_argument("--divergence", choices=DIVERGENCES, default="reverse_kl")
+    found.add_argument("--eager-max-n", type=positive, default=2048, help="larger N are not tried on eager code")
+    found.add_argument("--backend", choices=NAMES, default=None, help="topd's backend (default: by device)")
+    found.add_argument("--json", type=Path, default=None, metavar="FILE", help="also write everything there")
+    found.add_argument("--worker", type=Path, default=None, help=argparse.SUPPRESS)
+    return found
+
+
+def measurements(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The workers' options, one worker a measurement."""
+    found: list[dict[str, Any]] = []
+    for peer in arguments.peer:
+        if peer == "trl" and not trl_version():
+            note("trl is not installed: left out")
+            continue
+        common = {
+            "peer": peer,
+            "case": arguments.case,
+            "divergence": arguments.divergence,
+            "backend": arguments.backend,
+        }
+        for head in arguments.head:
+            for n in arguments.n:
+                if peer != "eager" or n <= arguments.eager_max_n:
+                    found.append(common | {"head": head, "n": n})
+    return found
+
+
+def work(arguments: argparse.Namespace, path: Path) -> None:
+    """The worker: one measurement."""
+    backend = choose_backend(arguments.backend, torch.device("cpu"))
+    asked = (arguments.peer[0], arguments.head[0], arguments.n[0], arguments.divergence)
+    row = measure(arguments.case, *asked, backend)
+    write_json(path, {"machine": machine(backend, "default"), "row": asdict(row)})
+
+
+def print_reports(case: str, reports: Sequence[dict[str, Any]], *, complete: bool) -> list[MemoryRow]:
+    """The table of what was measured."""
+    rows = [MemoryRow(**report["row"]) for report in reports]
+    if rows:
+        print(f"\n### memory, {case}{'' if complete else ' (incomplete)'}\n")
+        print(machine_line(reports[0]["machine"]) + "\n")
+        print(markdown_table(HEADER, [row.cells() for row in rows]), flush=True)
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the exit status is 130 after an interrupt, 1 where a worker failed or a budget is exceeded."""
+    arguments = parser().parse_args(argv)
+    if arguments.worker is not None:
+        try:
+            work(arguments, arguments.worker)
+        except KeyboardInterrupt:
+            return INTERRUPTED
+        return 0
+    reports: list[dict[str, Any]] = []
+    status = 0
+    for asked in measurements(arguments):
+        note(f"{asked['peer']} {asked['head']} N {asked['n']}")
+        outcome = run_worker("bench.memory", options(asked))
+        reports += [outcome.report] if outcome.report else []
+        status = status or outcome.status
+        if outcome.status == INTERRUPTED:
+            break
+    rows = print_reports(arguments.case, reports, complete=not status)
+    if arguments.json is not None:
+        found = {"benchmark": "memory", "case": arguments.case, "complete": not status}
+        first = reports[0]["machine"] if reports else None
+        write_json(arguments.json, found | {"machine": first, "rows": [asdict(row) for row in rows]})
+    return status or int(any(row.budget_mib is not None and row.beyond_mib > row.budget_mib for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,192 @@
+"""Time of value plus gradients beside the floor, eager code and TRL: `python -m bench.speed`.
+
+float32, the mean over tokens, trainable head (4 matrix products) and frozen head (3). Each allocator setting runs in a
+process of its own; results are checked before they are timed, then contenders take turns for --rounds rounds.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.agreement import DisagreementError, Errors, measure_errors, refuse_wrong
+from bench.cases import CASES, make_inputs
+from bench.measure import Spread, interleave, machine, ratio
+from bench.peers import DIVERGENCES, Contender, differentiable, floor, warm_floor
+from bench.process import INTERRUPTED, MALLOC_MODES, Outcome, options, positive, run_worker
+from bench.report import machine_line, markdown_table, note, scientific, write_json
+from topd.backends import NAMES, choose_backend
+
+HEADS = ("trainable", "frozen")
+TIMED = ("floor", "warm_floor", "ours", "eager", "trl")
+RATIOS = (("ours", "floor"), ("ours", "warm_floor"), ("eager", "ours"), ("trl", "ours"))
+TIME_HEADER = (
+    "case",
+    "head",
+    "divergence",
+    "GEMMs",
+    "floor GFLOP/s",
+    *(f"{name} time_ms" for name in TIMED),
+    *(f"{above}/{below}" for above, below in RATIOS),
+)
+CHECK_HEADER = (
+    "case",
+    "head",
+    "divergence",
+    *(f"{part} error {name}" for part in ("value", "dH") for name in ("ours", "eager", "trl")),
+    "dW ours-eager",
+    "dW trl-eager",
+    *(f"faults {name}" for name in TIMED),
+)
+
+
+@dataclass(frozen=True)
+class SpeedRow:
+    """One line of the tables: times, errors and page faults a call by contender, ratios by "above/below"."""
+
+    case: str
+    head: str
+    divergence: str
+    gemm_count: int
+    gemm_flop: int
+    time_ms: dict[str, Spread]
+    ratios: dict[str, Spread]
+    errors: dict[str, Errors]
+    page_faults: dict[str, Spread]
+    samples_ms: dict[str, list[float]]
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "SpeedRow":
+        """The inverse of dataclasses.asdict."""
+        spreads = {
+            key: {name: Spread(**spread) for name, spread in data[key].items()}
+            for key in ("time_ms", "ratios", "page_faults")
+        }
+        return cls(**(data | spreads | {"errors": {name: Errors(**errors) for name, errors in data["errors"].items()}}))
+
+    def time_cells(self) -> list[str]:
+        """Its cells under TIME_HEADER."""
+        gflops = self.gemm_flop / self.time_ms["floor"].median / 1e6
+        times = [f"{self.time_ms[name].median:.1f}" if name in self.time_ms else "-" for name in TIMED]
+        pairs = [f"{above}/{below}" for above, below in RATIOS]
+        ratios = [str(self.ratios[pair]) if pair in self.ratios else "-" for pair in pairs]
+        return [self.case, self.head, self.divergence, str(self.gemm_count), f"{gflops:.0f}", *times, *ratios]
+
+    def check_cells(self) -> list[str]:
+        """Its cells under CHECK_HEADER."""
+        parts: list[float | None] = []
+        for name in ("ours", "eager", "trl"):
+            parts.append(self.errors[name].value if name in self.errors else None)
+        for name in ("ours", "eager", "trl"):
+            parts.append(self.errors[name].hidden if name in self.errors else None)
+        for name in ("ours", "trl"):
+            parts.append(self.errors[name].weight if name in self.errors else None)
+        faults = [f"{self.page_faults[name].median:.0f}" if name in self.page_faults else "-" for name in TIMED]
+        return [self.case, self.head, self.divergence, *map(scientific, parts), *faults]
+
+
+def measure_row(case_name: str, head: str, divergence: str, *, backend: str, rounds: int, label: str) -> SpeedRow:
+    """Check one shape, head and divergence, then time it."""
+    case, trainable = CASES[case_name], head == "trainable"
+    inputs = make_inputs(case, trainable_head=trainable)
+    where = f"{label} {case_name} {head} {divergence}"
+    note(f"{where}: checking")
+    checked = differentiable(inputs, divergence, backend)
+    errors = measure_errors(inputs, divergence, {name: contender() for name, contender in checked.items()})
+    refuse_wrong(errors)
+    contenders: dict[str, Contender] = {
+        "floor": lambda: floor(inputs),
+        "warm_floor": warm_floor(inputs),
+        **checked,
+    }
+    samples = interleave(contenders, rounds, lambda i: note(f"{where}: {f'round {i}/{rounds}' if i else 'warm-up'}"))
+    return SpeedRow(
+        case=case_name,
+        head=head,
+        divergence=divergence,
+        gemm_count=case.gemm_count(trainable_head=trainable),
+        gemm_flop=case.gemm_flop(trainable_head=trainable),
+        time_ms={name: Spread.of([s.time_ms for s in taken]) for name, taken in samples.items()},
+        ratios={f"{a}/{b}": ratio(samples[a], samples[b]) for a, b in RATIOS if a in samples and b in samples},
+        errors=errors,
+        page_faults={name: Spread.of([s.page_faults for s in taken]) for name, taken in samples.items()},
+        samples_ms={name: [s.time_ms for s in taken] for name, taken in samples.items()},
+    )
+
+
+def work(arguments: argparse.Namespace, path: Path) -> None:
+    """The worker: every combination asked for, the report rewritten after each."""
+    backend = choose_backend(arguments.backend, torch.device("cpu"))
+    found = machine(backend, arguments.malloc)
+    rows: list[dict[str, Any]] = []
+    for case in arguments.case:
+        for head in arguments.head:
+            for divergence in arguments.divergence:
+                row = measure_row(
+                    case, head, divergence, backend=backend, rounds=arguments.rounds, label=arguments.malloc
+                )
+                rows.append(asdict(row))
+                write_json(path, {"machine": found, "rows": rows})
+
+
+def print_report(malloc: str, outcome: Outcome) -> None:
+    """The tables of one allocator setting."""
+    if outcome.report is None:
+        return
+    rows = [SpeedRow.from_json(row) for row in outcome.report["rows"]]
+    print(f"\n### malloc {malloc}{' (incomplete)' if outcome.status else ''}\n")
+    print(machine_line(outcome.report["machine"]))
+    print("\nTimes are medians; ratios are medians of the rounds' ratios (smallest-largest).\n")
+    print(markdown_table(TIME_HEADER, [row.time_cells() for row in rows]))
+    print("\nLargest relative errors (value, dH: against fp64; dW: against eager), page faults a call (median).\n")
+    print(markdown_table(CHECK_HEADER, [row.check_cells() for row in rows]), flush=True)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    found = argparse.ArgumentParser(prog="python -m bench.speed", description=(__doc__ or "").partition("\n")[0])
+    found.add_argument("--rounds", type=positive, default=5, help="timed rounds a line (default 5)")
+    found.add_argument("--case", nargs="+", choices=CASES, default=["smollm2", "qwen"])
+    found.add_argument("--head", nargs="+", choices=HEADS, default=list(HEADS))
+    found.add_argument("--divergence", nargs="+", choices=DIVERGENCES, default=list(DIVERGENCES))
+    found.add_argument("--backend", choices=NAMES, default=None, help="topd's backend (default: by device)")
+    found.add_argument("--malloc", choices=(*MALLOC_MODES, "both"), default="both", help="allocator settings")
+    found.add_argument("--json", type=Path, default=None, metavar="FILE", help="also write everything there")
+    found.add_argument("--worker", type=Path, default=None, help=argparse.SUPPRESS)
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the exit status is 130 after an interrupt, 1 after a failure."""
+    arguments = parser().parse_args(argv)
+    if arguments.worker is not None:
+        try:
+            work(arguments, arguments.worker)
+        except KeyboardInterrupt:
+            return INTERRUPTED
+        except DisagreementError as error:
+            note(f"error: {error}")
+            return 1
+        return 0
+    chosen = {key: getattr(arguments, key) for key in ("rounds", "case", "head", "divergence", "backend")}
+    reports: list[dict[str, Any]] = []
+    status = 0
+    for malloc in MALLOC_MODES if arguments.malloc == "both" else (arguments.malloc,):
+        outcome = run_worker("bench.speed", options(chosen | {"malloc": malloc}), malloc=malloc)
+        print_report(malloc, outcome)
+        reports += [outcome.report] if outcome.report else []
+        status = outcome.status
+        if status:
+            break
+    if arguments.json is not None:
+        found = {"benchmark": "speed", "options": chosen, "complete": not status, "reports": reports}
+        write_json(arguments.json, found)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+// One row's softmax: its largest logit and log1p of what the other entries add, which keeps the digits of a peaked row.
+#pragma once
+
+#include "row_math.h"
+
+namespace topd {
+inline namespace CPU_CAPABILITY {
+
+// Entries summed in T lanes before the sum goes on in double.
+constexpr int64_t kBlock = 1024;
+
+template <typename T>
+struct Transform {
+  const T* bias = nullptr;  // of the row's width
+  double scale = 1, softcap = 0, temperature = 1;
+
+  bool identity() const { return bias == nullptr && softcap == 0 && scale == temperature; }
+};
+
+template <typename T>
+struct Distribution {
+  T top = -kInf<T>, log_rest = 0;
+  int64_t index = 0;
+  bool has_zero = false;  // an entry of -inf
+
+  bool exists() const { return std::isfinite(top) && std::isfinite(log_rest); }
+  T lse() const { return top + log_rest; }
+  T logprob(T logit) const { return (logit - top) - log_rest; }
+};
+
+// For the sweeps' bodies: called at two places, they would otherwise become functions that spill every accumulator.
+#if defined(_MSC_VER)
+#define TOPD_INLINE
+#else
+#define TOPD_INLINE __attribute__((always_inline))
+#endif
+
+// Calls visit(offset, lanes) for each vector of [0, size) and close(block) after each block.
+template <typename T, typename Visit, typename Close>
+inline void sweep(int64_t size, const Visit& visit, const Close& close) {
+  for (int64_t block = 0; block < size; block += kBlock) {
+    const int64_t end = std::min(block + kBlock, size);
+    int64_t at = block;
+    for (; at + Vec<T>::size() <= end; at += Vec<T>::size()) visit(at, static_cast<int64_t>(Vec<T>::size()));
+    if (at < end) visit(at, end - at);
+    close(block);
+  }
+}
+
+// From products to logits / temperature, in place.
+template <typename T>
+inline void apply(const Transform<T>& transform, T* row, int64_t size) {
+  if (transform.identity()) return;
+  const bool capped = transform.softcap != 0;
+  const Vec<T> inner(static_cast<T>(transform.scale / (capped ? transform.softcap : transform.temperature)));
+  const Vec<T> outer(static_cast<T>(transform.softcap / transform.temperature));
+  sweep<T>(
+      size,
+      [&](int64_t at, int64_t lanes) TOPD_INLINE {
+        Vec<T> y = load(row + at, lanes);
+        if (transform.bias) y = y + load(transform.bias + at, lanes);
+        y = y * inner;
+        store(capped ? outer * y.tanh() : y, row + at, lanes);
+      },
+      [](int64_t) {});
+}
+
+template <typename T>
+inline Distribution<T> distribution(T* row, int64_t size) {
+  Distribution<T> out;
+  int64_t best_block = 0;
+  Vec<T> block_top(-kInf<T>), bottom(kInf<T>);
+  sweep<T>(
+      size,
+      [&](int64_t at, int64_t lanes) TOPD_INLINE {
+        const Vec<T> y = load(row + at, lanes);
+        block_top = larger(block_top, y);
+        if (lanes == Vec<T>::size()) bottom = smaller(bottom, y);
+        else for (int64_t i = 0; i < lanes; ++i) out.has_zero |= row[at + i] == -kInf<T>;
+      },
+      [&](int64_t block) TOPD_INLINE {
+        const T top = lane_max(block_top);
+        if (top > out.top) out.top = top, best_block = block;
+        block_top = Vec<T>(-kInf<T>);
+      });
+  out.has_zero |= lane_min(bottom) == -kInf<T>;
+  const int64_t end = std::min(best_block + kBlock, size);
+  for (out.index = best_block; out.index < end - 1 && row[out.index] != out.top; ++out.index) {}
+
+  const T kept = row[out.index];  // the largest entry's own 1 would swallow the digits of a small rest
+  row[out.index] = -kInf<T>;
+  const Vec<T> top(out.top);
+  double rest = 0;
+  Vec<T> sum(0);
+  sweep<T>(
+      size,
+      [&](int64_t at, int64_t lanes) TOPD_INLINE { sum = sum + exp(load(row + at, lanes) - top); },
+      [&](int64_t) TOPD_INLINE {
+        rest += lane_sum(sum);
+        sum = Vec<T>(0);
+      });
+  row[out.index] = kept;
+  out.log_rest = std::isfinite(kept) ? static_cast<T>(std::log1p(rest)) : std::numeric_limits<T>::quiet_NaN();
+  return out;
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace topd

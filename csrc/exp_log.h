@@ -1,0 +1,86 @@
+// exp and log1p of float vectors, inline: a call into SLEEF spills every vector register around it. Both stay within 2 ulp
+// over their range (tests/test_divergence_rows.py). double uses SLEEF.
+#pragma once
+
+#include <array>
+
+#include "lanes.h"
+
+namespace topd {
+inline namespace CPU_CAPABILITY {
+
+inline Vec<double> exp(const Vec<double>& x) { return x.exp(); }
+inline Vec<double> log1p_share(const Vec<double>& u) { return u.log1p(); }
+
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+
+// x 2^n for integral n in [-160, 1]; underflows gradually.
+inline Vec<float> scale_by_power(const Vec<float>& x, const Vec<float>& n) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_scalef_ps(x, n);
+#else
+  const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1), bias = _mm256_set1_epi32(127);
+  const auto power = [&](__m256i k) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(k, bias), 23)); };
+  return _mm256_mul_ps(_mm256_mul_ps(x, power(half)), power(_mm256_sub_epi32(whole, half)));
+#endif
+}
+
+// Splits positive normal y into m 2^n with m in [2/3, 4/3).
+struct Split {
+  Vec<float> mantissa, exponent;
+};
+inline Split split(const Vec<float>& y) {
+#if defined(CPU_CAPABILITY_AVX512)
+  using Ints = __m512i;
+  const Ints offset = _mm512_sub_epi32(_mm512_castps_si512(y), _mm512_set1_epi32(0x3f2aaaab));
+  const Ints n = _mm512_srai_epi32(offset, 23);
+  const Ints m = _mm512_sub_epi32(_mm512_castps_si512(y), _mm512_slli_epi32(n, 23));
+  return {_mm512_castsi512_ps(m), _mm512_cvtepi32_ps(n)};
+#else
+  using Ints = __m256i;
+  const Ints offset = _mm256_sub_epi32(_mm256_castps_si256(y), _mm256_set1_epi32(0x3f2aaaab));
+  const Ints n = _mm256_srai_epi32(offset, 23);
+  const Ints m = _mm256_sub_epi32(_mm256_castps_si256(y), _mm256_slli_epi32(n, 23));
+  return {_mm256_castsi256_ps(m), _mm256_cvtepi32_ps(n)};
+#endif
+}
+
+constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+
+// exp(x) for x <= 88; 0 at -inf, NaN at NaN. Range reduction by ln 2 in two parts, Taylor to degree 7 on |r| <= 0.35.
+inline Vec<float> exp(const Vec<float>& x) {
+  using at::vec::fmadd;
+  const Vec<float> bounded = larger(Vec<float>(-110.0f), x);
+  const Vec<float> n = (bounded * Vec<float>(1.44269504088896341f)).round();
+  Vec<float> r = fmadd(n, Vec<float>(-kLn2High), bounded);
+  r = fmadd(n, Vec<float>(-kLn2Low), r);
+  constexpr std::array<float, 5> c{1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f};
+  Vec<float> tail(1.0f / 5040);
+  for (const float each : c) tail = fmadd(tail, r, Vec<float>(each));
+  return scale_by_power(Vec<float>(1.0f) + fmadd(tail * r, r, r), n);
+}
+
+// log(1 + u) for u in (-1, 0], accurate near 0: log y by 2 atanh(f / (2 + f)), plus what rounding y = 1 + u dropped.
+inline Vec<float> log1p_share(const Vec<float>& u) {
+  using at::vec::fmadd;
+  const Vec<float> one(1.0f), y = one + u;
+  const Vec<float> dropped = (u - (y - one)) / y;
+  const auto [m, n] = split(y);
+  const Vec<float> f = m - one, s = f / (Vec<float>(2.0f) + f), square = s * s;
+  Vec<float> series(2.0f / 11);
+  constexpr std::array<float, 4> c{2.0f / 9, 2.0f / 7, 2.0f / 5, 2.0f / 3};
+  for (const float each : c) series = fmadd(series, square, Vec<float>(each));
+  const Vec<float> half_square = Vec<float>(0.5f) * f * f;  // log(1 + f) = f - f^2/2 + s (f^2/2 + series s^2), as in fdlibm
+  const Vec<float> log_m = f - (half_square - s * fmadd(series, square, half_square));
+  return fmadd(n, Vec<float>(kLn2High), fmadd(n, Vec<float>(kLn2Low), log_m + dropped));
+}
+
+#else
+
+inline Vec<float> exp(const Vec<float>& x) { return x.exp(); }
+inline Vec<float> log1p_share(const Vec<float>& u) { return u.log1p(); }
+
+#endif
+
+}  // namespace CPU_CAPABILITY
+}  // namespace topd

@@ -1,0 +1,7 @@
+// Registers the CPU kernels with the dispatcher when the library is loaded.
+
+#include <torch/library.h>
+
+#include "ops.h"
+
+TORCH_LIBRARY_IMPL(topd, CPU, m) { m.impl("divergence_rows", &topd::divergence_rows); }

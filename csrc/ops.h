@@ -1,0 +1,19 @@
+// The C++ kernels by op; their schemas are declared in Python (topd/ops).
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <tuple>
+
+namespace topd {
+inline namespace CPU_CAPABILITY {
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> divergence_rows(
+    at::Tensor& student_product, at::Tensor& teacher_product, const std::optional<at::Tensor>& student_bias,
+    const std::optional<at::Tensor>& teacher_bias, const std::optional<at::Tensor>& tokens, double student_scale,
+    std::optional<double> student_softcap, double teacher_scale, std::optional<double> teacher_softcap, double temperature,
+    c10::string_view divergence, double parameter, double hard_weight, bool grad, bool scores);
+
+}  // namespace CPU_CAPABILITY
+}  // namespace topd

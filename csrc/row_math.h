@@ -1,0 +1,95 @@
+// The elementwise math of topd/reference.py on at::vec vectors. Names and formulas are that file's.
+#pragma once
+
+#include <cmath>
+
+#include "exp_log.h"
+
+namespace topd {
+inline namespace CPU_CAPABILITY {
+
+// d is held in [-kFar, kFar]: an entry without probability on one side then contributes what it should with no case of its
+// own, p d being 0 where p is, and a row whose value is truly inf is known beforehand (Pair).
+template <typename T>
+constexpr T kFar = std::is_same_v<T, float> ? T(1e30) : T(1e300);
+
+// 1 / (k + 2)!, the series of phi(d) / d^2 in -d. On |d| <= 1 the first dropped term is 2e-9 (float), 4e-19 (double).
+template <typename T>
+struct PhiSeries {
+  static constexpr int kTerms = std::is_same_v<T, float> ? 10 : 18;
+  static constexpr std::array<T, kTerms> make() {
+    std::array<T, kTerms> out{};
+    double factorial = 1;
+    for (int k = 0; k < kTerms; ++k) out[k] = static_cast<T>(1 / (factorial *= k + 2));
+    return out;
+  }
+  static constexpr std::array<T, kTerms> kCoefficients = make();
+};
+
+template <typename T>
+struct PhiPair {
+  Vec<T> plus, minus;  // phi(d), phi(-d)
+};
+
+// phi(d) = exp(-d) + d - 1 and phi(-d) for |d| <= 1, from the even and the odd half of one series.
+template <typename T>
+inline PhiPair<T> phi(const Vec<T>& d) {
+  constexpr auto c = PhiSeries<T>::kCoefficients;
+  const Vec<T> square = d * d;
+  Vec<T> even(c[PhiSeries<T>::kTerms - 2]), odd(c[PhiSeries<T>::kTerms - 1]);
+  for (int k = PhiSeries<T>::kTerms - 4; k >= 0; k -= 2) {
+    even = at::vec::fmadd(even, square, Vec<T>(c[k]));
+    odd = at::vec::fmadd(odd, square, Vec<T>(c[k + 1]));
+  }
+  const Vec<T> tilt = d * odd;
+  return {square * (even - tilt), square * (even + tilt)};
+}
+
+// A non-negative term of KL(p || q), d = log p - log q: p phi(d) where |d| <= 1, q - p + p d elsewhere.
+template <typename T>
+inline Vec<T> kl_term(const Vec<T>& p, const Vec<T>& q, const Vec<T>& d, Mask<T> near, const Vec<T>& phi_d) {
+  return where(near, p * phi_d, at::vec::fmadd(p, d, q - p));
+}
+
+template <typename T>
+inline Vec<T> kl_term(const Vec<T>& p, const Vec<T>& q, const Vec<T>& d) {
+  return kl_term<T>(p, q, d, at_most(d.abs(), Vec<T>(1)), phi(d).plus);
+}
+
+// One vector of entries of both distributions.
+template <typename T>
+struct Entry {
+  Vec<T> student_logprob, teacher_logprob, student_p, teacher_p;
+  Vec<T> d;          // log p_T - log p_S
+  Mask<T> near;      // |d| <= 1
+  PhiPair<T> phi_d;  // valid where near
+
+  // p_S - p_T
+  Vec<T> gap() const { return where(near, teacher_p * (phi_d.plus - d), student_p - teacher_p); }
+  Vec<T> forward_term() const { return kl_term<T>(teacher_p, student_p, d, near, phi_d.plus); }
+  Vec<T> reverse_term() const { return kl_term<T>(student_p, teacher_p, d.neg(), near, phi_d.minus); }
+};
+
+// m = (1 - beta) p_S + beta p_T: log-ratios to m and relative excesses over it, accurate near p_S = p_T.
+template <typename T>
+struct Mixture {
+  Vec<T> m, teacher_d, student_d, teacher_excess, student_excess;
+
+  Mixture(const Entry<T>& at, T beta) {
+    const Vec<T> size = at.d.abs();
+    const Mask<T> teacher_smaller = at_most(at.d, Vec<T>(0));
+    const Vec<T> phi_size = where(teacher_smaller, at.phi_d.minus, at.phi_d.plus);      // phi(|d|)
+    const Vec<T> e = where(at.near, phi_size - size, exp(size.neg()) - Vec<T>(1));      // expm1(-|d|)
+    const Vec<T> we = where(teacher_smaller, Vec<T>(beta), Vec<T>(1 - beta)) * e, share = Vec<T>(1) + we;
+    const Vec<T> larger_d = log1p_share(we).neg(), smaller_d = larger_d - size;
+    const Vec<T> larger_excess = we.neg() / share, smaller_excess = (e - we) / share;
+    m = Vec<T>(1 - beta) * at.student_p + Vec<T>(beta) * at.teacher_p;
+    teacher_d = where(teacher_smaller, smaller_d, larger_d);
+    student_d = where(teacher_smaller, larger_d, smaller_d);
+    teacher_excess = where(teacher_smaller, smaller_excess, larger_excess);
+    student_excess = where(teacher_smaller, larger_excess, smaller_excess);
+  }
+};
+
+}  // namespace CPU_CAPABILITY
+}  // namespace topd

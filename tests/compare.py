@@ -1,0 +1,309 @@
+"""What topd is compared with: the textbook formulas in plain torch, with autograd's gradients.
+
+In float64 they are the truth; at the tensors' own dtypes they are the yardstick, what a user of eager torch would get.
+Nothing here is taken from topd's own formulas: log-softmax, products of probabilities and log-ratios, sums.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import topd
+
+TENSORS = ("hidden", "weight", "bias", "a", "b")
+DIVERGENCES = (
+    topd.ForwardKL(),
+    topd.ForwardKL(entry_clip=0.05),
+    topd.ReverseKL(),
+    topd.JSD(),
+    topd.JSD(beta=0.2),
+    topd.SkewKL(),
+    topd.SkewReverseKL(),
+    topd.TotalVariation(),
+)
+
+# How far off an element may be where eager torch happens to be exact, in units of the tensor's largest: logits of
+# magnitude 50 are themselves known to 3e-6 in float32.
+CONSTANT = 2e-6
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "temperature": {"temperature": 0.7},
+    "scale": {"student": {"scale": 0.3}, "teacher": {"scale": 1.7}},
+    "softcap": {"student": {"softcap": 5.0}, "teacher": {"softcap": 9.0}},
+    "bias": {"student": {"bias": True}, "teacher": {"bias": True}},
+    "adapter": {"student": {"rank": 3}, "teacher": {"rank": 2}},
+    "student_larger": {"student": {"vocab": 53, "bias": True, "rank": 2}},
+    "teacher_larger": {"teacher": {"vocab": 53, "bias": True, "rank": 2}},
+    "mask": {"mask": True},
+    "hard_weight": {"hard_weight": 0.6},
+    "everything": {
+        "student": {"bias": True, "rank": 3, "softcap": 8.0, "scale": 0.8, "vocab": 47},
+        "teacher": {"bias": True, "rank": 2, "softcap": 11.0, "scale": -1.3},
+        "temperature": 1.6,
+        "mask": True,
+        "hard_weight": 0.25,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """One side: hidden states [..., H] and what makes up its head."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    a: Tensor | None = None
+    b: Tensor | None = None
+    scaling: float = 1.0
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def head(self) -> topd.Head:
+        adapter = None if self.a is None else topd.LowRank(self.a, self.b, self.scaling)
+        return topd.Head(self.weight, self.bias, scale=self.scale, softcap=self.softcap, adapter=adapter)
+
+    def map(self, change: Callable[[str, Tensor], Tensor]) -> "Model":
+        found = {name: getattr(self, name) for name in TENSORS}
+        return replace(self, **{name: change(name, value) for name, value in found.items() if value is not None})
+
+    def to(self, *where: Any) -> "Model":
+        return self.map(lambda _, value: value.to(*where))
+
+    def leaves(self, trainable: tuple[str, ...], dtype: torch.dtype | None = None) -> "Model":
+        """Copies with the same strides, of which the trainable ones require grad."""
+
+        def leaf(name: str, value: Tensor) -> Tensor:
+            copy = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device).copy_(value)
+            return copy.to(dtype or value.dtype).requires_grad_(name in trainable)
+
+        return self.map(leaf)
+
+    def logits(self) -> Tensor:
+        """The formula of the public contract, on this model's own dtypes."""
+        x = F.linear(self.hidden, self.weight)
+        if self.bias is not None:
+            x = x + self.bias
+        if self.a is not None:
+            x = x + self.scaling * F.linear(F.linear(self.hidden, self.a), self.b)
+        x = self.scale * x
+        return x if self.softcap is None else self.softcap * torch.tanh(x / self.softcap)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The arguments of `topd.linear_divergence` that its value depends on."""
+
+    student: Model
+    teacher: Model
+    divergence: topd.Divergence = topd.ReverseKL()  # noqa: RUF009  (frozen)
+    temperature: float = 1.0
+    mask: Tensor | None = None
+    tokens: Tensor | None = None
+    hard_weight: float = 0.0
+
+    def to(self, *where: Any) -> "Problem":
+        """On another device or, for what is floating, in another dtype."""
+        device = (
+            {}
+            if isinstance(where[0], torch.dtype)
+            else {name: value.to(*where) for name in ("mask", "tokens") if (value := getattr(self, name)) is not None}
+        )
+        return replace(self, student=self.student.to(*where), teacher=self.teacher.to(*where), **device)
+
+    def options(self) -> dict[str, Any]:
+        names = ("divergence", "temperature", "mask", "tokens", "hard_weight")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    value: Tensor
+    grads: dict[str, Tensor | None] = field(default_factory=dict)
+
+
+def row_divergence(divergence: topd.Divergence, student: Tensor, teacher: Tensor) -> Tensor:
+    """From log-probabilities [..., V] to [...], each formula as it is printed."""
+    p_student, p_teacher = student.exp(), teacher.exp()
+
+    def kl(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return torch.where(p > 0, p * (log_p - log_q), 0.0)
+
+    def mixed(share: float) -> Tensor:
+        """log of (1 - share) p_S + share p_T."""
+        return torch.logaddexp(student + math.log(1 - share), teacher + math.log(share))
+
+    match divergence:
+        case topd.ForwardKL(entry_clip=None):
+            terms = kl(p_teacher, teacher, student)
+        case topd.ForwardKL(entry_clip=clip):
+            terms = kl(p_teacher, teacher, student).clamp(max=clip)
+        case topd.ReverseKL():
+            terms = kl(p_student, student, teacher)
+        case topd.JSD(beta=beta):
+            terms = beta * kl(p_teacher, teacher, mixed(beta)) + (1 - beta) * kl(p_student, student, mixed(beta))
+        case topd.SkewKL(alpha=alpha):
+            terms = kl(p_teacher, teacher, mixed(alpha))
+        case topd.SkewReverseKL(alpha=alpha):
+            terms = kl(p_student, student, mixed(1 - alpha))
+        case topd.TotalVariation():
+            terms = (p_student - p_teacher).abs() / 2
+    return terms.sum(-1)
+
+
+def kept(problem: Problem) -> Tensor:
+    """Which rows count, [...] bool."""
+    return torch.ones_like(problem.student.hidden[..., 0], dtype=torch.bool) if problem.mask is None else problem.mask
+
+
+def _logprobs(problem: Problem, student: Model, teacher: Model) -> tuple[Tensor, Tensor]:
+    """Of the unmasked rows [M, V], on the common vocabulary, at least in float32."""
+    rows, vocab = kept(problem), min(student.weight.shape[0], teacher.weight.shape[0])
+    both = [replace(model, hidden=model.hidden[rows]).logits()[..., :vocab] for model in (student, teacher)]
+    dtype = torch.promote_types(torch.promote_types(both[0].dtype, both[1].dtype), torch.float32)
+    return tuple((logits.to(dtype) / problem.temperature).log_softmax(-1) for logits in both)
+
+
+def plain(
+    problem: Problem,
+    upstream: Tensor | None = None,
+    *,
+    trainable: tuple[str, ...] = TENSORS,
+    dtype: torch.dtype | None = torch.float64,
+) -> Outcome:
+    """Value and gradients in eager torch: the truth in float64, the yardstick with dtype=None (the tensors' own)."""
+    student = problem.student.leaves(trainable, dtype)
+    teacher = problem.teacher if dtype is None else problem.teacher.to(dtype)
+    student_logprobs, teacher_logprobs = _logprobs(problem, student, teacher)
+    rows = kept(problem)
+    found = row_divergence(problem.divergence, student_logprobs, teacher_logprobs)
+    if problem.hard_weight:
+        at = problem.tokens[rows].unsqueeze(-1)
+        found = found - problem.hard_weight * student_logprobs.gather(-1, at).squeeze(-1)
+    value = found.new_zeros(rows.shape).masked_scatter(rows, found)
+    return Outcome(value.detach(), _gradients(value, upstream, student))
+
+
+def by_topd(
+    problem: Problem,
+    backend: str,
+    upstream: Tensor | None = None,
+    *,
+    trainable: tuple[str, ...] = TENSORS,
+    **options: Any,
+) -> Outcome:
+    """The same through `topd.linear_divergence`."""
+    student = problem.student.leaves(trainable)
+    sides = (student.hidden, student.head(), problem.teacher.hidden, problem.teacher.head())
+    value = topd.linear_divergence(*sides, **problem.options(), backend=backend, **options)
+    return Outcome(value.detach(), _gradients(value, upstream, student))
+
+
+def _gradients(value: Tensor, upstream: Tensor | None, model: Model) -> dict[str, Tensor | None]:
+    if upstream is None:
+        return {}
+    value.backward(upstream.to(value.dtype))
+    return {name: getattr(model, name).grad for name in TENSORS if getattr(model, name) is not None}
+
+
+def true_scores(problem: Problem) -> dict[str, Tensor]:
+    """Every field of TokenScores in float64, from probabilities."""
+    student, teacher = problem.student.to(torch.float64), problem.teacher.to(torch.float64)
+    rows = kept(problem)
+    s, t = _logprobs(problem, student, teacher)
+    vocab = s.shape[-1]
+
+    def lost_mass(model: Model) -> Tensor:
+        full = (model.logits() / problem.temperature).softmax(-1)
+        return full[..., vocab:].sum(-1)[rows]
+
+    fields = {
+        "forward_kl": (t.exp() * (t - s)).sum(-1),
+        "reverse_kl": (s.exp() * (s - t)).sum(-1),
+        "student_entropy": -(s.exp() * s).sum(-1),
+        "teacher_entropy": -(t.exp() * t).sum(-1),
+        "top1_agreement": s.argmax(-1) == t.argmax(-1),
+        "student_lost_mass": lost_mass(student),
+        "teacher_lost_mass": lost_mass(teacher),
+    }
+    if problem.tokens is not None:
+        at = problem.tokens[rows].unsqueeze(-1)
+        fields |= {"student_logprob": s.gather(-1, at)[..., 0], "teacher_logprob": t.gather(-1, at)[..., 0]}
+    return {name: v.new_zeros(rows.shape).masked_scatter(rows, v) for name, v in fields.items()}
+
+
+def assert_near(found: Tensor, truth: Tensor, tolerance: float, what: str = "") -> None:
+    """Shapes agree, and no element is off by more than tolerance times the largest true one."""
+    assert found.shape == truth.shape, f"{what}: {found.shape} for {truth.shape}"
+    assert found.isfinite().all(), f"{what} is not finite"
+    if truth.numel():
+        worst, scale = (found.double() - truth).abs().max().item(), truth.abs().max().item()
+        assert worst <= tolerance * scale, f"{what}: off by {worst:.3g}, the largest is {scale:.3g}"
+
+
+def assert_outcome(found: Outcome, truth: Outcome, tolerance: float) -> None:
+    """Value and every gradient near the truth, and none where none is due."""
+    assert_near(found.value, truth.value, tolerance, "value")
+    assert found.grads.keys() == truth.grads.keys()
+    for name, true in truth.grads.items():
+        assert (found.grads[name] is None) == (true is None), f"gradient of {name}"
+        if true is not None:
+            assert_near(found.grads[name], true, tolerance, f"gradient of {name}")
+
+
+def assert_no_worse(found: Tensor, yardstick: Tensor, truth: Tensor, constant: float, what: str = "") -> None:
+    """Each element is as near to the truth as eager torch's, but for the rounding of the result and a small constant.
+
+    constant is in units of the largest true element; it is there because eager is exact somewhere by luck.
+    """
+    assert found.dtype == yardstick.dtype, f"{what}: {found.dtype} where eager has {yardstick.dtype}"
+    info = torch.finfo(found.dtype)
+    rounding = truth.abs() * info.eps / 2 + info.smallest_normal * info.eps
+    allowed = (yardstick.double() - truth).abs() + rounding + constant * truth.abs().max()
+    error = (found.double() - truth).abs()
+    excess = (error / allowed).max().item() if truth.numel() else 0.0
+    assert excess <= 1, f"{what}: an element is {excess:.3g} times as wrong as allowed"
+
+
+def random_model(
+    n: int | tuple[int, ...],
+    vocab: int,
+    width: int,
+    *,
+    bias: bool = False,
+    rank: int = 0,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> Model:
+    """float64; signs mixed, every third row's logits five times as large (a peaked softmax)."""
+    shape = (n,) if isinstance(n, int) else n
+    hidden = torch.randn(*shape, width, dtype=torch.float64)
+    hidden.view(-1, width)[::3] *= 5
+    weight = torch.randn(vocab, width, dtype=torch.float64)
+    low_rank = (torch.randn(rank, width).double(), torch.randn(vocab, rank).double()) if rank else (None, None)
+    offset = 2 * torch.randn(vocab, dtype=torch.float64) if bias else None
+    return Model(hidden, weight, offset, *low_rank, scaling=0.5, scale=scale, softcap=softcap)
+
+
+def random_problem(
+    options: dict[str, Any],
+    divergence: topd.Divergence = DIVERGENCES[2],
+    *,
+    n: int = 11,
+    vocab: int = 41,
+) -> Problem:
+    """The options of one entry of OPTIONS. Masked tokens are -100."""
+    student = {"vocab": vocab, "width": 7} | options.get("student", {})
+    teacher = {"vocab": vocab, "width": 5} | options.get("teacher", {})
+    tokens, mask = torch.randint(vocab, (n,)), None
+    if "mask" in options:
+        mask = torch.rand(n) < 0.6
+        tokens[~mask] = -100
+    numbers = {name: options[name] for name in ("temperature", "hard_weight") if name in options}
+    sides = random_model(n, **student), random_model(n, **teacher)
+    return Problem(*sides, divergence, mask=mask, tokens=tokens, **numbers)

@@ -1,0 +1,28 @@
+"""Fixtures: the device, the backends that run on it, and a fixed seed for every test."""
+
+import pytest
+import torch
+
+import topd
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA or ROCm device on this machine")
+    return torch.device(request.param)
+
+
+@pytest.fixture(params=["reference", "eager", "cpp"])
+def backend(request: pytest.FixtureRequest, device: torch.device) -> str:
+    found = topd.backends()[request.param]
+    if not found:
+        pytest.skip(str(found))
+    if request.param == "cpp" and device.type != "cpu":
+        pytest.skip("the cpp backend takes CPU tensors only")
+    return request.param

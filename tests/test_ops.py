@@ -1,0 +1,175 @@
+"""The registered ops: torch's own opcheck, and whole training steps through torch.compile."""
+
+from dataclasses import replace
+from typing import Any
+
+import compare
+import pytest
+import torch
+from compare import Problem, plain, random_problem
+from torch import Tensor
+
+import topd
+
+OPTIONS = {
+    "plain": {},
+    "everything": {
+        "student": {"bias": True, "rank": 2, "softcap": 8.0, "vocab": 15},
+        "teacher": {"bias": True, "rank": 2, "scale": 0.5},
+        "temperature": 1.4,
+        "mask": True,
+        "hard_weight": 0.25,
+    },
+}
+
+
+def pack(op: Any, known: dict[str, Any]) -> tuple[Any, ...]:
+    """An op's arguments by the names in its schema; an optional one that is not known is None."""
+    arguments = op._schema.arguments
+    missing = [a.name for a in arguments if a.name not in known and "Optional" not in str(a.type)]
+    assert not missing, f"the schema of {op} has new arguments: {missing}"
+    return tuple(known.get(argument.name) for argument in arguments)
+
+
+def known_arguments(problem: Problem, backend: str) -> dict[str, Any]:
+    known: dict[str, Any] = {"mask": problem.mask, "tokens": problem.tokens, "backend": backend}
+    for side in ("student", "teacher"):
+        model = getattr(problem, side)
+        known |= {f"{side}_{name}": getattr(model, name) for name in (*compare.TENSORS, "scaling", "scale", "softcap")}
+    names = ("hidden_grad", "weight_grad", "bias_grad", "adapter_grad", "scores")
+    return (
+        known
+        | dict.fromkeys(names, True)
+        | {
+            "temperature": problem.temperature,
+            "divergence": problem.divergence.name,
+            "parameter": problem.divergence.parameter,
+            "hard_weight": problem.hard_weight,
+        }
+    )
+
+
+def chunked(backend: str) -> str:
+    if backend == "reference":
+        pytest.skip("the reference is not an op")
+    return backend
+
+
+def needs(problem: Problem) -> dict[str, bool]:
+    return {"bias_grad": problem.student.bias is not None, "adapter_grad": problem.student.a is not None}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_opcheck_forward(options, backend, device):
+    problem = random_problem(options, n=6, vocab=13).to(device)
+    problem = replace(problem, student=problem.student.leaves(compare.TENSORS))
+    op = torch.ops.topd.linear_divergence.default
+    known = known_arguments(problem, chunked(backend)) | needs(problem)
+    results = torch.library.opcheck(op, pack(op, known))
+    assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_opcheck_backward(options, backend, device):
+    problem = random_problem(options, n=6, vocab=13).to(device)
+    known = known_arguments(problem, chunked(backend)) | needs(problem)
+    forward, op = torch.ops.topd.linear_divergence.default, torch.ops.topd.linear_divergence_backward.default
+    names = [returned.name for returned in forward._schema.returns]
+    made = dict(zip(names, forward(*pack(forward, known)), strict=True))
+    upstream = torch.randn(6, dtype=torch.float64, device=device)
+    kept = {"hidden_grad": made.pop("hidden_grad")} | made
+    arguments = []
+    for argument in op._schema.arguments:
+        is_flag = str(argument.type) == "bool"
+        extra = {"grad_value": upstream, "uniform_hint": True}
+        arguments.append(
+            {**known, **extra}.get(argument.name) if is_flag else {**known, **kept, **extra}.get(argument.name)
+        )
+    results = torch.library.opcheck(op, tuple(arguments))
+    assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.skipif(not topd.backends()["cpp"], reason=str(topd.backends()["cpp"]))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("flags", [(True, True), (False, False)], ids=["grad+scores", "value"])
+def test_opcheck_rows(flags, dtype):
+    op = torch.ops.topd.divergence_rows.default
+    known = known_arguments(random_problem(OPTIONS["everything"], n=5, vocab=13).to(dtype), "cpp")
+    known |= {"student_product": torch.randn(5, 15, dtype=dtype), "teacher_product": torch.randn(5, 13, dtype=dtype)}
+    known |= {"tokens": torch.arange(5), "grad": flags[0], "scores": flags[1]}
+    results = torch.library.opcheck(op, pack(op, known))
+    assert set(results.values()) == {"SUCCESS"}
+
+
+class Step(torch.nn.Module):
+    """A layer, its head and the weighted loss of a batch, as a training step has them."""
+
+    def __init__(self, problem: Problem, backend: str) -> None:
+        super().__init__()
+        self.problem, self.backend = problem, backend
+        self.layer = torch.nn.Parameter(
+            torch.eye(problem.student.hidden.shape[-1], device=problem.student.weight.device)
+        )
+        self.weight = torch.nn.Parameter(problem.student.weight.clone())
+        self.bias = torch.nn.Parameter(problem.student.bias.clone())
+
+    def forward(self, hidden: Tensor, teacher_hidden: Tensor, mask: Tensor, tokens: Tensor, weights: Tensor) -> Tensor:
+        head = topd.Head(self.weight, self.bias, scale=0.5)
+        value = topd.linear_divergence(
+            hidden @ self.layer,
+            head,
+            teacher_hidden,
+            self.problem.teacher.head(),
+            divergence=topd.JSD(0.3),
+            mask=mask,
+            tokens=tokens,
+            hard_weight=0.1,
+            backend=self.backend,
+        )
+        return (value * weights).sum()
+
+    def train_on(self, loss_of, problem: Problem, weights: Tensor, steps: int = 3) -> list[Tensor]:
+        """Losses, last gradients and parameters of a few steps of gradient descent."""
+        losses = []
+        for _ in range(steps):
+            self.zero_grad()
+            loss = loss_of(problem.student.hidden, problem.teacher.hidden, problem.mask, problem.tokens, weights)
+            loss.backward()
+            losses.append(loss.detach())
+            with torch.no_grad():
+                for parameter in self.parameters():
+                    parameter -= 0.01 * parameter.grad
+        return [*losses, *(p.grad for p in self.parameters()), *(p.detach() for p in self.parameters())]
+
+
+@pytest.mark.parametrize("uniform", [True, False], ids=["mean", "weights"])
+def test_a_compiled_training_step_is_the_eager_one(uniform, backend, device):
+    """fullgraph, non-uniform weights of both signs with zeros, against eager and, at the first step, float64."""
+    problem = random_problem({"student": {"bias": True}, "mask": True}, n=10, vocab=21).to(device).to(torch.float32)
+    weights = torch.full((10,), 0.1) if uniform else torch.randn(10) * (torch.arange(10) % 4 != 0)
+    weights = weights.to(device)
+    torch._dynamo.reset()
+    eager, step = Step(problem, chunked(backend)), Step(problem, backend)
+    compiled = step.train_on(torch.compile(step, fullgraph=True), problem, weights)
+    for found, expected in zip(compiled, eager.train_on(eager, problem, weights), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_compiled_gradient_is_the_true_one(backend, device):
+    """Weights that deviate from any one factor go through the compiled backward; the truth is float64."""
+    problem = random_problem(OPTIONS["everything"], topd.ForwardKL(0.05), n=10, vocab=21).to(device)
+    student = problem.student.leaves(compare.TENSORS)
+
+    def loss(hidden: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor, upstream: Tensor) -> Tensor:
+        head = topd.Head(weight, bias, softcap=8.0, adapter=topd.LowRank(a, b, 0.5))
+        sides = hidden, head, problem.teacher.hidden, problem.teacher.head()
+        value, scores = topd.linear_divergence(
+            *sides, **problem.options(), weights_hint=upstream.abs(), return_scores=True, backend=chunked(backend)
+        )
+        return (value * upstream).sum() + scores.student_entropy.sum()
+
+    torch._dynamo.reset()
+    upstream = torch.randn(10, dtype=torch.float64, device=device)
+    torch.compile(loss, fullgraph=True)(*(getattr(student, name) for name in compare.TENSORS), upstream).backward()
+    for name, true in plain(problem, upstream).grads.items():
+        compare.assert_near(getattr(student, name).grad, true, 1e-10, name)
