@@ -19,7 +19,19 @@ VARIANTS = (
     if platform.machine().lower() in ("x86_64", "amd64")
     else {"default": ["-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"]}
 )
-FLAGS = ["-O3", "-g0", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+FLAGS = [
+    "-O3",
+    "-g0",
+    "-std=c++20",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unused-parameter",
+    "-Wno-unknown-pragmas",
+    "-Wno-maybe-uninitialized",
+    "-Wno-uninitialized",
+]
 
 
 def extension_arguments() -> dict[str, object]:

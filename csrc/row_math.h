@@ -82,12 +82,11 @@ struct Mixture {
     const Vec<T> e = where(at.near, phi_size - size, exp(size.neg()) - Vec<T>(1));      // expm1(-|d|)
     const Vec<T> we = where(teacher_smaller, Vec<T>(beta), Vec<T>(1 - beta)) * e, share = Vec<T>(1) + we;
     const Vec<T> larger_d = log1p_share(we).neg(), smaller_d = larger_d - size;
-    const Vec<T> larger_excess = we.neg() / share, smaller_excess = (e - we) / share;
     m = Vec<T>(1 - beta) * at.student_p + Vec<T>(beta) * at.teacher_p;
     teacher_d = where(teacher_smaller, smaller_d, larger_d);
     student_d = where(teacher_smaller, larger_d, smaller_d);
-    teacher_excess = where(teacher_smaller, smaller_excess, larger_excess);
-    student_excess = where(teacher_smaller, larger_excess, smaller_excess);
+    teacher_excess = where(teacher_smaller, e - we, we.neg()) / share;
+    student_excess = where(teacher_smaller, we.neg(), e - we) / share;
   }
 };
 

@@ -69,23 +69,20 @@ def test_opcheck_forward(options, backend, device):
     assert set(results.values()) == {"SUCCESS"}
 
 
+@pytest.mark.parametrize("uniform", [True, False], ids=["no hint", "hint"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_opcheck_backward(options, backend, device):
+def test_opcheck_backward(options, uniform, backend, device):
+    """Its arguments: the upstream gradient, what both ops share, what forward kept, whether no hint came, flags."""
     problem = random_problem(options, n=6, vocab=13).to(device)
-    known = known_arguments(problem, chunked(backend)) | needs(problem)
-    forward, op = torch.ops.topd.linear_divergence.default, torch.ops.topd.linear_divergence_backward.default
-    names = [returned.name for returned in forward._schema.returns]
-    made = dict(zip(names, forward(*pack(forward, known)), strict=True))
     upstream = torch.randn(6, dtype=torch.float64, device=device)
-    kept = {"hidden_grad": made.pop("hidden_grad")} | made
-    arguments = []
-    for argument in op._schema.arguments:
-        is_flag = str(argument.type) == "bool"
-        extra = {"grad_value": upstream, "uniform_hint": True}
-        arguments.append(
-            {**known, **extra}.get(argument.name) if is_flag else {**known, **kept, **extra}.get(argument.name)
-        )
-    results = torch.library.opcheck(op, tuple(arguments))
+    forward = torch.ops.topd.linear_divergence.default
+    known = known_arguments(problem, chunked(backend)) | needs(problem)
+    given = pack(forward, known if uniform else known | {"weights_hint": upstream.abs()})
+    shared = [argument.name for argument in forward._schema.arguments].index("weights_hint")
+    flags = (True, True, *needs(problem).values())
+    _, _, *kept = forward(*given)
+    arguments = (upstream, *given[:shared], *kept, uniform, *flags)
+    results = torch.library.opcheck(torch.ops.topd.linear_divergence_backward.default, arguments)
     assert set(results.values()) == {"SUCCESS"}
 
 
@@ -107,9 +104,7 @@ class Step(torch.nn.Module):
     def __init__(self, problem: Problem, backend: str) -> None:
         super().__init__()
         self.problem, self.backend = problem, backend
-        self.layer = torch.nn.Parameter(
-            torch.eye(problem.student.hidden.shape[-1], device=problem.student.weight.device)
-        )
+        self.layer = torch.nn.Parameter(torch.eye(problem.student.hidden.shape[-1], device=problem.student.weight.device))
         self.weight = torch.nn.Parameter(problem.student.weight.clone())
         self.bias = torch.nn.Parameter(problem.student.bias.clone())
 
@@ -158,18 +153,18 @@ def test_a_compiled_training_step_is_the_eager_one(uniform, backend, device):
 def test_a_compiled_gradient_is_the_true_one(backend, device):
     """Weights that deviate from any one factor go through the compiled backward; the truth is float64."""
     problem = random_problem(OPTIONS["everything"], topd.ForwardKL(0.05), n=10, vocab=21).to(device)
-    student = problem.student.leaves(compare.TENSORS)
+    student, name = problem.student.leaves(compare.TENSORS), chunked(backend)
 
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor, upstream: Tensor) -> Tensor:
         head = topd.Head(weight, bias, softcap=8.0, adapter=topd.LowRank(a, b, 0.5))
         sides = hidden, head, problem.teacher.hidden, problem.teacher.head()
         value, scores = topd.linear_divergence(
-            *sides, **problem.options(), weights_hint=upstream.abs(), return_scores=True, backend=chunked(backend)
+            *sides, **problem.options(), weights_hint=upstream.abs(), return_scores=True, backend=name
         )
         return (value * upstream).sum() + scores.student_entropy.sum()
 
     torch._dynamo.reset()
     upstream = torch.randn(10, dtype=torch.float64, device=device)
     torch.compile(loss, fullgraph=True)(*(getattr(student, name) for name in compare.TENSORS), upstream).backward()
-    for name, true in plain(problem, upstream).grads.items():
-        compare.assert_near(getattr(student, name).grad, true, 1e-10, name)
+    for tensor, true in plain(problem, upstream).grads.items():
+        compare.assert_near(getattr(student, tensor).grad, true, 1e-10, tensor)

@@ -1,13 +1,16 @@
 // topd::divergence_rows on the CPU: each row of both tiles is read once from memory and swept while it lies in cache.
 //
 // Sweeps of a row: products to logits (only where something changes them); largest entry; normaliser; divergence, scores and
-// the two operands of the gradient, A into the student's row and p_S into the teacher's; gradient into the student's row.
+// the two operands of the gradient, A into the student's row and p_S into a scratch row (so that the teacher's need not be
+// written back to memory); gradient into the student's row.
 
 #include "../ops.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+
+#include <vector>
 
 #include "../distribution.h"
 
@@ -83,6 +86,7 @@ struct Row {
   T* teacher;
   int64_t student_size, teacher_size;
   const int64_t* token;  // or null
+  T* scratch;            // [V], for the gradient
 };
 
 template <typename T>
@@ -178,7 +182,7 @@ struct Sweeper {
     if (has_token && call.hard_weight != 0) out.value -= call.hard_weight * pair.student.logprob(token_logit);
   }
 
-  // The value and scores; leaves A in the student's row and p_S chain in the teacher's. Returns E.
+  // The value and scores; leaves A in the student's row and p_S chain in the scratch. Returns E.
   T values(const Row<T>& row, int64_t size, const Pair<T>& pair, Result<T>& out) const {
     const int64_t mode = pair.student.index;
     const Vec<T> zero(0);
@@ -210,7 +214,7 @@ struct Sweeper {
             centre_block = centre_block + term.centre;
             store(term.a * slope, row.student + at, lanes);
           }
-          store(entry.student_p * slope, row.teacher + at, lanes);
+          store(entry.student_p * slope, row.scratch + at, lanes);
         },
         [&](int64_t) TOPD_INLINE {
           value += lane_sum(value_block), centre += lane_sum(centre_block);
@@ -245,14 +249,14 @@ struct Sweeper {
     };
     T token_part = 0;
     if (hard != 0) {
-      const T a = row.student[*row.token], p = row.teacher[*row.token];
+      const T a = row.student[*row.token], p = row.scratch[*row.token];
       token_part = factor * (first_lane(divergence_part(Vec<T>(a), Vec<T>(p))) +
                              hard * first_lane(chain(Vec<T>(token_logit))) * std::expm1(token_logprob));
     }
     sweep<T>(
         size,
         [&](int64_t at, int64_t lanes) TOPD_INLINE {
-          const Vec<T> a = load(row.student + at, lanes), p = load(row.teacher + at, lanes);
+          const Vec<T> a = load(row.student + at, lanes), p = load(row.scratch + at, lanes);
           store(scale * (divergence_part(a, p) + Vec<T>(hard) * p), row.student + at, lanes);
         },
         [](int64_t) {});
@@ -320,9 +324,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> divergence_rows(
     T* const found_data = found.data_ptr<T>();
     bool* const finite_data = finite.data_ptr<bool>();
     at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / size), [&](int64_t begin, int64_t end) {
+      std::vector<T> scratch(grad ? size : 0);
       for (int64_t i = begin; i < end; ++i) {
         const Row<T> row{student_data + i * student.stride(0), teacher_data + i * teacher.stride(0), student.size(1),
-                         teacher.size(1), id ? id + i : nullptr};
+                         teacher.size(1), id ? id + i : nullptr, scratch.data()};
         Result<T> out;
         run_row<T>(kind, call, row, out);
         value_data[i] = out.value;

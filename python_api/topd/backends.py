@@ -44,7 +44,9 @@ def _load_cpp() -> Backend:
             try:
                 torch.ops.load_library(str(path))
             except OSError as error:
-                return Backend("cpp", False, f"{path.name} does not load ({error}); rebuild it against torch {torch.__version__}")
+                return Backend(
+                    "cpp", False, f"{path.name} does not load ({error}); rebuild it against torch {torch.__version__}"
+                )
             return Backend("cpp", True, f"{path.name}, CPU tensors")
     return Backend("cpp", False, "the extension was not built; install with a C++ compiler and without TOPD_BUILD_CPP=0")
 

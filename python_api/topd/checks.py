@@ -59,7 +59,9 @@ def floating(name: str, value: object) -> Tensor:
     """A dense tensor of one of the four floating dtypes that the kernels take."""
     checked = tensor(name, value)
     if checked.dtype not in FLOATING:
-        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {checked.dtype}; dequantise or cast it first")
+        raise TypeError(
+            f"{name} must be float32, float64, bfloat16 or float16, got {checked.dtype}; dequantise or cast it first"
+        )
     return checked
 
 
@@ -78,7 +80,7 @@ def on_device(name: str, value: Tensor, device: torch.device, other: str) -> Ten
 
 def token_range(tokens: Tensor, vocab: int) -> Tensor:
     """Tokens of unmasked rows, checked to be in [0, vocab) on a CPU; on a GPU the check would stall the stream."""
-    if tokens.device.type == "cpu" and tokens.numel() and not (0 <= int(tokens.min()) and int(tokens.max()) < vocab):
+    if tokens.device.type == "cpu" and tokens.numel() and (int(tokens.min()) < 0 or int(tokens.max()) >= vocab):
         worst = tokens[(tokens < 0) | (tokens >= vocab)][0]
         raise ValueError(
             f"tokens must lie in [0, {vocab}), the vocabulary that both heads share, where mask is True, got {int(worst)}; "

@@ -18,7 +18,8 @@ def _side(name: str, hidden: object, head: object) -> tuple[Tensor, Head]:
     """Hidden states [..., H] that go with a head."""
     if not isinstance(head, Head):
         raise TypeError(
-            f"{name} must be a topd.Head, got {type(head).__name__}; build one with topd.Head(weight) or topd.Head.from_model(model)"
+            f"{name} must be a topd.Head, got {type(head).__name__}; build one with topd.Head(weight) or "
+            "topd.Head.from_model(model)"
         )
     states = floating(f"{name}_hidden", hidden)
     width = head.weight.shape[1]
@@ -147,7 +148,9 @@ def linear_divergence(
     real("hard_weight", hard_weight, low=0.0)
     flag("return_scores", return_scores)
     if hard_weight and tokens is None:
-        raise ValueError("hard_weight needs tokens, the sampled tokens [...] int64, got tokens=None; pass them or leave it at 0")
+        raise ValueError(
+            "hard_weight needs tokens, the sampled tokens [...] int64, got tokens=None; pass them or leave it at 0"
+        )
     if workspace_bytes is not None:
         positive_int("workspace_bytes", workspace_bytes, hint="None for the default")
     flat_mask = None if mask is None else _per_token("mask", mask, torch.bool, student_hidden)

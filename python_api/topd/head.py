@@ -75,7 +75,9 @@ class Head:
             floating("Head.bias", self.bias)
             shaped("Head.bias", self.bias, (vocab,), "an entry for each row of Head.weight")
             if self.bias.dtype != weight.dtype:
-                raise ValueError(f"Head.bias must have the dtype of Head.weight, {weight.dtype}, got {self.bias.dtype}; cast it")
+                raise ValueError(
+                    f"Head.bias must have the dtype of Head.weight, {weight.dtype}, got {self.bias.dtype}; cast it"
+                )
             on_device("Head.bias", self.bias, weight.device, "Head.weight")
         real("Head.scale", self.scale)
         if self.softcap is not None:
@@ -110,7 +112,9 @@ class Head:
 
         float16 and bfloat16 are computed in float32, as the ops compute them.
         """
-        return shape_logits(product(hidden, self, torch.promote_types(self.weight.dtype, torch.float32)), None, self.scale, self.softcap)
+        return shape_logits(
+            product(hidden, self, torch.promote_types(self.weight.dtype, torch.float32)), None, self.scale, self.softcap
+        )
 
     @classmethod
     def from_model(cls, model: Any) -> "Head":

@@ -50,12 +50,16 @@ class Rows(NamedTuple):
 
 
 class Distribution(NamedTuple):
-    """One side's softmax over the common vocabulary, kept apart from its offset so that no digits are lost."""
+    """One side's softmax over the common vocabulary, apart from its offset `top` (at entry `mode`), so that no digits are lost."""
 
     logits: Tensor
     top: Tensor
-    index: Tensor
+    mode: Tensor
     log_rest: Tensor
+
+    @property
+    def exists(self) -> Tensor:
+        return self.top.isfinite() & self.log_rest.isfinite()
 
     @property
     def logprobs(self) -> Tensor:
@@ -63,10 +67,10 @@ class Distribution(NamedTuple):
 
 
 def distribution(logits: Tensor) -> Distribution:
-    index = logits.argmax(-1, keepdim=True)
-    top = logits.gather(-1, index)
-    rest = (logits - top).exp().scatter(-1, index, 0.0).sum(-1, keepdim=True)
-    return Distribution(logits, top, index, rest.log1p())
+    mode = logits.argmax(-1, keepdim=True)
+    top = logits.gather(-1, mode)
+    rest = (logits - top).exp().scatter(-1, mode, 0.0).sum(-1, keepdim=True)
+    return Distribution(logits, top, mode, rest.log1p())
 
 
 def log_ratio(teacher: Distribution, student: Distribution) -> Tensor:
@@ -95,7 +99,7 @@ def kl_terms(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
 
 def _centred(p: Tensor, a: Tensor, student: Distribution) -> Tensor:
     """p (A - sum p A) with A taken relative to the student's most likely entry; entries with p_S = 0 count nothing."""
-    a = (a - a.gather(-1, student.index)).masked_fill(student.logits.isneginf(), 0.0)
+    a = (a - a.gather(-1, student.mode)).masked_fill(student.logits.isneginf(), 0.0)
     return p * (a - (p * a).sum(-1, keepdim=True))
 
 
@@ -227,7 +231,7 @@ def divergence_rows(
     teacher_full = shape_logits(teacher_product, teacher_bias, spec.teacher_scale, spec.teacher_softcap, spec.temperature)
     student, teacher = distribution(student_full[..., :vocab]), distribution(teacher_full[..., :vocab])
     d = log_ratio(teacher, student)
-    finite = (student.log_rest.isfinite() & teacher.log_rest.isfinite())[..., 0]
+    finite = (student.exists & teacher.exists)[..., 0]
     value, grad_logits = _value_and_grad(spec.divergence, spec.parameter, teacher, student, d)
 
     student_logprob = teacher_logprob = torch.zeros_like(value)
@@ -247,7 +251,7 @@ def divergence_rows(
             "teacher_entropy": _entropy(teacher),
             "student_logprob": student_logprob,
             "teacher_logprob": teacher_logprob,
-            "top1_agreement": (student.index == teacher.index)[..., 0].to(value.dtype),
+            "top1_agreement": (student.mode == teacher.mode)[..., 0].to(value.dtype),
             "student_lost_mass": _lost_mass(student_full, student),
             "teacher_lost_mass": _lost_mass(teacher_full, teacher),
         }
@@ -303,6 +307,8 @@ def linear_divergence(
         tokens = token_range(tokens[kept], min(student.weight.shape[0], teacher.weight.shape[0]))
     student_product = product(student_hidden[kept], student, dtype)
     teacher_product = product(teacher_hidden[kept], teacher, dtype)
-    value, scores = _RowsFunction.apply(student_product, teacher_product, tokens, spec)
+    value, scores = _RowsFunction.apply(  # type: ignore[no-untyped-call]
+        student_product, teacher_product, tokens, spec
+    )
     n = student_hidden.shape[0]
     return value.new_zeros(n).index_put((kept,), value), scores.new_zeros(len(FIELDS), n).index_copy(1, kept, scores)

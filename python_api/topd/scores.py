@@ -44,7 +44,15 @@ class TokenScores:
 
 def unpack_scores(scores: Tensor, shape: tuple[int, ...], *, has_tokens: bool) -> TokenScores:
     """From the ops' [9, N] tensor to named fields of the caller's shape."""
-    fields = {name: scores[i].reshape(shape) for i, name in enumerate(FIELDS)}
-    logprobs = {k: fields.pop(k) if has_tokens else None for k in ("student_logprob", "teacher_logprob")}
-    agreement = fields.pop("top1_agreement") != 0
-    return TokenScores(**fields, **logprobs, top1_agreement=agreement)
+    field = {name: scores[i].reshape(shape) for i, name in enumerate(FIELDS)}
+    return TokenScores(
+        forward_kl=field["forward_kl"],
+        reverse_kl=field["reverse_kl"],
+        student_entropy=field["student_entropy"],
+        teacher_entropy=field["teacher_entropy"],
+        student_logprob=field["student_logprob"] if has_tokens else None,
+        teacher_logprob=field["teacher_logprob"] if has_tokens else None,
+        top1_agreement=field["top1_agreement"] != 0,
+        student_lost_mass=field["student_lost_mass"],
+        teacher_lost_mass=field["teacher_lost_mass"],
+    )

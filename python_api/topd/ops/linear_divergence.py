@@ -137,9 +137,7 @@ def _forward(*flat: Any) -> tuple[Tensor, ...]:
         value = torch.zeros(n, dtype=call.dtype, device=device)
         found = value.new_zeros(len(FIELDS) if scores else 0, n)
         u = value.new_zeros((n, student.hidden.shape[1]) if hidden_grad else (0, 0))
-        grads = HeadGrads.zeros(
-            student, call.vocab, call.dtype, weight=weight_grad, bias=bias_grad, adapter=adapter_grad
-        )
+        grads = HeadGrads.zeros(student, call.vocab, call.dtype, weight=weight_grad, bias=bias_grad, adapter=adapter_grad)
         used_hint = _normalised_hint(hint, call.mask, value) if grads.wanted else value.new_empty(0)
         chosen = _chosen_rows(call.mask)
         if call.tokens is not None:
@@ -255,14 +253,18 @@ def _backward_fake(grad_value: Tensor, *flat: Any) -> tuple[Tensor, ...]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    value, scores, *kept = output
+    _, scores, *kept = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(scores, *kept)
     common = inputs[:N_COMMON]
     ctx.tensors_at = [i for i, argument in enumerate(common) if isinstance(argument, Tensor)]
     ctx.others = [None if isinstance(argument, Tensor) else argument for argument in common]
     ctx.save_for_backward(*(common[i] for i in ctx.tensors_at), *kept)
-    ctx.uniform_hint, ctx.needs, ctx.n_inputs = inputs[N_COMMON] is None, inputs[N_COMMON + 1 : N_COMMON + 5], len(inputs)
+    ctx.uniform_hint, ctx.needs, ctx.n_inputs = (
+        inputs[N_COMMON] is None,
+        inputs[N_COMMON + 1 : N_COMMON + 5],
+        len(inputs),
+    )
 
 
 def _gradient(ctx: Any, grad_value: Tensor | None, *_: Any) -> tuple[Any, ...]:

@@ -68,7 +68,14 @@ class TileLoop:
         self.vocab = min(student.weight.shape[0], teacher.weight.shape[0])
         self.student = student.widened(student.weight.shape[0] if full_width else self.vocab, dtype)
         self.teacher = teacher.widened(teacher.weight.shape[0] if full_width else self.vocab, dtype)
-        self.tokens, self.spec, self.plan, self.backend, self.chosen, self.dtype = tokens, spec, plan, backend, chosen, dtype
+        self.tokens, self.spec, self.plan, self.backend, self.chosen, self.dtype = (
+            tokens,
+            spec,
+            plan,
+            backend,
+            chosen,
+            dtype,
+        )
 
     def run(self, *, grad: bool, scores: bool) -> Iterator[Chunk]:
         """Each chunk's results; its gradient lives in a tile that the next chunk overwrites."""
