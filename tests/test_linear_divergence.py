@@ -60,10 +60,9 @@ def test_literal_values(divergence, backend, device):
 )
 def test_literal_gradients(divergence, gradient, backend, device):
     """To the two logits they are opposite; the upstream gradients are 1 and -2, so the weight's is -1 times it."""
-    found = by_topd(Problem(*two_entries(), divergence).to(device), backend, torch.tensor([1.0, -2.0], device=device)).grads[
-        "weight"
-    ]
-    assert_literal(found, [[-gradient], [gradient]])
+    problem = Problem(*two_entries(), divergence).to(device)
+    found = by_topd(problem, backend, torch.tensor([1, -2], device=device))
+    assert_literal(found.grads["weight"], [[-gradient], [gradient]])
 
 
 W = f64([[0], [LOG3]])

@@ -6,6 +6,7 @@ from typing import Any
 import compare
 import pytest
 import torch
+import torch._inductor.config
 from compare import Problem, plain, random_problem
 from torch import Tensor
 
@@ -98,6 +99,15 @@ def test_opcheck_rows(flags, dtype):
     assert set(results.values()) == {"SUCCESS"}
 
 
+@pytest.fixture
+def cold_compiler():
+    """Nothing compiled before, here or in an earlier run, may stand in for compiling now."""
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(force_disable_caches=True):
+        yield
+    torch._dynamo.reset()
+
+
 class Step(torch.nn.Module):
     """A layer, its head and the weighted loss of a batch, as a training step has them."""
 
@@ -137,19 +147,20 @@ class Step(torch.nn.Module):
         return [*losses, *(p.grad for p in self.parameters()), *(p.detach() for p in self.parameters())]
 
 
+@pytest.mark.usefixtures("cold_compiler")
 @pytest.mark.parametrize("uniform", [True, False], ids=["mean", "weights"])
 def test_a_compiled_training_step_is_the_eager_one(uniform, backend, device):
     """fullgraph, non-uniform weights of both signs with zeros, against eager and, at the first step, float64."""
     problem = random_problem({"student": {"bias": True}, "mask": True}, n=10, vocab=21).to(device).to(torch.float32)
     weights = torch.full((10,), 0.1) if uniform else torch.randn(10) * (torch.arange(10) % 4 != 0)
     weights = weights.to(device)
-    torch._dynamo.reset()
     eager, step = Step(problem, chunked(backend)), Step(problem, backend)
     compiled = step.train_on(torch.compile(step, fullgraph=True), problem, weights)
     for found, expected in zip(compiled, eager.train_on(eager, problem, weights), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("cold_compiler")
 def test_a_compiled_gradient_is_the_true_one(backend, device):
     """Weights that deviate from any one factor go through the compiled backward; the truth is float64."""
     problem = random_problem(OPTIONS["everything"], topd.ForwardKL(0.05), n=10, vocab=21).to(device)
@@ -163,7 +174,6 @@ def test_a_compiled_gradient_is_the_true_one(backend, device):
         )
         return (value * upstream).sum() + scores.student_entropy.sum()
 
-    torch._dynamo.reset()
     upstream = torch.randn(10, dtype=torch.float64, device=device)
     torch.compile(loss, fullgraph=True)(*(getattr(student, name) for name in compare.TENSORS), upstream).backward()
     for tensor, true in plain(problem, upstream).grads.items():
