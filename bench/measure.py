@@ -55,9 +55,7 @@ def sample(contender: Contender) -> Sample:
     return taken
 
 
-def interleave(
-    contenders: Mapping[str, Contender], rounds: int, progress: Callable[[int], None]
-) -> dict[str, list[Sample]]:
+def interleave(contenders: Mapping[str, Contender], rounds: int, progress: Callable[[int], None]) -> dict[str, list[Sample]]:
     """An untimed warm-up round, then `rounds` rounds in which each contender runs once; progress is told the round."""
     samples: dict[str, list[Sample]] = {name: [] for name in contenders}
     gc.collect()

@@ -83,9 +83,7 @@ def settle() -> float:
     Path("/proc/self/clear_refs").write_text("5")
     baseline_mib, high_mib = resident_mib("VmRSS"), resident_mib("VmHWM")
     if high_mib - baseline_mib > 1:
-        raise RuntimeError(
-            f"the kernel did not reset VmHWM: {high_mib:.0f} MiB above a resident {baseline_mib:.0f} MiB"
-        )
+        raise RuntimeError(f"the kernel did not reset VmHWM: {high_mib:.0f} MiB above a resident {baseline_mib:.0f} MiB")
     return baseline_mib
 
 

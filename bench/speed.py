@@ -63,8 +63,7 @@ class SpeedRow:
     def from_json(cls, data: dict[str, Any]) -> "SpeedRow":
         """The inverse of dataclasses.asdict."""
         spreads = {
-            key: {name: Spread(**spread) for name, spread in data[key].items()}
-            for key in ("time_ms", "ratios", "page_faults")
+            key: {name: Spread(**spread) for name, spread in data[key].items()} for key in ("time_ms", "ratios", "page_faults")
         }
         return cls(**(data | spreads | {"errors": {name: Errors(**errors) for name, errors in data["errors"].items()}}))
 
@@ -126,9 +125,7 @@ def work(arguments: argparse.Namespace, path: Path) -> None:
     for case in arguments.case:
         for head in arguments.head:
             for divergence in arguments.divergence:
-                row = measure_row(
-                    case, head, divergence, backend=backend, rounds=arguments.rounds, label=arguments.malloc
-                )
+                row = measure_row(case, head, divergence, backend=backend, rounds=arguments.rounds, label=arguments.malloc)
                 rows.append(asdict(row))
                 write_json(path, {"machine": found, "rows": rows})
 

@@ -4,4 +4,7 @@
 
 #include "ops.h"
 
-TORCH_LIBRARY_IMPL(topd, CPU, m) { m.impl("divergence_rows", &topd::divergence_rows); }
+TORCH_LIBRARY_IMPL(topd, CPU, m) {
+  m.impl("divergence_rows", &topd::divergence_rows);
+  m.impl("advise_huge_pages", &topd::advise_huge_pages);
+}

@@ -15,5 +15,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> divergence_rows(
     std::optional<double> student_softcap, double teacher_scale, std::optional<double> teacher_softcap, double temperature,
     c10::string_view divergence, double parameter, double hard_weight, bool grad, bool scores);
 
+void advise_huge_pages(at::Tensor& buffer);
+
 }  // namespace CPU_CAPABILITY
 }  // namespace topd

@@ -13,17 +13,25 @@ inline namespace CPU_CAPABILITY {
 template <typename T>
 constexpr T kFar = std::is_same_v<T, float> ? T(1e30) : T(1e300);
 
-// 1 / (k + 2)!, the series of phi(d) / d^2 in -d. On |d| <= 1 the first dropped term is 2e-9 (float), 4e-19 (double).
+// phi(d) = d^2 (even(d^2) - d odd(d^2)), highest power first. float: fitted on [0, 1] to 5e-9; double: 1 / (2k + 2)! and
+// 1 / (2k + 3)!, the first dropped term is 4e-19.
 template <typename T>
 struct PhiSeries {
-  static constexpr int kTerms = std::is_same_v<T, float> ? 10 : 18;
-  static constexpr std::array<T, kTerms> make() {
-    std::array<T, kTerms> out{};
+  static constexpr std::array<T, 9> make(int first) {
+    std::array<T, 9> out{};
     double factorial = 1;
-    for (int k = 0; k < kTerms; ++k) out[k] = static_cast<T>(1 / (factorial *= k + 2));
+    for (int k = 2; k <= 18 + first - 2; ++k) {
+      factorial *= k;
+      if ((k - first) % 2 == 0 && k >= first) out[8 - (k - first) / 2] = static_cast<T>(1 / factorial);
+    }
     return out;
   }
-  static constexpr std::array<T, kTerms> kCoefficients = make();
+  static constexpr auto kEven = make(2), kOdd = make(3);
+};
+template <>
+struct PhiSeries<float> {
+  static constexpr std::array<float, 4> kEven{2.5358644052e-05f, 1.3885394437e-03f, 4.1666734964e-02f, 0.5f};
+  static constexpr std::array<float, 4> kOdd{2.8062904676e-06f, 1.9838100707e-04f, 8.3333393559e-03f, 1.6666667163e-01f};
 };
 
 template <typename T>
@@ -34,12 +42,12 @@ struct PhiPair {
 // phi(d) = exp(-d) + d - 1 and phi(-d) for |d| <= 1, from the even and the odd half of one series.
 template <typename T>
 inline PhiPair<T> phi(const Vec<T>& d) {
-  constexpr auto c = PhiSeries<T>::kCoefficients;
+  using Series = PhiSeries<T>;
   const Vec<T> square = d * d;
-  Vec<T> even(c[PhiSeries<T>::kTerms - 2]), odd(c[PhiSeries<T>::kTerms - 1]);
-  for (int k = PhiSeries<T>::kTerms - 4; k >= 0; k -= 2) {
-    even = at::vec::fmadd(even, square, Vec<T>(c[k]));
-    odd = at::vec::fmadd(odd, square, Vec<T>(c[k + 1]));
+  Vec<T> even(Series::kEven[0]), odd(Series::kOdd[0]);
+  for (size_t k = 1; k < Series::kEven.size(); ++k) {
+    even = at::vec::fmadd(even, square, Vec<T>(Series::kEven[k]));
+    odd = at::vec::fmadd(odd, square, Vec<T>(Series::kOdd[k]));
   }
   const Vec<T> tilt = d * odd;
   return {square * (even - tilt), square * (even + tilt)};

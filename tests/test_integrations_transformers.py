@@ -157,9 +157,7 @@ def test_a_language_model_inside_a_model_brings_its_head() -> None:
     text = transformers.Llama4TextConfig(**SIZES, intermediate_size_mlp=48, num_local_experts=2).to_dict()
     vision = VISION | {"intermediate_size": 64, "vision_output_dim": 16}
     vision |= {"projector_input_dim": 16, "projector_output_dim": 16}
-    config = transformers.Llama4Config(
-        text_config=text, vision_config=transformers.Llama4VisionConfig(**vision).to_dict()
-    )
+    config = transformers.Llama4Config(text_config=text, vision_config=transformers.Llama4VisionConfig(**vision).to_dict())
     model = spread(transformers.Llama4ForConditionalGeneration(config))
     with torch.no_grad():
         hidden = model.language_model.model(input_ids=token_ids()).last_hidden_state
@@ -398,9 +396,7 @@ def test_a_wrapper_subclass_is_refused() -> None:
 
 
 def test_an_offloaded_weight_is_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"a meta tensor \(offloaded\?\) in LlamaForCausalLM; keep lm_head on a device"
-    ):
+    with pytest.raises(ValueError, match=r"a meta tensor \(offloaded\?\) in LlamaForCausalLM; keep lm_head on a device"):
         topd.Head.from_model(llama().to("meta"))
 
 
@@ -434,9 +430,7 @@ def test_what_is_no_language_model_is_refused() -> None:
         (nn.DataParallel(nn.Linear(2, 3)), "DataParallel"),
         ("gpt2", "str"),
     ):
-        with pytest.raises(
-            TypeError, match=rf"model must be a transformers causal .* got {name}; for another model build"
-        ):
+        with pytest.raises(TypeError, match=rf"model must be a transformers causal .* got {name}; for another model build"):
             topd.Head.from_model(value)
     with pytest.raises(ValueError, match=r"must have output embeddings, got None in LlamaModel; pass the causal"):
         topd.Head.from_model(llama().model)

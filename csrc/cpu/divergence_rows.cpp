@@ -51,8 +51,7 @@ inline Term<T> term_of(const Entry<T>& at, T parameter) {
     if (parameter == kInf<T>) return {at.forward_term(), gap, zero};
     const Vec<T> clip(parameter), e = where(at_most(Vec<T>(kFar<T>), at.d), Vec<T>(kFar<T>), at.teacher_p * at.d);
     const Mask<T> clipped = less(clip, e);
-    const Vec<T> value = where(at.near, at.teacher_p * at.phi_d.plus - larger(e - clip, zero), gap + smaller(e, clip));
-    return {value, where(clipped, at.student_p, gap), where(clipped, at.teacher_p, zero)};
+    return {where(clipped, gap + clip, at.forward_term()), where(clipped, at.student_p, gap), where(clipped, at.teacher_p, zero)};
   } else if constexpr (kind == Kind::kReverseKL) {
     return {at.reverse_term(), at.d.neg(), zero};
   } else if constexpr (kind == Kind::kTotalVariation) {
@@ -144,11 +143,12 @@ struct Sweeper {
   static constexpr bool kCentred = kind != Kind::kForwardKL;
   const Call<T>& call;
 
-  // d logit / d product, beyond the constant scale / temperature.
+  // d (logit / temperature) / d product.
   Vec<T> chain(const Vec<T>& logits) const {
-    if (call.student.softcap == 0) return Vec<T>(1);
+    const Vec<T> scale(static_cast<T>(call.student.scale / call.student.temperature));
+    if (call.student.softcap == 0) return scale;
     const Vec<T> tanh = logits * Vec<T>(static_cast<T>(call.student.temperature / call.student.softcap));
-    return Vec<T>(1) - tanh * tanh;
+    return scale * (Vec<T>(1) - tanh * tanh);
   }
 
   void run(const Row<T>& row, Result<T>& out) const {
@@ -239,25 +239,22 @@ struct Sweeper {
   }
 
   void gradient(const Row<T>& row, int64_t size, T value, T centre, T token_logprob, T token_logit) const {
-    const T factor = static_cast<T>(call.student.scale / call.student.temperature);
     const T hard = row.token ? call.hard_weight : T(0);
     const bool dead = kCentred && std::isinf(value);  // only the forward KL has a gradient where it is inf
-    const Vec<T> scale(factor);
-    const auto divergence_part = [&](const Vec<T>& a, const Vec<T>& p) {
-      if (dead) return Vec<T>(0);
-      return kCentred ? p * (a - Vec<T>(centre)) : a - p * Vec<T>(centre);
+    if (!kCentred && centre == 0 && hard == 0) return;  // A is the gradient
+    const auto at = [&](const Vec<T>& a, const Vec<T>& p, T weight) TOPD_INLINE {
+      if (dead) return p * Vec<T>(weight);
+      return kCentred ? p * (a - Vec<T>(centre - weight)) : a - p * Vec<T>(centre - weight);
     };
     T token_part = 0;
     if (hard != 0) {
-      const T a = row.student[*row.token], p = row.scratch[*row.token];
-      token_part = factor * (first_lane(divergence_part(Vec<T>(a), Vec<T>(p))) +
-                             hard * first_lane(chain(Vec<T>(token_logit))) * std::expm1(token_logprob));
+      const Vec<T> a(row.student[*row.token]), p(row.scratch[*row.token]);
+      token_part = first_lane(at(a, p, T(0))) + hard * first_lane(chain(Vec<T>(token_logit))) * std::expm1(token_logprob);
     }
     sweep<T>(
         size,
-        [&](int64_t at, int64_t lanes) TOPD_INLINE {
-          const Vec<T> a = load(row.student + at, lanes), p = load(row.scratch + at, lanes);
-          store(scale * (divergence_part(a, p) + Vec<T>(hard) * p), row.student + at, lanes);
+        [&](int64_t i, int64_t lanes) TOPD_INLINE {
+          store(at(load(row.student + i, lanes), load(row.scratch + i, lanes), hard), row.student + i, lanes);
         },
         [](int64_t) {});
     if (hard != 0) row.student[*row.token] = token_part;

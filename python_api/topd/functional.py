@@ -25,11 +25,11 @@ def _side(name: str, hidden: object, head: object) -> tuple[Tensor, Head]:
     width = head.weight.shape[1]
     if states.dim() < 1 or states.shape[-1] != width:
         raise ValueError(f"{name}_hidden must be [..., {width}], the width of {name}.weight, got {list(states.shape)}")
-    if not torch.is_autocast_enabled(states.device.type) and states.dtype != head.weight.dtype:
+    on_device(f"{name}.weight", head.weight, states.device, f"{name}_hidden")
+    if not _autocast_enabled(states.device) and states.dtype != head.weight.dtype:
         raise ValueError(
             f"{name}_hidden and {name}.weight must share a dtype, got {states.dtype} and {head.weight.dtype}; cast one of them"
         )
-    on_device(f"{name}.weight", head.weight, states.device, f"{name}_hidden")
     return states, head
 
 
@@ -56,12 +56,15 @@ def _refuse_teacher_grad(teacher_hidden: Tensor, teacher: Head) -> None:
             )
 
 
+def _autocast_enabled(device: torch.device) -> bool:
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def _autocast(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
     """Under torch.autocast, what F.linear would cast: everything floating but float64."""
-    device_type = hidden.device.type
-    if not torch.is_autocast_enabled(device_type) or torch.float64 in (hidden.dtype, head.weight.dtype):
+    if not _autocast_enabled(hidden.device) or torch.float64 in (hidden.dtype, head.weight.dtype):
         return hidden, head
-    dtype = torch.get_autocast_dtype(device_type)
+    dtype = torch.get_autocast_dtype(hidden.device.type)
     bias = None if head.bias is None else head.bias.to(dtype)
     cast = Head(head.weight.to(dtype), bias, scale=head.scale, softcap=head.softcap, adapter=head.adapter)
     return hidden.to(dtype), cast

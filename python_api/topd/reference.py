@@ -26,6 +26,11 @@ from topd.checks import token_range
 from topd.head import Head, product, shape_logits
 from topd.scores import FIELDS
 
+NO_SECOND_DERIVATIVE = (
+    "topd.linear_divergence has no second derivative, but its backward was differentiated (create_graph=True); differentiate "
+    "once, or write the loss from topd.Head.logits and torch.log_softmax"
+)
+
 
 class RowSpec(NamedTuple):
     """The numbers that turn two matrix products into divergences; the order of the op's arguments."""
@@ -50,7 +55,7 @@ class Rows(NamedTuple):
 
 
 class Distribution(NamedTuple):
-    """One side's softmax over the common vocabulary, apart from its offset `top` (at entry `mode`), so that no digits are lost."""
+    """One side's softmax over the common vocabulary, kept apart from its offset `top`, the logit at `mode`."""
 
     logits: Tensor
     top: Tensor
@@ -144,7 +149,7 @@ def _forward_kl(p_teacher: Tensor, p_student: Tensor, d: Tensor, clip: float) ->
         return terms.sum(-1), gap
     e = (p_teacher * d).masked_fill(d == -torch.inf, 0.0).masked_fill(d == torch.inf, torch.inf)
     clipped = e > clip
-    terms = torch.where(e == torch.inf, gap + clip, terms - (e - clip).clamp_min(0.0))
+    terms = torch.where(clipped, gap + clip, terms)
     grad = torch.where(clipped, p_student, gap)
     return terms.sum(-1), grad - p_student * (p_teacher * clipped).sum(-1, keepdim=True)
 
@@ -278,17 +283,27 @@ class _RowsFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         rows = divergence_rows(student_product, teacher_product, None, None, tokens, spec, grad=True, scores=True)
         assert rows.grad_logits is not None
-        ctx.save_for_backward(rows.grad_logits, rows.finite)
+        ctx.save_for_backward(student_product, rows.grad_logits, rows.finite)
         ctx.mark_non_differentiable(rows.scores)
         return rows.value, rows.scores
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_value: Tensor, grad_scores: Tensor) -> Any:
-        grad_logits, finite = ctx.saved_tensors
+        return _RowsGradient.apply(grad_value, *ctx.saved_tensors), None, None, None  # type: ignore[no-untyped-call]
+
+
+class _RowsGradient(torch.autograd.Function):
+    """Its backward, with the product as an input so that a second derivative is noticed, and refused."""
+
+    @staticmethod
+    def forward(ctx: Any, grad_value: Tensor, student_product: Tensor, grad_logits: Tensor, finite: Tensor) -> Tensor:
         upstream = grad_value.unsqueeze(-1)
         grad = grad_logits.masked_fill(~finite.unsqueeze(-1), torch.nan) * upstream
-        return grad.masked_fill(upstream == 0, 0.0), None, None, None
+        return grad.masked_fill_(upstream == 0, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise RuntimeError(NO_SECOND_DERIVATIVE)
 
 
 def linear_divergence(
@@ -305,10 +320,8 @@ def linear_divergence(
     kept = torch.arange(student_hidden.shape[0], device=student_hidden.device) if mask is None else mask.nonzero()[:, 0]
     if tokens is not None:
         tokens = token_range(tokens[kept], min(student.weight.shape[0], teacher.weight.shape[0]))
-    student_product = product(student_hidden[kept], student, dtype)
-    teacher_product = product(teacher_hidden[kept], teacher, dtype)
-    value, scores = _RowsFunction.apply(  # type: ignore[no-untyped-call]
-        student_product, teacher_product, tokens, spec
-    )
+    with torch.autocast(student_hidden.device.type, enabled=False):
+        products = product(student_hidden[kept], student, dtype), product(teacher_hidden[kept], teacher, dtype)
+        value, scores = _RowsFunction.apply(*products, tokens, spec)  # type: ignore[no-untyped-call]
     n = student_hidden.shape[0]
     return value.new_zeros(n).index_put((kept,), value), scores.new_zeros(len(FIELDS), n).index_copy(1, kept, scores)

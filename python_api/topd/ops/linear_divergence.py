@@ -17,7 +17,7 @@ from torch import Tensor
 from topd.checks import token_range
 from topd.ops.tiles import HeadGrads, Side, TileLoop
 from topd.plan import EAGER_TEMPORARIES, default_workspace, plan_chunks
-from topd.reference import RowSpec
+from topd.reference import NO_SECOND_DERIVATIVE, RowSpec
 from topd.scores import FIELDS
 
 
@@ -98,11 +98,11 @@ def _default_workspace(device: torch.device) -> int:
 torch.library.define(
     "topd::linear_divergence",
     f"({_COMMON}Tensor? weights_hint, {_NEEDS}, bool scores) -> "
-    f"(Tensor value, Tensor scores, Tensor hidden_grad, {_HEAD_GRADS}, Tensor hint)",
+    f"(Tensor value, Tensor scores, Tensor u, {_HEAD_GRADS}, Tensor hint)",
 )
 torch.library.define(
     "topd::linear_divergence_backward",
-    f"(Tensor grad_value, {_COMMON}Tensor hidden_grad, {_HEAD_GRADS}, Tensor hint, bool uniform_hint, {_NEEDS}) -> "
+    f"(Tensor grad_value, {_COMMON}Tensor u, {_HEAD_GRADS}, Tensor hint, bool uniform_hint, {_NEEDS}) -> "
     f"(Tensor hidden, {_HEAD_GRADS})",
 )
 
@@ -137,13 +137,17 @@ def _forward(*flat: Any) -> tuple[Tensor, ...]:
         value = torch.zeros(n, dtype=call.dtype, device=device)
         found = value.new_zeros(len(FIELDS) if scores else 0, n)
         u = value.new_zeros((n, student.hidden.shape[1]) if hidden_grad else (0, 0))
-        grads = HeadGrads.zeros(student, call.vocab, call.dtype, weight=weight_grad, bias=bias_grad, adapter=adapter_grad)
+        grads = HeadGrads.empty(
+            student, call.vocab, call.dtype, call.backend, weight=weight_grad, bias=bias_grad, adapter=adapter_grad
+        )
         used_hint = _normalised_hint(hint, call.mask, value) if grads.wanted else value.new_empty(0)
         chosen = _chosen_rows(call.mask)
         if call.tokens is not None:
             token_range(call.tokens if chosen is None else call.tokens[chosen], call.vocab)
         grad = hidden_grad or grads.wanted
         loop = call.loop(chosen, full_width=scores)
+        if loop.plan.n == 0:
+            grads.zero()
         for chunk in loop.run(grad=grad, scores=scores):
             rows, at = chunk.rows, chunk.at
             value[at] = rows.value
@@ -159,7 +163,7 @@ def _forward(*flat: Any) -> tuple[Tensor, ...]:
             if grads.wanted:
                 weights = used_hint[at].masked_fill(~rows.finite, 0.0)
                 used_hint[at] = weights
-                grads.add(loop.student, rows.grad_logits, chunk.hidden, weights)
+                grads.add(loop.student, rows.grad_logits, chunk.hidden, weights, first=chunk.start == 0)
         return value, found, u, *grads, used_hint
 
 
@@ -172,28 +176,37 @@ def _deviation(grad: Tensor, hint: Tensor, mask: Tensor | None) -> tuple[Tensor,
     return c, ~obeys if mask is None else ~obeys & mask
 
 
+def _cancels(call: Call, grad: Tensor, c: Tensor, hint: Tensor, redo: Tensor, alive: Tensor) -> bool:
+    """Whether correcting would subtract rows so much larger than what stays that digits are lost: a hint far off, or a row
+    with an outlying hidden state. What a row adds is measured by its weight times the norm of its hidden state."""
+    size = torch.linalg.vector_norm(call.student.hidden, dim=-1, dtype=grad.dtype).nan_to_num_()
+    removed, kept = (c * hint).abs() * size, (grad.abs() * size).nan_to_num_()
+    return bool(removed[redo].max() > 4 * kept[alive].max())
+
+
 def _head_grads(call: Call, grad: Tensor, saved: HeadGrads, hint: Tensor, uniform_hint: bool) -> HeadGrads:
     """Exact sums under grad, fresh tensors in the tile's dtype."""
     if uniform_hint and call.mask is None and grad.numel() and grad.stride(0) == 0:
         # An expanded scalar, as sum() and mean() send it: no row deviates and the host need not wait. A row without a
         # distribution (its hint was set to 0) still poisons the sums, as it would in eager code.
         c = grad[0]
-        c = torch.where((hint == 0).any() & (c != 0), torch.nan, c)
-        return HeadGrads(*(c * total for total in saved))
+        return saved.times(torch.where((hint == 0).any() & (c != 0), torch.nan, c), call.backend)
     c, deviates = _deviation(grad, hint, call.mask)
     # The host waits here for a count; on a GPU that costs microseconds, and spares the matrix products of the rows that obey.
     redo = deviates.nonzero()[:, 0]
+    if redo.numel() == 0:
+        return saved.times(c, call.backend)
     alive = (grad != 0 if call.mask is None else (grad != 0) & call.mask).nonzero()[:, 0]
-    if redo.numel() < alive.numel() or redo.numel() == 0:
-        grads, weights = HeadGrads(*(c * total for total in saved)), grad - c * hint
+    anew = redo.numel() >= alive.numel() or _cancels(call, grad, c, hint, redo, alive)
+    if anew:
+        grads, weights, redo = saved.times(torch.zeros_like(c), call.backend), grad, alive
     else:
-        grads, weights, redo = HeadGrads(*(torch.zeros_like(total) for total in saved)), grad, alive
-    if redo.numel():
-        loop = call.loop(redo)
-        for chunk in loop.run(grad=True, scores=False):
-            assert chunk.rows.grad_logits is not None
-            row_weights = weights[chunk.at].masked_fill(~chunk.rows.finite, torch.nan)
-            grads.add(loop.student, chunk.rows.grad_logits, chunk.hidden, row_weights)
+        grads, weights = saved.times(c, call.backend), grad - c * hint
+    loop = call.loop(redo)
+    for chunk in loop.run(grad=True, scores=False):
+        assert chunk.rows.grad_logits is not None
+        row_weights = weights[chunk.at].masked_fill(~chunk.rows.finite, torch.nan)
+        grads.add(loop.student, chunk.rows.grad_logits, chunk.hidden, row_weights, first=False)
     return grads
 
 
@@ -231,7 +244,7 @@ def _forward_fake(*flat: Any) -> tuple[Tensor, ...]:
     _, hidden_grad, weight_grad, bias_grad, adapter_grad, scores = flat[N_COMMON:]
     student, n = call.student, call.student.hidden.shape[0]
     value = student.hidden.new_empty(n, dtype=call.dtype)
-    grads = HeadGrads.zeros(student, call.vocab, call.dtype, weight=weight_grad, bias=bias_grad, adapter=adapter_grad)
+    grads = HeadGrads.empty(student, call.vocab, call.dtype, "", weight=weight_grad, bias=bias_grad, adapter=adapter_grad)
     return (
         value,
         value.new_empty(len(FIELDS) if scores else 0, n),
@@ -284,10 +297,7 @@ def _gradient(ctx: Any, grad_value: Tensor | None, *_: Any) -> tuple[Any, ...]:
 
 
 def _no_second_derivative(ctx: Any, *_: Any) -> None:
-    raise RuntimeError(
-        "topd.linear_divergence has no second derivative: its backward was differentiated (create_graph=True); "
-        'for a gradient penalty on a small problem use backend="reference" logits and torch\'s own log_softmax'
-    )
+    raise RuntimeError(NO_SECOND_DERIVATIVE)
 
 
 torch.library.register_autograd("topd::linear_divergence", _gradient, setup_context=_setup_context)

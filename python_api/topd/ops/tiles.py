@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from topd.ops.buffers import buffer
 from topd.ops.divergence_rows import run_rows
 from topd.plan import ChunkPlan
 from topd.reference import Rows, RowSpec
@@ -41,10 +42,11 @@ class Side(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """One chunk's results: `at` is where its rows stand among the N, hidden the student's rows in the tile's dtype."""
+    """One chunk's results: `start` counts the rows before it, `at` is where its rows stand among the N, `hidden` holds the
+    student's rows in the tile's dtype."""
 
+    start: int
     at: slice | Tensor
-    bounds: slice
     hidden: Tensor
     rows: Rows
 
@@ -79,9 +81,10 @@ class TileLoop:
 
     def run(self, *, grad: bool, scores: bool) -> Iterator[Chunk]:
         """Each chunk's results; its gradient lives in a tile that the next chunk overwrites."""
-        empty = self.student.hidden.new_empty
-        student_tile = empty(self.plan.rows, self.student.weight.shape[0], dtype=self.dtype)
-        teacher_tile = empty(self.plan.rows, self.teacher.weight.shape[0], dtype=self.dtype)
+        student_tile, teacher_tile = (
+            buffer((self.plan.rows, side.weight.shape[0]), side.weight, self.dtype, self.backend)
+            for side in (self.student, self.teacher)
+        )
         for start, stop in self.plan.bounds():
             at = slice(start, stop) if self.chosen is None else self.chosen[start:stop]
             hidden = self.student.hidden[at].to(self.dtype)
@@ -93,7 +96,7 @@ class TileLoop:
             rows = run_rows(self.backend, *operands, self.spec, grad=grad, scores=scores)
             if rows.grad_logits is not None:
                 rows = rows._replace(grad_logits=rows.grad_logits[:, : self.vocab])
-            yield Chunk(at, slice(start, stop), hidden, rows)
+            yield Chunk(start, at, hidden, rows)
 
     def hidden_grad(self, grad_logits: Tensor, finite: Tensor, out: Tensor | None = None) -> Tensor:
         """u = d value / d hidden of a chunk; NaN where a row has no distribution."""
@@ -104,8 +107,8 @@ class TileLoop:
 
 
 class HeadGrads(NamedTuple):
-    """Sums over rows of the gradients of the head's tensors, over the common vocabulary, in the tile's dtype; empty where
-    not asked for."""
+    """Sums over rows of the gradients of the head's tensors, over the common vocabulary, in the tile's dtype; empty where not
+    asked for."""
 
     weight: Tensor
     bias: Tensor
@@ -113,26 +116,36 @@ class HeadGrads(NamedTuple):
     b: Tensor
 
     @classmethod
-    def zeros(cls, side: Side, vocab: int, dtype: torch.dtype, *, weight: bool, bias: bool, adapter: bool) -> "HeadGrads":
+    def empty(
+        cls, side: Side, vocab: int, dtype: torch.dtype, backend: str, *, weight: bool, bias: bool, adapter: bool
+    ) -> "HeadGrads":
         rank, width = (0 if side.a is None else side.a.shape[0]), side.weight.shape[1]
-        shapes = (vocab, width) if weight else (0,), (vocab,) if bias else (0,)
-        low_rank = ((rank, width), (vocab, rank)) if adapter else ((0,), (0,))
-        return cls(*(side.weight.new_zeros(shape, dtype=dtype) for shape in (*shapes, *low_rank)))
+        shapes: tuple[tuple[int, ...], ...] = ((vocab, width) if weight else (0,), (vocab,) if bias else (0,))
+        shapes += ((rank, width), (vocab, rank)) if adapter else ((0,), (0,))
+        return cls(*(buffer(shape, side.weight, dtype, backend) for shape in shapes))
 
     @property
     def wanted(self) -> bool:
         return any(grad.numel() for grad in self)
 
-    def add(self, side: Side, grad_logits: Tensor, hidden: Tensor, row_weights: Tensor) -> None:
-        """Add sum_n row_weights[n] d value_n. A weight of 0 keeps its row out even where hidden is not finite."""
-        if not self.wanted or not row_weights.numel():
-            return
+    def times(self, c: Tensor, backend: str) -> "HeadGrads":
+        """Fresh tensors, c times these."""
+        return HeadGrads(*(torch.mul(c, grad, out=buffer(tuple(grad.shape), grad, grad.dtype, backend)) for grad in self))
+
+    def zero(self) -> None:
+        for grad in self:
+            grad.zero_()
+
+    def add(self, side: Side, grad_logits: Tensor, hidden: Tensor, row_weights: Tensor, *, first: bool) -> None:
+        """Add sum_n row_weights[n] d value_n, or start with it. A weight of 0 keeps its row out even where hidden is not
+        finite."""
+        beta = 0 if first else 1
         weights = row_weights.unsqueeze(-1)
         weighted = (hidden * weights).masked_fill_(weights == 0, 0.0)
         if self.weight.numel():
-            self.weight.addmm_(grad_logits.T, weighted)
+            self.weight.addmm_(grad_logits.T, weighted, beta=beta)
         if self.bias.numel():
-            self.bias.addmv_(grad_logits.T, row_weights)
+            self.bias.addmv_(grad_logits.T, row_weights, beta=beta)
         if self.a.numel() and side.a is not None and side.b is not None:
-            self.a.addmm_((grad_logits @ side.b[: grad_logits.shape[1]]).T, weighted, alpha=side.scaling)
-            self.b.addmm_(grad_logits.T, weighted @ side.a.T, alpha=side.scaling)
+            self.a.addmm_((grad_logits @ side.b[: grad_logits.shape[1]]).T, weighted, alpha=side.scaling, beta=beta)
+            self.b.addmm_(grad_logits.T, weighted @ side.a.T, alpha=side.scaling, beta=beta)
