@@ -19,13 +19,14 @@ struct Transform {
 
 template <typename T>
 struct Distribution {
-  T top = -kInf<T>, log_rest = 0;
+  T top = -kInf<T>, share = 1;  // the largest logit and its probability
+  double log_rest = 0;
   int64_t index = 0;
   bool has_zero = false;  // an entry of -inf
 
   bool exists() const { return std::isfinite(top) && std::isfinite(log_rest); }
-  T lse() const { return top + log_rest; }
-  T logprob(T logit) const { return (logit - top) - log_rest; }
+  double lse() const { return top + log_rest; }
+  T logprob(T logit) const { return static_cast<T>((logit - top) - log_rest); }
 };
 
 // For the sweeps' bodies: called at two places, they would otherwise become functions that spill every accumulator.
@@ -100,7 +101,8 @@ inline Distribution<T> distribution(T* row, int64_t size) {
         sum = Vec<T>(0);
       });
   row[out.index] = kept;
-  out.log_rest = std::isfinite(kept) ? static_cast<T>(std::log1p(rest)) : std::numeric_limits<T>::quiet_NaN();
+  out.log_rest = std::isfinite(kept) ? std::log1p(rest) : std::numeric_limits<double>::quiet_NaN();
+  out.share = static_cast<T>(1 / (1 + rest));
   return out;
 }
 

@@ -9,13 +9,13 @@
 namespace topd {
 inline namespace CPU_CAPABILITY {
 
-inline Vec<double> exp(const Vec<double>& x) { return x.exp(); }
-inline Vec<double> log1p_share(const Vec<double>& u) { return u.log1p(); }
+inline Vec<double> exp(const Vec<double>& x) { return {x.low.exp(), x.high.exp()}; }
+inline Vec<double> log1p_share(const Vec<double>& u) { return {u.low.log1p(), u.high.log1p()}; }
 
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
 
 // x 2^n for integral n in [-160, 1]; underflows gradually.
-inline Vec<float> scale_by_power(const Vec<float>& x, const Vec<float>& n) {
+inline Register<float> scale_by_power(const Register<float>& x, const Register<float>& n) {
 #if defined(CPU_CAPABILITY_AVX512)
   return _mm512_scalef_ps(x, n);
 #else
@@ -26,10 +26,11 @@ inline Vec<float> scale_by_power(const Vec<float>& x, const Vec<float>& n) {
 }
 
 // Splits positive normal y into m 2^n with m in [sqrt(1/2), sqrt(2)).
+template <typename V>
 struct Split {
-  Vec<float> mantissa, exponent;
+  V mantissa, exponent;
 };
-inline Split split(const Vec<float>& y) {
+inline Split<Register<float>> split(const Register<float>& y) {
 #if defined(CPU_CAPABILITY_AVX512)
   using Ints = __m512i;
   const Ints offset = _mm512_sub_epi32(_mm512_castps_si512(y), _mm512_set1_epi32(0x3f3504f3));
@@ -45,12 +46,19 @@ inline Split split(const Vec<float>& y) {
 #endif
 }
 
+inline Vec<float> scale_by_power(const Vec<float>& x, const Vec<float>& n) {
+  return {scale_by_power(x.low, n.low), scale_by_power(x.high, n.high)};
+}
+inline Split<Vec<float>> split(const Vec<float>& y) {
+  const auto low = split(y.low), high = split(y.high);
+  return {{low.mantissa, high.mantissa}, {low.exponent, high.exponent}};
+}
+
 constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
 
 // exp(x) for x <= 88; 0 at -inf, NaN at NaN. Range reduction by ln 2 in two parts, then
 // 1 + r + r^2 Q(r) with Q fitted on |r| <= ln 2 / 2 (error 1e-8).
 inline Vec<float> exp(const Vec<float>& x) {
-  using at::vec::fmadd;
   const Vec<float> bounded = larger(Vec<float>(-110.0f), x);
   const Vec<float> n = (bounded * Vec<float>(1.44269504088896341f)).round();
   Vec<float> r = fmadd(n, Vec<float>(-kLn2High), bounded);
@@ -65,7 +73,6 @@ inline Vec<float> exp(const Vec<float>& x) {
 // (log(1 + f) - f + f^2 / 2) / f^3 over the mantissas (error 8e-10 of the logarithm), plus what the rounding dropped: nothing
 // below u = -1/2, and above it dropped / y, where 1 - u serves for 1 / y.
 inline Vec<float> log1p_share(const Vec<float>& u) {
-  using at::vec::fmadd;
   const Vec<float> one(1.0f), y = one + u;
   const Vec<float> dropped = (u - (y - one)) * (one - u);
   const auto [m, n] = split(y);
@@ -80,8 +87,8 @@ inline Vec<float> log1p_share(const Vec<float>& u) {
 
 #else
 
-inline Vec<float> exp(const Vec<float>& x) { return x.exp(); }
-inline Vec<float> log1p_share(const Vec<float>& u) { return u.log1p(); }
+inline Vec<float> exp(const Vec<float>& x) { return {x.low.exp(), x.high.exp()}; }
+inline Vec<float> log1p_share(const Vec<float>& u) { return {u.low.log1p(), u.high.log1p()}; }
 
 #endif
 

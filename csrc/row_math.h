@@ -46,8 +46,8 @@ inline PhiPair<T> phi(const Vec<T>& d) {
   const Vec<T> square = d * d;
   Vec<T> even(Series::kEven[0]), odd(Series::kOdd[0]);
   for (size_t k = 1; k < Series::kEven.size(); ++k) {
-    even = at::vec::fmadd(even, square, Vec<T>(Series::kEven[k]));
-    odd = at::vec::fmadd(odd, square, Vec<T>(Series::kOdd[k]));
+    even = fmadd(even, square, Vec<T>(Series::kEven[k]));
+    odd = fmadd(odd, square, Vec<T>(Series::kOdd[k]));
   }
   const Vec<T> tilt = d * odd;
   return {square * (even - tilt), square * (even + tilt)};
@@ -55,8 +55,8 @@ inline PhiPair<T> phi(const Vec<T>& d) {
 
 // A non-negative term of KL(p || q), d = log p - log q: p phi(d) where |d| <= 1, q - p + p d elsewhere.
 template <typename T>
-inline Vec<T> kl_term(const Vec<T>& p, const Vec<T>& q, const Vec<T>& d, Mask<T> near, const Vec<T>& phi_d) {
-  return where(near, p * phi_d, at::vec::fmadd(p, d, q - p));
+inline Vec<T> kl_term(const Vec<T>& p, const Vec<T>& q, const Vec<T>& d, const Mask<T>& near, const Vec<T>& phi_d) {
+  return where(near, p * phi_d, fmadd(p, d, q - p));
 }
 
 template <typename T>
@@ -71,6 +71,7 @@ struct Entry {
   Vec<T> d;          // log p_T - log p_S
   Mask<T> near;      // |d| <= 1
   PhiPair<T> phi_d;  // valid where near
+  Vec<T> ratio;      // exp(-|d|), for mixtures alone
 
   // p_S - p_T
   Vec<T> gap() const { return where(near, teacher_p * (phi_d.plus - d), student_p - teacher_p); }
@@ -86,8 +87,7 @@ struct Mixture {
   Mixture(const Entry<T>& at, T beta) {
     const Vec<T> size = at.d.abs();
     const Mask<T> teacher_smaller = at_most(at.d, Vec<T>(0));
-    const Vec<T> phi_size = where(teacher_smaller, at.phi_d.minus, at.phi_d.plus);      // phi(|d|)
-    const Vec<T> e = where(at.near, phi_size - size, exp(size.neg()) - Vec<T>(1));      // expm1(-|d|)
+    const Vec<T> e = where(at.near, phi(size).plus - size, at.ratio - Vec<T>(1));  // expm1(-|d|)
     const Vec<T> we = where(teacher_smaller, Vec<T>(beta), Vec<T>(1 - beta)) * e, share = Vec<T>(1) + we;
     const Vec<T> larger_d = log1p_share(we).neg(), smaller_d = larger_d - size;
     m = Vec<T>(1 - beta) * at.student_p + Vec<T>(beta) * at.teacher_p;
@@ -95,6 +95,14 @@ struct Mixture {
     student_d = where(teacher_smaller, larger_d, smaller_d);
     teacher_excess = where(teacher_smaller, e - we, we.neg()) / share;
     student_excess = where(teacher_smaller, we.neg(), e - we) / share;
+  }
+
+  // beta KL(p_T || m) + (1 - beta) KL(p_S || m). Their parts q - p cancel, so where |d| > 1 only the p d remain; below, the
+  // non-negative form keeps the digits.
+  Vec<T> jsd_term(const Entry<T>& at, T beta) const {
+    const Vec<T> teacher = Vec<T>(beta) * at.teacher_p, student = Vec<T>(1 - beta) * at.student_p;
+    const Vec<T> near = fmadd(teacher, phi(teacher_d).plus, student * phi(student_d).plus);
+    return where(at.near, near, fmadd(teacher, teacher_d, student * student_d));
   }
 };
 

@@ -59,10 +59,7 @@ inline Term<T> term_of(const Entry<T>& at, T parameter) {
     return {half * gap.abs(), where(less(zero, gap), half, where(less(gap, zero), half.neg(), zero)), zero};
   } else if constexpr (kind == Kind::kJSD) {
     const Mixture<T> mix(at, parameter);
-    const Vec<T> teacher_part = kl_term(at.teacher_p, mix.m, mix.teacher_d);
-    const Vec<T> student_part = kl_term(at.student_p, mix.m, mix.student_d);
-    return {Vec<T>(parameter) * teacher_part + Vec<T>(1 - parameter) * student_part, Vec<T>(1 - parameter) * mix.student_d,
-            zero};
+    return {mix.jsd_term(at, parameter), Vec<T>(1 - parameter) * mix.student_d, zero};
   } else if constexpr (kind == Kind::kSkewKL) {
     const Mixture<T> mix(at, parameter);
     return {kl_term(at.teacher_p, mix.m, mix.teacher_d), Vec<T>(parameter - 1) * mix.teacher_excess, zero};
@@ -104,7 +101,7 @@ struct Pair {
   bool forward_inf = false, reverse_inf = false;  // an entry has probability on one side only
 
   Pair(const T* student_row, const T* teacher_row, int64_t size, Distribution<T> s, Distribution<T> t)
-      : student(s), teacher(t), rest_gap(t.log_rest - s.log_rest) {
+      : student(s), teacher(t), rest_gap(static_cast<T>(t.log_rest - s.log_rest)) {
     if (std::abs(t.top - s.top) <= 4) shift = t.top - s.top;
     else student_offset = s.top, teacher_offset = t.top;
     for (int64_t v = 0; (s.has_zero || t.has_zero) && v < size; ++v) {
@@ -114,18 +111,30 @@ struct Pair {
     }
   }
 
+  template <bool mixed>
   Entry<T> entry(const T* student_row, const T* teacher_row, int64_t lanes) const {
     const Vec<T> ys = load(student_row, lanes), yt = load(teacher_row, lanes);
     Entry<T> at;
-    at.student_logprob = (ys - Vec<T>(student.top)) - Vec<T>(student.log_rest);
-    at.teacher_logprob = (yt - Vec<T>(teacher.top)) - Vec<T>(teacher.log_rest);
-    at.student_p = exp(at.student_logprob);
-    at.teacher_p = exp(at.teacher_logprob);
+    const Vec<T> student_shifted = ys - Vec<T>(student.top), teacher_shifted = yt - Vec<T>(teacher.top);
+    at.student_logprob = student_shifted - Vec<T>(static_cast<T>(student.log_rest));
+    at.teacher_logprob = teacher_shifted - Vec<T>(static_cast<T>(teacher.log_rest));
     const Vec<T> d =
         ((yt - Vec<T>(teacher_offset)) - (ys - Vec<T>(student_offset))) - Vec<T>(shift) - Vec<T>(rest_gap);
     at.d = smaller(larger(d, Vec<T>(-kFar<T>)), Vec<T>(kFar<T>));  // NaN, no probability on either side: -kFar
     at.near = at_most(at.d.abs(), Vec<T>(1));
     at.phi_d = phi(at.d);
+    if constexpr (mixed) {  // exp(-|d|) is needed anyway, and gives the smaller side's probability
+      const Mask<T> teacher_smaller = at_most(at.d, Vec<T>(0));
+      at.ratio = exp(at.d.abs().neg());
+      const Vec<T> more = exp(where(teacher_smaller, student_shifted, teacher_shifted)) *
+                          where(teacher_smaller, Vec<T>(student.share), Vec<T>(teacher.share));
+      const Vec<T> less = more * at.ratio;
+      at.student_p = where(teacher_smaller, more, less);
+      at.teacher_p = where(teacher_smaller, less, more);
+    } else {
+      at.student_p = exp(student_shifted) * Vec<T>(student.share);
+      at.teacher_p = exp(teacher_shifted) * Vec<T>(teacher.share);
+    }
     return at;
   }
 };
@@ -135,12 +144,13 @@ T lost_mass(T* tail, int64_t size, const Distribution<T>& common) {
   if (size == 0) return 0;
   const auto rest = distribution(tail, size);
   if (rest.top == -kInf<T>) return 0;
-  return T(1) / (T(1) + std::exp(common.lse() - rest.lse()));
+  return static_cast<T>(1 / (1 + std::exp(common.lse() - rest.lse())));
 }
 
 template <typename T, Kind kind, bool with_scores>
 struct Sweeper {
   static constexpr bool kCentred = kind != Kind::kForwardKL;
+  static constexpr bool kMixed = kind == Kind::kJSD || kind == Kind::kSkewKL || kind == Kind::kSkewReverseKL;
   const Call<T>& call;
 
   // d (logit / temperature) / d product.
@@ -187,7 +197,7 @@ struct Sweeper {
     const int64_t mode = pair.student.index;
     const Vec<T> zero(0);
     const Vec<T> a_mode =
-        kCentred ? Vec<T>(first_lane(term_of<T, kind>(pair.entry(row.student + mode, row.teacher + mode, 1), call.parameter).a)) : zero;
+        kCentred ? Vec<T>(first_lane(term_of<T, kind>(pair.template entry<kMixed>(row.student + mode, row.teacher + mode, 1), call.parameter).a)) : zero;
     double value = 0, centre = 0;
     std::array<double, 4> sums{};
     Vec<T> value_block(0), centre_block(0);
@@ -195,7 +205,7 @@ struct Sweeper {
     sweep<T>(
         size,
         [&](int64_t at, int64_t lanes) TOPD_INLINE {
-          const Entry<T> entry = pair.entry(row.student + at, row.teacher + at, lanes);
+          const Entry<T> entry = pair.template entry<kMixed>(row.student + at, row.teacher + at, lanes);
           const Term<T> term = term_of<T, kind>(entry, call.parameter);
           value_block = value_block + term.value;
           if constexpr (with_scores) {
@@ -208,7 +218,7 @@ struct Sweeper {
           const Vec<T> slope = chain(load(row.student + at, lanes));
           if constexpr (kCentred) {
             const Vec<T> a = term.a - a_mode;
-            centre_block = at::vec::fmadd(entry.student_p, a, centre_block);
+            centre_block = fmadd(entry.student_p, a, centre_block);
             store(a, row.student + at, lanes);
           } else {
             centre_block = centre_block + term.centre;

@@ -60,11 +60,19 @@ class Distribution(NamedTuple):
     logits: Tensor
     top: Tensor
     mode: Tensor
-    log_rest: Tensor
+    rest: Tensor
 
     @property
     def exists(self) -> Tensor:
-        return self.top.isfinite() & self.log_rest.isfinite()
+        return self.top.isfinite() & self.rest.isfinite()
+
+    @property
+    def log_rest(self) -> Tensor:
+        return self.rest.log1p()
+
+    @property
+    def probabilities(self) -> Tensor:
+        return (self.logits - self.top).exp() / (1 + self.rest)
 
     @property
     def logprobs(self) -> Tensor:
@@ -75,7 +83,7 @@ def distribution(logits: Tensor) -> Distribution:
     mode = logits.argmax(-1, keepdim=True)
     top = logits.gather(-1, mode)
     rest = (logits - top).exp().scatter(-1, mode, 0.0).sum(-1, keepdim=True)
-    return Distribution(logits, top, mode, rest.log1p())
+    return Distribution(logits, top, mode, rest)
 
 
 def log_ratio(teacher: Distribution, student: Distribution) -> Tensor:
@@ -157,7 +165,7 @@ def _forward_kl(p_teacher: Tensor, p_student: Tensor, d: Tensor, clip: float) ->
 def _value_and_grad(
     divergence: str, parameter: float, teacher: Distribution, student: Distribution, d: Tensor
 ) -> tuple[Tensor, Tensor]:
-    p_teacher, p_student = teacher.logprobs.exp(), student.logprobs.exp()
+    p_teacher, p_student = teacher.probabilities, student.probabilities
     if divergence == "forward_kl":
         return _forward_kl(p_teacher, p_student, d, parameter)
     if divergence == "total_variation":
@@ -193,7 +201,7 @@ def _lost_mass(logits: Tensor, common: Distribution) -> Tensor:
 
 def _entropy(side: Distribution) -> Tensor:
     logprobs = side.logprobs
-    return -(logprobs.exp() * logprobs).masked_fill(logprobs == -torch.inf, 0.0).sum(-1)
+    return -(side.probabilities * logprobs).masked_fill(logprobs == -torch.inf, 0.0).sum(-1)
 
 
 def token_logprob(side: Distribution, tokens: Tensor) -> Tensor:
@@ -205,7 +213,7 @@ def token_logprob(side: Distribution, tokens: Tensor) -> Tensor:
 
 def _cross_entropy_grad(student: Distribution, tokens: Tensor, logprob: Tensor) -> Tensor:
     """p_S - onehot(token), the token's own entry as expm1(log p)."""
-    p = student.logprobs.exp()
+    p = student.probabilities
     at = tokens.clamp(0, p.shape[-1] - 1).unsqueeze(-1)
     outside = ((tokens < 0) | (tokens >= p.shape[-1])).unsqueeze(-1)
     return p.scatter(-1, at, torch.where(outside, p.gather(-1, at), logprob.unsqueeze(-1).expm1()))
@@ -248,7 +256,7 @@ def divergence_rows(
 
     found = value.new_empty((0, *value.shape))
     if scores:
-        p_teacher, p_student = teacher.logprobs.exp(), student.logprobs.exp()
+        p_teacher, p_student = teacher.probabilities, student.probabilities
         columns = {
             "forward_kl": kl_terms(p_teacher, p_student, d).sum(-1),
             "reverse_kl": kl_terms(p_student, p_teacher, -d).sum(-1),

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from topd.ops.buffers import buffer
+from topd.ops.advise_huge_pages import buffer
 from topd.ops.divergence_rows import run_rows
 from topd.plan import ChunkPlan
 from topd.reference import Rows, RowSpec
