@@ -19,7 +19,10 @@ VARIANTS = (
     if platform.machine().lower() in ("x86_64", "amd64")
     else {"default": ["-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"]}
 )
+# -fopenmp only compiles: without it at::parallel_for runs on one thread, and linked with it the library would bring a second
+# OpenMP runtime beside the one that torch ships, which resolves these symbols when the library is loaded.
 FLAGS = [
+    "-fopenmp",
     "-O3",
     "-g0",
     "-std=c++20",

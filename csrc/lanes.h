@@ -126,6 +126,14 @@ inline void store(const Vec<T>& value, T* to, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = lanes[i];
 }
 
+// Asks for a vector of entries that will be read later, so that memory works while the processor does.
+template <typename T>
+inline void fetch(const T* from) {
+#if defined(__GNUC__)
+  for (int64_t i = 0; i < Vec<T>::size(); i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(from + i, 1, 2);
+#endif
+}
+
 template <typename T>
 inline T first_lane(const Vec<T>& value) {
   std::array<T, Vec<T>::size()> lanes;

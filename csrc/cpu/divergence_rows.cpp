@@ -33,6 +33,9 @@ Kind kind_of(c10::string_view name) {
 enum Score { kForward, kReverse, kStudentEntropy, kTeacherEntropy, kStudentLogprob, kTeacherLogprob, kAgreement,
              kStudentLost, kTeacherLost, kScores };
 
+// Room for this row and the next of both tiles in a second-level cache. A longer row has none to spare for the next.
+constexpr int64_t kCacheBytes = 1 << 20;
+
 // Entries that are worth a thread.
 constexpr int64_t kGrain = 32768;
 
@@ -83,6 +86,8 @@ struct Row {
   int64_t student_size, teacher_size;
   const int64_t* token;  // or null
   T* scratch;            // [V], for the gradient
+  const T* next_student;  // this thread's next row, or null where there is none to fetch
+  const T* next_teacher;
 };
 
 template <typename T>
@@ -205,6 +210,7 @@ struct Sweeper {
     sweep<T>(
         size,
         [&](int64_t at, int64_t lanes) TOPD_INLINE {
+          if (row.next_student) fetch(row.next_student + at), fetch(row.next_teacher + at);
           const Entry<T> entry = pair.template entry<kMixed>(row.student + at, row.teacher + at, lanes);
           const Term<T> term = term_of<T, kind>(entry, call.parameter);
           value_block = value_block + term.value;
@@ -333,8 +339,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> divergence_rows(
     at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / size), [&](int64_t begin, int64_t end) {
       std::vector<T> scratch(grad ? size : 0);
       for (int64_t i = begin; i < end; ++i) {
-        const Row<T> row{student_data + i * student.stride(0), teacher_data + i * teacher.stride(0), student.size(1),
-                         teacher.size(1), id ? id + i : nullptr, scratch.data()};
+        T* const student_row = student_data + i * student.stride(0);
+        T* const teacher_row = teacher_data + i * teacher.stride(0);
+        const bool ahead = i + 1 < end && 4 * size * static_cast<int64_t>(sizeof(T)) <= kCacheBytes;
+        const Row<T> row{student_row, teacher_row, student.size(1), teacher.size(1), id ? id + i : nullptr, scratch.data(),
+                         ahead ? student_row + student.stride(0) : nullptr, ahead ? teacher_row + teacher.stride(0) : nullptr};
         Result<T> out;
         run_row<T>(kind, call, row, out);
         value_data[i] = out.value;
