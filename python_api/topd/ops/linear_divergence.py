@@ -199,14 +199,14 @@ def _head_grads(call: Call, grad: Tensor, saved: HeadGrads, hint: Tensor, unifor
     alive = (grad != 0 if call.mask is None else (grad != 0) & call.mask).nonzero()[:, 0]
     anew = redo.numel() >= alive.numel() or _cancels(call, grad, c, hint, redo, alive)
     if anew:
-        grads, weights, redo = saved.times(torch.zeros_like(c), call.backend), grad, alive
+        grads, weights, redo = saved.unfilled(call.backend), grad, alive
     else:
         grads, weights = saved.times(c, call.backend), grad - c * hint
     loop = call.loop(redo)
     for chunk in loop.run(grad=True, scores=False):
         assert chunk.rows.grad_logits is not None
         row_weights = weights[chunk.at].masked_fill(~chunk.rows.finite, torch.nan)
-        grads.add(loop.student, chunk.rows.grad_logits, chunk.hidden, row_weights, first=False)
+        grads.add(loop.student, chunk.rows.grad_logits, chunk.hidden, row_weights, first=anew and chunk.start == 0)
     return grads
 
 

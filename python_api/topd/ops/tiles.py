@@ -128,9 +128,13 @@ class HeadGrads(NamedTuple):
     def wanted(self) -> bool:
         return any(grad.numel() for grad in self)
 
+    def unfilled(self, backend: str) -> "HeadGrads":
+        """Fresh tensors of these shapes, uninitialised."""
+        return HeadGrads(*(buffer(tuple(grad.shape), grad, grad.dtype, backend) for grad in self))
+
     def times(self, c: Tensor, backend: str) -> "HeadGrads":
         """Fresh tensors, c times these."""
-        return HeadGrads(*(torch.mul(c, grad, out=buffer(tuple(grad.shape), grad, grad.dtype, backend)) for grad in self))
+        return HeadGrads(*(torch.mul(c, grad, out=out) for grad, out in zip(self, self.unfilled(backend), strict=True)))
 
     def zero(self) -> None:
         for grad in self:
