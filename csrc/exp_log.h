@@ -1,4 +1,4 @@
-// exp and log1p of float vectors, inline: a call into SLEEF spills every vector register around it. Both stay within 2 ulp
+// exp and log of float vectors, inline: a call into SLEEF spills every vector register around it. Both stay within 2 ulp
 // over their range (tests/test_divergence_rows.py). double uses SLEEF.
 #pragma once
 
@@ -10,7 +10,10 @@ namespace topd {
 inline namespace CPU_CAPABILITY {
 
 inline Vec<double> exp(const Vec<double>& x) { return {x.low.exp(), x.high.exp()}; }
-inline Vec<double> log1p_share(const Vec<double>& u) { return {u.low.log1p(), u.high.log1p()}; }
+inline Vec<double> log_share(const Vec<double>& y, const Vec<double>& excess, const Mask<double>& mild) {
+  const Vec<double> far{y.low.log(), y.high.log()}, close{excess.low.log1p(), excess.high.log1p()};
+  return where(mild, close, far);
+}
 
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
 
@@ -69,12 +72,12 @@ inline Vec<float> exp(const Vec<float>& x) {
   return scale_by_power(Vec<float>(1.0f) + fmadd(tail * r, r, r), n);
 }
 
-// log(1 + u) for u in (-1, 0], accurate near 0: log(y), y = 1 + u rounded, by a polynomial fitted to
-// (log(1 + f) - f + f^2 / 2) / f^3 over the mantissas (error 8e-10 of the logarithm), plus what the rounding dropped: nothing
-// below u = -1/2, and above it dropped / y, where 1 - u serves for 1 / y.
-inline Vec<float> log1p_share(const Vec<float>& u) {
-  const Vec<float> one(1.0f), y = one + u;
-  const Vec<float> dropped = (u - (y - one)) * (one - u);
+// log(y) of a share y in (0, 1]; where `mild`, log(1 + excess), excess in [-1/2, 0] and y = 1 + excess rounded: what the rounding
+// dropped is added as dropped / y, with 1 - excess for 1 / y. The logarithm is a polynomial fitted to
+// (log(1 + f) - f + f^2 / 2) / f^3 over the mantissas (error 8e-10 of it).
+inline Vec<float> log_share(const Vec<float>& y, const Vec<float>& excess, const Mask<float>& mild) {
+  const Vec<float> one(1.0f);
+  const Vec<float> dropped = where(mild, (excess - (y - one)) * (one - excess), Vec<float>(0.0f));
   const auto [m, n] = split(y);
   const Vec<float> f = m - one, square = f * f;
   constexpr std::array<float, 8> c{-0.117089614f, 0.118826263f, -0.123991080f, 0.142194271f,
@@ -88,7 +91,10 @@ inline Vec<float> log1p_share(const Vec<float>& u) {
 #else
 
 inline Vec<float> exp(const Vec<float>& x) { return {x.low.exp(), x.high.exp()}; }
-inline Vec<float> log1p_share(const Vec<float>& u) { return {u.low.log1p(), u.high.log1p()}; }
+inline Vec<float> log_share(const Vec<float>& y, const Vec<float>& excess, const Mask<float>& mild) {
+  const Vec<float> far{y.low.log(), y.high.log()}, close{excess.low.log1p(), excess.high.log1p()};
+  return where(mild, close, far);
+}
 
 #endif
 

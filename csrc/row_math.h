@@ -84,23 +84,27 @@ template <typename T>
 struct Mixture {
   Vec<T> m, teacher_d, student_d, teacher_excess, student_excess;
 
-  Mixture(const Entry<T>& at, T beta) {
+  Mixture(const Entry<T>& at, T beta, T rest) {  // rest = 1 - beta
     const Vec<T> size = at.d.abs();
     const Mask<T> teacher_smaller = at_most(at.d, Vec<T>(0));
+    const Vec<T> less = where(teacher_smaller, Vec<T>(beta), Vec<T>(rest));  // the smaller side's share of m
+    const Vec<T> more = where(teacher_smaller, Vec<T>(rest), Vec<T>(beta));
     const Vec<T> e = where(at.near, phi(size).plus - size, at.ratio - Vec<T>(1));  // expm1(-|d|)
-    const Vec<T> we = where(teacher_smaller, Vec<T>(beta), Vec<T>(1 - beta)) * e, share = Vec<T>(1) + we;
-    const Vec<T> larger_d = log1p_share(we).neg(), smaller_d = larger_d - size;
-    m = Vec<T>(1 - beta) * at.student_p + Vec<T>(beta) * at.teacher_p;
+    const Vec<T> excess = less * e;                                                // m / larger - 1
+    const Mask<T> mild = at_most(Vec<T>(-0.5), excess);                            // below, 1 + excess would cancel
+    const Vec<T> share = where(mild, Vec<T>(1) + excess, fmadd(less, at.ratio, more));
+    const Vec<T> larger_d = log_share(share, excess, mild).neg(), smaller_d = larger_d - size;
+    m = Vec<T>(rest) * at.student_p + Vec<T>(beta) * at.teacher_p;
     teacher_d = where(teacher_smaller, smaller_d, larger_d);
     student_d = where(teacher_smaller, larger_d, smaller_d);
-    teacher_excess = where(teacher_smaller, e - we, we.neg()) / share;
-    student_excess = where(teacher_smaller, we.neg(), e - we) / share;
+    teacher_excess = where(teacher_smaller, more * e, excess.neg()) / share;
+    student_excess = where(teacher_smaller, excess.neg(), more * e) / share;
   }
 
   // beta KL(p_T || m) + (1 - beta) KL(p_S || m). Their parts q - p cancel, so where |d| > 1 only the p d remain; below, the
   // non-negative form keeps the digits.
-  Vec<T> jsd_term(const Entry<T>& at, T beta) const {
-    const Vec<T> teacher = Vec<T>(beta) * at.teacher_p, student = Vec<T>(1 - beta) * at.student_p;
+  Vec<T> jsd_term(const Entry<T>& at, T beta, T rest) const {
+    const Vec<T> teacher = Vec<T>(beta) * at.teacher_p, student = Vec<T>(rest) * at.student_p;
     const Vec<T> near = fmadd(teacher, phi(teacher_d).plus, student * phi(student_d).plus);
     return where(at.near, near, fmadd(teacher, teacher_d, student * student_d));
   }

@@ -294,7 +294,8 @@ def test_only_what_is_trainable_has_gradients(trainable, backend, device):
 
 def test_autocast_casts_both_sides_as_linear_does(backend, device):
     """Under bfloat16 autocast float32 operands give what their bfloat16 copies give; gradients come back in float32."""
-    problem = random_problem({"student": {"bias": True}, "teacher": {"bias": True}}, n=16).to(device).to(torch.float32)
+    options = {"student": {"bias": True, "rank": 2}, "teacher": {"bias": True}}
+    problem = random_problem(options, n=16).to(device).to(torch.float32)
     upstream = torch.randn(16, device=device)
     with torch.autocast(device.type, dtype=torch.bfloat16):
         found = by_topd(problem, backend, upstream)

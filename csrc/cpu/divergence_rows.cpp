@@ -13,21 +13,10 @@
 #include <vector>
 
 #include "../distribution.h"
+#include "../terms.h"
 
 namespace topd {
 inline namespace CPU_CAPABILITY {
-
-enum class Kind { kForwardKL, kReverseKL, kJSD, kSkewKL, kSkewReverseKL, kTotalVariation };
-
-Kind kind_of(c10::string_view name) {
-  if (name == "forward_kl") return Kind::kForwardKL;
-  if (name == "reverse_kl") return Kind::kReverseKL;
-  if (name == "jsd") return Kind::kJSD;
-  if (name == "skew_kl") return Kind::kSkewKL;
-  if (name == "skew_reverse_kl") return Kind::kSkewReverseKL;
-  if (name == "total_variation") return Kind::kTotalVariation;
-  TORCH_CHECK_VALUE(false, "unknown divergence '", name, "'");
-}
 
 // The order of topd/scores.py.
 enum Score { kForward, kReverse, kStudentEntropy, kTeacherEntropy, kStudentLogprob, kTeacherLogprob, kAgreement,
@@ -39,43 +28,10 @@ constexpr int64_t kCacheBytes = 1 << 20;
 // Entries that are worth a thread.
 constexpr int64_t kGrain = 32768;
 
-// A term of the value, and what the gradient is made of: the forward KL's is A - p_S E, any other's p_S (A - E) times a
-// constant, E the sum of `centre` and of p_S A.
-template <typename T>
-struct Term {
-  Vec<T> value, a, centre;
-};
-
-template <typename T, Kind kind>
-inline Term<T> term_of(const Entry<T>& at, T parameter) {
-  const Vec<T> zero(0);
-  if constexpr (kind == Kind::kForwardKL) {
-    const Vec<T> gap = at.gap();
-    if (parameter == kInf<T>) return {at.forward_term(), gap, zero};
-    const Vec<T> clip(parameter), e = where(at_most(Vec<T>(kFar<T>), at.d), Vec<T>(kFar<T>), at.teacher_p * at.d);
-    const Mask<T> clipped = less(clip, e);
-    return {where(clipped, gap + clip, at.forward_term()), where(clipped, at.student_p, gap), where(clipped, at.teacher_p, zero)};
-  } else if constexpr (kind == Kind::kReverseKL) {
-    return {at.reverse_term(), at.d.neg(), zero};
-  } else if constexpr (kind == Kind::kTotalVariation) {
-    const Vec<T> gap = at.gap(), half(0.5);
-    return {half * gap.abs(), where(less(zero, gap), half, where(less(gap, zero), half.neg(), zero)), zero};
-  } else if constexpr (kind == Kind::kJSD) {
-    const Mixture<T> mix(at, parameter);
-    return {mix.jsd_term(at, parameter), Vec<T>(1 - parameter) * mix.student_d, zero};
-  } else if constexpr (kind == Kind::kSkewKL) {
-    const Mixture<T> mix(at, parameter);
-    return {kl_term(at.teacher_p, mix.m, mix.teacher_d), Vec<T>(parameter - 1) * mix.teacher_excess, zero};
-  } else {
-    const Mixture<T> mix(at, 1 - parameter);
-    return {kl_term(at.student_p, mix.m, mix.student_d), mix.student_d - Vec<T>(parameter) * mix.student_excess, zero};
-  }
-}
-
 template <typename T>
 struct Call {
   Transform<T> student, teacher;
-  T parameter, hard_weight;
+  T parameter, complement, hard_weight;
   bool grad, scores;
 };
 
@@ -201,8 +157,11 @@ struct Sweeper {
   T values(const Row<T>& row, int64_t size, const Pair<T>& pair, Result<T>& out) const {
     const int64_t mode = pair.student.index;
     const Vec<T> zero(0);
-    const Vec<T> a_mode =
-        kCentred ? Vec<T>(first_lane(term_of<T, kind>(pair.template entry<kMixed>(row.student + mode, row.teacher + mode, 1), call.parameter).a)) : zero;
+    Vec<T> a_mode(0);
+    if constexpr (kCentred) {
+      const Entry<T> entry = pair.template entry<kMixed>(row.student + mode, row.teacher + mode, 1);
+      a_mode = Vec<T>(first_lane(term_of<T, kind>(entry, call.parameter, call.complement).a));
+    }
     double value = 0, centre = 0;
     std::array<double, 4> sums{};
     Vec<T> value_block(0), centre_block(0);
@@ -212,7 +171,7 @@ struct Sweeper {
         [&](int64_t at, int64_t lanes) TOPD_INLINE {
           if (row.next_student) fetch(row.next_student + at), fetch(row.next_teacher + at);
           const Entry<T> entry = pair.template entry<kMixed>(row.student + at, row.teacher + at, lanes);
-          const Term<T> term = term_of<T, kind>(entry, call.parameter);
+          const Term<T> term = term_of<T, kind>(entry, call.parameter, call.complement);
           value_block = value_block + term.value;
           if constexpr (with_scores) {
             blocks[kForward] = blocks[kForward] + entry.forward_term();
@@ -330,7 +289,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> divergence_rows(
     using T = scalar_t;
     const Call<T> call{{bias_of<T>(student_bias, student, "student_bias"), student_scale, student_softcap.value_or(0), temperature},
                        {bias_of<T>(teacher_bias, teacher, "teacher_bias"), teacher_scale, teacher_softcap.value_or(0), temperature},
-                       static_cast<T>(parameter), static_cast<T>(hard_weight), grad, scores};
+                       static_cast<T>(parameter), static_cast<T>(1 - parameter), static_cast<T>(hard_weight), grad, scores};
     T* const student_data = student.data_ptr<T>();
     T* const teacher_data = teacher.data_ptr<T>();
     T* const value_data = value.data_ptr<T>();

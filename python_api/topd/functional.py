@@ -9,13 +9,13 @@ from topd import reference
 from topd.backends import choose_backend
 from topd.checks import flag, floating, on_device, positive_int, real, shaped, tensor
 from topd.divergences import Divergence, resolve_divergence
-from topd.head import Head
+from topd.head import Head, LowRank
 from topd.reference import RowSpec
 from topd.scores import TokenScores, unpack_scores
 
 
-def _side(name: str, hidden: object, head: object) -> tuple[Tensor, Head]:
-    """Hidden states [..., H] that go with a head."""
+def _side(name: str, hidden: object, head: object) -> None:
+    """Check that hidden states [..., H] go with a head."""
     if not isinstance(head, Head):
         raise TypeError(
             f"{name} must be a topd.Head, got {type(head).__name__}; build one with topd.Head(weight) or "
@@ -30,7 +30,6 @@ def _side(name: str, hidden: object, head: object) -> tuple[Tensor, Head]:
         raise ValueError(
             f"{name}_hidden and {name}.weight must share a dtype, got {states.dtype} and {head.weight.dtype}; cast one of them"
         )
-    return states, head
 
 
 def _per_token(name: str, value: object, dtype: torch.dtype | None, hidden: Tensor) -> Tensor:
@@ -56,6 +55,28 @@ def _refuse_teacher_grad(teacher_hidden: Tensor, teacher: Head) -> None:
             )
 
 
+def _check_pair(student_hidden: Tensor, student: Head, teacher_hidden: Tensor, teacher: Head) -> None:
+    _side("student", student_hidden, student)
+    _side("teacher", teacher_hidden, teacher)
+    expected = (*student_hidden.shape[:-1], teacher_hidden.shape[-1])
+    shaped("teacher_hidden", teacher_hidden, expected, "the leading shape of student_hidden")
+    on_device("teacher_hidden", teacher_hidden, student_hidden.device, "student_hidden")
+    _refuse_teacher_grad(teacher_hidden, teacher)
+
+
+def _check_options(
+    temperature: object, hard_weight: object, tokens: object, return_scores: object, workspace_bytes: object
+) -> None:
+    real("temperature", temperature, low=0.0, open_low=True)
+    flag("return_scores", return_scores)
+    if real("hard_weight", hard_weight, low=0.0) and tokens is None:
+        raise ValueError(
+            "hard_weight needs tokens, the sampled tokens [...] int64, got tokens=None; pass them or leave it at 0"
+        )
+    if workspace_bytes is not None:
+        positive_int("workspace_bytes", workspace_bytes, hint="None for the default")
+
+
 def _autocast_enabled(device: torch.device) -> bool:
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
@@ -66,14 +87,16 @@ def _autocast(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
         return hidden, head
     dtype = torch.get_autocast_dtype(hidden.device.type)
     bias = None if head.bias is None else head.bias.to(dtype)
-    cast = Head(head.weight.to(dtype), bias, scale=head.scale, softcap=head.softcap, adapter=head.adapter)
-    return hidden.to(dtype), cast
+    adapter = head.adapter
+    if adapter is not None:
+        adapter = LowRank(adapter.a.to(dtype), adapter.b.to(dtype), adapter.scaling)
+    return hidden.to(dtype), Head(head.weight.to(dtype), bias, scale=head.scale, softcap=head.softcap, adapter=adapter)
 
 
 def _op_side(hidden: Tensor, head: Head) -> tuple[Any, ...]:
     """The op's six arguments for one model."""
     low_rank = (None, None, 0.0) if head.adapter is None else (head.adapter.a, head.adapter.b, float(head.adapter.scaling))
-    return (hidden.reshape(-1, hidden.shape[-1]), head.weight, head.bias, *low_rank)
+    return (hidden, head.weight, head.bias, *low_rank)
 
 
 def _spec(student: Head, teacher: Head, temperature: float, divergence: Divergence, hard_weight: float) -> RowSpec:
@@ -140,37 +163,24 @@ def linear_divergence(
 
     Source: reverse KL: arXiv 2606.00305 (OPD); forward KL: arXiv 2606.08432, eq. 6; entry clip: arXiv 2601.18734.
     """
-    chosen_divergence = resolve_divergence(divergence)
-    _side("student", student_hidden, student)
-    _side("teacher", teacher_hidden, teacher)
+    chosen = resolve_divergence(divergence)
+    _check_pair(student_hidden, student, teacher_hidden, teacher)
+    _check_options(temperature, hard_weight, tokens, return_scores, workspace_bytes)
     shape = tuple(student_hidden.shape[:-1])
-    shaped("teacher_hidden", teacher_hidden, (*shape, teacher_hidden.shape[-1]), "the leading shape of student_hidden")
-    on_device("teacher_hidden", teacher_hidden, student_hidden.device, "student_hidden")
-    _refuse_teacher_grad(teacher_hidden, teacher)
-    real("temperature", temperature, low=0.0, open_low=True)
-    real("hard_weight", hard_weight, low=0.0)
-    flag("return_scores", return_scores)
-    if hard_weight and tokens is None:
-        raise ValueError(
-            "hard_weight needs tokens, the sampled tokens [...] int64, got tokens=None; pass them or leave it at 0"
-        )
-    if workspace_bytes is not None:
-        positive_int("workspace_bytes", workspace_bytes, hint="None for the default")
     flat_mask = None if mask is None else _per_token("mask", mask, torch.bool, student_hidden)
     flat_tokens = None if tokens is None else _per_token("tokens", tokens, torch.int64, student_hidden)
     hint = None if weights_hint is None else _per_token("weights_hint", weights_hint, None, student_hidden).detach()
     name = choose_backend(backend, student_hidden.device)
 
-    student_hidden, student = _autocast(student_hidden, student)
-    teacher_hidden, teacher = _autocast(teacher_hidden, teacher)
-    spec = _spec(student, teacher, temperature, chosen_divergence, hard_weight)
+    student_hidden, student = _autocast(student_hidden.reshape(-1, student_hidden.shape[-1]), student)
+    teacher_hidden, teacher = _autocast(teacher_hidden.reshape(-1, teacher_hidden.shape[-1]), teacher)
+    spec = _spec(student, teacher, temperature, chosen, hard_weight)
     if name == "reference":
-        flat = (student_hidden.reshape(-1, student_hidden.shape[-1]), student)
-        flat_teacher = (teacher_hidden.reshape(-1, teacher_hidden.shape[-1]), teacher)
-        value, scores = reference.linear_divergence(*flat, *flat_teacher, flat_mask, flat_tokens, spec)
+        sides = (student_hidden, student, teacher_hidden, teacher)
+        value, scores = reference.linear_divergence(*sides, flat_mask, flat_tokens, spec)
     else:
-        needs = _needs(student_hidden, student)
         common = (*_op_side(student_hidden, student), *_op_side(teacher_hidden, teacher), flat_mask, flat_tokens, *spec)
+        needs = _needs(student_hidden, student)
         value, scores, *_ = torch.ops.topd.linear_divergence(*common, workspace_bytes, name, hint, *needs, return_scores)
     value = value.reshape(shape)
     return (value, unpack_scores(scores, shape, has_tokens=tokens is not None)) if return_scores else value

@@ -19,7 +19,7 @@ class LowRank:
     """A low-rank adapter on a head: logits += scaling * (h aᵀ) bᵀ.
 
     Args:
-        a: [r, H] floating; may be wider than the head's dtype (PEFT keeps adapters in float32).
+        a: [r, H] floating; its dtype may differ from the head's (PEFT keeps adapters in float32).
         b: [V, r], dtype of `a`.
         scaling: a number; LoRA's alpha / r.
 

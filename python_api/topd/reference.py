@@ -1,10 +1,7 @@
 """Every op in eager torch on full logits: the definition of the math.
 
-From logits y (bias, scale, softcap and temperature applied) of the common vocabulary, with top = max y and
-log_rest = log1p(sum of exp(y - top) over the entries beside the largest), which keeps the digits of a peaked distribution:
-
-    log p = (y - top) - log_rest        d = log p_T - log p_S
-    KL(p||q) = sum p phi(d),  phi(d) = exp(-d) + d - 1,  written q - p + p d where |d| > 1: no term is negative
+From logits (bias, scale, softcap and temperature applied) of the common vocabulary, with d = log p_T - log p_S and the terms of
+`topd.row_math`:
 
 Gradients to the logits, each centred at the student's most likely entry (A below is A_v minus that entry's A):
     forward KL         p_S - p_T                          with the entry clip: see `_forward_kl`
@@ -24,6 +21,7 @@ from torch import Tensor
 
 from topd.checks import token_range
 from topd.head import Head, product, shape_logits
+from topd.row_math import Distribution, distribution, kl_terms, log_ratio, mixture
 from topd.scores import FIELDS
 
 NO_SECOND_DERIVATIVE = (
@@ -54,96 +52,10 @@ class Rows(NamedTuple):
     grad_logits: Tensor | None
 
 
-class Distribution(NamedTuple):
-    """One side's softmax over the common vocabulary, kept apart from its offset `top`, the logit at `mode`."""
-
-    logits: Tensor
-    top: Tensor
-    mode: Tensor
-    rest: Tensor
-
-    @property
-    def exists(self) -> Tensor:
-        return self.top.isfinite() & self.rest.isfinite()
-
-    @property
-    def log_rest(self) -> Tensor:
-        return self.rest.log1p()
-
-    @property
-    def probabilities(self) -> Tensor:
-        return (self.logits - self.top).exp() / (1 + self.rest)
-
-    @property
-    def logprobs(self) -> Tensor:
-        return (self.logits - self.top) - self.log_rest
-
-
-def distribution(logits: Tensor) -> Distribution:
-    mode = logits.argmax(-1, keepdim=True)
-    top = logits.gather(-1, mode)
-    rest = (logits - top).exp().scatter(-1, mode, 0.0).sum(-1, keepdim=True)
-    return Distribution(logits, top, mode, rest)
-
-
-def log_ratio(teacher: Distribution, student: Distribution) -> Tensor:
-    """log p_T - log p_S; 0 where both are 0. Subtracts the logits themselves first where their offsets are near, since the
-    difference of near-equal numbers is exact, and the shifted ones where the offsets are far apart."""
-    shift = teacher.top - student.top
-    near = shift.abs() <= 4
-    teacher_logits = teacher.logits - teacher.top.masked_fill(near, 0.0)
-    student_logits = student.logits - student.top.masked_fill(near, 0.0)
-    d = (teacher_logits - student_logits) - shift.masked_fill(~near, 0.0) - (teacher.log_rest - student.log_rest)
-    return d.masked_fill(teacher.logits.isneginf() & student.logits.isneginf(), 0.0)
-
-
-def phi(d: Tensor) -> Tensor:
-    """exp(-d) + d - 1 >= 0: the series where expm1(-d) + d would cancel."""
-    cut = 0.25 if d.dtype == torch.float32 else 0.01
-    series = 1 / 2 - d * (1 / 6 - d * (1 / 24 - d * (1 / 120 - d * (1 / 720 - d / 5040))))
-    return torch.where(d.abs() < cut, d * d * series, torch.expm1(-d) + d)
-
-
-def kl_terms(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
-    """Non-negative terms whose sum is KL(p || q), d = log p - log q; p = 0 gives q, p > 0 = q gives inf."""
-    far = (q - p + p * d).masked_fill(d == -torch.inf, 0.0) + q.masked_fill(d != -torch.inf, 0.0)
-    return torch.where(d.abs() <= 1, p * phi(d), far.masked_fill(d == torch.inf, torch.inf))
-
-
 def _centred(p: Tensor, a: Tensor, student: Distribution) -> Tensor:
     """p (A - sum p A) with A taken relative to the student's most likely entry; entries with p_S = 0 count nothing."""
     a = (a - a.gather(-1, student.mode)).masked_fill(student.logits.isneginf(), 0.0)
     return p * (a - (p * a).sum(-1, keepdim=True))
-
-
-class Mixture(NamedTuple):
-    """m = (1 - beta) p_S + beta p_T, its log-ratios and relative excesses, each accurate near p_S = p_T."""
-
-    m: Tensor
-    teacher_d: Tensor
-    student_d: Tensor
-    teacher_excess: Tensor
-    student_excess: Tensor
-
-
-def mixture(p_teacher: Tensor, p_student: Tensor, d: Tensor, beta: float) -> Mixture:
-    """teacher_d = log p_T - log m, student_d = log p_S - log m, teacher_excess = p_T / m - 1, student_excess = p_S / m - 1.
-
-    With e = expm1(-|d|) and w the share of the smaller side, m is (1 + w e) times the larger probability.
-    """
-    e = torch.expm1(-d.abs())
-    smaller_is_teacher = d <= 0
-    w = torch.where(smaller_is_teacher, d.new_tensor(beta), d.new_tensor(1.0 - beta))
-    larger_d = -torch.log1p(w * e)
-    smaller_d = larger_d - d.abs()
-    larger_excess, smaller_excess = -w * e / (1 + w * e), (1 - w) * e / (1 + w * e)
-    return Mixture(
-        (1.0 - beta) * p_student + beta * p_teacher,
-        torch.where(smaller_is_teacher, smaller_d, larger_d),
-        torch.where(smaller_is_teacher, larger_d, smaller_d),
-        torch.where(smaller_is_teacher, smaller_excess, larger_excess),
-        torch.where(smaller_is_teacher, larger_excess, smaller_excess),
-    )
 
 
 def _student_minus_teacher(p_teacher: Tensor, p_student: Tensor, d: Tensor) -> Tensor:

@@ -155,15 +155,15 @@ def _forward(*flat: Any) -> tuple[Tensor, ...]:
                 found[:, at] = rows.scores
             if rows.grad_logits is None:
                 continue
-            if hidden_grad:
-                if isinstance(at, slice):
-                    loop.hidden_grad(rows.grad_logits, rows.finite, out=u[at])
-                else:
-                    u[at] = loop.hidden_grad(rows.grad_logits, rows.finite)
+            through_adapter = loop.student.through_adapter(rows.grad_logits)
+            if hidden_grad and isinstance(at, slice):
+                loop.hidden_grad(rows, through_adapter, out=u[at])
+            elif hidden_grad:
+                u[at] = loop.hidden_grad(rows, through_adapter)
             if grads.wanted:
                 weights = used_hint[at].masked_fill(~rows.finite, 0.0)
                 used_hint[at] = weights
-                grads.add(loop.student, rows.grad_logits, chunk.hidden, weights, first=chunk.start == 0)
+                grads.add(loop.student, rows.grad_logits, through_adapter, chunk.hidden, weights, first=chunk.start == 0)
         return value, found, u, *grads, used_hint
 
 
@@ -204,9 +204,11 @@ def _head_grads(call: Call, grad: Tensor, saved: HeadGrads, hint: Tensor, unifor
         grads, weights = saved.times(c, call.backend), grad - c * hint
     loop = call.loop(redo)
     for chunk in loop.run(grad=True, scores=False):
-        assert chunk.rows.grad_logits is not None
+        grad_logits = chunk.rows.grad_logits
+        assert grad_logits is not None
         row_weights = weights[chunk.at].masked_fill(~chunk.rows.finite, torch.nan)
-        grads.add(loop.student, chunk.rows.grad_logits, chunk.hidden, row_weights, first=anew and chunk.start == 0)
+        through_adapter = loop.student.through_adapter(grad_logits)
+        grads.add(loop.student, grad_logits, through_adapter, chunk.hidden, row_weights, first=anew and chunk.start == 0)
     return grads
 
 

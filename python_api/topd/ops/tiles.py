@@ -40,6 +40,10 @@ class Side(NamedTuple):
         if self.a is not None and self.b is not None:
             tile.addmm_(hidden @ self.a.T, self.b.T, alpha=self.scaling)
 
+    def through_adapter(self, grad_logits: Tensor) -> Tensor | None:
+        """dlogits b [C, r], which the gradients of both hidden and a need; None without an adapter."""
+        return None if self.b is None else grad_logits @ self.b[: grad_logits.shape[1]]
+
 
 class Chunk(NamedTuple):
     """One chunk's results: `start` counts the rows before it, `at` is where its rows stand among the N, `hidden` holds the
@@ -70,14 +74,8 @@ class TileLoop:
         self.vocab = min(student.weight.shape[0], teacher.weight.shape[0])
         self.student = student.widened(student.weight.shape[0] if full_width else self.vocab, dtype)
         self.teacher = teacher.widened(teacher.weight.shape[0] if full_width else self.vocab, dtype)
-        self.tokens, self.spec, self.plan, self.backend, self.chosen, self.dtype = (
-            tokens,
-            spec,
-            plan,
-            backend,
-            chosen,
-            dtype,
-        )
+        self.tokens, self.spec, self.chosen = tokens, spec, chosen
+        self.plan, self.backend, self.dtype = plan, backend, dtype
 
     def run(self, *, grad: bool, scores: bool) -> Iterator[Chunk]:
         """Each chunk's results; its gradient lives in a tile that the next chunk overwrites."""
@@ -98,12 +96,13 @@ class TileLoop:
                 rows = rows._replace(grad_logits=rows.grad_logits[:, : self.vocab])
             yield Chunk(start, at, hidden, rows)
 
-    def hidden_grad(self, grad_logits: Tensor, finite: Tensor, out: Tensor | None = None) -> Tensor:
+    def hidden_grad(self, rows: Rows, through_adapter: Tensor | None, out: Tensor | None = None) -> Tensor:
         """u = d value / d hidden of a chunk; NaN where a row has no distribution."""
-        u = torch.mm(grad_logits, self.student.weight[: self.vocab], out=out)
-        if self.student.a is not None and self.student.b is not None:
-            u.addmm_(grad_logits @ self.student.b[: self.vocab], self.student.a, alpha=self.student.scaling)
-        return u.masked_fill_(~finite.unsqueeze(-1), torch.nan)
+        assert rows.grad_logits is not None
+        u = torch.mm(rows.grad_logits, self.student.weight[: self.vocab], out=out)
+        if through_adapter is not None and self.student.a is not None:
+            u.addmm_(through_adapter, self.student.a, alpha=self.student.scaling)
+        return u.masked_fill_(~rows.finite.unsqueeze(-1), torch.nan)
 
 
 class HeadGrads(NamedTuple):
@@ -120,9 +119,8 @@ class HeadGrads(NamedTuple):
         cls, side: Side, vocab: int, dtype: torch.dtype, backend: str, *, weight: bool, bias: bool, adapter: bool
     ) -> "HeadGrads":
         rank, width = (0 if side.a is None else side.a.shape[0]), side.weight.shape[1]
-        shapes: tuple[tuple[int, ...], ...] = ((vocab, width) if weight else (0,), (vocab,) if bias else (0,))
-        shapes += ((rank, width), (vocab, rank)) if adapter else ((0,), (0,))
-        return cls(*(buffer(shape, side.weight, dtype, backend) for shape in shapes))
+        shapes = ((vocab, width), weight), ((vocab,), bias), ((rank, width), adapter), ((vocab, rank), adapter)
+        return cls(*(buffer(shape if asked else (0,), side.weight, dtype, backend) for shape, asked in shapes))
 
     @property
     def wanted(self) -> bool:
@@ -140,7 +138,16 @@ class HeadGrads(NamedTuple):
         for grad in self:
             grad.zero_()
 
-    def add(self, side: Side, grad_logits: Tensor, hidden: Tensor, row_weights: Tensor, *, first: bool) -> None:
+    def add(
+        self,
+        side: Side,
+        grad_logits: Tensor,
+        through_adapter: Tensor | None,
+        hidden: Tensor,
+        row_weights: Tensor,
+        *,
+        first: bool,
+    ) -> None:
         """Add sum_n row_weights[n] d value_n, or start with it. A weight of 0 keeps its row out even where hidden is not
         finite."""
         beta = 0 if first else 1
@@ -150,6 +157,6 @@ class HeadGrads(NamedTuple):
             self.weight.addmm_(grad_logits.T, weighted, beta=beta)
         if self.bias.numel():
             self.bias.addmv_(grad_logits.T, row_weights, beta=beta)
-        if self.a.numel() and side.a is not None and side.b is not None:
-            self.a.addmm_((grad_logits @ side.b[: grad_logits.shape[1]]).T, weighted, alpha=side.scaling, beta=beta)
+        if self.a.numel() and side.a is not None and through_adapter is not None:
+            self.a.addmm_(through_adapter.T, weighted, alpha=side.scaling, beta=beta)
             self.b.addmm_(grad_logits.T, weighted @ side.a.T, alpha=side.scaling, beta=beta)

@@ -1,0 +1,59 @@
+// The six divergences: each entry's term of the value, and what its gradient is made of.
+#pragma once
+
+#include <c10/util/Exception.h>
+#include <c10/util/string_view.h>
+
+#include "row_math.h"
+
+namespace topd {
+inline namespace CPU_CAPABILITY {
+
+enum class Kind { kForwardKL, kReverseKL, kJSD, kSkewKL, kSkewReverseKL, kTotalVariation };
+
+inline Kind kind_of(c10::string_view name) {
+  if (name == "forward_kl") return Kind::kForwardKL;
+  if (name == "reverse_kl") return Kind::kReverseKL;
+  if (name == "jsd") return Kind::kJSD;
+  if (name == "skew_kl") return Kind::kSkewKL;
+  if (name == "skew_reverse_kl") return Kind::kSkewReverseKL;
+  if (name == "total_variation") return Kind::kTotalVariation;
+  TORCH_CHECK_VALUE(false, "unknown divergence '", name, "'");
+}
+
+// `complement` is 1 - parameter, taken in double: near 1 the difference of floats has no digits.
+// A term of the value, and what the gradient is made of: the forward KL's is A - p_S E, any other's p_S (A - E) times a
+// constant, E the sum of `centre` and of p_S A.
+template <typename T>
+struct Term {
+  Vec<T> value, a, centre;
+};
+
+template <typename T, Kind kind>
+inline Term<T> term_of(const Entry<T>& at, T parameter, T complement) {
+  const Vec<T> zero(0);
+  if constexpr (kind == Kind::kForwardKL) {
+    const Vec<T> gap = at.gap();
+    if (parameter == kInf<T>) return {at.forward_term(), gap, zero};
+    const Vec<T> clip(parameter), e = where(at_most(Vec<T>(kFar<T>), at.d), Vec<T>(kFar<T>), at.teacher_p * at.d);
+    const Mask<T> clipped = less(clip, e);
+    return {where(clipped, gap + clip, at.forward_term()), where(clipped, at.student_p, gap), where(clipped, at.teacher_p, zero)};
+  } else if constexpr (kind == Kind::kReverseKL) {
+    return {at.reverse_term(), at.d.neg(), zero};
+  } else if constexpr (kind == Kind::kTotalVariation) {
+    const Vec<T> gap = at.gap(), half(0.5);
+    return {half * gap.abs(), where(less(zero, gap), half, where(less(gap, zero), half.neg(), zero)), zero};
+  } else if constexpr (kind == Kind::kJSD) {
+    const Mixture<T> mix(at, parameter, complement);
+    return {mix.jsd_term(at, parameter, complement), Vec<T>(complement) * mix.student_d, zero};
+  } else if constexpr (kind == Kind::kSkewKL) {
+    const Mixture<T> mix(at, parameter, complement);
+    return {kl_term(at.teacher_p, mix.m, mix.teacher_d), Vec<T>(-complement) * mix.teacher_excess, zero};
+  } else {
+    const Mixture<T> mix(at, complement, parameter);
+    return {kl_term(at.student_p, mix.m, mix.student_d), mix.student_d - Vec<T>(parameter) * mix.student_excess, zero};
+  }
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace topd
