@@ -72,7 +72,7 @@ inline Vec<float> exp(const Vec<float>& x) {
   return scale_by_power(Vec<float>(1.0f) + fmadd(tail * r, r, r), n);
 }
 
-// log(y) of a share y in (0, 1]; where `mild`, log(1 + excess), excess in [-1/2, 0] and y = 1 + excess rounded: what the rounding
+// log(y) of a share y in (0, 1]; where `mild`, log(1 + excess), excess in [-1/2, 0] and y = 1 + excess rounded: what that
 // dropped is added as dropped / y, with 1 - excess for 1 / y. The logarithm is a polynomial fitted to
 // (log(1 + f) - f + f^2 / 2) / f^3 over the mantissas (error 8e-10 of it).
 inline Vec<float> log_share(const Vec<float>& y, const Vec<float>& excess, const Mask<float>& mild) {

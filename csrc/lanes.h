@@ -1,6 +1,7 @@
 // Vec<T>: two registers of at::vec side by side, so that each step of a sweep has two independent chains to run. The math of a
 // row is a few long chains of dependent instructions; with one register at a time the processor waits for most of them.
-// Also the loads of a row's last entries, and comparisons whose masks stay masks (at::vec turns AVX-512's into vectors and back).
+// Also the loads of a row's last entries, and comparisons whose masks stay masks (at::vec turns AVX-512's into vectors and
+// back).
 #pragma once
 
 #include <ATen/cpu/vec/functional.h>

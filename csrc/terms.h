@@ -37,7 +37,8 @@ inline Term<T> term_of(const Entry<T>& at, T parameter, T complement) {
     if (parameter == kInf<T>) return {at.forward_term(), gap, zero};
     const Vec<T> clip(parameter), e = where(at_most(Vec<T>(kFar<T>), at.d), Vec<T>(kFar<T>), at.teacher_p * at.d);
     const Mask<T> clipped = less(clip, e);
-    return {where(clipped, gap + clip, at.forward_term()), where(clipped, at.student_p, gap), where(clipped, at.teacher_p, zero)};
+    return {where(clipped, gap + clip, at.forward_term()), where(clipped, at.student_p, gap),
+            where(clipped, at.teacher_p, zero)};
   } else if constexpr (kind == Kind::kReverseKL) {
     return {at.reverse_term(), at.d.neg(), zero};
   } else if constexpr (kind == Kind::kTotalVariation) {

@@ -1,5 +1,5 @@
-// topd::advise_huge_pages: ask the kernel to back a fresh buffer with huge pages. Touching 200 MiB for the first time costs more
-// in page faults of 4 KiB than reading it twice; where huge pages are not to be had, nothing changes.
+// topd::advise_huge_pages: ask the kernel to back a fresh buffer with huge pages. The first touch of a tile costs more in page
+// faults of 4 KiB than a sweep over it; where huge pages are not to be had, nothing changes.
 
 #include "../ops.h"
 

@@ -287,8 +287,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> divergence_rows(
   at::Tensor finite = at::empty({rows}, student.options().dtype(at::kBool));
   AT_DISPATCH_FLOATING_TYPES(student.scalar_type(), "topd::divergence_rows", [&] {
     using T = scalar_t;
-    const Call<T> call{{bias_of<T>(student_bias, student, "student_bias"), student_scale, student_softcap.value_or(0), temperature},
-                       {bias_of<T>(teacher_bias, teacher, "teacher_bias"), teacher_scale, teacher_softcap.value_or(0), temperature},
+    const T* const student_add = bias_of<T>(student_bias, student, "student_bias");
+    const T* const teacher_add = bias_of<T>(teacher_bias, teacher, "teacher_bias");
+    const Call<T> call{{student_add, student_scale, student_softcap.value_or(0), temperature},
+                       {teacher_add, teacher_scale, teacher_softcap.value_or(0), temperature},
                        static_cast<T>(parameter), static_cast<T>(1 - parameter), static_cast<T>(hard_weight), grad, scores};
     T* const student_data = student.data_ptr<T>();
     T* const teacher_data = teacher.data_ptr<T>();
