@@ -14,13 +14,18 @@ from topd.reference import RowSpec
 from topd.scores import TokenScores, unpack_scores
 
 
-def _side(name: str, hidden: object, head: object) -> None:
-    """Check that hidden states [..., H] go with a head."""
-    if not isinstance(head, Head):
+def _head(name: str, value: object) -> Head:
+    if not isinstance(value, Head):
         raise TypeError(
-            f"{name} must be a topd.Head, got {type(head).__name__}; build one with topd.Head(weight) or "
+            f"{name} must be a topd.Head, got {type(value).__name__}; build one with topd.Head(weight) or "
             "topd.Head.from_model(model)"
         )
+    return value
+
+
+def _side(name: str, hidden: object, head: object) -> None:
+    """Check that hidden states [..., H] go with a head."""
+    head = _head(name, head)
     states = floating(f"{name}_hidden", hidden)
     width = head.weight.shape[1]
     if states.dim() < 1 or states.shape[-1] != width:
@@ -218,15 +223,12 @@ def score_tokens(
     Raises:
         TypeError, ValueError: as `linear_divergence`.
     """
-    for name, head in (("student", student), ("teacher", teacher)):
-        if not isinstance(head, Head):
-            raise TypeError(f"{name} must be a topd.Head, got {type(head).__name__}; build one with topd.Head(weight)")
     with torch.no_grad():
         result = linear_divergence(
             tensor("student_hidden", student_hidden).detach(),
-            student.detach(),
+            _head("student", student).detach(),
             tensor("teacher_hidden", teacher_hidden).detach(),
-            teacher.detach(),
+            _head("teacher", teacher).detach(),
             divergence="forward_kl",
             temperature=temperature,
             mask=mask,
