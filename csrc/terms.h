@@ -9,7 +9,8 @@
 namespace topd {
 inline namespace CPU_CAPABILITY {
 
-enum class Kind { kForwardKL, kReverseKL, kJSD, kSkewKL, kSkewReverseKL, kTotalVariation };
+// kEvenJSD is the JSD at beta = 1/2, in float.
+enum class Kind { kForwardKL, kReverseKL, kJSD, kEvenJSD, kSkewKL, kSkewReverseKL, kTotalVariation };
 
 inline Kind kind_of(c10::string_view name) {
   if (name == "forward_kl") return Kind::kForwardKL;
@@ -47,6 +48,9 @@ inline Term<T> term_of(const Entry<T>& at, T parameter, T complement) {
   } else if constexpr (kind == Kind::kJSD) {
     const Mixture<T> mix(at, parameter, complement);
     return {mix.jsd_term(at, parameter, complement), Vec<T>(complement) * mix.student_d, zero};
+  } else if constexpr (kind == Kind::kEvenJSD) {
+    const EvenMixture mix(at);
+    return {mix.term, Vec<T>(0.5f) * mix.student_d, zero};
   } else if constexpr (kind == Kind::kSkewKL) {
     const Mixture<T> mix(at, parameter, complement);
     return {kl_term(at.teacher_p, mix.m, mix.teacher_d), Vec<T>(-complement) * mix.teacher_excess, zero};

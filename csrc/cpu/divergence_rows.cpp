@@ -111,7 +111,8 @@ T lost_mass(T* tail, int64_t size, const Distribution<T>& common) {
 template <typename T, Kind kind, bool with_scores>
 struct Sweeper {
   static constexpr bool kCentred = kind != Kind::kForwardKL;
-  static constexpr bool kMixed = kind == Kind::kJSD || kind == Kind::kSkewKL || kind == Kind::kSkewReverseKL;
+  static constexpr bool kMixed =
+      kind != Kind::kForwardKL && kind != Kind::kReverseKL && kind != Kind::kTotalVariation;
   const Call<T>& call;
 
   // d (logit / temperature) / d product.
@@ -247,7 +248,11 @@ void run_row(Kind kind, const Call<T>& call, const Row<T>& row, Result<T>& out) 
   switch (kind) {
     case Kind::kForwardKL: return run_row<T, Kind::kForwardKL>(call, row, out);
     case Kind::kReverseKL: return run_row<T, Kind::kReverseKL>(call, row, out);
-    case Kind::kJSD: return run_row<T, Kind::kJSD>(call, row, out);
+    case Kind::kEvenJSD:
+    case Kind::kJSD:
+      if constexpr (std::is_same_v<T, float>)
+        if (call.parameter == 0.5f) return run_row<T, Kind::kEvenJSD>(call, row, out);
+      return run_row<T, Kind::kJSD>(call, row, out);
     case Kind::kSkewKL: return run_row<T, Kind::kSkewKL>(call, row, out);
     case Kind::kSkewReverseKL: return run_row<T, Kind::kSkewReverseKL>(call, row, out);
     case Kind::kTotalVariation: return run_row<T, Kind::kTotalVariation>(call, row, out);
