@@ -21,7 +21,7 @@ from bench.process import INTERRUPTED, positive
 from bench.report import machine_line, markdown_table, note, scientific, write_json
 from topd.backends import choose_backend
 from topd.ops.divergence_rows import run_rows
-from topd.reference import RowSpec
+from topd.reference.linear_divergence import RowSpec
 
 DIVERGENCES = ("reverse_kl", "forward_kl")
 TARGETS = (1e-3, 1e-5, 1e-7, 1e-8)

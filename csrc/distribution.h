@@ -15,6 +15,14 @@ struct Transform {
   double scale = 1, softcap = 0, temperature = 1;
 
   bool identity() const { return bias == nullptr && softcap == 0 && scale == temperature; }
+
+  // d (logit / temperature) / d product. A logit of -inf, an entry that is left out, has none beside a softcap.
+  Vec<T> slope(const Vec<T>& logits) const {
+    const Vec<T> steep(static_cast<T>(scale / temperature));
+    if (softcap == 0) return steep;
+    const Vec<T> tanh = larger(logits * Vec<T>(static_cast<T>(temperature / softcap)), Vec<T>(-1));
+    return steep * (Vec<T>(1) - tanh * tanh);
+  }
 };
 
 template <typename T>

@@ -6,5 +6,8 @@
 
 TORCH_LIBRARY_IMPL(topd, CPU, m) {
   m.impl("divergence_rows", &topd::divergence_rows);
+  m.impl("logprob_rows", &topd::logprob_rows);
+  m.impl("weighted_gather", &topd::weighted_gather);
+  m.impl("weighted_scatter", &topd::weighted_scatter);
   m.impl("advise_huge_pages", &topd::advise_huge_pages);
 }

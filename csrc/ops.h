@@ -15,6 +15,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> divergence_rows(
     std::optional<double> student_softcap, double teacher_scale, std::optional<double> teacher_softcap, double temperature,
     c10::string_view divergence, double parameter, double hard_weight, bool grad, bool scores);
 
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> logprob_rows(
+    at::Tensor& product, const std::optional<at::Tensor>& bias, const at::Tensor& ids, double scale,
+    std::optional<double> softcap, double temperature, const std::optional<at::Tensor>& entropy_tile, bool grad, bool entropy);
+
+void weighted_gather(at::Tensor& out, const at::Tensor& table, const at::Tensor& ids, const at::Tensor& weights);
+
+void weighted_scatter(at::Tensor& out, const at::Tensor& rows, const at::Tensor& ids, const at::Tensor& weights);
+
 void advise_huge_pages(at::Tensor& buffer);
 
 }  // namespace CPU_CAPABILITY

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import topd
-from topd.reference import Rows, RowSpec, divergence_rows
+from topd.reference.linear_divergence import Rows, RowSpec, divergence_rows
 from topd.scores import FIELDS
 
 pytestmark = pytest.mark.skipif(not topd.backends()["cpp"], reason=topd.backends()["cpp"].detail)

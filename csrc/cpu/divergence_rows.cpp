@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "../distribution.h"
+#include "../operands.h"
 #include "../terms.h"
 
 namespace topd {
@@ -24,9 +25,6 @@ enum Score { kForward, kReverse, kStudentEntropy, kTeacherEntropy, kStudentLogpr
 
 // Room for this row and the next of both tiles in a second-level cache. A longer row has none to spare for the next.
 constexpr int64_t kCacheBytes = 1 << 20;
-
-// Entries that are worth a thread.
-constexpr int64_t kGrain = 32768;
 
 template <typename T>
 struct Call {
@@ -115,14 +113,6 @@ struct Sweeper {
       kind != Kind::kForwardKL && kind != Kind::kReverseKL && kind != Kind::kTotalVariation;
   const Call<T>& call;
 
-  // d (logit / temperature) / d product.
-  Vec<T> chain(const Vec<T>& logits) const {
-    const Vec<T> scale(static_cast<T>(call.student.scale / call.student.temperature));
-    if (call.student.softcap == 0) return scale;
-    const Vec<T> tanh = logits * Vec<T>(static_cast<T>(call.student.temperature / call.student.softcap));
-    return scale * (Vec<T>(1) - tanh * tanh);
-  }
-
   void run(const Row<T>& row, Result<T>& out) const {
     apply(call.student, row.student, row.student_size);
     apply(call.teacher, row.teacher, row.teacher_size);
@@ -154,7 +144,7 @@ struct Sweeper {
     if (has_token && call.hard_weight != 0) out.value -= call.hard_weight * pair.student.logprob(token_logit);
   }
 
-  // The value and scores; leaves A in the student's row and p_S chain in the scratch. Returns E.
+  // The value and scores; leaves A in the student's row and p_S slope in the scratch. Returns E.
   T values(const Row<T>& row, int64_t size, const Pair<T>& pair, Result<T>& out) const {
     const int64_t mode = pair.student.index;
     const Vec<T> zero(0);
@@ -181,7 +171,7 @@ struct Sweeper {
             blocks[kTeacherEntropy] = blocks[kTeacherEntropy] + entropy_term(entry.teacher_p, entry.teacher_logprob);
           }
           if (!call.grad) return;
-          const Vec<T> slope = chain(load(row.student + at, lanes));
+          const Vec<T> slope = call.student.slope(load(row.student + at, lanes));
           if constexpr (kCentred) {
             const Vec<T> a = term.a - a_mode;
             centre_block = fmadd(entry.student_p, a, centre_block);
@@ -225,7 +215,7 @@ struct Sweeper {
     T token_part = 0;
     if (hard != 0) {
       const Vec<T> a(row.student[*row.token]), p(row.scratch[*row.token]);
-      token_part = first_lane(at(a, p, T(0))) + hard * first_lane(chain(Vec<T>(token_logit))) * std::expm1(token_logprob);
+      token_part = first_lane(at(a, p, T(0))) + hard * first_lane(call.student.slope(Vec<T>(token_logit))) * std::expm1(token_logprob);
     }
     sweep<T>(
         size,
@@ -257,14 +247,6 @@ void run_row(Kind kind, const Call<T>& call, const Row<T>& row, Result<T>& out) 
     case Kind::kSkewReverseKL: return run_row<T, Kind::kSkewReverseKL>(call, row, out);
     case Kind::kTotalVariation: return run_row<T, Kind::kTotalVariation>(call, row, out);
   }
-}
-
-template <typename T>
-const T* bias_of(const std::optional<at::Tensor>& bias, const at::Tensor& product, const char* name) {
-  if (!bias) return nullptr;
-  TORCH_CHECK_VALUE(bias->is_contiguous() && bias->scalar_type() == product.scalar_type() && bias->numel() == product.size(1),
-                    name, " must be contiguous, of the products' dtype and width");
-  return bias->const_data_ptr<T>();
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> divergence_rows(

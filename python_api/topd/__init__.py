@@ -3,12 +3,14 @@
 TOPD here is Trajectory-aware On-Policy Distillation (arXiv 2606.00305).
 """
 
-import topd.ops.divergence_rows
-import topd.ops.linear_divergence  # noqa: F401  (both register their ops)
+import topd.ops.linear_divergence
+import topd.ops.linear_logprobs  # noqa: F401  (both register their ops)
 from topd.backends import Backend, backends
+from topd.composed import entropy_aware_opd, sampled_kl, soft_target_kl, topk_divergence
 from topd.divergences import JSD, Divergence, ForwardKL, ReverseKL, SkewKL, SkewReverseKL, TotalVariation
 from topd.functional import linear_divergence, score_tokens
 from topd.head import Head, LowRank
+from topd.logprobs import linear_logprobs, topk_logprobs
 from topd.scores import TokenScores
 
 __all__ = [
@@ -24,6 +26,12 @@ __all__ = [
     "TokenScores",
     "TotalVariation",
     "backends",
+    "entropy_aware_opd",
     "linear_divergence",
+    "linear_logprobs",
+    "sampled_kl",
     "score_tokens",
+    "soft_target_kl",
+    "topk_divergence",
+    "topk_logprobs",
 ]

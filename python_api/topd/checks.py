@@ -78,12 +78,17 @@ def on_device(name: str, value: Tensor, device: torch.device, other: str) -> Ten
     return value
 
 
-def token_range(tokens: Tensor, vocab: int) -> Tensor:
-    """Tokens of unmasked rows, checked to be in [0, vocab) on a CPU; on a GPU the check would stall the stream."""
-    if tokens.device.type == "cpu" and tokens.numel() and (int(tokens.min()) < 0 or int(tokens.max()) >= vocab):
-        worst = tokens[(tokens < 0) | (tokens >= vocab)][0]
-        raise ValueError(
-            f"tokens must lie in [0, {vocab}), the vocabulary that both heads share, where mask is True, got {int(worst)}; "
-            "mask such rows out"
-        )
-    return tokens
+def in_vocabulary(name: str, ids: Tensor, vocab: int, what: str, *, low: int = 0) -> Tensor:
+    """ids of unmasked rows, checked to be in [low, vocab) on a CPU; on a GPU the check would stall the stream. `what` says
+    whose vocabulary it is."""
+    if ids.device.type == "cpu" and ids.numel() and (int(ids.min()) < low or int(ids.max()) >= vocab):
+        worst = int(ids[(ids < low) | (ids >= vocab)][0])
+        raise ValueError(f"{name} must lie in [0, {vocab}), {what}, where mask is True, got {worst}; mask such rows out")
+    return ids
+
+
+def no_second_derivative(op: str) -> RuntimeError:
+    return RuntimeError(
+        f"topd.{op} has no second derivative, but its backward was differentiated (create_graph=True); differentiate once, or "
+        "write the loss from topd.Head.logits and torch.log_softmax"
+    )

@@ -1,49 +1,26 @@
 """The public primitives: arguments checked, leading shapes flattened, then the op."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from topd import reference
+from topd.arguments import (
+    autocast,
+    check_head,
+    check_side,
+    check_temperature,
+    check_workspace,
+    needs,
+    op_side,
+    per_token,
+    softcap_of,
+)
 from topd.backends import choose_backend
-from topd.checks import flag, floating, on_device, positive_int, real, shaped, tensor
+from topd.checks import flag, on_device, real, shaped, tensor
 from topd.divergences import Divergence, resolve_divergence
-from topd.head import Head, LowRank
-from topd.reference import RowSpec
+from topd.head import Head
+from topd.reference import linear_divergence as reference
+from topd.reference.linear_divergence import RowSpec
 from topd.scores import TokenScores, unpack_scores
-
-
-def _head(name: str, value: object) -> Head:
-    if not isinstance(value, Head):
-        raise TypeError(
-            f"{name} must be a topd.Head, got {type(value).__name__}; build one with topd.Head(weight) or "
-            "topd.Head.from_model(model)"
-        )
-    return value
-
-
-def _side(name: str, hidden: object, head: object) -> None:
-    """Check that hidden states [..., H] go with a head."""
-    head = _head(name, head)
-    states = floating(f"{name}_hidden", hidden)
-    width = head.weight.shape[1]
-    if states.dim() < 1 or states.shape[-1] != width:
-        raise ValueError(f"{name}_hidden must be [..., {width}], the width of {name}.weight, got {list(states.shape)}")
-    on_device(f"{name}.weight", head.weight, states.device, f"{name}_hidden")
-    if not _autocast_enabled(states.device) and states.dtype != head.weight.dtype:
-        raise ValueError(
-            f"{name}_hidden and {name}.weight must share a dtype, got {states.dtype} and {head.weight.dtype}; cast one of them"
-        )
-
-
-def _per_token(name: str, value: object, dtype: torch.dtype | None, hidden: Tensor) -> Tensor:
-    """A tensor with one entry for each row of hidden, flat."""
-    checked = floating(name, value) if dtype is None else tensor(name, value)
-    if dtype is not None and checked.dtype != dtype:
-        raise TypeError(f"{name} must be {dtype}, got {checked.dtype}; cast it with .to({dtype})")
-    shaped(name, checked, tuple(hidden.shape[:-1]), "the leading shape of student_hidden")
-    return on_device(name, checked, hidden.device, "student_hidden").reshape(-1)
 
 
 def _refuse_teacher_grad(teacher_hidden: Tensor, teacher: Head) -> None:
@@ -61,8 +38,8 @@ def _refuse_teacher_grad(teacher_hidden: Tensor, teacher: Head) -> None:
 
 
 def _check_pair(student_hidden: Tensor, student: Head, teacher_hidden: Tensor, teacher: Head) -> None:
-    _side("student", student_hidden, student)
-    _side("teacher", teacher_hidden, teacher)
+    check_side("student_hidden", student_hidden, "student", student)
+    check_side("teacher_hidden", teacher_hidden, "teacher", teacher)
     expected = (*student_hidden.shape[:-1], teacher_hidden.shape[-1])
     shaped("teacher_hidden", teacher_hidden, expected, "the leading shape of student_hidden")
     on_device("teacher_hidden", teacher_hidden, student_hidden.device, "student_hidden")
@@ -72,47 +49,21 @@ def _check_pair(student_hidden: Tensor, student: Head, teacher_hidden: Tensor, t
 def _check_options(
     temperature: object, hard_weight: object, tokens: object, return_scores: object, workspace_bytes: object
 ) -> None:
-    real("temperature", temperature, low=0.0, open_low=True)
+    check_temperature(temperature)
     flag("return_scores", return_scores)
     if real("hard_weight", hard_weight, low=0.0) and tokens is None:
         raise ValueError(
             "hard_weight needs tokens, the sampled tokens [...] int64, got tokens=None; pass them or leave it at 0"
         )
-    if workspace_bytes is not None:
-        positive_int("workspace_bytes", workspace_bytes, hint="None for the default")
-
-
-def _autocast_enabled(device: torch.device) -> bool:
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-
-
-def _autocast(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
-    """Under torch.autocast, what F.linear would cast: everything floating but float64."""
-    if not _autocast_enabled(hidden.device) or torch.float64 in (hidden.dtype, head.weight.dtype):
-        return hidden, head
-    dtype = torch.get_autocast_dtype(hidden.device.type)
-    bias = None if head.bias is None else head.bias.to(dtype)
-    adapter = head.adapter
-    if adapter is not None:
-        adapter = LowRank(adapter.a.to(dtype), adapter.b.to(dtype), adapter.scaling)
-    return hidden.to(dtype), Head(head.weight.to(dtype), bias, scale=head.scale, softcap=head.softcap, adapter=adapter)
-
-
-def _op_side(hidden: Tensor, head: Head) -> tuple[Any, ...]:
-    """The op's six arguments for one model."""
-    low_rank = (None, None, 0.0) if head.adapter is None else (head.adapter.a, head.adapter.b, float(head.adapter.scaling))
-    return (hidden, head.weight, head.bias, *low_rank)
+    check_workspace(workspace_bytes)
 
 
 def _spec(student: Head, teacher: Head, temperature: float, divergence: Divergence, hard_weight: float) -> RowSpec:
-    def softcap(head: Head) -> float | None:
-        return None if head.softcap is None else float(head.softcap)
-
     return RowSpec(
         float(student.scale),
-        softcap(student),
+        softcap_of(student),
         float(teacher.scale),
-        softcap(teacher),
+        softcap_of(teacher),
         float(temperature),
         divergence.name,
         divergence.parameter,
@@ -172,31 +123,24 @@ def linear_divergence(
     _check_pair(student_hidden, student, teacher_hidden, teacher)
     _check_options(temperature, hard_weight, tokens, return_scores, workspace_bytes)
     shape = tuple(student_hidden.shape[:-1])
-    flat_mask = None if mask is None else _per_token("mask", mask, torch.bool, student_hidden)
-    flat_tokens = None if tokens is None else _per_token("tokens", tokens, torch.int64, student_hidden)
-    hint = None if weights_hint is None else _per_token("weights_hint", weights_hint, None, student_hidden).detach()
+    like = (student_hidden, "student_hidden")
+    flat_mask = None if mask is None else per_token("mask", mask, torch.bool, *like)
+    flat_tokens = None if tokens is None else per_token("tokens", tokens, torch.int64, *like)
+    hint = None if weights_hint is None else per_token("weights_hint", weights_hint, None, *like).detach()
     name = choose_backend(backend, student_hidden.device)
 
-    student_hidden, student = _autocast(student_hidden.reshape(-1, student_hidden.shape[-1]), student)
-    teacher_hidden, teacher = _autocast(teacher_hidden.reshape(-1, teacher_hidden.shape[-1]), teacher)
+    student_hidden, student = autocast(student_hidden.reshape(-1, student_hidden.shape[-1]), student)
+    teacher_hidden, teacher = autocast(teacher_hidden.reshape(-1, teacher_hidden.shape[-1]), teacher)
     spec = _spec(student, teacher, temperature, chosen, hard_weight)
     if name == "reference":
         sides = (student_hidden, student, teacher_hidden, teacher)
         value, scores = reference.linear_divergence(*sides, flat_mask, flat_tokens, spec)
     else:
-        common = (*_op_side(student_hidden, student), *_op_side(teacher_hidden, teacher), flat_mask, flat_tokens, *spec)
-        needs = _needs(student_hidden, student)
-        value, scores, *_ = torch.ops.topd.linear_divergence(*common, workspace_bytes, name, hint, *needs, return_scores)
+        common = (*op_side(student_hidden, student), *op_side(teacher_hidden, teacher), flat_mask, flat_tokens, *spec)
+        wanted = needs(student_hidden, student)
+        value, scores, *_ = torch.ops.topd.linear_divergence(*common, workspace_bytes, name, hint, *wanted, return_scores)
     value = value.reshape(shape)
     return (value, unpack_scores(scores, shape, has_tokens=tokens is not None)) if return_scores else value
-
-
-def _needs(hidden: Tensor, head: Head) -> tuple[bool, bool, bool, bool]:
-    """Whether hidden, weight, bias, adapter want gradients."""
-    if not torch.is_grad_enabled():
-        return False, False, False, False
-    adapter = head.adapter is not None and (head.adapter.a.requires_grad or head.adapter.b.requires_grad)
-    return hidden.requires_grad, head.weight.requires_grad, head.bias is not None and head.bias.requires_grad, adapter
 
 
 def score_tokens(
@@ -226,9 +170,9 @@ def score_tokens(
     with torch.no_grad():
         result = linear_divergence(
             tensor("student_hidden", student_hidden).detach(),
-            _head("student", student).detach(),
+            check_head("student", student).detach(),
             tensor("teacher_hidden", teacher_hidden).detach(),
-            _head("teacher", teacher).detach(),
+            check_head("teacher", teacher).detach(),
             divergence="forward_kl",
             temperature=temperature,
             mask=mask,

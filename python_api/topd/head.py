@@ -98,6 +98,14 @@ class Head:
         bias = None if self.bias is None else self.bias.detach()
         return Head(self.weight.detach(), bias, scale=self.scale, softcap=self.softcap, adapter=adapter)
 
+    def first(self, vocab: int) -> "Head":
+        """The head of the first `vocab` tokens: views, no copies."""
+        adapter = self.adapter
+        if adapter is not None:
+            adapter = LowRank(adapter.a, adapter.b[:vocab], adapter.scaling)
+        bias = None if self.bias is None else self.bias[:vocab]
+        return Head(self.weight[:vocab], bias, scale=self.scale, softcap=self.softcap, adapter=adapter)
+
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that it holds, by the name of their field."""
         found = {"weight": self.weight}

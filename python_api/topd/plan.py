@@ -15,6 +15,8 @@ CUDA_WORKSPACE = 2048 * MIB
 # [C, V] temporaries that the eager backend's elementwise code keeps alive at its peak, beside the two tiles: 17 at most was
 # measured, for the JSD with scores, softcap, bias and hard weight. The compiled backends keep none.
 EAGER_TEMPORARIES = 18
+# The same for log-probabilities with entropy, softcap and bias.
+EAGER_LOGPROB_TEMPORARIES = 14
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,7 @@ def default_workspace(device_type: str, free_bytes: int | None = None) -> int:
 
 def plan_chunks(
     n: int,
-    student_vocab: int,
-    teacher_vocab: int,
-    *,
+    *vocabs: int,
     itemsize: int = 4,
     workspace_bytes: int,
     temporaries: int = 0,
@@ -53,21 +53,21 @@ def plan_chunks(
 
     Args:
         n: rows to compute.
-        student_vocab, teacher_vocab: widths of the two tiles.
+        vocabs: the width of each tile.
         itemsize: bytes of a tile's entry (4, or 8 for float64).
         workspace_bytes: upper bound for the tiles and temporaries together.
-        temporaries: further tiles of the common width that the backend keeps.
+        temporaries: further tiles of the smallest width that the backend keeps.
 
     Raises:
         ValueError: the workspace does not hold one row.
     """
     positive_int("workspace_bytes", workspace_bytes)
-    per_row = itemsize * (student_vocab + teacher_vocab + temporaries * min(student_vocab, teacher_vocab))
+    per_row = itemsize * (sum(vocabs) + temporaries * min(vocabs))
     limit = workspace_bytes // per_row
     if limit < 1:
         raise ValueError(
-            f"workspace_bytes must hold at least one row, {per_row} bytes for vocabularies of {student_vocab} and "
-            f"{teacher_vocab}, got {workspace_bytes}; raise it, or leave it None for the default"
+            f"workspace_bytes must hold at least one row, {per_row} bytes for vocabularies of {' and '.join(map(str, vocabs))}"
+            f", got {workspace_bytes}; raise it, or leave it None for the default"
         )
     if n == 0:
         return ChunkPlan(0, 0, 0, 0)

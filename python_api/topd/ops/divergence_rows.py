@@ -1,14 +1,14 @@
 """topd::divergence_rows, the work between the matrix products: two tiles of products in, divergences out.
 
 Read per token: both tiles' rows once from memory. Written: the student's row, which becomes the gradient to the product,
-where `grad` asks for it (the teacher's row is scratch), a value, a flag, nine scores. The math is `topd.reference`'s.
-Compiled backends register it for their device; "eager" calls the reference itself.
+where `grad` asks for it (the teacher's row is scratch), a value, a flag, nine scores. The math is that of
+`topd.reference.linear_divergence`. Compiled backends register it for their device; "eager" calls the reference itself.
 """
 
 import torch
 from torch import Tensor
 
-from topd.reference import Rows, RowSpec, divergence_rows
+from topd.reference.linear_divergence import Rows, RowSpec, divergence_rows
 from topd.scores import FIELDS
 
 torch.library.define(

@@ -9,15 +9,28 @@ Precision: tiles, u and the head's gradients are float32 (float64 for float64), 
 products (3 with a frozen head), 2 + 1 more for each deviating row. Read per token and head: as the matrix products do.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from topd.checks import token_range
-from topd.ops.tiles import HeadGrads, Side, TileLoop
-from topd.plan import EAGER_TEMPORARIES, default_workspace, plan_chunks
-from topd.reference import NO_SECOND_DERIVATIVE, RowSpec
+from topd.checks import in_vocabulary, no_second_derivative
+from topd.ops.advise_huge_pages import buffer
+from topd.ops.divergence_rows import run_rows
+from topd.ops.one_pass import (
+    chosen_rows,
+    common_factor,
+    correction,
+    normalised_hint,
+    returned,
+    save_call,
+    saved_call,
+    workspace,
+)
+from topd.ops.tiles import HeadGrads, Side
+from topd.plan import EAGER_TEMPORARIES, ChunkPlan, plan_chunks
+from topd.reference.linear_divergence import COMMON_VOCABULARY, Rows, RowSpec
 from topd.scores import FIELDS
 
 
@@ -37,6 +50,59 @@ _COMMON = (
 )
 _NEEDS = "bool hidden_grad, bool weight_grad, bool bias_grad, bool adapter_grad"
 _HEAD_GRADS = "Tensor weight, Tensor bias, Tensor a, Tensor b"
+
+
+class Chunk(NamedTuple):
+    """One chunk's results: `start` counts the rows before it, `at` is where its rows stand among the N, `hidden` holds the
+    student's rows in the tile's dtype."""
+
+    start: int
+    at: slice | Tensor
+    hidden: Tensor
+    rows: Rows
+
+
+class TileLoop:
+    """Iterates over chunks of the chosen rows; the tiles are allocated once and reused. Per chunk: two matrix products into the
+    tiles, then `divergence_rows`."""
+
+    def __init__(
+        self,
+        student: Side,
+        teacher: Side,
+        tokens: Tensor | None,
+        spec: RowSpec,
+        plan: ChunkPlan,
+        backend: str,
+        *,
+        chosen: Tensor | None,
+        dtype: torch.dtype,
+        full_width: bool,
+    ) -> None:
+        self.vocab = min(student.weight.shape[0], teacher.weight.shape[0])
+        self.student = student.widened(student.weight.shape[0] if full_width else self.vocab, dtype)
+        self.teacher = teacher.widened(teacher.weight.shape[0] if full_width else self.vocab, dtype)
+        self.tokens, self.spec, self.chosen = tokens, spec, chosen
+        self.plan, self.backend, self.dtype = plan, backend, dtype
+
+    def run(self, *, grad: bool, scores: bool) -> Iterator[Chunk]:
+        """Each chunk's results; its gradient lives in a tile that the next chunk overwrites."""
+        student_tile, teacher_tile = (
+            buffer((self.plan.rows, side.weight.shape[0]), side.weight, self.dtype, self.backend)
+            for side in (self.student, self.teacher)
+        )
+        for start, stop in self.plan.bounds():
+            at = slice(start, stop) if self.chosen is None else self.chosen[start:stop]
+            hidden = self.student.hidden[at].to(self.dtype)
+            student_product, teacher_product = student_tile[: stop - start], teacher_tile[: stop - start]
+            self.student.multiply(hidden, student_product)
+            self.teacher.multiply(self.teacher.hidden[at].to(self.dtype), teacher_product)
+            tokens = None if self.tokens is None else self.tokens[at]
+            operands = (student_product, teacher_product, self.student.bias, self.teacher.bias, tokens)
+            rows = run_rows(self.backend, *operands, self.spec, grad=grad, scores=scores)
+            if rows.grad_logits is not None:
+                rows = rows._replace(grad_logits=rows.grad_logits[:, : self.vocab])
+            yield Chunk(start, at, hidden, rows)
 
 
 class Call(NamedTuple):
@@ -71,7 +137,7 @@ class Call(NamedTuple):
             n,
             *widths,
             itemsize=self.dtype.itemsize,
-            workspace_bytes=self.workspace_bytes or _default_workspace(self.student.hidden.device),
+            workspace_bytes=workspace(self.student.hidden.device, self.workspace_bytes),
             temporaries=EAGER_TEMPORARIES if self.backend == "eager" else 0,
         )
         return TileLoop(
@@ -90,11 +156,6 @@ class Call(NamedTuple):
 N_COMMON = 24
 
 
-def _default_workspace(device: torch.device) -> int:
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-    return default_workspace(device.type, free)
-
-
 torch.library.define(
     "topd::linear_divergence",
     f"({_COMMON}Tensor? weights_hint, {_NEEDS}, bool scores) -> "
@@ -105,27 +166,6 @@ torch.library.define(
     f"(Tensor grad_value, {_COMMON}Tensor u, {_HEAD_GRADS}, Tensor hint, bool uniform_hint, {_NEEDS}) -> "
     f"(Tensor hidden, {_HEAD_GRADS})",
 )
-
-
-def _chosen_rows(mask: Tensor | None) -> Tensor | None:
-    """Indices of the unmasked rows, None for all. On a GPU this waits for the mask; what it saves are whole rows of matrix
-    products."""
-    if mask is None:
-        return None
-    chosen = mask.nonzero()[:, 0]
-    return None if chosen.numel() == mask.numel() else chosen
-
-
-def _normalised_hint(hint: Tensor | None, mask: Tensor | None, like: Tensor) -> Tensor:
-    """[N] in the tile's dtype, largest magnitude 1; 0 where masked or not finite."""
-    hint = torch.ones_like(like) if hint is None else hint.to(like.dtype, copy=True)
-    hint.masked_fill_(~hint.isfinite(), 0.0)
-    if mask is not None:
-        hint.masked_fill_(~mask, 0.0)
-    if hint.numel():
-        top = hint.abs().max()
-        hint.div_(torch.where(top > 0, top, torch.ones_like(top)))
-    return hint
 
 
 def _forward(*flat: Any) -> tuple[Tensor, ...]:
@@ -140,10 +180,10 @@ def _forward(*flat: Any) -> tuple[Tensor, ...]:
         grads = HeadGrads.empty(
             student, call.vocab, call.dtype, call.backend, weight=weight_grad, bias=bias_grad, adapter=adapter_grad
         )
-        used_hint = _normalised_hint(hint, call.mask, value) if grads.wanted else value.new_empty(0)
-        chosen = _chosen_rows(call.mask)
+        used_hint = normalised_hint(hint, call.mask, value) if grads.wanted else value.new_empty(0)
+        chosen = chosen_rows(call.mask)
         if call.tokens is not None:
-            token_range(call.tokens if chosen is None else call.tokens[chosen], call.vocab)
+            in_vocabulary("tokens", call.tokens if chosen is None else call.tokens[chosen], call.vocab, COMMON_VOCABULARY)
         grad = hidden_grad or grads.wanted
         loop = call.loop(chosen, full_width=scores)
         if loop.plan.n == 0:
@@ -157,31 +197,14 @@ def _forward(*flat: Any) -> tuple[Tensor, ...]:
                 continue
             through_adapter = loop.student.through_adapter(rows.grad_logits)
             if hidden_grad and isinstance(at, slice):
-                loop.hidden_grad(rows, through_adapter, out=u[at])
+                loop.student.hidden_grad(rows.grad_logits, through_adapter, rows.finite, out=u[at])
             elif hidden_grad:
-                u[at] = loop.hidden_grad(rows, through_adapter)
+                u[at] = loop.student.hidden_grad(rows.grad_logits, through_adapter, rows.finite)
             if grads.wanted:
                 weights = used_hint[at].masked_fill(~rows.finite, 0.0)
                 used_hint[at] = weights
                 grads.add(loop.student, rows.grad_logits, through_adapter, chunk.hidden, weights, first=chunk.start == 0)
         return value, found, u, *grads, used_hint
-
-
-def _deviation(grad: Tensor, hint: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """c, and which rows do not obey grad = c hint to 4 ulp. Masked rows obey whatever comes."""
-    ratio = (grad / hint).masked_fill(hint == 0, torch.nan)
-    c = torch.nanmedian(ratio.masked_fill(~ratio.isfinite(), torch.nan)).nan_to_num(0.0) if grad.numel() else grad.sum()
-    expected = c * hint
-    obeys = (grad - expected).abs() <= 4 * torch.finfo(grad.dtype).eps * expected.abs()
-    return c, ~obeys if mask is None else ~obeys & mask
-
-
-def _cancels(call: Call, grad: Tensor, c: Tensor, hint: Tensor, redo: Tensor, alive: Tensor) -> bool:
-    """Whether correcting would subtract rows so much larger than what stays that digits are lost: a hint far off, or a row
-    with an outlying hidden state. What a row adds is measured by its weight times the norm of its hidden state."""
-    size = torch.linalg.vector_norm(call.student.hidden, dim=-1, dtype=grad.dtype).nan_to_num_()
-    removed, kept = (c * hint).abs() * size, (grad.abs() * size).nan_to_num_()
-    return bool(removed[redo].max() > 4 * kept[alive].max())
 
 
 def _head_grads(call: Call, grad: Tensor, saved: HeadGrads, hint: Tensor, uniform_hint: bool) -> HeadGrads:
@@ -191,17 +214,13 @@ def _head_grads(call: Call, grad: Tensor, saved: HeadGrads, hint: Tensor, unifor
         # distribution (its hint was set to 0) still poisons the sums, as it would in eager code.
         c = grad[0]
         return saved.times(torch.where((hint == 0).any() & (c != 0), torch.nan, c), call.backend)
-    c, deviates = _deviation(grad, hint, call.mask)
-    # The host waits here for a count; on a GPU that costs microseconds, and spares the matrix products of the rows that obey.
-    redo = deviates.nonzero()[:, 0]
-    if redo.numel() == 0:
-        return saved.times(c, call.backend)
-    alive = (grad != 0 if call.mask is None else (grad != 0) & call.mask).nonzero()[:, 0]
-    anew = redo.numel() >= alive.numel() or _cancels(call, grad, c, hint, redo, alive)
-    if anew:
-        grads, weights, redo = saved.unfilled(call.backend), grad, alive
-    else:
-        grads, weights = saved.times(c, call.backend), grad - c * hint
+    c = common_factor(grad, hint)
+    expected = c * hint
+    deviates, alive = (grad - expected).abs() <= 4 * torch.finfo(grad.dtype).eps * expected.abs(), grad != 0
+    deviates.logical_not_()
+    if call.mask is not None:  # masked rows obey whatever comes
+        deviates, alive = deviates & call.mask, alive & call.mask
+    grads, redo, weights, anew = correction(saved, call.student, c, hint, grad, deviates, alive, call.backend)
     loop = call.loop(redo)
     for chunk in loop.run(grad=True, scores=False):
         grad_logits = chunk.rows.grad_logits
@@ -210,15 +229,6 @@ def _head_grads(call: Call, grad: Tensor, saved: HeadGrads, hint: Tensor, unifor
         through_adapter = loop.student.through_adapter(grad_logits)
         grads.add(loop.student, grad_logits, through_adapter, chunk.hidden, row_weights, first=anew and chunk.start == 0)
     return grads
-
-
-def _returned(total: Tensor, like: Tensor | None) -> Tensor:
-    """A sum as the gradient of `like`: its dtype, and zeros beyond the common vocabulary."""
-    if like is None or total.numel() == 0 or total.shape == like.shape:
-        return total if like is None else total.to(like.dtype)
-    out = like.new_zeros(like.shape)
-    out[: total.shape[0]] = total
-    return out
 
 
 def _backward(grad_value: Tensor, *flat: Any) -> tuple[Tensor, ...]:
@@ -233,7 +243,7 @@ def _backward(grad_value: Tensor, *flat: Any) -> tuple[Tensor, ...]:
         if grads.wanted:
             grads = _head_grads(call, grad_value, grads, hint, uniform_hint)
         tensors = (student.weight, student.bias, student.a, student.b)
-        return hidden, *(_returned(total, like) for total, like in zip(grads, tensors, strict=True))
+        return hidden, *(returned(total, like) for total, like in zip(grads, tensors, strict=True))
 
 
 for _op, _implementation in (("linear_divergence", _forward), ("linear_divergence_backward", _backward)):
@@ -271,26 +281,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     _, scores, *kept = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(scores, *kept)
-    common = inputs[:N_COMMON]
-    ctx.tensors_at = [i for i, argument in enumerate(common) if isinstance(argument, Tensor)]
-    ctx.others = [None if isinstance(argument, Tensor) else argument for argument in common]
-    ctx.save_for_backward(*(common[i] for i in ctx.tensors_at), *kept)
-    ctx.uniform_hint, ctx.needs, ctx.n_inputs = (
-        inputs[N_COMMON] is None,
-        inputs[N_COMMON + 1 : N_COMMON + 5],
-        len(inputs),
-    )
+    save_call(ctx, inputs, N_COMMON, kept)
+    ctx.uniform_hint, ctx.needs = inputs[N_COMMON] is None, inputs[N_COMMON + 1 : N_COMMON + 5]
 
 
 def _gradient(ctx: Any, grad_value: Tensor | None, *_: Any) -> tuple[Any, ...]:
     out: list[Any] = [None] * ctx.n_inputs
     if grad_value is None:
         return tuple(out)
-    tensors = ctx.saved_tensors
-    common, count = list(ctx.others), len(ctx.tensors_at)
-    for i, saved in zip(ctx.tensors_at, tensors[:count], strict=True):
-        common[i] = saved
-    grads = torch.ops.topd.linear_divergence_backward(grad_value, *common, *tensors[count:], ctx.uniform_hint, *ctx.needs)
+    common, kept = saved_call(ctx)
+    grads = torch.ops.topd.linear_divergence_backward(grad_value, *common, *kept, ctx.uniform_hint, *ctx.needs)
     hidden, weight, bias, adapter = ctx.needs
     for i, wanted in enumerate((hidden, weight, bias, adapter, adapter)):
         if wanted:
@@ -299,7 +299,7 @@ def _gradient(ctx: Any, grad_value: Tensor | None, *_: Any) -> tuple[Any, ...]:
 
 
 def _no_second_derivative(ctx: Any, *_: Any) -> None:
-    raise RuntimeError(NO_SECOND_DERIVATIVE)
+    raise no_second_derivative("linear_divergence")
 
 
 torch.library.register_autograd("topd::linear_divergence", _gradient, setup_context=_setup_context)

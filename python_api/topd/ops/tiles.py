@@ -1,20 +1,14 @@
-"""The chunk loop of the vocabulary-sized ops: matrix products into two tiles, the rows op, matrix products out of them.
-
-Per chunk: student tile = hidden weightᵀ, teacher tile likewise, `divergence_rows`, then u = dlogits weight and
-d weight += dlogitsᵀ (w ⊙ hidden): the four matrix products of the floor. float16 and bfloat16 are widened to float32: hidden
-states a chunk at a time, weights once a call.
+"""The matrix products around a tile: into it, tile = hidden weightᵀ, and out of it, u = dlogits weight and
+d weight += dlogitsᵀ (w ⊙ hidden). float16 and bfloat16 are widened to float32: hidden states a chunk at a time, weights once a
+call.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from topd.ops.advise_huge_pages import buffer
-from topd.ops.divergence_rows import run_rows
-from topd.plan import ChunkPlan
-from topd.reference import Rows, RowSpec
 
 
 class Side(NamedTuple):
@@ -44,65 +38,14 @@ class Side(NamedTuple):
         """dlogits b [C, r], which the gradients of both hidden and a need; None without an adapter."""
         return None if self.b is None else grad_logits @ self.b[: grad_logits.shape[1]]
 
-
-class Chunk(NamedTuple):
-    """One chunk's results: `start` counts the rows before it, `at` is where its rows stand among the N, `hidden` holds the
-    student's rows in the tile's dtype."""
-
-    start: int
-    at: slice | Tensor
-    hidden: Tensor
-    rows: Rows
-
-
-class TileLoop:
-    """Iterates over chunks of the chosen rows; the tiles are allocated once and reused."""
-
-    def __init__(
-        self,
-        student: Side,
-        teacher: Side,
-        tokens: Tensor | None,
-        spec: RowSpec,
-        plan: ChunkPlan,
-        backend: str,
-        *,
-        chosen: Tensor | None,
-        dtype: torch.dtype,
-        full_width: bool,
-    ) -> None:
-        self.vocab = min(student.weight.shape[0], teacher.weight.shape[0])
-        self.student = student.widened(student.weight.shape[0] if full_width else self.vocab, dtype)
-        self.teacher = teacher.widened(teacher.weight.shape[0] if full_width else self.vocab, dtype)
-        self.tokens, self.spec, self.chosen = tokens, spec, chosen
-        self.plan, self.backend, self.dtype = plan, backend, dtype
-
-    def run(self, *, grad: bool, scores: bool) -> Iterator[Chunk]:
-        """Each chunk's results; its gradient lives in a tile that the next chunk overwrites."""
-        student_tile, teacher_tile = (
-            buffer((self.plan.rows, side.weight.shape[0]), side.weight, self.dtype, self.backend)
-            for side in (self.student, self.teacher)
-        )
-        for start, stop in self.plan.bounds():
-            at = slice(start, stop) if self.chosen is None else self.chosen[start:stop]
-            hidden = self.student.hidden[at].to(self.dtype)
-            student_product, teacher_product = student_tile[: stop - start], teacher_tile[: stop - start]
-            self.student.multiply(hidden, student_product)
-            self.teacher.multiply(self.teacher.hidden[at].to(self.dtype), teacher_product)
-            tokens = None if self.tokens is None else self.tokens[at]
-            operands = (student_product, teacher_product, self.student.bias, self.teacher.bias, tokens)
-            rows = run_rows(self.backend, *operands, self.spec, grad=grad, scores=scores)
-            if rows.grad_logits is not None:
-                rows = rows._replace(grad_logits=rows.grad_logits[:, : self.vocab])
-            yield Chunk(start, at, hidden, rows)
-
-    def hidden_grad(self, rows: Rows, through_adapter: Tensor | None, out: Tensor | None = None) -> Tensor:
+    def hidden_grad(
+        self, grad_logits: Tensor, through_adapter: Tensor | None, finite: Tensor, out: Tensor | None = None
+    ) -> Tensor:
         """u = d value / d hidden of a chunk; NaN where a row has no distribution."""
-        assert rows.grad_logits is not None
-        u = torch.mm(rows.grad_logits, self.student.weight[: self.vocab], out=out)
-        if through_adapter is not None and self.student.a is not None:
-            u.addmm_(through_adapter, self.student.a, alpha=self.student.scaling)
-        return u.masked_fill_(~rows.finite.unsqueeze(-1), torch.nan)
+        u = torch.mm(grad_logits, self.weight[: grad_logits.shape[1]], out=out)
+        if through_adapter is not None and self.a is not None:
+            u.addmm_(through_adapter, self.a, alpha=self.scaling)
+        return u.masked_fill_(~finite.unsqueeze(-1), torch.nan)
 
 
 class HeadGrads(NamedTuple):

@@ -1,4 +1,4 @@
-"""Every op in eager torch on full logits: the definition of the math.
+"""topd::linear_divergence in eager torch on full logits: the definition of the math.
 
 From logits (bias, scale, softcap and temperature applied) of the common vocabulary, with d = log p_T - log p_S and the terms of
 `topd.row_math`:
@@ -19,15 +19,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from topd.checks import token_range
+from topd.checks import in_vocabulary, no_second_derivative
 from topd.head import Head, product, shape_logits
 from topd.row_math import Distribution, distribution, kl_terms, log_ratio, mixture
 from topd.scores import FIELDS
 
-NO_SECOND_DERIVATIVE = (
-    "topd.linear_divergence has no second derivative, but its backward was differentiated (create_graph=True); differentiate "
-    "once, or write the loss from topd.Head.logits and torch.log_softmax"
-)
+COMMON_VOCABULARY = "the vocabulary that both heads share"
 
 
 class RowSpec(NamedTuple):
@@ -223,7 +220,7 @@ class _RowsGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
-        raise RuntimeError(NO_SECOND_DERIVATIVE)
+        raise no_second_derivative("linear_divergence")
 
 
 def linear_divergence(
@@ -239,7 +236,8 @@ def linear_divergence(
     dtype = torch.promote_types(torch.promote_types(student_hidden.dtype, teacher_hidden.dtype), torch.float32)
     kept = torch.arange(student_hidden.shape[0], device=student_hidden.device) if mask is None else mask.nonzero()[:, 0]
     if tokens is not None:
-        tokens = token_range(tokens[kept], min(student.weight.shape[0], teacher.weight.shape[0]))
+        vocab = min(student.weight.shape[0], teacher.weight.shape[0])
+        tokens = in_vocabulary("tokens", tokens[kept], vocab, COMMON_VOCABULARY)
     with torch.autocast(student_hidden.device.type, enabled=False):
         products = product(student_hidden[kept], student, dtype), product(teacher_hidden[kept], teacher, dtype)
         value, scores = _RowsFunction.apply(*products, tokens, spec)  # type: ignore[no-untyped-call]

@@ -1,0 +1,90 @@
+"""Operands of the public functions: checked, flattened, cast as autocast would, unpacked into the ops' arguments."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from topd.checks import floating, on_device, positive_int, real, shaped, tensor
+from topd.head import Head, LowRank
+
+
+def check_head(name: str, value: object) -> Head:
+    if not isinstance(value, Head):
+        raise TypeError(
+            f"{name} must be a topd.Head, got {type(value).__name__}; build one with topd.Head(weight) or "
+            "topd.Head.from_model(model)"
+        )
+    return value
+
+
+def check_side(hidden_name: str, hidden: object, head_name: str, head: object) -> None:
+    """Check that hidden states [..., H] go with a head."""
+    head = check_head(head_name, head)
+    states = floating(hidden_name, hidden)
+    width = head.weight.shape[1]
+    if states.dim() < 1 or states.shape[-1] != width:
+        raise ValueError(f"{hidden_name} must be [..., {width}], the width of {head_name}.weight, got {list(states.shape)}")
+    on_device(f"{head_name}.weight", head.weight, states.device, hidden_name)
+    if not autocast_enabled(states.device) and states.dtype != head.weight.dtype:
+        raise ValueError(
+            f"{hidden_name} and {head_name}.weight must share a dtype, got {states.dtype} and {head.weight.dtype}; cast one of "
+            "them"
+        )
+
+
+def per_token(name: str, value: object, dtype: torch.dtype | None, hidden: Tensor, hidden_name: str) -> Tensor:
+    """A tensor with one entry for each row of hidden, flat; dtype None: any floating one."""
+    checked = floating(name, value) if dtype is None else typed(name, value, dtype)
+    shaped(name, checked, tuple(hidden.shape[:-1]), f"the leading shape of {hidden_name}")
+    return on_device(name, checked, hidden.device, hidden_name).reshape(-1)
+
+
+def typed(name: str, value: object, dtype: torch.dtype) -> Tensor:
+    checked = tensor(name, value)
+    if checked.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, got {checked.dtype}; cast it with .to({dtype})")
+    return checked
+
+
+def check_temperature(temperature: object) -> float:
+    return real("temperature", temperature, low=0.0, open_low=True)
+
+
+def check_workspace(workspace_bytes: object) -> None:
+    if workspace_bytes is not None:
+        positive_int("workspace_bytes", workspace_bytes, hint="None for the default")
+
+
+def softcap_of(head: Head) -> float | None:
+    return None if head.softcap is None else float(head.softcap)
+
+
+def autocast_enabled(device: torch.device) -> bool:
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def autocast(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
+    """Under torch.autocast, what F.linear would cast: everything floating but float64."""
+    if not autocast_enabled(hidden.device) or torch.float64 in (hidden.dtype, head.weight.dtype):
+        return hidden, head
+    dtype = torch.get_autocast_dtype(hidden.device.type)
+    bias = None if head.bias is None else head.bias.to(dtype)
+    adapter = head.adapter
+    if adapter is not None:
+        adapter = LowRank(adapter.a.to(dtype), adapter.b.to(dtype), adapter.scaling)
+    return hidden.to(dtype), Head(head.weight.to(dtype), bias, scale=head.scale, softcap=head.softcap, adapter=adapter)
+
+
+def op_side(hidden: Tensor, head: Head) -> tuple[Any, ...]:
+    """The op's six arguments for one model."""
+    low_rank = (None, None, 0.0) if head.adapter is None else (head.adapter.a, head.adapter.b, float(head.adapter.scaling))
+    return (hidden, head.weight, head.bias, *low_rank)
+
+
+def needs(hidden: Tensor, head: Head) -> tuple[bool, bool, bool, bool]:
+    """Whether hidden, weight, bias, adapter want gradients."""
+    if not torch.is_grad_enabled():
+        return False, False, False, False
+    adapter = head.adapter is not None and (head.adapter.a.requires_grad or head.adapter.b.requires_grad)
+    return hidden.requires_grad, head.weight.requires_grad, head.bias is not None and head.bias.requires_grad, adapter

@@ -1,0 +1,193 @@
+"""`linear_logprobs`, the second primitive, and `topk_logprobs`, which makes an offline teacher's targets."""
+
+import torch
+from torch import Tensor
+
+from topd.arguments import (
+    autocast,
+    check_side,
+    check_temperature,
+    check_workspace,
+    needs,
+    op_side,
+    per_token,
+    softcap_of,
+    typed,
+)
+from topd.backends import choose_backend
+from topd.checks import flag, on_device, positive_int, shaped
+from topd.head import Head, shape_logits
+from topd.ops.one_pass import chosen_rows, workspace
+from topd.ops.tiles import Side
+from topd.plan import plan_chunks
+from topd.reference import linear_logprobs as reference
+from topd.reference.linear_logprobs import LogprobSpec
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    head: Head,
+    ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    weights_hint: Tensor | None = None,
+    return_entropy: bool = False,
+    workspace_bytes: int | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probabilities of chosen tokens, and the entropy, from hidden states, without [N, V] logits.
+
+    Exact values and gradients for any upstream gradient, at the cost of three matrix products (two with a frozen head). With
+    M = 1 and the next tokens as ids, minus the result is the cross-entropy.
+
+    Args:
+        hidden: [..., H] float32, float64, bfloat16 or float16, dtype of `head.weight`; differentiated.
+        head: Head; weight, bias and adapter are differentiated where they require grad.
+        ids: [..., M] int64, M >= 0, tokens of which the log-probability is wanted; repeats allowed. Those of unmasked rows lie
+            in [0, V): checked on the CPU; on a GPU, where a check would stall it, any other has log-probability -inf and no
+            gradient.
+        temperature: > 0; the logits are divided by it, after the softcap.
+        mask: [...] bool; False rows cost nothing, are exactly 0 and get exactly 0 gradient, whatever they hold.
+        weights_hint: [...] floating, what the sum over M of a row's upstream gradients will be, up to one factor: where it is
+            right the backward pass costs nothing more; it never changes a value.
+        return_entropy: also return the entropy, differentiable like the log-probabilities; using its gradient costs three more
+            matrix products (one with a frozen head).
+        workspace_bytes: bound for the tile of logits; None: 512 MiB on a CPU, on a GPU the smaller of 2 GiB and a quarter of
+            the free memory.
+        backend: None (by device), "reference", "eager", "cpp" or "triton"; one asked for by name never falls back.
+
+    Returns:
+        [..., M] float32 (float64 for float64), nats; with return_entropy a pair of it and the entropy [...], nats. -inf logits
+        mean probability 0: log-probability -inf, nothing added to the entropy.
+
+    Raises:
+        TypeError, ValueError: a wrong type, shape, dtype, device, range or option.
+    """
+    flag("return_entropy", return_entropy)
+    logprobs, entropy, _ = logprobs_and_outside(
+        hidden,
+        head,
+        ids,
+        temperature=temperature,
+        mask=mask,
+        weights_hint=weights_hint,
+        entropy=return_entropy,
+        workspace_bytes=workspace_bytes,
+        backend=backend,
+    )
+    return (logprobs, entropy) if return_entropy else logprobs
+
+
+def check_ids(name: str, ids: object, hidden: Tensor) -> Tensor:
+    """ids [..., M] for hidden [..., H]."""
+    checked = typed(name, ids, torch.int64)
+    if checked.dim() != hidden.dim():
+        raise ValueError(
+            f"{name} must be [..., M] with the leading shape of hidden, {list(hidden.shape[:-1])}, got {list(checked.shape)}"
+        )
+    shaped(name, checked, (*hidden.shape[:-1], checked.shape[-1]), "the leading shape of hidden, then M")
+    return on_device(name, checked, hidden.device, "hidden")
+
+
+def logprobs_and_outside(
+    hidden: Tensor,
+    head: Head,
+    ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    weights_hint: Tensor | None = None,
+    entropy: bool = False,
+    workspace_bytes: int | None = None,
+    backend: str | None = None,
+    padded: bool = False,
+    dense: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`linear_logprobs`, and beside it the log of the mass outside each row's ids.
+
+    Args:
+        padded: an id of -1 stands for no token: log-probability -inf, no gradient.
+        dense: whether forward sums the head's gradients under the hint. Without it they wait for the backward pass, which is
+            cheaper where no hint can be right, and cheapest where the upstream gradients of a row add up to 0.
+
+    Returns:
+        logprobs [..., M], entropy [...] (or [0]), outside [...].
+    """
+    check_side("hidden", hidden, "head", head)
+    check_ids("ids", ids, hidden)
+    check_temperature(temperature)
+    check_workspace(workspace_bytes)
+    like = (hidden, "hidden")
+    flat_mask = None if mask is None else per_token("mask", mask, torch.bool, *like)
+    hint = None if weights_hint is None else per_token("weights_hint", weights_hint, None, *like).detach()
+    name = choose_backend(backend, hidden.device)
+    shape, flat_ids = tuple(hidden.shape[:-1]), ids.reshape(hidden.shape[:-1].numel(), ids.shape[-1])
+    states, head = autocast(hidden.reshape(-1, hidden.shape[-1]), head)
+    spec = LogprobSpec(float(head.scale), softcap_of(head), float(temperature))
+    if name == "reference":
+        logprobs, entropies, outside = reference.linear_logprobs(states, head, flat_ids, flat_mask, spec, padded=padded)
+    else:
+        common = (*op_side(states, head), flat_mask, flat_ids, *spec, workspace_bytes, name, padded, dense)
+        found = torch.ops.topd.linear_logprobs(*common, hint, *needs(states, head), entropy)
+        logprobs, entropies, outside = found[:3]
+    return logprobs.reshape(ids.shape), entropies.reshape(shape) if entropy else entropies, outside.reshape(shape)
+
+
+@torch.no_grad()
+def topk_logprobs(
+    hidden: Tensor,
+    head: Head,
+    k: int,
+    *,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    workspace_bytes: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The k most likely tokens of each row and their log-probabilities, in chunks, without gradients: an offline teacher.
+
+    Args:
+        hidden: [..., H] floating, dtype of `head.weight`.
+        head: Head.
+        k: 1 <= k <= V.
+        temperature: > 0; the logits are divided by it, after the softcap.
+        mask: [...] bool; False rows cost nothing; their ids are 0 and their log-probabilities -inf.
+        workspace_bytes: bound for the tile of logits, as in `linear_logprobs`.
+
+    Returns:
+        ids [..., k] int64 and log-probabilities [..., k] float32 (float64 for float64), nats, the largest first.
+
+    Raises:
+        TypeError, ValueError: a wrong type, shape, dtype, device, range or option.
+    """
+    check_side("hidden", hidden, "head", head)
+    check_temperature(temperature)
+    check_workspace(workspace_bytes)
+    vocab = head.weight.shape[0]
+    if positive_int("k", k) > vocab:
+        raise ValueError(f"k must be at most the vocabulary's {vocab} entries, got {k}")
+    flat_mask = None if mask is None else per_token("mask", mask, torch.bool, hidden, "hidden")
+    states, head = autocast(hidden.reshape(-1, hidden.shape[-1]), head.detach())
+    dtype = torch.promote_types(states.dtype, torch.float32)
+    ids = torch.zeros(states.shape[0], k, dtype=torch.int64, device=states.device)
+    logprobs = torch.full((states.shape[0], k), -torch.inf, dtype=dtype, device=states.device)
+    chosen = chosen_rows(flat_mask)
+    plan = plan_chunks(
+        states.shape[0] if chosen is None else chosen.numel(),
+        vocab,
+        itemsize=dtype.itemsize,
+        workspace_bytes=workspace(states.device, workspace_bytes),
+        temporaries=2,
+    )
+    with torch.autocast(states.device.type, enabled=False):
+        side = Side(*op_side(states, head)).widened(vocab, dtype)
+        tile = states.new_empty((plan.rows, vocab), dtype=dtype)
+        for start, stop in plan.bounds():
+            at = slice(start, stop) if chosen is None else chosen[start:stop]
+            logits = tile[: stop - start]
+            side.multiply(states[at].to(dtype), logits)
+            logits = shape_logits(logits, side.bias, head.scale, softcap_of(head), temperature)
+            top, ids[at] = logits.topk(k, dim=-1)
+            logprobs[at] = top - logits.logsumexp(-1, keepdim=True)
+    shape = (*hidden.shape[:-1], k)
+    return ids.reshape(shape), logprobs.reshape(shape)

@@ -1,0 +1,183 @@
+"""topd::linear_logprobs: log-probabilities of chosen tokens from hidden states and a head, gradients made in the same pass.
+
+The gradient of a row is D outside_grad + (M numbers at the ids) + h entropy_grad (`topd.reference.linear_logprobs`), D linear
+in the upstreams. Forward keeps u = d outside / d hidden of each row, and sums the head's part of it under the weights hint q.
+Backward is D u plus M gathered rows of the weight; for the head it takes c with D = c hint q, computes the rows that deviate
+again, and scatters M rows. The entropy's part of d hidden is kept as a second u; its part of the head is computed again for the
+rows that use it.
+
+Precision: tiles, u and the head's gradients are float32 (float64 for float64), a row's few numbers are computed in double.
+Cost: 3 matrix products (2 with a frozen head), 2 more for each row that deviates, 1 + 2 for each row whose entropy is
+differentiated.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from topd.checks import in_vocabulary, no_second_derivative
+from topd.ops.logprob_chunks import Call
+from topd.ops.logprob_gradient import add_ids, add_rows, dense_correction, mass, uniform_factor, upstream_of
+from topd.ops.one_pass import chosen_rows, normalised_hint, returned, save_call, saved_call
+from topd.ops.tiles import HeadGrads
+from topd.reference.linear_logprobs import HEAD_VOCABULARY
+
+_COMMON = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor? a, Tensor? b, float scaling, Tensor? mask, Tensor ids, "
+    "float scale, float? softcap, float temperature, int? workspace_bytes, str backend, bool padded, bool dense, "
+)
+_NEEDS = "bool hidden_grad, bool weight_grad, bool bias_grad, bool adapter_grad"
+_HEAD_GRADS = "Tensor weight, Tensor bias, Tensor a, Tensor b"
+_KEPT = f"Tensor logprobs, Tensor outside, Tensor u, {_HEAD_GRADS}, Tensor u_entropy, Tensor first, Tensor slope, Tensor hint"
+N_COMMON = 15
+
+torch.library.define(
+    "topd::linear_logprobs",
+    f"({_COMMON}Tensor? weights_hint, {_NEEDS}, bool entropy) -> "
+    f"(Tensor logprobs, Tensor entropy, Tensor outside, Tensor u, {_HEAD_GRADS}, Tensor u_entropy, Tensor first, Tensor slope, "
+    "Tensor hint)",
+)
+torch.library.define(
+    "topd::linear_logprobs_backward",
+    f"(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor? grad_outside, {_COMMON}{_KEPT}, bool uniform_hint, {_NEEDS}) -> "
+    f"(Tensor hidden, {_HEAD_GRADS})",
+)
+
+
+def _forward(*flat: Any) -> tuple[Tensor, ...]:
+    call = Call.unpack(flat[:N_COMMON])
+    hint, hidden_grad, weight_grad, bias_grad, adapter_grad, entropy = flat[N_COMMON:]
+    (n, width), device = call.side.hidden.shape, call.side.hidden.device
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        logprobs = torch.zeros(call.ids.shape, dtype=call.dtype, device=device)
+        entropies, outside = logprobs.new_zeros(n if entropy else 0), logprobs.new_zeros(n)
+        first = torch.zeros(call.ids.shape, dtype=torch.bool, device=device)
+        slope = logprobs.new_zeros(0 if call.spec.softcap is None else n, call.ids.shape[1])
+        u = logprobs.new_zeros((n, width) if hidden_grad else (0, 0))
+        u_entropy = logprobs.new_zeros((n, width) if hidden_grad and entropy else (0, 0))
+        summed = call.dense
+        grads = call.head_grads(weight=weight_grad and summed, bias=bias_grad and summed, adapter=adapter_grad and summed)
+        used_hint = normalised_hint(hint, call.mask, outside) if grads.wanted else logprobs.new_empty(0)
+        chosen = chosen_rows(call.mask)
+        ids = call.ids if chosen is None else call.ids[chosen]
+        in_vocabulary("ids", ids, call.vocab, HEAD_VOCABULARY, low=-1 if call.padded else 0)
+        side = call.side.widened(call.vocab, call.dtype)
+        if ids.shape[0] == 0:
+            grads.zero()
+        for chunk in call.run(side, chosen, grad=hidden_grad or grads.wanted, entropy=entropy):
+            rows, at = chunk.rows, chunk.at
+            logprobs[at], outside[at], first[at] = rows.logprobs, rows.outside, rows.first
+            if entropy:
+                entropies[at] = rows.entropy
+            if slope.shape[0]:
+                slope[at] = rows.slope
+            if rows.outside_grad is None:
+                continue
+            through_adapter = side.through_adapter(rows.outside_grad)
+            if hidden_grad:
+                u[at] = side.hidden_grad(rows.outside_grad, through_adapter, rows.finite)
+            if hidden_grad and rows.entropy_grad is not None:
+                u_entropy[at] = side.hidden_grad(rows.entropy_grad, side.through_adapter(rows.entropy_grad), rows.finite)
+            if grads.wanted:
+                used_hint[at] = used_hint[at].masked_fill(~rows.finite, 0.0)
+                weights = (used_hint[at] * mass(rows.outside)).masked_fill(~rows.finite, 0.0)
+                grads.add(side, rows.outside_grad, through_adapter, chunk.hidden, weights, first=chunk.start == 0)
+        return logprobs, entropies, outside, u, *grads, u_entropy, first, slope, used_hint
+
+
+def _backward(*flat: Any) -> tuple[Tensor, ...]:
+    call = Call.unpack(flat[3 : 3 + N_COMMON])
+    logprobs, outside, u, *saved_grads, u_entropy, first, slope, hint = flat[3 + N_COMMON : 14 + N_COMMON]
+    uniform_hint, hidden_grad, *head_needs = flat[14 + N_COMMON :]
+    saved, side = HeadGrads(*saved_grads), call.side
+    weight, bias, adapter = head_needs
+    with torch.no_grad(), torch.autocast(logprobs.device.type, enabled=False):
+        upstream = upstream_of(call, flat[:3], logprobs, outside, first, slope)
+        hidden = u.new_empty(0)
+        if hidden_grad:
+            hidden = u * upstream.dense.unsqueeze(-1)
+            if upstream.entropy is not None:
+                hidden.addcmul_(u_entropy, upstream.entropy.unsqueeze(-1))
+            hidden.masked_fill_(~upstream.used.unsqueeze(-1), 0.0)
+        grads = saved
+        if weight or bias or adapter:
+            c = uniform_factor(call, flat[:3], hint) if uniform_hint else None
+            if c is not None:
+                grads = saved.times(c, call.backend)
+            else:
+                shapes = saved if call.dense else call.head_grads(weight=weight, bias=bias, adapter=adapter)
+                found = dense_correction(call, upstream, saved, mass(outside), hint, shapes)
+                grads = found.grads
+                add_rows(call, upstream, found)
+        add_ids(call, upstream, grads, hidden)
+        tensors = (side.weight, side.bias, side.a, side.b)
+        heads = (returned(total, like) for total, like in zip(grads, tensors, strict=True))
+        return hidden.to(side.hidden.dtype), *heads
+
+
+for _op, _implementation in (("linear_logprobs", _forward), ("linear_logprobs_backward", _backward)):
+    torch.library.impl(f"topd::{_op}", "CompositeExplicitAutograd", _implementation)
+
+
+@torch.library.register_fake("topd::linear_logprobs")
+def _forward_fake(*flat: Any) -> tuple[Tensor, ...]:
+    call = Call.unpack(flat[:N_COMMON])
+    _, hidden_grad, weight_grad, bias_grad, adapter_grad, entropy = flat[N_COMMON:]
+    (n, width), ids, summed = call.side.hidden.shape, call.ids, call.dense
+    logprobs = call.side.hidden.new_empty(ids.shape, dtype=call.dtype)
+    grads = call.head_grads(weight=weight_grad and summed, bias=bias_grad and summed, adapter=adapter_grad and summed)
+    return (
+        logprobs,
+        logprobs.new_empty(n if entropy else 0),
+        logprobs.new_empty(n),
+        logprobs.new_empty((n, width) if hidden_grad else (0, 0)),
+        *grads,
+        logprobs.new_empty((n, width) if hidden_grad and entropy else (0, 0)),
+        logprobs.new_empty(ids.shape, dtype=torch.bool),
+        logprobs.new_empty(0 if call.spec.softcap is None else n, ids.shape[1]),
+        logprobs.new_empty(n if summed and (weight_grad or bias_grad or adapter_grad) else 0),
+    )
+
+
+@torch.library.register_fake("topd::linear_logprobs_backward")
+def _backward_fake(*flat: Any) -> tuple[Tensor, ...]:
+    side, needs = Call.unpack(flat[3 : 3 + N_COMMON]).side, flat[-4:]
+    likes = (side.hidden, side.weight, side.bias, side.a, side.b)
+    wanted = (needs[0], needs[1], needs[2], needs[3], needs[3])
+    return tuple(
+        like.new_empty(like.shape) if want and like is not None else side.hidden.new_empty(0)
+        for like, want in zip(likes, wanted, strict=True)
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logprobs, _, outside, *kept = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*kept)
+    save_call(ctx, inputs, N_COMMON, (logprobs, outside, *kept))
+    ctx.uniform_hint, ctx.needs = inputs[N_COMMON] is None, inputs[N_COMMON + 1 : N_COMMON + 5]
+
+
+def _gradient(
+    ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, grad_outside: Tensor | None, *_: Any
+) -> tuple[Any, ...]:
+    out: list[Any] = [None] * ctx.n_inputs
+    upstream = (grad_logprobs, grad_entropy, grad_outside)
+    if all(grad is None for grad in upstream):
+        return tuple(out)
+    common, kept = saved_call(ctx)
+    grads = torch.ops.topd.linear_logprobs_backward(*upstream, *common, *kept, ctx.uniform_hint, *ctx.needs)
+    hidden, weight, bias, adapter = ctx.needs
+    for i, wanted in enumerate((hidden, weight, bias, adapter, adapter)):
+        if wanted:
+            out[i] = grads[i]
+    return tuple(out)
+
+
+def _no_second_derivative(ctx: Any, *_: Any) -> None:
+    raise no_second_derivative("linear_logprobs")
+
+
+torch.library.register_autograd("topd::linear_logprobs", _gradient, setup_context=_setup_context)
+torch.library.register_autograd("topd::linear_logprobs_backward", _no_second_derivative)

@@ -1,0 +1,137 @@
+"""The gradient of linear_logprobs from what its forward pass kept: one number a row for the dense part, M numbers for the
+ids."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from topd.ops.logprob_chunks import Call
+from topd.ops.one_pass import Correction, common_factor, correction
+from topd.ops.tiles import HeadGrads
+from topd.ops.weighted_gather import weighted_gather
+from topd.ops.weighted_scatter import weighted_scatter
+
+
+def mass(outside: Tensor) -> Tensor:
+    """q, rounded once, the same in forward and backward."""
+    return outside.double().exp().to(outside.dtype)
+
+
+class Upstream(NamedTuple):
+    """The three gradients that come in, made into a row's factors: `dense` [N] of outside_grad, its rounding error's scale,
+    `entropy` [N] of entropy_grad or None, `at_ids` [N, M] of the ids' rows of the weight, and `used` [N], rows with any."""
+
+    dense: Tensor
+    scale: Tensor
+    entropy: Tensor | None
+    at_ids: Tensor
+    used: Tensor
+
+
+def upstream_of(
+    call: Call, grads: tuple[Tensor | None, ...], logprobs: Tensor, outside: Tensor, first: Tensor, slope: Tensor
+) -> Upstream:
+    g, h, o = grads
+    g = torch.zeros_like(logprobs, dtype=torch.float64) if g is None else g.double()
+    o = torch.zeros_like(outside, dtype=torch.float64) if o is None else o.double()
+    used = (g != 0).any(-1) | (o != 0)
+    if h is not None:
+        used = used | (h != 0)
+    if call.mask is not None:
+        used = used & call.mask
+    unused = ~used.unsqueeze(-1)
+    g, o = g.masked_fill(unused, 0.0), o.masked_fill(~used, 0.0)
+    total = g.sum(-1)
+    p = logprobs.double().exp().masked_fill(~first, 0.0)
+    inside, q = p.sum(-1), mass(outside).double()
+    at_first = -g * logprobs.double().expm1() - p * ((total + o).unsqueeze(-1) - g)
+    at_ids = torch.where(first, at_first, g)
+    at_ids = at_ids * (slope if slope.shape[0] else call.spec.scale / call.spec.temperature)
+    dtype = logprobs.dtype
+    return Upstream(
+        (o * inside - total * q).masked_fill(~used, 0.0).to(dtype),
+        (g.abs().sum(-1) * q + o.abs() * inside).to(dtype),
+        None if h is None else h.to(dtype).masked_fill(~used, 0.0),
+        at_ids.masked_fill(unused, 0.0).to(dtype),
+        used,
+    )
+
+
+def dense_correction(
+    call: Call, upstream: Upstream, saved: HeadGrads, q: Tensor, hint: Tensor, shapes: HeadGrads
+) -> Correction:
+    """Where the sums of D outside_grad + h entropy_grad start from, and the rows that are still to be added."""
+    dense, uses_entropy = upstream.dense, None if upstream.entropy is None else upstream.entropy != 0
+    alive = dense != 0 if uses_entropy is None else (dense != 0) | uses_entropy
+    hinted = hint * q if call.dense else torch.zeros_like(dense)
+    c = common_factor(dense, hinted)
+    deviates = ~((dense - c * hinted).abs() <= 4 * torch.finfo(dense.dtype).eps * upstream.scale)
+    if uses_entropy is not None:
+        deviates = deviates | uses_entropy
+    if call.mask is not None:  # masked rows obey whatever comes
+        deviates = deviates & call.mask
+    if call.dense:
+        return correction(saved, call.side, c, hinted, dense, deviates, alive, call.backend)
+    rows = (alive & deviates).nonzero()[:, 0]
+    if rows.numel() == 0:
+        shapes.zero()
+    return Correction(shapes, rows, dense, rows.numel() > 0)
+
+
+def add_rows(call: Call, upstream: Upstream, found: Correction) -> None:
+    """Compute the rows of a correction again and add them."""
+    if found.rows.numel() == 0:
+        return
+    side = call.side.widened(call.vocab, call.dtype)
+    for chunk in call.run(side, found.rows, grad=True, entropy=upstream.entropy is not None):
+        rows = chunk.rows
+        assert rows.outside_grad is not None
+        tile, weights = rows.outside_grad, found.weights[chunk.at]
+        if upstream.entropy is not None and rows.entropy_grad is not None:
+            tile.mul_(weights.unsqueeze(-1)).addcmul_(rows.entropy_grad, upstream.entropy[chunk.at].unsqueeze(-1))
+            weights = torch.ones_like(weights)
+        weights = weights.masked_fill(~rows.finite, torch.nan)
+        first = found.anew and chunk.start == 0
+        found.grads.add(side, tile, side.through_adapter(tile), chunk.hidden, weights, first=first)
+
+
+def add_ids(call: Call, upstream: Upstream, grads: HeadGrads, hidden: Tensor) -> None:
+    """Add the ids' part: M weighted rows each to d hidden (where it is not empty) and to the head's gradients."""
+    side, ids, at_ids = call.side, call.ids, upstream.at_ids
+    through_adapter = None
+    if side.a is not None and side.b is not None:
+        through_adapter = at_ids.new_zeros(ids.shape[0], side.b.shape[1])
+        weighted_gather(call.backend, through_adapter, side.b, ids, at_ids)
+        through_adapter *= side.scaling
+    if hidden.numel():
+        weighted_gather(call.backend, hidden, side.weight, ids, at_ids)
+        if through_adapter is not None and side.a is not None:
+            hidden.addmm_(through_adapter, side.a.to(hidden.dtype))
+    if grads.weight.numel():
+        weighted_scatter(call.backend, grads.weight, side.hidden, ids, at_ids)
+    if grads.bias.numel():
+        ones = at_ids.new_ones(ids.shape[0], 1)
+        weighted_scatter(call.backend, grads.bias.unsqueeze(-1), ones, ids, at_ids)
+    if grads.a.numel() and side.a is not None and through_adapter is not None:
+        states = side.hidden.to(call.dtype).masked_fill(~upstream.used.unsqueeze(-1), 0.0)
+        grads.a.addmm_(through_adapter.T, states)
+        weighted_scatter(call.backend, grads.b, side.scaling * (states @ side.a.to(call.dtype).T), ids, at_ids)
+
+
+def uniform_factor(call: Call, grads: tuple[Tensor | None, ...], hint: Tensor) -> Tensor | None:
+    """c where every log-probability has one upstream, as sum() and mean() send it: no row deviates and the host need not wait.
+    A row without a distribution (its hint was set to 0) still poisons the sums, as it would in eager code."""
+    g, h, o = grads
+    if (
+        not call.dense
+        or call.mask is not None
+        or g is None
+        or h is not None
+        or o is not None
+        or not g.numel()
+        or any(g.stride())
+    ):
+        return None
+    c = -g[0, 0].to(hint.dtype) * g.shape[1]
+    return torch.where((hint == 0).any() & (c != 0), torch.nan, c)

@@ -1,0 +1,117 @@
+"""What the one-pass ops share. Forward sums the head's gradients under the weights that the caller will probably use, the hint;
+backward finds c with weights = c hint, and makes the sums exact where rows deviate.
+
+A sum over rows is linear in their weights: sums(weights) = c sums(hint) + sums(weights - c hint), and the second part runs over
+the rows that deviate alone. Where it would cancel digits, or costs more, the sums start anew.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from topd.ops.tiles import HeadGrads, Side
+from topd.plan import default_workspace
+
+
+def workspace(device: torch.device, workspace_bytes: int | None) -> int:
+    """Bytes for a call's tiles."""
+    if workspace_bytes is not None:
+        return workspace_bytes
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    return default_workspace(device.type, free)
+
+
+def chosen_rows(mask: Tensor | None) -> Tensor | None:
+    """Indices of the unmasked rows, None for all. On a GPU this waits for the mask; what it saves are whole rows of matrix
+    products."""
+    if mask is None:
+        return None
+    chosen = mask.nonzero()[:, 0]
+    return None if chosen.numel() == mask.numel() else chosen
+
+
+def normalised_hint(hint: Tensor | None, mask: Tensor | None, like: Tensor) -> Tensor:
+    """[N] in the tile's dtype, largest magnitude 1; 0 where masked or not finite."""
+    hint = torch.ones_like(like) if hint is None else hint.to(like.dtype, copy=True)
+    hint.masked_fill_(~hint.isfinite(), 0.0)
+    if mask is not None:
+        hint.masked_fill_(~mask, 0.0)
+    if hint.numel():
+        top = hint.abs().max()
+        hint.div_(torch.where(top > 0, top, torch.ones_like(top)))
+    return hint
+
+
+def common_factor(weights: Tensor, hint: Tensor) -> Tensor:
+    """c of weights = c hint for most rows: the median of their ratio; 0 where no row has one."""
+    ratio = (weights / hint).masked_fill(hint == 0, torch.nan)
+    return torch.nanmedian(ratio.masked_fill(~ratio.isfinite(), torch.nan)).nan_to_num(0.0) if ratio.numel() else weights.sum()
+
+
+class Correction(NamedTuple):
+    """The sums so far, fresh tensors; the rows to be added to them, and every row's weight. `anew`: the sums are not filled
+    yet."""
+
+    grads: HeadGrads
+    rows: Tensor
+    weights: Tensor
+    anew: bool
+
+
+def correction(
+    saved: HeadGrads, side: Side, c: Tensor, hinted: Tensor, weights: Tensor, redo: Tensor, alive: Tensor, backend: str
+) -> Correction:
+    """What it takes to go from sums under `hinted` to c times them with the rows of `redo` exact.
+
+    Args:
+        saved: the sums under the hinted weights; never changed.
+        side: the student, for the norms of its hidden states.
+        c: the common factor.
+        hinted, weights: [N], what each row was summed with, and shall be summed with.
+        redo, alive: [N] bool, the rows that deviate from c hinted, and those whose weight counts.
+        backend: for the buffers.
+    """
+    # The host waits here for a count; on a GPU that costs microseconds, and spares the matrix products of the rows that obey.
+    rows = redo.nonzero()[:, 0]
+    if rows.numel() == 0:
+        return Correction(saved.times(c, backend), rows, weights, False)
+    living = alive.nonzero()[:, 0]
+    if rows.numel() >= living.numel() or _cancels(side.hidden, c * hinted, weights, rows, living):
+        return Correction(saved.unfilled(backend), living, weights, True)
+    return Correction(saved.times(c, backend), rows, weights - c * hinted, False)
+
+
+def _cancels(hidden: Tensor, expected: Tensor, weights: Tensor, redo: Tensor, alive: Tensor) -> bool:
+    """Whether correcting would subtract rows so much larger than what stays that digits are lost: a hint far off, or a row
+    with an outlying hidden state. What a row adds is measured by its weight times the norm of its hidden state."""
+    size = torch.linalg.vector_norm(hidden, dim=-1, dtype=weights.dtype).nan_to_num_()
+    removed, kept = expected.abs() * size, (weights.abs() * size).nan_to_num_()
+    return bool(removed[redo].max() > 4 * kept[alive].max())
+
+
+def returned(total: Tensor, like: Tensor | None) -> Tensor:
+    """A sum as the gradient of `like`: its dtype, and zeros beyond the common vocabulary."""
+    if like is None or total.numel() == 0 or total.shape == like.shape:
+        return total if like is None else total.to(like.dtype)
+    out = like.new_zeros(like.shape)
+    out[: total.shape[0]] = total
+    return out
+
+
+def save_call(ctx: Any, inputs: Sequence[Any], count: int, kept: Sequence[Tensor]) -> None:
+    """Keep the first `count` inputs and the tensors `kept` for `saved_call`."""
+    ctx.tensors_at = [i for i in range(count) if isinstance(inputs[i], Tensor)]
+    ctx.others = [None if isinstance(argument, Tensor) else argument for argument in inputs[:count]]
+    ctx.save_for_backward(*(inputs[i] for i in ctx.tensors_at), *kept)
+    ctx.n_inputs = len(inputs)
+
+
+def saved_call(ctx: Any) -> tuple[list[Any], tuple[Tensor, ...]]:
+    """The inputs and tensors that `save_call` kept."""
+    tensors, count = ctx.saved_tensors, len(ctx.tensors_at)
+    inputs = list(ctx.others)
+    for i, saved in zip(ctx.tensors_at, tensors[:count], strict=True):
+        inputs[i] = saved
+    return inputs, tensors[count:]
