@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from bench.cases import Inputs
-from bench.peers import Gradients, divergence_of_logprobs
+from bench.logprob_peers import loss_of_logits
+from bench.peers import Gradients, divergence_of_logprobs, has_teacher
 
 ROWS = 8
 VOCAB_BLOCK = 8192
@@ -44,13 +45,17 @@ def _double_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     return torch.cat([hidden.double() @ block.double().T for block in _vocab_blocks(weight)], dim=1)
 
 
-def truth(inputs: Inputs, divergence: str, rows: Tensor) -> tuple[Tensor, Tensor]:
+def truth(inputs: Inputs, loss: str, rows: Tensor) -> tuple[Tensor, Tensor]:
     """fp64 value [R] and d mean / d hidden [R, H_s] of the chosen rows."""
     with torch.no_grad():
         student = _double_logits(inputs.student_hidden[rows], inputs.student_weight)
-        teacher = _double_logits(inputs.teacher_hidden[rows], inputs.teacher_weight).log_softmax(-1)
     student.requires_grad_()
-    value = divergence_of_logprobs(student.log_softmax(-1), teacher, divergence)
+    if has_teacher(loss):
+        with torch.no_grad():
+            teacher = _double_logits(inputs.teacher_hidden[rows], inputs.teacher_weight).log_softmax(-1)
+        value = divergence_of_logprobs(student.log_softmax(-1), teacher, loss)
+    else:
+        value = loss_of_logits(inputs, loss, rows, student)
     (grad_logits,) = torch.autograd.grad(value.sum() / inputs.student_hidden.shape[0], student)
     hidden = torch.zeros(rows.numel(), inputs.student_hidden.shape[1], dtype=torch.float64)
     with torch.no_grad():
@@ -65,11 +70,11 @@ def _of_largest(found: Tensor, true: Tensor) -> float:
     return float((found - true).abs().max() / true.abs().max())
 
 
-def measure_errors(inputs: Inputs, divergence: str, results: Mapping[str, Gradients]) -> dict[str, Errors]:
+def measure_errors(inputs: Inputs, loss: str, results: Mapping[str, Gradients]) -> dict[str, Errors]:
     """Errors by contender; `results` holds "eager", the yardstick of d weight."""
     n = inputs.student_hidden.shape[0]
     rows = torch.linspace(0, n - 1, min(ROWS, n)).long()
-    true_value, true_hidden = truth(inputs, divergence, rows)
+    true_value, true_hidden = truth(inputs, loss, rows)
     true_weight = results["eager"].weight
     errors = {}
     for name, result in results.items():

@@ -26,16 +26,16 @@ import torch
 
 from bench.cases import CASES, Inputs, make_inputs
 from bench.measure import machine
-from bench.peers import DIVERGENCES, differentiable, trl_version
+from bench.peers import LOSSES, differentiable
 from bench.process import INTERRUPTED, options, positive, run_worker
 from bench.report import machine_line, markdown_table, note, write_json
 from topd.backends import NAMES, choose_backend
 from topd.plan import MIB, default_workspace
 
-PEERS = ("ours", "eager", "trl")
+PEERS = ("ours", "eager", "trl", "liger")
 HEADS = ("trainable", "frozen")
 SLACK_MIB = 64
-HEADER = ("peer", "head", "N", "divergence", "peak_mib", "gradients_mib", "beyond_mib", "budget_mib", "within budget")
+HEADER = ("peer", "head", "N", "loss", "peak_mib", "gradients_mib", "beyond_mib", "budget_mib", "within budget")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class MemoryRow:
     peer: str
     head: str
     n: int
-    divergence: str
+    loss: str
     baseline_mib: float
     peak_mib: float
     gradients_mib: float
@@ -56,9 +56,9 @@ class MemoryRow:
         """Its cells under HEADER."""
         sizes = [f"{size:.0f}" for size in (self.peak_mib, self.gradients_mib, self.beyond_mib)]
         if self.budget_mib is None:
-            return [self.peer, self.head, str(self.n), self.divergence, *sizes, "-", "-"]
+            return [self.peer, self.head, str(self.n), self.loss, *sizes, "-", "-"]
         within = "yes" if self.beyond_mib <= self.budget_mib else "NO"
-        return [self.peer, self.head, str(self.n), self.divergence, *sizes, f"{self.budget_mib:.0f}", within]
+        return [self.peer, self.head, str(self.n), self.loss, *sizes, f"{self.budget_mib:.0f}", within]
 
 
 def budget_mib(inputs: Inputs) -> float:
@@ -87,14 +87,14 @@ def settle() -> float:
     return baseline_mib
 
 
-def measure(case_name: str, peer: str, head: str, n: int, divergence: str, backend: str) -> MemoryRow:
+def measure(case_name: str, peer: str, head: str, n: int, loss: str, backend: str) -> MemoryRow:
     """One measurement in this process, which should be fresh."""
     trainable = head == "trainable"
     warm_up = make_inputs(CASES["tiny"], trainable_head=trainable)
-    differentiable(warm_up, divergence, backend)[peer]()
+    differentiable(warm_up, loss, backend)[peer]()
     torch.mm(torch.ones(512, 512), torch.ones(512, 512))
     inputs = make_inputs(replace(CASES[case_name], n=n), trainable_head=trainable)
-    contender = differentiable(inputs, divergence, backend)[peer]
+    contender = differentiable(inputs, loss, backend)[peer]
     baseline_mib = settle()
     result = contender()
     peak_mib = resident_mib("VmHWM") - baseline_mib
@@ -103,7 +103,7 @@ def measure(case_name: str, peer: str, head: str, n: int, divergence: str, backe
         peer=peer,
         head=head,
         n=n,
-        divergence=divergence,
+        loss=loss,
         baseline_mib=baseline_mib,
         peak_mib=peak_mib,
         gradients_mib=gradients_mib,
@@ -119,7 +119,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--case", choices=CASES, default="smollm2", help="the shape whose N is replaced")
     found.add_argument("--peer", nargs="+", choices=PEERS, default=list(PEERS))
     found.add_argument("--head", nargs="+", choices=HEADS, default=list(HEADS))
-    found.add_argument("--divergence", choices=DIVERGENCES, default="reverse_kl")
+    found.add_argument("--loss", choices=LOSSES, default="reverse_kl")
     found.add_argument("--eager-max-n", type=positive, default=2048, help="larger N are not tried on eager code")
     found.add_argument("--backend", choices=NAMES, default=None, help="topd's backend (default: by device)")
     found.add_argument("--json", type=Path, default=None, metavar="FILE", help="also write everything there")
@@ -130,14 +130,15 @@ def parser() -> argparse.ArgumentParser:
 def measurements(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """The workers' options, one worker a measurement."""
     found: list[dict[str, Any]] = []
+    available = differentiable(make_inputs(CASES["tiny"], trainable_head=False), arguments.loss, arguments.backend)
     for peer in arguments.peer:
-        if peer == "trl" and not trl_version():
-            note("trl is not installed: left out")
+        if peer not in available:
+            note(f"{peer} is not installed, or has no {arguments.loss}: left out")
             continue
         common = {
             "peer": peer,
             "case": arguments.case,
-            "divergence": arguments.divergence,
+            "loss": arguments.loss,
             "backend": arguments.backend,
         }
         for head in arguments.head:
@@ -150,7 +151,7 @@ def measurements(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def work(arguments: argparse.Namespace, path: Path) -> None:
     """The worker: one measurement."""
     backend = choose_backend(arguments.backend, torch.device("cpu"))
-    asked = (arguments.peer[0], arguments.head[0], arguments.n[0], arguments.divergence)
+    asked = (arguments.peer[0], arguments.head[0], arguments.n[0], arguments.loss)
     row = measure(arguments.case, *asked, backend)
     write_json(path, {"machine": machine(backend, "default"), "row": asdict(row)})
 

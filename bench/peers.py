@@ -16,9 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import topd
+from bench import logprob_peers
 from bench.cases import Inputs
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
+LOSSES = (*DIVERGENCES, *logprob_peers.CHOSEN)
 JSD_BETA = 0.5
 TRL_BETA = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": JSD_BETA}
 
@@ -109,38 +111,54 @@ def trl(inputs: Inputs, divergence: str) -> Gradients:
     return gradients_of_mean(trl_value(*sides, divergence), inputs)
 
 
-def floor(inputs: Inputs) -> tuple[Tensor, ...]:
+def has_teacher(loss: str) -> bool:
+    return loss in DIVERGENCES
+
+
+def floor(inputs: Inputs, loss: str) -> dict[str, Tensor]:
     """The bare matrix products, each result freshly allocated as torch.mm does."""
+    found = {}
     with torch.no_grad():
-        student = torch.mm(inputs.student_hidden, inputs.student_weight.T)
-        teacher = torch.mm(inputs.teacher_hidden, inputs.teacher_weight.T)
-        hidden = torch.mm(student, inputs.student_weight)
-        weight = (torch.mm(student.T, inputs.student_hidden),) if inputs.trainable_head else ()
-    return student, teacher, hidden, *weight
+        found["student"] = torch.mm(inputs.student_hidden, inputs.student_weight.T)
+        if has_teacher(loss):
+            found["teacher"] = torch.mm(inputs.teacher_hidden, inputs.teacher_weight.T)
+        found["hidden"] = torch.mm(found["student"], inputs.student_weight)
+        if inputs.trainable_head:
+            found["weight"] = torch.mm(found["student"].T, inputs.student_hidden)
+    return found
 
 
-def warm_floor(inputs: Inputs) -> Contender:
+def warm_floor(inputs: Inputs, loss: str) -> Contender:
     """The same products into buffers that stay allocated: no page is ever faulted in, the strictest floor there is."""
-    buffers = floor(inputs)
+    buffers = floor(inputs, loss)
 
     def run() -> None:
-        student, teacher, hidden, *weight = buffers
+        student = buffers["student"]
         with torch.no_grad():
             torch.mm(inputs.student_hidden, inputs.student_weight.T, out=student)
-            torch.mm(inputs.teacher_hidden, inputs.teacher_weight.T, out=teacher)
-            torch.mm(student, inputs.student_weight, out=hidden)
-            if weight:
-                torch.mm(student.T, inputs.student_hidden, out=weight[0])
+            if "teacher" in buffers:
+                torch.mm(inputs.teacher_hidden, inputs.teacher_weight.T, out=buffers["teacher"])
+            torch.mm(student, inputs.student_weight, out=buffers["hidden"])
+            if "weight" in buffers:
+                torch.mm(student.T, inputs.student_hidden, out=buffers["weight"])
 
     return run
 
 
-def differentiable(inputs: Inputs, divergence: str, backend: str | None) -> dict[str, Differentiable]:
-    """The contenders that compute a divergence and its gradients, by name; without TRL where it is not installed."""
+def differentiable(inputs: Inputs, loss: str, backend: str | None) -> dict[str, Differentiable]:
+    """The contenders that compute a loss and its gradients, by name; without TRL or Liger where they are not installed."""
+    if not has_teacher(loss):
+        return {
+            name: partial(_gradients_of_loss, run, inputs) for name, run in logprob_peers.losses(inputs, loss, backend).items()
+        }
     found: dict[str, Differentiable] = {
-        "ours": partial(ours, inputs, divergence, backend),
-        "eager": partial(eager, inputs, divergence),
+        "ours": partial(ours, inputs, loss, backend),
+        "eager": partial(eager, inputs, loss),
     }
     if trl_version():
-        found["trl"] = partial(trl, inputs, divergence)
+        found["trl"] = partial(trl, inputs, loss)
     return found
+
+
+def _gradients_of_loss(loss: Callable[[], Tensor], inputs: Inputs) -> Gradients:
+    return gradients_of_mean(loss(), inputs)

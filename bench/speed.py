@@ -1,7 +1,8 @@
-"""Time of value plus gradients beside the floor, eager code and TRL: `python -m bench.speed`.
+"""Time of value plus gradients beside the floor, eager code, TRL and Liger: `python -m bench.speed`.
 
-float32, the mean over tokens, trainable head (4 matrix products) and frozen head (3). Each allocator setting runs in a
-process of its own; results are checked before they are timed, then contenders take turns for --rounds rounds.
+float32, the mean over tokens, trainable head (4 matrix products, 3 without a teacher) and frozen head (one less). Each
+allocator setting runs in a process of its own; results are checked before they are timed, then contenders take turns for
+--rounds rounds.
 """
 
 import argparse
@@ -16,18 +17,19 @@ import torch
 from bench.agreement import DisagreementError, Errors, measure_errors, refuse_wrong
 from bench.cases import CASES, make_inputs
 from bench.measure import Spread, interleave, machine, ratio
-from bench.peers import DIVERGENCES, Contender, differentiable, floor, warm_floor
+from bench.peers import LOSSES, Contender, differentiable, floor, has_teacher, warm_floor
 from bench.process import INTERRUPTED, MALLOC_MODES, Outcome, options, positive, run_worker
 from bench.report import machine_line, markdown_table, note, scientific, write_json
 from topd.backends import NAMES, choose_backend
 
 HEADS = ("trainable", "frozen")
-TIMED = ("floor", "warm_floor", "ours", "eager", "trl")
-RATIOS = (("ours", "floor"), ("ours", "warm_floor"), ("eager", "ours"), ("trl", "ours"))
+TIMED = ("floor", "warm_floor", "ours", "eager", "trl", "liger")
+CHECKED = ("ours", "eager", "trl", "liger")
+RATIOS = (("ours", "floor"), ("ours", "warm_floor"), ("eager", "ours"), ("trl", "ours"), ("liger", "ours"))
 TIME_HEADER = (
     "case",
     "head",
-    "divergence",
+    "loss",
     "GEMMs",
     "floor GFLOP/s",
     *(f"{name} time_ms" for name in TIMED),
@@ -36,10 +38,9 @@ TIME_HEADER = (
 CHECK_HEADER = (
     "case",
     "head",
-    "divergence",
-    *(f"{part} error {name}" for part in ("value", "dH") for name in ("ours", "eager", "trl")),
-    "dW ours-eager",
-    "dW trl-eager",
+    "loss",
+    *(f"{part} error {name}" for part in ("value", "dH") for name in CHECKED),
+    *(f"dW {name}-eager" for name in CHECKED if name != "eager"),
     *(f"faults {name}" for name in TIMED),
 )
 
@@ -50,7 +51,7 @@ class SpeedRow:
 
     case: str
     head: str
-    divergence: str
+    loss: str
     gemm_count: int
     gemm_flop: int
     time_ms: dict[str, Spread]
@@ -73,42 +74,39 @@ class SpeedRow:
         times = [f"{self.time_ms[name].median:.1f}" if name in self.time_ms else "-" for name in TIMED]
         pairs = [f"{above}/{below}" for above, below in RATIOS]
         ratios = [str(self.ratios[pair]) if pair in self.ratios else "-" for pair in pairs]
-        return [self.case, self.head, self.divergence, str(self.gemm_count), f"{gflops:.0f}", *times, *ratios]
+        return [self.case, self.head, self.loss, str(self.gemm_count), f"{gflops:.0f}", *times, *ratios]
 
     def check_cells(self) -> list[str]:
         """Its cells under CHECK_HEADER."""
         parts: list[float | None] = []
-        for name in ("ours", "eager", "trl"):
-            parts.append(self.errors[name].value if name in self.errors else None)
-        for name in ("ours", "eager", "trl"):
-            parts.append(self.errors[name].hidden if name in self.errors else None)
-        for name in ("ours", "trl"):
-            parts.append(self.errors[name].weight if name in self.errors else None)
+        for part in ("value", "hidden", "weight"):
+            names = [name for name in CHECKED if part != "weight" or name != "eager"]
+            parts += [getattr(self.errors[name], part) if name in self.errors else None for name in names]
         faults = [f"{self.page_faults[name].median:.0f}" if name in self.page_faults else "-" for name in TIMED]
-        return [self.case, self.head, self.divergence, *map(scientific, parts), *faults]
+        return [self.case, self.head, self.loss, *map(scientific, parts), *faults]
 
 
-def measure_row(case_name: str, head: str, divergence: str, *, backend: str, rounds: int, label: str) -> SpeedRow:
-    """Check one shape, head and divergence, then time it."""
+def measure_row(case_name: str, head: str, loss: str, *, backend: str, rounds: int, label: str) -> SpeedRow:
+    """Check one shape, head and loss, then time it."""
     case, trainable = CASES[case_name], head == "trainable"
     inputs = make_inputs(case, trainable_head=trainable)
-    where = f"{label} {case_name} {head} {divergence}"
+    where = f"{label} {case_name} {head} {loss}"
     note(f"{where}: checking")
-    checked = differentiable(inputs, divergence, backend)
-    errors = measure_errors(inputs, divergence, {name: contender() for name, contender in checked.items()})
+    checked = differentiable(inputs, loss, backend)
+    errors = measure_errors(inputs, loss, {name: contender() for name, contender in checked.items()})
     refuse_wrong(errors)
     contenders: dict[str, Contender] = {
-        "floor": lambda: floor(inputs),
-        "warm_floor": warm_floor(inputs),
+        "floor": lambda: floor(inputs, loss),
+        "warm_floor": warm_floor(inputs, loss),
         **checked,
     }
     samples = interleave(contenders, rounds, lambda i: note(f"{where}: {f'round {i}/{rounds}' if i else 'warm-up'}"))
     return SpeedRow(
         case=case_name,
         head=head,
-        divergence=divergence,
-        gemm_count=case.gemm_count(trainable_head=trainable),
-        gemm_flop=case.gemm_flop(trainable_head=trainable),
+        loss=loss,
+        gemm_count=case.gemm_count(trainable_head=trainable, teacher=has_teacher(loss)),
+        gemm_flop=case.gemm_flop(trainable_head=trainable, teacher=has_teacher(loss)),
         time_ms={name: Spread.of([s.time_ms for s in taken]) for name, taken in samples.items()},
         ratios={f"{a}/{b}": ratio(samples[a], samples[b]) for a, b in RATIOS if a in samples and b in samples},
         errors=errors,
@@ -124,8 +122,8 @@ def work(arguments: argparse.Namespace, path: Path) -> None:
     rows: list[dict[str, Any]] = []
     for case in arguments.case:
         for head in arguments.head:
-            for divergence in arguments.divergence:
-                row = measure_row(case, head, divergence, backend=backend, rounds=arguments.rounds, label=arguments.malloc)
+            for loss in arguments.loss:
+                row = measure_row(case, head, loss, backend=backend, rounds=arguments.rounds, label=arguments.malloc)
                 rows.append(asdict(row))
                 write_json(path, {"machine": found, "rows": rows})
 
@@ -149,7 +147,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--rounds", type=positive, default=5, help="timed rounds a line (default 5)")
     found.add_argument("--case", nargs="+", choices=CASES, default=["smollm2", "qwen"])
     found.add_argument("--head", nargs="+", choices=HEADS, default=list(HEADS))
-    found.add_argument("--divergence", nargs="+", choices=DIVERGENCES, default=list(DIVERGENCES))
+    found.add_argument("--loss", nargs="+", choices=LOSSES, default=list(LOSSES))
     found.add_argument("--backend", choices=NAMES, default=None, help="topd's backend (default: by device)")
     found.add_argument("--malloc", choices=(*MALLOC_MODES, "both"), default="both", help="allocator settings")
     found.add_argument("--json", type=Path, default=None, metavar="FILE", help="also write everything there")
@@ -169,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             note(f"error: {error}")
             return 1
         return 0
-    chosen = {key: getattr(arguments, key) for key in ("rounds", "case", "head", "divergence", "backend")}
+    chosen = {key: getattr(arguments, key) for key in ("rounds", "case", "head", "loss", "backend")}
     reports: list[dict[str, Any]] = []
     status = 0
     for malloc in MALLOC_MODES if arguments.malloc == "both" else (arguments.malloc,):

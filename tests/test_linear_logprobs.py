@@ -1,0 +1,365 @@
+"""topd.linear_logprobs and topd.topk_logprobs: values and gradients in every ordinary case.
+
+The truth is torch's log_softmax, gather and products of them in float64, with autograd's gradients; at the tensors' own dtypes
+the same is the yardstick. What the other files on this function share stands here.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import compare
+import pytest
+import torch
+import torch.nn.functional as F
+from compare import TENSORS, Model, Outcome, random_model
+from torch import Tensor
+
+import topd
+
+LOG2, LOG5 = math.log(2), math.log(5)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "temperature": {"temperature": 0.7},
+    "scale": {"scale": -0.3},
+    "softcap": {"softcap": 5.0},
+    "bias": {"bias": True},
+    "adapter": {"rank": 3},
+    "mask": {"mask": True},
+    "everything": {"bias": True, "rank": 3, "softcap": 8.0, "scale": 0.8, "temperature": 1.6, "mask": True},
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The arguments of `topd.linear_logprobs` that its value depends on."""
+
+    model: Model
+    ids: Tensor
+    temperature: float = 1.0
+    mask: Tensor | None = None
+    entropy: bool = True
+
+    def to(self, *where: Any) -> "Problem":
+        """On another device or, for what is floating, in another dtype."""
+        device = {} if isinstance(where[0], torch.dtype) else {"ids": self.ids.to(*where)}
+        if device and self.mask is not None:
+            device["mask"] = self.mask.to(*where)
+        return replace(self, model=self.model.to(*where), **device)
+
+    def upstream(self) -> Tensor:
+        """Random, for the log-probabilities and, in a last column, for the entropy."""
+        return torch.randn(*self.ids.shape[:-1], self.ids.shape[-1] + self.entropy, dtype=torch.float64).to(self.ids.device)
+
+
+def random_problem(options: dict[str, Any], *, n: int = 11, m: int = 3, vocab: int = 41, entropy: bool = True) -> Problem:
+    """The options of one entry of OPTIONS. Masked rows have ids of -100; the first row repeats one id."""
+    of_model = {name: value for name, value in options.items() if name not in ("temperature", "mask")}
+    model, ids, mask = random_model(n, vocab, 7, **of_model), torch.randint(vocab, (n, m)), None
+    ids[:1] = ids[:1, :1]
+    if "mask" in options:
+        mask = torch.rand(n) < 0.6
+        ids[~mask] = -100
+    return Problem(model, ids, options.get("temperature", 1.0), mask, entropy)
+
+
+def plain(
+    problem: Problem,
+    upstream: Tensor | None = None,
+    *,
+    trainable: tuple[str, ...] = TENSORS,
+    dtype: torch.dtype | None = torch.float64,
+) -> Outcome:
+    """The truth in float64, the yardstick with dtype=None. Value: the log-probabilities, then the entropy in a last column."""
+    model, mask = problem.model.leaves(trainable, dtype), problem.mask
+    rows = torch.ones_like(problem.model.hidden[..., 0], dtype=torch.bool) if mask is None else mask
+    logits = replace(model, hidden=model.hidden[rows]).logits()
+    logprobs = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / problem.temperature).log_softmax(-1)
+    found = logprobs.gather(-1, problem.ids[rows])
+    if problem.entropy:
+        entropy = -(logprobs.exp() * logprobs.masked_fill(logprobs.isneginf(), 0.0)).sum(-1, keepdim=True)
+        found = torch.cat([found, entropy], -1)
+    value = found.new_zeros(*rows.shape, found.shape[-1]).index_put((rows,), found)
+    return Outcome(value.detach(), gradients(value, upstream, model))
+
+
+def run(problem: Problem, model: Model, backend: str, **options: Any) -> Tensor:
+    """What `plain` calls the value, through topd."""
+    settings = {"temperature": problem.temperature, "mask": problem.mask, "return_entropy": problem.entropy, "backend": backend}
+    found = topd.linear_logprobs(model.hidden, model.head(), problem.ids, **(settings | options))
+    return torch.cat([found[0], found[1].unsqueeze(-1)], -1) if problem.entropy else found
+
+
+def by_topd(
+    problem: Problem, backend: str, upstream: Tensor | None = None, *, trainable: tuple[str, ...] = TENSORS, **options: Any
+) -> Outcome:
+    model = problem.model.leaves(trainable)
+    value = run(problem, model, backend, **options)
+    return Outcome(value.detach(), gradients(value, upstream, model))
+
+
+def gradients(value: Tensor, upstream: Tensor | None, model: Model) -> dict[str, Tensor | None]:
+    if upstream is None:
+        return {}
+    value.backward(upstream.to(value.dtype))
+    return {name: getattr(model, name).grad for name in TENSORS if getattr(model, name) is not None}
+
+
+def f64(values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def test_literal_values_and_gradients(backend, device):
+    """p = (1, 2, 5) / 8 in both rows; ids (0, 2), and 1 twice. Upstream (2, -1) sends (2, 0, -1) - p to the logits, (1, 3)
+    sends (0, 4, 0) - 4 p; an entropy's upstream of h sends -h p (log p + entropy)."""
+    p = f64([1 / 8, 2 / 8, 5 / 8])
+    entropy = 1 / 8 * 3 * LOG2 + 1 / 4 * 2 * LOG2 + 5 / 8 * (3 * LOG2 - LOG5)
+    problem = Problem(Model(f64([[1], [1]]), f64([[0], [LOG2], [LOG5]])), torch.tensor([[0, 2], [1, 1]]))
+    found = by_topd(problem.to(device), backend, f64([[2, -1, 10], [1, 3, 0]]).to(device))
+    expected = f64([[-3 * LOG2, LOG5 - 3 * LOG2, entropy], [-2 * LOG2, -2 * LOG2, entropy]])
+    torch.testing.assert_close(found.value.cpu(), expected, rtol=1e-13, atol=1e-13)
+    by_entropy = -10 * p * (f64([-3 * LOG2, -2 * LOG2, LOG5 - 3 * LOG2]) + entropy)
+    first, second = f64([15 / 8, -1 / 4, -13 / 8]) + by_entropy, f64([-1 / 2, 3, -5 / 2])
+    torch.testing.assert_close(found.grads["weight"][:, 0].cpu(), first + second, rtol=1e-13, atol=1e-13)
+    hidden = [LOG2 * row[1] + LOG5 * row[2] for row in (first, second)]
+    torch.testing.assert_close(found.grads["hidden"][:, 0].cpu(), torch.stack(hidden), rtol=1e-13, atol=1e-13)
+
+
+def test_one_id_is_the_cross_entropy(backend, device):
+    model, targets = random_model(20, 33, 6).to(device), torch.randint(33, (20,), device=device)
+    mine, torchs = model.leaves(("hidden", "weight")), model.leaves(("hidden", "weight"))
+    loss = -topd.linear_logprobs(mine.hidden, mine.head(), targets.unsqueeze(-1), backend=backend).mean()
+    expected = F.cross_entropy(torchs.hidden @ torchs.weight.T, targets)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0)
+    for name in ("hidden", "weight"):
+        compare.assert_near(getattr(mine, name).grad, getattr(torchs, name).grad, 1e-12, name)
+
+
+@pytest.mark.parametrize("m", [0, 1, 3, 50])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_float64_value_and_gradients(options, m, backend, device):
+    """50 ids of 41 tokens repeat some in every row; no id at all leaves the entropy."""
+    problem = random_problem(options, m=m).to(device)
+    upstream = problem.upstream()
+    compare.assert_outcome(by_topd(problem, backend, upstream), plain(problem, upstream), 1e-11)
+
+
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+@pytest.mark.parametrize("m", [1, 3, 50])
+@pytest.mark.parametrize("options", ["bias", "softcap", "everything"])
+def test_no_worse_than_eager_at_the_dtype(options, m, dtype, backend, device):
+    """The truth is that of the rounded inputs."""
+    problem = random_problem(OPTIONS[options], n=64, m=m, vocab=300).to(device).to(dtype)
+    upstream = problem.upstream()
+    found, yardstick, truth = (
+        by_topd(problem, backend, upstream),
+        plain(problem, upstream, dtype=None),
+        plain(problem, upstream),
+    )
+    for i, what in ((slice(0, m), "log-probabilities"), (slice(m, None), "entropy")):
+        values = (outcome.value[:, i] for outcome in (found, yardstick, truth))
+        compare.assert_no_worse(*values, compare.CONSTANT, what)
+    for name, true in truth.grads.items():
+        compare.assert_no_worse(found.grads[name], yardstick.grads[name], true, compare.CONSTANT, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 13, 1000, 4099])
+def test_odd_vocabularies(vocab, backend, device):
+    problem = random_problem({}, n=5, vocab=vocab).to(device)
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
+        problem, upstream = problem.to(dtype), problem.upstream()
+        compare.assert_outcome(by_topd(problem, backend, upstream), plain(problem, upstream), tolerance)
+
+
+SHAPES = {
+    "flat": lambda x: x.reshape(-1, x.shape[-1]),
+    "all_but_the_last_column": lambda x: x[:, :-1],
+    "every_second_column": lambda x: x[:, ::2],
+    "transposed": lambda x: x.transpose(0, 1),
+    "one_row_expanded": lambda x: x[:, :1].expand(-1, 6, -1),
+    "one_token": lambda x: x[0, 0],
+}
+
+
+@pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("view", SHAPES.values(), ids=SHAPES.keys())
+def test_shapes_and_strides(view, columns, backend, device):
+    """Any leading shape and any strides of hidden states, ids and, stored by columns, of hidden states, weight and adapter."""
+
+    def stored(x: Tensor) -> Tensor:
+        return x.transpose(-2, -1).contiguous().transpose(-2, -1) if columns else x
+
+    model = random_model((3, 6), 23, 8, rank=2).map(lambda _, x: stored(x)).to(device)
+    ids = view(torch.randint(23, (3, 6, 8), device=device))[..., ::2]
+    problem = Problem(replace(model, hidden=view(model.hidden)), ids)
+    upstream = problem.upstream()
+
+    def outcome(compute) -> Outcome:
+        leaves = model.leaves(TENSORS)
+        value = compute(replace(leaves, hidden=view(leaves.hidden)))
+        return Outcome(value.detach(), gradients(value, upstream, leaves))
+
+    def truth(seen: Model) -> Tensor:
+        logprobs = seen.logits().log_softmax(-1)
+        return torch.cat([logprobs.gather(-1, ids), -(logprobs.exp() * logprobs).sum(-1, keepdim=True)], -1)
+
+    found = outcome(lambda seen: run(problem, seen, backend))
+    assert found.value.shape == (*ids.shape[:-1], 5)
+    compare.assert_outcome(found, outcome(truth), 1e-11)
+
+
+def test_batch_of_rows_with_mask(backend, device):
+    """[B, T] masks and ids index the same rows as [N] ones."""
+    flat = random_problem(OPTIONS["everything"], n=12).to(device)
+    model = replace(flat.model, hidden=flat.model.hidden.view(3, 4, -1))
+    shaped = replace(flat, model=model, ids=flat.ids.view(3, 4, -1), mask=flat.mask.view(3, 4))
+    upstream = shaped.upstream()
+    compare.assert_outcome(by_topd(shaped, backend, upstream), plain(shaped, upstream), 1e-11)
+
+
+def test_masked_rows_are_exactly_zero(backend, device):
+    problem = random_problem(OPTIONS["mask"]).to(device)
+    problem.mask[0] = False
+    found = by_topd(problem, backend, problem.upstream())
+    assert not found.value[~problem.mask].any()
+    assert not found.grads["hidden"][~problem.mask].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES.values()], ids=str)
+def test_what_comes_back(dtype, backend, device):
+    """One tensor, or a pair with the entropy; float32, or float64 for float64; gradients in their tensors' dtypes."""
+    leaves = random_model((2, 3), 9, 4, bias=True, rank=2).to(device).to(dtype).leaves(TENSORS)
+    ids = torch.randint(9, (2, 3, 5), device=device)
+    alone = topd.linear_logprobs(leaves.hidden, leaves.head(), ids, backend=backend)
+    pair = topd.linear_logprobs(leaves.hidden, leaves.head(), ids, return_entropy=True, backend=backend)
+    assert isinstance(alone, Tensor)
+    assert isinstance(pair, tuple)
+    logprobs, entropy = pair
+    assert alone.shape == logprobs.shape == (2, 3, 5)
+    assert entropy.shape == (2, 3)
+    assert alone.dtype == logprobs.dtype == entropy.dtype == torch.promote_types(dtype, torch.float32)
+    assert torch.equal(alone, logprobs)
+    (logprobs.sum() + entropy.sum()).backward()
+    assert all(getattr(leaves, name).grad.dtype == dtype for name in TENSORS)
+
+
+def test_constants_need_no_gradient(backend, device):
+    problem = random_problem(OPTIONS["everything"]).to(device)
+    assert not run(problem, problem.model, backend).requires_grad
+    with torch.no_grad():
+        assert not run(problem, problem.model.leaves(TENSORS), backend).requires_grad
+
+
+def test_an_adapter_may_have_another_dtype_than_its_head(backend, device):
+    """PEFT keeps adapters in float32 beside a bfloat16 head."""
+    problem = random_problem({"rank": 2}, n=16).to(device).to(torch.bfloat16)
+    model = replace(problem.model, a=problem.model.a.float(), b=problem.model.b.float())
+    problem, upstream = replace(problem, model=model), problem.upstream()
+    found, truth = by_topd(problem, backend, upstream), plain(problem, upstream)
+    assert found.grads["a"].dtype == found.grads["b"].dtype == torch.float32
+    assert found.grads["hidden"].dtype == torch.bfloat16
+    compare.assert_near(found.value, truth.value, 2e-6, "value")
+    for name in ("a", "b"):
+        compare.assert_near(found.grads[name], truth.grads[name], 1e-5, name)
+
+
+def test_autocast_casts_as_linear_does(backend, device):
+    """Under bfloat16 autocast float32 operands give what their bfloat16 copies give; gradients come back in float32."""
+    problem = random_problem({"bias": True, "rank": 2}, n=16).to(device).to(torch.float32)
+    upstream = problem.upstream()
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        found = by_topd(problem, backend, upstream)
+    explicit = by_topd(problem.to(torch.bfloat16), backend, upstream)
+    assert found.value.dtype == torch.float32
+    assert torch.equal(found.value, explicit.value)
+    for name, grad in found.grads.items():
+        assert grad.dtype == torch.float32
+        if backend != "reference":  # its backward is autograd's own matrix products, which the context around them casts
+            assert torch.equal(grad, explicit.grads[name].float()), name
+
+
+def test_autocast_leaves_float64_alone(backend, device):
+    problem = random_problem({}).to(device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        found = by_topd(problem, backend)
+    compare.assert_outcome(found, plain(problem), 1e-11)
+
+
+@pytest.mark.parametrize("m", [1, 8])
+def test_chunk_plans_agree_and_each_repeats_itself(m, backend, device):
+    """From a row a chunk to all rows in one; for one plan value and gradients are bitwise the same again."""
+    problem = random_problem({"bias": True, "rank": 2, "mask": True}, n=37, m=m, vocab=1000).to(device).to(torch.float32)
+    upstream = problem.upstream()
+    truth = plain(problem, upstream)
+    for workspace_bytes in (70_000, 200_000, 1_000_000, None):
+        first, again = (by_topd(problem, backend, upstream, workspace_bytes=workspace_bytes) for _ in range(2))
+        compare.assert_outcome(first, truth, 2e-5)
+        assert torch.equal(first.value, again.value)
+        assert all(torch.equal(grad, again.grads[name]) for name, grad in first.grads.items())
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_topk_is_that_of_the_log_softmax(options, device):
+    problem = random_problem(options).to(device)
+    problem = replace(problem, ids=torch.arange(41, device=device).expand(11, 41), entropy=False)
+    expected, expected_ids = plain(problem).value.topk(5, dim=-1)
+    kept = torch.ones(11, dtype=torch.bool, device=device) if problem.mask is None else problem.mask
+    for workspace_bytes in (None, 41 * 8 * 3 * 2):  # the second holds two rows
+        settings = {"temperature": problem.temperature, "mask": problem.mask, "workspace_bytes": workspace_bytes}
+        ids, logprobs = topd.topk_logprobs(problem.model.hidden, problem.model.head(), 5, **settings)
+        torch.testing.assert_close(logprobs[kept], expected[kept], rtol=1e-11, atol=1e-11)
+        assert torch.equal(ids[kept], expected_ids[kept])
+        assert not ids[~kept].any()
+        assert logprobs[~kept].isneginf().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+@pytest.mark.parametrize("size", [1.0, 100.0, 1e4])
+def test_topk_is_no_worse_than_eager_log_softmax(size, dtype, device):
+    """Logits that are exact in any dtype, up to 1e4: what is left is the log-softmax's own error."""
+    logits = size * torch.eye(6, 40)[:, :6].repeat(1, 7).to(dtype)
+    logits[3:] = size + torch.arange(42) % 5 / 4
+    model = Model(torch.eye(6), logits.T.contiguous().float()).to(device).to(dtype)
+    ids, logprobs = topd.topk_logprobs(model.hidden, model.head(), 4)
+    truth, yardstick = (plain(Problem(model, ids, entropy=False), dtype=dtype).value for dtype in (torch.float64, None))
+    for found, eager, true in zip(logprobs, yardstick, truth, strict=True):
+        compare.assert_no_worse(found, eager, true, 1e-7, "log-probabilities")
+
+
+def test_topk_of_a_batch_and_of_the_whole_vocabulary(device):
+    """Shapes, dtypes and order; k = V gives all the probability; nothing requires grad."""
+    model = random_model((2, 3), 9, 4).to(device).to(torch.bfloat16).leaves(TENSORS)
+    ids, logprobs = topd.topk_logprobs(model.hidden, model.head(), 9)
+    assert ids.shape == logprobs.shape == (2, 3, 9)
+    assert (ids.dtype, logprobs.dtype) == (torch.int64, torch.float32)
+    assert torch.equal(ids.sort(-1).values, torch.arange(9, device=device).expand(2, 3, 9))
+    assert (logprobs.diff(dim=-1) <= 0).all()
+    assert not logprobs.requires_grad
+    torch.testing.assert_close(logprobs.exp().sum(-1), torch.ones(2, 3, device=device))
+
+
+def test_topk_of_one_token_and_of_none(device):
+    model = random_model(4, 9, 4).to(device)
+    ids, logprobs = topd.topk_logprobs(model.hidden[0], model.head(), 1)
+    assert ids.tolist() == [model.logits()[0].argmax().item()]
+    assert logprobs.shape == (1,)
+    for hidden, mask in ((model.hidden[:0], None), (model.hidden, torch.zeros(4, dtype=torch.bool, device=device))):
+        ids, logprobs = topd.topk_logprobs(hidden, model.head(), 3, mask=mask)
+        assert ids.shape == logprobs.shape == (len(hidden), 3)
+        assert not ids.any()
+        assert logprobs.isneginf().all()
+
+
+def test_topk_under_autocast_is_that_of_the_cast_operands(device):
+    model = random_model(6, 30, 4, bias=True, rank=2).to(device).to(torch.float32)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        ids, logprobs = topd.topk_logprobs(model.hidden, model.head(), 3)
+    cast = model.to(torch.bfloat16)
+    expected_ids, expected = topd.topk_logprobs(cast.hidden, cast.head(), 3)
+    assert torch.equal(ids, expected_ids)
+    assert torch.equal(logprobs, expected)
