@@ -6,12 +6,14 @@ TOPD here is Trajectory-aware On-Policy Distillation (arXiv 2606.00305).
 import topd.ops.linear_divergence
 import topd.ops.linear_logprobs  # noqa: F401  (both register their ops)
 from topd.backends import Backend, backends
-from topd.composed import entropy_aware_opd, sampled_kl, soft_target_kl, topk_divergence
 from topd.divergences import JSD, Divergence, ForwardKL, ReverseKL, SkewKL, SkewReverseKL, TotalVariation
+from topd.entropy_aware import entropy_aware_opd
 from topd.functional import linear_divergence, score_tokens
 from topd.head import Head, LowRank
 from topd.logprobs import linear_logprobs, topk_logprobs
+from topd.sampled import sampled_kl
 from topd.scores import TokenScores
+from topd.soft_targets import soft_target_kl, topk_divergence
 
 __all__ = [
     "JSD",

@@ -40,6 +40,12 @@ def flag(name: str, value: object) -> bool:
     return value
 
 
+def choice(name: str, value: object, choices: tuple[str, ...]) -> str:
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return value
+
+
 def positive_int(name: str, value: object, *, hint: str = "") -> int:
     tail = f"; {hint}" if hint else ""
     if isinstance(value, bool) or not isinstance(value, int):

@@ -1,32 +1,22 @@
-"""What a few lines of torch make of `linear_logprobs`: soft targets, top-k teachers, sampled KLs, entropy-aware distillation.
+"""KLs to a few tokens of each row, composed on `linear_logprobs`: soft targets, and teachers known by their top-k.
 
 A row's few numbers are computed in float64. A KL here is a sum of non-negative terms, p (log p - log q) - p + q, over the
 chosen tokens and, where it is due, one more bucket with the mass outside them: near equality the errors of the
 log-probabilities then count only to second order, and no value is negative.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from topd.arguments import check_side, per_token
-from topd.checks import flag, floating, on_device, real, shaped
-from topd.functional import linear_divergence
+from topd.checks import choice, flag, floating, on_device, shaped
 from topd.head import Head
-from topd.logprobs import check_ids, logprobs_and_outside, topk_logprobs
+from topd.logprobs import check_ids, logprobs_and_outside
 from topd.row_math import phi
 
 SUM_TOLERANCE = 1e-3
 DIRECTIONS = ("forward", "reverse")
 SUPPORTS = ("raw", "renormalised", "tail")
-ESTIMATORS = ("k1", "k2", "k3")
-
-
-def _choice(name: str, value: object, choices: tuple[str, ...]) -> str:
-    if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-    return value
 
 
 def _checks_values(where: Tensor) -> bool:
@@ -204,8 +194,8 @@ def topk_divergence(
     """
     check_side("hidden", hidden, "head", head)
     check_ids("teacher_ids", teacher_ids, hidden)
-    _choice("direction", direction, DIRECTIONS)
-    _choice("support", support, SUPPORTS)
+    choice("direction", direction, DIRECTIONS)
+    choice("support", support, SUPPORTS)
     vocab, k = head.weight.shape[0], teacher_ids.shape[-1]
     if k > vocab:
         raise ValueError(f"teacher_ids must hold at most the head's {vocab} tokens in a row, got k = {k}")
@@ -273,91 +263,3 @@ def _check_topk(ids: Tensor, logprobs: Tensor) -> None:
     ordered = ids.sort(dim=-1)[0]
     if (bad := (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any():
         raise ValueError(f"teacher_ids must be distinct in each row, got a repeated {_first_bad(bad, of=ordered[..., 1:])}")
-
-
-def sampled_kl(
-    student_logprob: Tensor, teacher_logprob: Tensor, *, estimator: str = "k1", clamp: float | None = None
-) -> Tensor:
-    """Estimates of the reverse KL from the log-probabilities of sampled tokens, r = log p_S - log p_T.
-
-    Args:
-        student_logprob: [...] floating, nats, of tokens sampled from the student; differentiated.
-        teacher_logprob: [...] floating, the same tokens under the teacher; constant.
-        estimator: "k1", r: unbiased, of either sign; "k2", r² / 2: its gradient is that of the reverse KL; "k3", exp(-r) - 1 +
-            r: unbiased, never negative.
-        clamp: None, or c > 0: r is held in [-c, c]; a token beyond has no gradient.
-
-    Returns:
-        [...] nats per token, in the wider dtype of the two, at least float32.
-
-    Raises:
-        TypeError, ValueError: a wrong type, shape, dtype or option, or a teacher_logprob that requires grad.
-    """
-    _choice("estimator", estimator, ESTIMATORS)
-    student = floating("student_logprob", student_logprob)
-    teacher = floating("teacher_logprob", teacher_logprob)
-    shaped("teacher_logprob", teacher, tuple(student.shape), "the shape of student_logprob")
-    on_device("teacher_logprob", teacher, student.device, "student_logprob")
-    if teacher.requires_grad:
-        raise ValueError("teacher_logprob must not require grad: the teacher is a constant; pass teacher_logprob.detach()")
-    if clamp is not None:
-        real("clamp", clamp, low=0.0, open_low=True, hint="None means no clamp")
-    dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
-    r = student.to(dtype) - teacher.to(dtype)
-    if clamp is not None:
-        r = r.clamp(-clamp, clamp)
-    return {"k1": lambda: r, "k2": lambda: r * r / 2, "k3": lambda: phi(r)}[estimator]()
-
-
-def entropy_aware_opd(
-    student_hidden: Tensor,
-    student: Head,
-    teacher_hidden: Tensor,
-    teacher: Head,
-    *,
-    top_k: int = 16,
-    entropy_threshold: float = 0.8,
-    coef: float = 1.0,
-    temperature: float = 1.0,
-    mask: Tensor | None = None,
-    weights_hint: Tensor | None = None,
-    workspace_bytes: int | None = None,
-    backend: str | None = None,
-) -> Tensor:
-    """Reverse KL, and where the teacher is undecided also the forward KL to its most likely tokens:
-
-    KL(p_S || p_T) + coef 1[H(p_T) >= entropy_threshold] KL(top-k of p_T, renormalised || p_S).
-
-    Args:
-        student_hidden, student, teacher_hidden, teacher: as in `linear_divergence`.
-        top_k: tokens of the teacher, at most the smaller vocabulary.
-        entropy_threshold: nats, >= 0.
-        coef: >= 0, the weight of the forward KL.
-        temperature: > 0, of both sides, their entropies and top-k included.
-        mask: [...] bool; False rows are exactly 0 and cost nothing.
-        weights_hint, workspace_bytes, backend: as in `linear_divergence`.
-
-    Returns:
-        [...] float32 (float64 if an input is), nats: the cost of `linear_divergence`, and 4 matrix products more for the rows
-        over the threshold.
-
-    Raises:
-        TypeError, ValueError: as `linear_divergence`.
-    """
-    real("entropy_threshold", entropy_threshold, low=0.0)
-    real("coef", coef, low=0.0)
-    sides = (student_hidden, student, teacher_hidden, teacher)
-    options: dict[str, Any] = {"temperature": temperature, "workspace_bytes": workspace_bytes}
-    trained = options | {"weights_hint": weights_hint, "backend": backend}
-    found = linear_divergence(*sides, divergence="reverse_kl", mask=mask, return_scores=True, **trained)
-    assert isinstance(found, tuple)
-    value, scores = found
-    undecided = scores.teacher_entropy >= entropy_threshold
-    if mask is not None:
-        undecided = undecided & mask
-    vocab = min(student.weight.shape[0], teacher.weight.shape[0])
-    ids, logprobs = topk_logprobs(teacher_hidden, teacher.first(vocab), top_k, mask=undecided, **options)
-    guidance = soft_target_kl(
-        student_hidden, student.first(vocab), ids, logprobs.exp(), normalize=True, mask=undecided, **trained
-    )
-    return value + coef * guidance

@@ -1,0 +1,65 @@
+"""Entropy-aware on-policy distillation, composed on both primitives."""
+
+from typing import Any
+
+from torch import Tensor
+
+from topd.checks import real
+from topd.functional import linear_divergence
+from topd.head import Head
+from topd.logprobs import topk_logprobs
+from topd.soft_targets import soft_target_kl
+
+
+def entropy_aware_opd(
+    student_hidden: Tensor,
+    student: Head,
+    teacher_hidden: Tensor,
+    teacher: Head,
+    *,
+    top_k: int = 16,
+    entropy_threshold: float = 0.8,
+    coef: float = 1.0,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    weights_hint: Tensor | None = None,
+    workspace_bytes: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Reverse KL, and where the teacher is undecided also the forward KL to its most likely tokens:
+
+    KL(p_S || p_T) + coef 1[H(p_T) >= entropy_threshold] KL(top-k of p_T, renormalised || p_S).
+
+    Args:
+        student_hidden, student, teacher_hidden, teacher: as in `linear_divergence`.
+        top_k: tokens of the teacher, at most the smaller vocabulary.
+        entropy_threshold: nats, >= 0.
+        coef: >= 0, the weight of the forward KL.
+        temperature: > 0, of both sides, their entropies and top-k included.
+        mask: [...] bool; False rows are exactly 0 and cost nothing.
+        weights_hint, workspace_bytes, backend: as in `linear_divergence`.
+
+    Returns:
+        [...] float32 (float64 if an input is), nats: the cost of `linear_divergence`, and 4 matrix products more for the rows
+        over the threshold.
+
+    Raises:
+        TypeError, ValueError: as `linear_divergence`.
+    """
+    real("entropy_threshold", entropy_threshold, low=0.0)
+    real("coef", coef, low=0.0)
+    sides = (student_hidden, student, teacher_hidden, teacher)
+    options: dict[str, Any] = {"temperature": temperature, "workspace_bytes": workspace_bytes}
+    trained = options | {"weights_hint": weights_hint, "backend": backend}
+    found = linear_divergence(*sides, divergence="reverse_kl", mask=mask, return_scores=True, **trained)
+    assert isinstance(found, tuple)
+    value, scores = found
+    undecided = scores.teacher_entropy >= entropy_threshold
+    if mask is not None:
+        undecided = undecided & mask
+    vocab = min(student.weight.shape[0], teacher.weight.shape[0])
+    ids, logprobs = topk_logprobs(teacher_hidden, teacher.first(vocab), top_k, mask=undecided, **options)
+    guidance = soft_target_kl(
+        student_hidden, student.first(vocab), ids, logprobs.exp(), normalize=True, mask=undecided, **trained
+    )
+    return value + coef * guidance
