@@ -9,5 +9,6 @@ TORCH_LIBRARY_IMPL(topd, CPU, m) {
   m.impl("logprob_rows", &topd::logprob_rows);
   m.impl("weighted_gather", &topd::weighted_gather);
   m.impl("weighted_scatter", &topd::weighted_scatter);
+  m.impl("transport", &topd::transport);
   m.impl("advise_huge_pages", &topd::advise_huge_pages);
 }

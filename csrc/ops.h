@@ -23,6 +23,11 @@ void weighted_gather(at::Tensor& out, const at::Tensor& table, const at::Tensor&
 
 void weighted_scatter(at::Tensor& out, const at::Tensor& rows, const at::Tensor& ids, const at::Tensor& weights);
 
+std::tuple<at::Tensor, at::Tensor, at::Tensor> transport(
+    const at::Tensor& student_table, const at::Tensor& student_ids, const at::Tensor& student_lengths,
+    const at::Tensor& teacher_table, const at::Tensor& teacher_ids, const at::Tensor& teacher_lengths, c10::string_view cost,
+    double epsilon, int64_t max_iterations, double tolerance);
+
 void advise_huge_pages(at::Tensor& buffer);
 
 }  // namespace CPU_CAPABILITY

@@ -20,7 +20,7 @@ class WeightedRows {
       : sums_(out.scalar_type()), entries_(rows.scalar_type()), width_(out.size(-1)) {
     TORCH_CHECK_VALUE(out.dim() == 2 && rows.dim() == 2 && out.size(1) == rows.size(1), "out and ", name,
                       " must be [..., H] of one width, got ", out.sizes(), " and ", rows.sizes());
-    TORCH_CHECK_VALUE(out.is_contiguous() && rows.stride(1) == 1, "out must be contiguous, and ", name, " along H");
+    TORCH_CHECK_VALUE(out.is_contiguous() && (rows.stride(1) == 1 || rows.size(1) == 1), "out must be contiguous, and ", name, " along H");
     TORCH_CHECK_VALUE(ids.scalar_type() == at::kLong && ids.dim() == 2 && weights.sizes() == ids.sizes(),
                       "ids must be int64 [N, M] and weights [N, M], got ", ids.sizes(), " and ", weights.sizes());
     TORCH_CHECK_VALUE(weights.scalar_type() == sums_ && (sums_ == at::kFloat || sums_ == at::kDouble),

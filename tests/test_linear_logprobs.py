@@ -168,7 +168,7 @@ def test_no_worse_than_eager_at_the_dtype(options, m, dtype, backend, device):
         compare.assert_no_worse(found.grads[name], yardstick.grads[name], true, compare.CONSTANT, f"gradient of {name}")
 
 
-@pytest.mark.parametrize("vocab", [1, 2, 13, 1000, 4099])
+@pytest.mark.parametrize("vocab", [2, 13, 1000, 4099])
 def test_odd_vocabularies(vocab, backend, device):
     problem = random_problem({}, n=5, vocab=vocab).to(device)
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
@@ -300,6 +300,17 @@ def test_chunk_plans_agree_and_each_repeats_itself(m, backend, device):
         first, again = (by_topd(problem, backend, upstream, workspace_bytes=workspace_bytes) for _ in range(2))
         compare.assert_outcome(first, truth, 2e-5)
         assert torch.equal(first.value, again.value)
+        assert all(torch.equal(grad, again.grads[name]) for name, grad in first.grads.items())
+
+
+def test_many_rows_that_choose_the_same_few_tokens_repeat_themselves(backend, device):
+    """The order in which a token's rows are added is fixed, however the work is threaded."""
+    problem = random_problem({"bias": True, "rank": 6}, n=700, m=16, vocab=41).to(device).to(torch.float32)
+    upstream = problem.upstream()
+    first = by_topd(problem, backend, upstream)
+    compare.assert_outcome(first, plain(problem, upstream), 2e-5)
+    for _ in range(5):
+        again = by_topd(problem, backend, upstream)
         assert all(torch.equal(grad, again.grads[name]) for name, grad in first.grads.items())
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import compare
 import pytest
+import test_linear_logprobs as logprobs
 import torch
 import torch._inductor.config
 from compare import Problem, plain, random_problem
@@ -178,3 +179,95 @@ def test_a_compiled_gradient_is_the_true_one(backend, device):
     torch.compile(loss, fullgraph=True)(*(getattr(student, name) for name in compare.TENSORS), upstream).backward()
     for tensor, true in plain(problem, upstream).grads.items():
         compare.assert_near(getattr(student, tensor).grad, true, 1e-10, tensor)
+
+
+def logprob_arguments(problem: logprobs.Problem, backend: str) -> dict[str, Any]:
+    model = problem.model
+    known = {name: getattr(model, name) for name in (*compare.TENSORS, "scaling", "scale", "softcap")}
+    flags = {"hidden_grad": True, "weight_grad": True, "bias_grad": model.bias is not None, "adapter_grad": model.a is not None}
+    settings = {"mask": problem.mask, "ids": problem.ids, "temperature": problem.temperature, "backend": backend}
+    return known | flags | settings | {"padded": False, "dense": True, "entropy": problem.entropy}
+
+
+LOGPROBS = ["plain", "everything"]
+
+
+@pytest.mark.parametrize("entropy", [False, True], ids=["", "entropy"])
+@pytest.mark.parametrize("options", LOGPROBS)
+def test_opcheck_logprobs_forward(options, entropy, backend, device):
+    problem = logprobs.random_problem(logprobs.OPTIONS[options], n=6, vocab=13, entropy=entropy).to(device)
+    problem = replace(problem, model=problem.model.leaves(compare.TENSORS))
+    op = torch.ops.topd.linear_logprobs.default
+    results = torch.library.opcheck(op, pack(op, logprob_arguments(problem, chunked(backend))))
+    assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("dense", [True, False], ids=["dense", "later"])
+@pytest.mark.parametrize("entropy", [False, True], ids=["", "entropy"])
+@pytest.mark.parametrize("options", LOGPROBS)
+def test_opcheck_logprobs_backward(options, entropy, dense, backend, device):
+    """Its arguments: three upstream gradients, what both ops share, what forward returned but for the entropy, flags."""
+    problem = logprobs.random_problem(logprobs.OPTIONS[options], n=6, vocab=13, entropy=entropy).to(device)
+    forward = torch.ops.topd.linear_logprobs.default
+    known = logprob_arguments(problem, chunked(backend)) | {"dense": dense}
+    given, names = pack(forward, known), [argument.name for argument in forward._schema.arguments]
+    found, entropies, outside, *kept = forward(*given)
+    upstream = torch.randn_like(found), torch.randn_like(entropies) if entropy else None, None
+    flags = [known[name] for name in ("hidden_grad", "weight_grad", "bias_grad", "adapter_grad")]
+    arguments = (*upstream, *given[: names.index("weights_hint")], found, outside, *kept, True, *flags)
+    results = torch.library.opcheck(torch.ops.topd.linear_logprobs_backward.default, arguments)
+    assert set(results.values()) == {"SUCCESS"}
+
+
+needs_cpp = pytest.mark.skipif(not topd.backends()["cpp"], reason=str(topd.backends()["cpp"]))
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("softcap", [None, 9.0])
+@pytest.mark.parametrize("flags", [(True, True), (True, False), (False, True), (False, False)], ids=str)
+def test_opcheck_logprob_rows(flags, softcap, dtype):
+    grad, entropy = flags
+    tile, bias, ids = torch.randn(5, 13, dtype=dtype), torch.randn(13, dtype=dtype), torch.randint(13, (5, 3))
+    second = torch.empty_like(tile) if grad and entropy else None
+    arguments = (tile, bias, ids, 0.5, softcap, 1.3, second, grad, entropy)
+    results = torch.library.opcheck(torch.ops.topd.logprob_rows.default, arguments)
+    assert set(results.values()) == {"SUCCESS"}
+
+
+@needs_cpp
+@pytest.mark.parametrize("op", ["weighted_gather", "weighted_scatter"])
+def test_opcheck_weighted(op):
+    """out [N, H] or [V, H], a table [V, H] or rows [N, H]."""
+    ids, weights = torch.randint(13, (5, 3)), torch.randn(5, 3)
+    operands = torch.zeros(5, 4), torch.randn(13, 4).bfloat16()
+    if op == "weighted_scatter":
+        operands = torch.zeros(13, 4), torch.randn(5, 4).bfloat16()
+    results = torch.library.opcheck(getattr(torch.ops.topd, op).default, (*operands, ids, weights))
+    assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.usefixtures("cold_compiler")
+def test_a_compiled_step_on_log_probabilities_is_the_eager_one(backend, device):
+    """fullgraph, weights of both signs for the log-probabilities and the entropy, beside a mask."""
+    options = {"bias": True, "rank": 2, "mask": True}
+    problem = logprobs.random_problem(options, n=10, vocab=21).to(device).to(torch.float32)
+    weights, name = problem.upstream().float(), chunked(backend)
+
+    def loss(*tensors: Tensor) -> Tensor:
+        model = replace(problem.model, **dict(zip(compare.TENSORS, tensors, strict=True)))
+        value = logprobs.run(problem, replace(model, hidden=model.hidden.sin()), name)
+        return (value * weights).sum()
+
+    def trained(loss_of: Any) -> list[Tensor]:
+        leaves = problem.model.leaves(compare.TENSORS)
+        tensors, losses = [getattr(leaves, tensor) for tensor in compare.TENSORS], []
+        for _ in range(3):
+            found = loss_of(*tensors)
+            grads = torch.autograd.grad(found, tensors)
+            losses.append(found.detach())
+            tensors = [(t - 0.01 * g).detach().requires_grad_() for t, g in zip(tensors, grads, strict=True)]
+        return [*losses, *grads, *tensors]
+
+    for found, expected in zip(trained(torch.compile(loss, fullgraph=True)), trained(loss), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "python_api" / "topd"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-OPS_MAY_KNOW = {"backends", "checks", "divergences", "head", "ops", "plan", "reference", "row_math", "scores"}
+OPS_MAY_KNOW = {"backends", "checks", "divergences", "head", "ops", "plan", "reference", "repeats", "row_math", "scores"}
 
 
 def imported(path: Path) -> set[str]:

@@ -4,7 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
-from topd.checks import real
+from topd.arguments import check_side
+from topd.checks import positive_int, real
 from topd.functional import linear_divergence
 from topd.head import Head
 from topd.logprobs import topk_logprobs
@@ -46,6 +47,11 @@ def entropy_aware_opd(
     Raises:
         TypeError, ValueError: as `linear_divergence`.
     """
+    check_side("student_hidden", student_hidden, "student", student)
+    check_side("teacher_hidden", teacher_hidden, "teacher", teacher)
+    vocab = min(student.weight.shape[0], teacher.weight.shape[0])
+    if positive_int("top_k", top_k) > vocab:
+        raise ValueError(f"top_k must be at most the common vocabulary's {vocab} entries, got {top_k}")
     real("entropy_threshold", entropy_threshold, low=0.0)
     real("coef", coef, low=0.0)
     sides = (student_hidden, student, teacher_hidden, teacher)
@@ -54,10 +60,11 @@ def entropy_aware_opd(
     found = linear_divergence(*sides, divergence="reverse_kl", mask=mask, return_scores=True, **trained)
     assert isinstance(found, tuple)
     value, scores = found
+    if coef == 0:
+        return value
     undecided = scores.teacher_entropy >= entropy_threshold
     if mask is not None:
         undecided = undecided & mask
-    vocab = min(student.weight.shape[0], teacher.weight.shape[0])
     ids, logprobs = topk_logprobs(teacher_hidden, teacher.first(vocab), top_k, mask=undecided, **options)
     guidance = soft_target_kl(
         student_hidden, student.first(vocab), ids, logprobs.exp(), normalize=True, mask=undecided, **trained

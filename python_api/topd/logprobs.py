@@ -188,6 +188,7 @@ def topk_logprobs(
             side.multiply(states[at].to(dtype), logits)
             logits = shape_logits(logits, side.bias, head.scale, softcap_of(head), temperature)
             top, ids[at] = logits.topk(k, dim=-1)
-            logprobs[at] = top - logits.logsumexp(-1, keepdim=True)
+            rest = (logits - top[:, :1]).exp_().scatter_(-1, ids[at][:, :1], 0.0).sum(-1, keepdim=True)
+            logprobs[at] = (top - top[:, :1]) - rest.log1p()
     shape = (*hidden.shape[:-1], k)
     return ids.reshape(shape), logprobs.reshape(shape)

@@ -61,8 +61,10 @@ def log_ratio(teacher: Distribution, student: Distribution) -> Tensor:
 def phi(d: Tensor) -> Tensor:
     """exp(-d) + d - 1 >= 0: the series where expm1(-d) + d would cancel."""
     cut = 0.25 if d.dtype == torch.float32 else 0.01
-    series = 1 / 2 - d * (1 / 6 - d * (1 / 24 - d * (1 / 120 - d * (1 / 720 - d / 5040))))
-    return torch.where(d.abs() < cut, d * d * series, torch.expm1(-d) + d)
+    close = d.abs() < cut
+    x = d.masked_fill(~close, 0.0)  # an overflow in the branch not taken would make the gradient NaN
+    series = 1 / 2 - x * (1 / 6 - x * (1 / 24 - x * (1 / 120 - x * (1 / 720 - x / 5040))))
+    return torch.where(close, x * x * series, torch.expm1(-d) + d)
 
 
 def kl_terms(p: Tensor, q: Tensor, d: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from topd.arguments import check_side, per_token
 from topd.checks import choice, flag, floating, on_device, shaped
 from topd.head import Head
 from topd.logprobs import check_ids, logprobs_and_outside
+from topd.repeats import runs_of
 from topd.row_math import phi
 
 SUM_TOLERANCE = 1e-3
@@ -39,24 +40,31 @@ def _first_bad(bad: Tensor, *, of: Tensor) -> str:
     return f"{of[at].item():.6g} at index {list(at)}"
 
 
-def _entries_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Non-negative terms p (log p - log q) - p + q; entries may be -inf: p = 0 gives q, q = 0 < p gives inf, both 0 give 0.
-    Differentiable where it is finite."""
-    p, q = log_p.exp(), log_q.exp()
-    impossible = ~log_p.isneginf() & log_q.isneginf()
-    d = (log_p.masked_fill(log_p.isneginf(), 0.0) - log_q.masked_fill(log_q.isneginf(), 0.0)).masked_fill(impossible, 0.0)
+def _log_ratio(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """log p - log q, 0 where either is -inf, and where p > 0 = q. No gradient at either."""
     absent = log_p.isneginf() | log_q.isneginf()
-    d = d.masked_fill(absent, 0.0)
-    close = d.abs() <= 1
-    near = p * phi(d.masked_fill(~close, 0.0))
-    terms = torch.where(close & ~absent, near, p * d - p + q)
-    return terms.masked_fill(impossible, torch.inf)
+    return (log_p.masked_fill(absent, 0.0) - log_q.masked_fill(absent, 0.0)), ~log_p.isneginf() & log_q.isneginf()
 
 
-def _sum(terms: Tensor) -> Tensor:
-    """Over the last dimension; a row with an infinite term is inf and has no gradient."""
-    infinite = terms.isinf()
-    return terms.masked_fill(infinite.any(-1, keepdim=True), 0.0).sum(-1).masked_fill(infinite.any(-1), torch.inf)
+def _entries_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """sum of p (log p - log q) - p + q, no term of which is negative; entries may be -inf: p = 0 gives q, q = 0 < p makes the
+    row inf, without a gradient."""
+    p, q = log_p.exp(), log_q.exp()
+    d, impossible = _log_ratio(log_p, log_q)
+    close = (d.abs() <= 1) & ~(log_p.isneginf() | log_q.isneginf())
+    terms = torch.where(close, p * phi(d.masked_fill(~close, 0.0)), p * d - p + q)
+    return _sum(terms, impossible)
+
+
+def _plain_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """sum of p (log p - log q), of either sign where p and q hold different mass."""
+    d, impossible = _log_ratio(log_p, log_q)
+    return _sum(log_p.exp() * d, impossible)
+
+
+def _sum(terms: Tensor, impossible: Tensor) -> Tensor:
+    infinite = impossible.any(-1)
+    return terms.masked_fill(infinite.unsqueeze(-1), 0.0).sum(-1).masked_fill(infinite, torch.inf)
 
 
 def _finish(value: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -66,13 +74,23 @@ def _finish(value: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 def _merged(ids: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
     """Each id once a row: repeats give their probability to the first; entries of probability 0 get the id -1."""
-    ordered, order = ids.sort(dim=-1, stable=True)
-    starts = torch.ones_like(ordered, dtype=torch.bool)
-    starts[..., 1:] = ordered[..., 1:] != ordered[..., :-1]
-    run = starts.cumsum(-1) - 1
-    total = torch.zeros_like(probs).scatter_add(-1, run, probs.gather(-1, order))
-    each = torch.full_like(ids, -1).scatter(-1, run, ordered)
+    runs = runs_of(ids)
+    total = runs.totals(probs)
+    each = torch.full_like(ids, -1).scatter(-1, runs.run, runs.ordered)
     return each.masked_fill(total == 0, -1), total
+
+
+def _with_bucket(logs: Tensor, last: Tensor) -> Tensor:
+    """One more entry a row."""
+    return torch.cat([logs, last.unsqueeze(-1)], -1)
+
+
+def _check_ids_in_vocabulary(name: str, ids: Tensor, counts: Tensor, vocab: int) -> None:
+    if (bad := counts & ((ids < 0) | (ids >= vocab))).any():
+        raise ValueError(
+            f"{name} must lie in [0, {vocab}), the rows of head.weight, where the row is unmasked and the probability is not "
+            f"0, got {_first_bad(bad, of=ids)}"
+        )
 
 
 def soft_target_kl(
@@ -89,6 +107,8 @@ def soft_target_kl(
     backend: str | None = None,
 ) -> Tensor:
     """KL(q || p_S) of a target distribution q over a few tokens of each row, from hidden states; see `linear_logprobs`.
+
+    Computed as the sum of q log(q / p_S) - q + p_S: the same where q sums to 1, never negative where its sum is a little off.
 
     Args:
         hidden: [..., H] floating, dtype of `head.weight`; differentiated.
@@ -120,9 +140,9 @@ def soft_target_kl(
     total = probs.sum(-1)
     if _checks_values(hidden):
         _check_targets(probs, total, mask, normalize=normalize)
+        _check_ids_in_vocabulary("target_ids", target_ids, probs != 0, head.weight.shape[0])
     if normalize:
         probs = probs / total.masked_fill(total == 0, 1.0).unsqueeze(-1)
-        total = (total != 0).to(total.dtype)
     ids, merged = _merged(target_ids.masked_fill(probs == 0, -1), probs)
     logprobs, _, outside = logprobs_and_outside(
         hidden,
@@ -135,7 +155,8 @@ def soft_target_kl(
         backend=backend,
         padded=True,
     )
-    value = _sum(_entries_kl(merged.log(), logprobs.double())) + outside.double().exp() + (total - 1)
+    nothing = torch.full_like(total, -torch.inf)
+    value = _entries_kl(_with_bucket(merged.log(), nothing), _with_bucket(logprobs.double(), outside.double()))
     return _finish(value, mask, logprobs.dtype)
 
 
@@ -200,12 +221,15 @@ def topk_divergence(
     if k > vocab:
         raise ValueError(f"teacher_ids must hold at most the head's {vocab} tokens in a row, got k = {k}")
     log_t = _like_ids("teacher_logprobs", teacher_logprobs, teacher_ids).double()
+    if weights_hint is not None:
+        per_token("weights_hint", weights_hint, None, hidden, "hidden")
     if mask is not None:
         per_token("mask", mask, torch.bool, hidden, "hidden")
         log_t = log_t.masked_fill(~mask.unsqueeze(-1), -torch.inf)
-    ids = teacher_ids.masked_fill(log_t.isneginf(), -1)
     if _checks_values(hidden):
-        _check_topk(ids, log_t)
+        _check_ids_in_vocabulary("teacher_ids", teacher_ids, ~log_t.isneginf(), vocab)
+        _check_topk(teacher_ids, log_t)
+    ids = teacher_ids.masked_fill(log_t.isneginf(), -1)
     raw_forward = support == "raw" and direction == "forward"
     if raw_forward:  # each row's upstream gradients add up to minus the teacher's mass
         mass = log_t.exp().sum(-1)
@@ -225,13 +249,10 @@ def topk_divergence(
     log_s = logprobs.double()
     if support == "renormalised":
         log_t, log_s = _renormalised(log_t), _renormalised(log_s)
-    elif support == "tail" and k < vocab:
-        log_t = torch.cat([log_t, _log_tail(log_t).unsqueeze(-1)], -1)
-        log_s = torch.cat([log_s, outside.double().unsqueeze(-1)], -1)
+    elif support == "tail":
+        log_t, log_s = _with_bucket(log_t, _log_tail(log_t, vocab)), _with_bucket(log_s, outside.double())
     log_p, log_q = (log_t, log_s) if direction == "forward" else (log_s, log_t)
-    value = _sum(_entries_kl(log_p, log_q))
-    if support == "raw":
-        value = value + (log_p.exp() - log_q.exp()).sum(-1)
+    value = _plain_kl(log_p, log_q) if support == "raw" else _entries_kl(log_p, log_q)
     return _finish(value, mask, logprobs.dtype)
 
 
@@ -241,13 +262,15 @@ def _renormalised(logprobs: Tensor) -> Tensor:
     return (logprobs - logprobs.masked_fill(nothing, 0.0).logsumexp(-1, keepdim=True)).masked_fill(nothing, -torch.inf)
 
 
-def _log_tail(logprobs: Tensor) -> Tensor:
-    """log(1 - sum of exp), clamped at log 0: 1 - the largest one's probability as -expm1, less the others."""
+def _log_tail(logprobs: Tensor, vocab: int) -> Tensor:
+    """log(1 - sum of exp), clamped at log 0, and log 0 where the row holds the whole vocabulary. 1 - the largest probability is
+    -expm1 of its logarithm."""
     if logprobs.shape[-1] == 0:
         return logprobs.new_zeros(logprobs.shape[:-1])
     top, at = logprobs.max(-1, keepdim=True)
     others = logprobs.scatter(-1, at, -torch.inf).exp().sum(-1)
-    return (-top[..., 0].expm1() - others).clamp_min(0.0).log()
+    whole = (~logprobs.isneginf()).sum(-1) == vocab
+    return (-top[..., 0].expm1() - others).clamp_min(0.0).masked_fill(whole, 0.0).log()
 
 
 def _check_topk(ids: Tensor, logprobs: Tensor) -> None:
@@ -260,6 +283,6 @@ def _check_topk(ids: Tensor, logprobs: Tensor) -> None:
             f"row, got "
             f"{_first_bad(bad, of=mass)}; are they logits?"
         )
-    ordered = ids.sort(dim=-1)[0]
-    if (bad := (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any():
-        raise ValueError(f"teacher_ids must be distinct in each row, got a repeated {_first_bad(bad, of=ordered[..., 1:])}")
+    padding = logprobs.isneginf()
+    if (bad := ~runs_of(ids.masked_fill(padding, -1)).first() & ~padding).any():
+        raise ValueError(f"teacher_ids must be distinct in each row, got a repeated {_first_bad(bad, of=ids)}")

@@ -29,7 +29,10 @@ _COMMON = (
 )
 _NEEDS = "bool hidden_grad, bool weight_grad, bool bias_grad, bool adapter_grad"
 _HEAD_GRADS = "Tensor weight, Tensor bias, Tensor a, Tensor b"
-_KEPT = f"Tensor logprobs, Tensor outside, Tensor u, {_HEAD_GRADS}, Tensor u_entropy, Tensor first, Tensor slope, Tensor hint"
+_KEPT = (
+    "Tensor logprobs, Tensor outside, Tensor u, Tensor weight_sum, Tensor bias_sum, Tensor a_sum, Tensor b_sum, "
+    "Tensor u_entropy, Tensor first, Tensor slope, Tensor hint"
+)
 N_COMMON = 15
 
 torch.library.define(
@@ -122,7 +125,7 @@ for _op, _implementation in (("linear_logprobs", _forward), ("linear_logprobs_ba
 
 @torch.library.register_fake("topd::linear_logprobs")
 def _forward_fake(*flat: Any) -> tuple[Tensor, ...]:
-    call = Call.unpack(flat[:N_COMMON])
+    call = Call.unpack(flat[:N_COMMON])._replace(backend="")
     _, hidden_grad, weight_grad, bias_grad, adapter_grad, entropy = flat[N_COMMON:]
     (n, width), ids, summed = call.side.hidden.shape, call.ids, call.dense
     logprobs = call.side.hidden.new_empty(ids.shape, dtype=call.dtype)
@@ -156,14 +159,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*kept)
     save_call(ctx, inputs, N_COMMON, (logprobs, outside, *kept))
-    ctx.uniform_hint, ctx.needs = inputs[N_COMMON] is None, inputs[N_COMMON + 1 : N_COMMON + 5]
+    ctx.uniform_hint, ctx.entropy = inputs[N_COMMON] is None, inputs[-1]
+    ctx.needs = inputs[N_COMMON + 1 : N_COMMON + 5]
 
 
 def _gradient(
     ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, grad_outside: Tensor | None, *_: Any
 ) -> tuple[Any, ...]:
     out: list[Any] = [None] * ctx.n_inputs
-    upstream = (grad_logprobs, grad_entropy, grad_outside)
+    upstream = (grad_logprobs, grad_entropy if ctx.entropy else None, grad_outside)
     if all(grad is None for grad in upstream):
         return tuple(out)
     common, kept = saved_call(ctx)

@@ -11,6 +11,7 @@ from topd.ops.one_pass import Correction, common_factor, correction
 from topd.ops.tiles import HeadGrads
 from topd.ops.weighted_gather import weighted_gather
 from topd.ops.weighted_scatter import weighted_scatter
+from topd.repeats import runs_of
 
 
 def mass(outside: Tensor) -> Tensor:
@@ -41,21 +42,31 @@ def upstream_of(
     if call.mask is not None:
         used = used & call.mask
     unused = ~used.unsqueeze(-1)
-    g, o = g.masked_fill(unused, 0.0), o.masked_fill(~used, 0.0)
+    in_range = (call.ids >= 0) & (call.ids < call.vocab)
+    g, o = _onto_first(call.ids, g.masked_fill(unused | ~in_range, 0.0), first), o.masked_fill(~used, 0.0)
     total = g.sum(-1)
     p = logprobs.double().exp().masked_fill(~first, 0.0)
     inside, q = p.sum(-1), mass(outside).double()
-    at_first = -g * logprobs.double().expm1() - p * ((total + o).unsqueeze(-1) - g)
-    at_ids = torch.where(first, at_first, g)
+    at_ids = -g * logprobs.double().expm1() - p * ((total + o).unsqueeze(-1) - g)
     at_ids = at_ids * (slope if slope.shape[0] else call.spec.scale / call.spec.temperature)
     dtype = logprobs.dtype
     return Upstream(
         (o * inside - total * q).masked_fill(~used, 0.0).to(dtype),
-        (g.abs().sum(-1) * q + o.abs() * inside).to(dtype),
+        (g.abs().sum(-1) * q + o.abs() * inside).masked_fill(~used, 0.0).to(dtype),
         None if h is None else h.to(dtype).masked_fill(~used, 0.0),
         at_ids.masked_fill(unused, 0.0).to(dtype),
         used,
     )
+
+
+def _onto_first(ids: Tensor, g: Tensor, first: Tensor) -> Tensor:
+    """g [N, M] with the entries of a repeated id added up at its first place, 0 at the others: added up later, in float32, they
+    would cancel where the token is nearly certain."""
+    if ids.shape[1] < 2 or (ids.device.type == "cpu" and bool(first.all())):
+        return g
+    runs = runs_of(ids)
+    totals = runs.totals(g).gather(-1, runs.run).masked_fill(~runs.starts, 0.0)
+    return torch.zeros_like(g).scatter(-1, runs.order, totals)
 
 
 def dense_correction(
@@ -64,7 +75,7 @@ def dense_correction(
     """Where the sums of D outside_grad + h entropy_grad start from, and the rows that are still to be added."""
     dense, uses_entropy = upstream.dense, None if upstream.entropy is None else upstream.entropy != 0
     alive = dense != 0 if uses_entropy is None else (dense != 0) | uses_entropy
-    hinted = hint * q if call.dense else torch.zeros_like(dense)
+    hinted = (hint * q).masked_fill(hint == 0, 0.0) if call.dense else torch.zeros_like(dense)
     c = common_factor(dense, hinted)
     deviates = ~((dense - c * hinted).abs() <= 4 * torch.finfo(dense.dtype).eps * upstream.scale)
     if uses_entropy is not None:

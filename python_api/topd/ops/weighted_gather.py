@@ -29,10 +29,15 @@ def counted(ids: Tensor, weights: Tensor, vocab: int) -> Tensor:
     return (weights != 0) & (ids >= 0) & (ids < vocab)
 
 
+def along_width(rows: Tensor) -> Tensor:
+    """Rows whose entries lie side by side, as the kernels read them; a copy only where they do not."""
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
 def weighted_gather(backend: str, out: Tensor, table: Tensor, ids: Tensor, weights: Tensor) -> None:
     """Add to out [N, H] from table [V, H] of any floating dtype, ids and weights [N, M], weights in out's dtype."""
     if backend != "eager":
-        torch.ops.topd.weighted_gather(out, table, ids, weights)
+        torch.ops.topd.weighted_gather(out, along_width(table), ids, weights)
         return
     for at in pieces(ids, table.shape[1]):
         counts = counted(ids[at], weights[at], table.shape[0])

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from topd.checks import in_vocabulary, no_second_derivative
 from topd.head import Head, product, shape_logits
+from topd.repeats import runs_of
 
 HEAD_VOCABULARY = "the rows of head.weight"
 
@@ -49,14 +50,6 @@ class LogprobRows(NamedTuple):
     finite: Tensor
     outside_grad: Tensor | None
     entropy_grad: Tensor | None
-
-
-def first_occurrence(ids: Tensor, vocab: int) -> Tensor:
-    """[C, M] bool: in range, and not equal to an earlier id of its row."""
-    ordered, order = ids.sort(dim=-1, stable=True)
-    starts = torch.ones_like(ordered, dtype=torch.bool)
-    starts[..., 1:] = ordered[..., 1:] != ordered[..., :-1]
-    return torch.zeros_like(starts).scatter(-1, order, starts) & (ids >= 0) & (ids < vocab)
 
 
 def slope_of(logits: Tensor, spec: LogprobSpec) -> Tensor | float:
@@ -85,7 +78,7 @@ def logprob_rows(
     at = ids.clamp(0, vocab - 1)
     inside = (ids >= 0) & (ids < vocab)
     chosen = logits.gather(-1, at).masked_fill(~inside, -torch.inf)
-    first = first_occurrence(ids, vocab)
+    first = runs_of(ids).first() & inside
 
     remove = torch.full_like(chosen, torch.inf).masked_fill_(inside, -torch.inf)
     rest = logits.scatter_reduce(-1, at, remove, "amin")
