@@ -11,8 +11,10 @@ from topd.entropy_aware import entropy_aware_opd
 from topd.functional import linear_divergence, score_tokens
 from topd.head import Head, LowRank
 from topd.logprobs import linear_logprobs, topk_logprobs
+from topd.near_future import Transport, guidance_kl, near_future_divergence
 from topd.sampled import sampled_kl
 from topd.scores import TokenScores
+from topd.selection import divergent, false_alarm_weights, select_candidates
 from topd.soft_targets import soft_target_kl, topk_divergence
 
 __all__ = [
@@ -27,12 +29,18 @@ __all__ = [
     "SkewReverseKL",
     "TokenScores",
     "TotalVariation",
+    "Transport",
     "backends",
+    "divergent",
     "entropy_aware_opd",
+    "false_alarm_weights",
+    "guidance_kl",
     "linear_divergence",
     "linear_logprobs",
+    "near_future_divergence",
     "sampled_kl",
     "score_tokens",
+    "select_candidates",
     "soft_target_kl",
     "topk_divergence",
     "topk_logprobs",
