@@ -40,7 +40,7 @@ class Problem {
       const bool final_stage = stage_ <= epsilon;
       if (error_ <= (final_stage ? tolerance : kStageTolerance)) {
         if (final_stage) break;
-        stage_ = std::max(stage_ / 2, epsilon), tried = 0;
+        stage_ = std::max(stage_ / kStageFactor, epsilon), tried = 0;
         evaluate();
       }
       if (tried++ < kStageSinkhorn || !newton()) sinkhorn();
@@ -77,7 +77,7 @@ class Problem {
   }
 
  private:
-  static constexpr double kStageTolerance = 0.1, kRidge = 1e-6, kArmijo = 1e-4;
+  static constexpr double kStageFactor = 4, kStageTolerance = 0.1, kRidge = 1e-6, kArmijo = 1e-4;
   static constexpr int64_t kStageSinkhorn = 2, kMaxHalvings = 20, kLanes = Vec<double>::size();
 
   static int64_t padded(int64_t size) { return (size + kLanes - 1) / kLanes * kLanes; }
