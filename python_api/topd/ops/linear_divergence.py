@@ -15,17 +15,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from topd.checks import in_vocabulary, no_second_derivative
+from topd.checks import in_vocabulary
 from topd.ops.advise_huge_pages import buffer
 from topd.ops.divergence_rows import run_rows
 from topd.ops.one_pass import (
+    at_inputs,
     chosen_rows,
     common_factor,
     correction,
     normalised_hint,
+    refuse_second_derivative,
     returned,
     save_call,
     saved_call,
+    unfilled_gradients,
     workspace,
 )
 from topd.ops.tiles import HeadGrads, Side
@@ -268,13 +271,7 @@ def _forward_fake(*flat: Any) -> tuple[Tensor, ...]:
 
 @torch.library.register_fake("topd::linear_divergence_backward")
 def _backward_fake(grad_value: Tensor, *flat: Any) -> tuple[Tensor, ...]:
-    student, needs = Call.unpack(flat[:N_COMMON]).student, flat[-4:]
-    likes = (student.hidden, student.weight, student.bias, student.a, student.b)
-    wanted = (needs[0], needs[1], needs[2], needs[3], needs[3])
-    return tuple(
-        like.new_empty(like.shape) if want and like is not None else grad_value.new_empty(0)
-        for like, want in zip(likes, wanted, strict=True)
-    )
+    return unfilled_gradients(Call.unpack(flat[:N_COMMON]).student, flat[-4:], grad_value)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -286,21 +283,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _gradient(ctx: Any, grad_value: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    out: list[Any] = [None] * ctx.n_inputs
     if grad_value is None:
-        return tuple(out)
+        return at_inputs(ctx, None)
     common, kept = saved_call(ctx)
-    grads = torch.ops.topd.linear_divergence_backward(grad_value, *common, *kept, ctx.uniform_hint, *ctx.needs)
-    hidden, weight, bias, adapter = ctx.needs
-    for i, wanted in enumerate((hidden, weight, bias, adapter, adapter)):
-        if wanted:
-            out[i] = grads[i]
-    return tuple(out)
-
-
-def _no_second_derivative(ctx: Any, *_: Any) -> None:
-    raise no_second_derivative("linear_divergence")
+    return at_inputs(ctx, torch.ops.topd.linear_divergence_backward(grad_value, *common, *kept, ctx.uniform_hint, *ctx.needs))
 
 
 torch.library.register_autograd("topd::linear_divergence", _gradient, setup_context=_setup_context)
-torch.library.register_autograd("topd::linear_divergence_backward", _no_second_derivative)
+refuse_second_derivative("linear_divergence")

@@ -16,10 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topd.checks import in_vocabulary, no_second_derivative
+from topd.checks import in_vocabulary
 from topd.ops.logprob_chunks import Call
 from topd.ops.logprob_gradient import add_ids, add_rows, dense_correction, mass, uniform_factor, upstream_of
-from topd.ops.one_pass import chosen_rows, normalised_hint, returned, save_call, saved_call
+from topd.ops.one_pass import (
+    at_inputs,
+    chosen_rows,
+    normalised_hint,
+    refuse_second_derivative,
+    returned,
+    save_call,
+    saved_call,
+    unfilled_gradients,
+)
 from topd.ops.tiles import HeadGrads
 from topd.reference.linear_logprobs import HEAD_VOCABULARY
 
@@ -145,13 +154,8 @@ def _forward_fake(*flat: Any) -> tuple[Tensor, ...]:
 
 @torch.library.register_fake("topd::linear_logprobs_backward")
 def _backward_fake(*flat: Any) -> tuple[Tensor, ...]:
-    side, needs = Call.unpack(flat[3 : 3 + N_COMMON]).side, flat[-4:]
-    likes = (side.hidden, side.weight, side.bias, side.a, side.b)
-    wanted = (needs[0], needs[1], needs[2], needs[3], needs[3])
-    return tuple(
-        like.new_empty(like.shape) if want and like is not None else side.hidden.new_empty(0)
-        for like, want in zip(likes, wanted, strict=True)
-    )
+    side = Call.unpack(flat[3 : 3 + N_COMMON]).side
+    return unfilled_gradients(side, flat[-4:], side.hidden)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -166,22 +170,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _gradient(
     ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, grad_outside: Tensor | None, *_: Any
 ) -> tuple[Any, ...]:
-    out: list[Any] = [None] * ctx.n_inputs
     upstream = (grad_logprobs, grad_entropy if ctx.entropy else None, grad_outside)
     if all(grad is None for grad in upstream):
-        return tuple(out)
+        return at_inputs(ctx, None)
     common, kept = saved_call(ctx)
-    grads = torch.ops.topd.linear_logprobs_backward(*upstream, *common, *kept, ctx.uniform_hint, *ctx.needs)
-    hidden, weight, bias, adapter = ctx.needs
-    for i, wanted in enumerate((hidden, weight, bias, adapter, adapter)):
-        if wanted:
-            out[i] = grads[i]
-    return tuple(out)
-
-
-def _no_second_derivative(ctx: Any, *_: Any) -> None:
-    raise no_second_derivative("linear_logprobs")
+    return at_inputs(ctx, torch.ops.topd.linear_logprobs_backward(*upstream, *common, *kept, ctx.uniform_hint, *ctx.needs))
 
 
 torch.library.register_autograd("topd::linear_logprobs", _gradient, setup_context=_setup_context)
-torch.library.register_autograd("topd::linear_logprobs_backward", _no_second_derivative)
+refuse_second_derivative("linear_logprobs")

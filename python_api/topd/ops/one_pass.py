@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from topd.checks import no_second_derivative
 from topd.ops.tiles import HeadGrads, Side
 from topd.plan import default_workspace
 
@@ -115,3 +116,34 @@ def saved_call(ctx: Any) -> tuple[list[Any], tuple[Tensor, ...]]:
     for i, saved in zip(ctx.tensors_at, tensors[:count], strict=True):
         inputs[i] = saved
     return inputs, tensors[count:]
+
+
+def at_inputs(ctx: Any, grads: Sequence[Tensor] | None) -> tuple[Any, ...]:
+    """A backward op's gradients of hidden, weight, bias, a, b (None: there are none) as the gradients of all of the op's
+    inputs, which begin with these five."""
+    out: list[Any] = [None] * ctx.n_inputs
+    hidden, weight, bias, adapter = ctx.needs
+    for i, wanted in enumerate((hidden, weight, bias, adapter, adapter) if grads is not None else ()):
+        if wanted and grads is not None:
+            out[i] = grads[i]
+    return tuple(out)
+
+
+def unfilled_gradients(side: Side, needs: Sequence[bool], like: Tensor) -> tuple[Tensor, ...]:
+    """What a backward op returns, uninitialised: gradients of hidden, weight, bias, a, b, empty ones where none is needed."""
+    likes = (side.hidden, side.weight, side.bias, side.a, side.b)
+    hidden, weight, bias, adapter = needs
+    wanted = (hidden, weight, bias, adapter, adapter)
+    return tuple(
+        each.new_empty(each.shape) if want and each is not None else like.new_empty(0)
+        for each, want in zip(likes, wanted, strict=True)
+    )
+
+
+def refuse_second_derivative(op: str) -> None:
+    """Without a formula of its own a backward op would have zero second derivatives, with only a warning."""
+
+    def refuse(ctx: Any, *_: Any) -> None:
+        raise no_second_derivative(op)
+
+    torch.library.register_autograd(f"topd::{op}_backward", refuse)
