@@ -45,6 +45,7 @@ class Problem {
       }
       if (tried++ < kStageSinkhorn || !newton()) sinkhorn();
     }
+    if (stage_ > epsilon) stage_ = epsilon, evaluate();  // out of iterations: what is left at the epsilon that was asked for
     return error_;
   }
 
@@ -125,7 +126,8 @@ class Problem {
       });
       row_sums_[r] = lane_sum(total);
       dual_ += a_ * f_[r];
-      error_ = std::max(error_, std::abs(row_sums_[r] - a_) / a_);
+      if (const double error = std::abs(row_sums_[r] - a_) / a_; !(error <= error_)) error_ = error;
+      if (std::isnan(error_)) return;
     }
   }
 

@@ -7,7 +7,8 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/zeros.h>
 
-#include <string>
+#include <array>
+#include <numeric>
 
 #include "../sinkhorn.h"
 
@@ -41,11 +42,11 @@ struct Side {
     }
   }
 
-  // Window i's vectors in T, one after the other, and their squared norms.
+  // Window i's vectors in T, one after the other, of unit length where asked; a zero vector stays one.
   template <typename T>
-  void gather(int64_t i, std::vector<T>& out, std::vector<double>& norms) const {
+  void gather(int64_t i, std::vector<T>& out, bool unit) const {
     const int64_t width = table.size(1);
-    out.resize(lengths[i] * width), norms.resize(lengths[i]);
+    out.resize(lengths[i] * width);
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, table.scalar_type(), "topd::transport", [&] {
       const scalar_t* const from = table.const_data_ptr<scalar_t>();
       for (int64_t k = 0; k < lengths[i]; ++k) {
@@ -54,23 +55,21 @@ struct Side {
         const scalar_t* const row = from + id * table.stride(0);
         T* const to = &out[k * width];
         for (int64_t d = 0; d < width; ++d) to[d] = static_cast<T>(row[d]);
-        norms[k] = squared_norm(to, width);
+        const double norm = unit ? std::sqrt(squared_norm(to, width)) : 1;
+        for (int64_t d = 0; norm != 0 && norm != 1 && d < width; ++d) to[d] = static_cast<T>(to[d] / norm);
       }
     });
   }
 
+  // In double: the squares of float32 may leave its range.
   template <typename T>
   static double squared_norm(const T* x, int64_t width) {
-    double total = 0;
-    Vec<T> sum(0);
-    sweep<T>(
-        width,
-        [&](int64_t at, int64_t lanes) TOPD_INLINE {
-          if (lanes == Vec<T>::size()) sum = fmadd(Vec<T>::loadu(x + at), Vec<T>::loadu(x + at), sum);
-          else for (int64_t d = at; d < width; ++d) total += static_cast<double>(x[d]) * x[d];
-        },
-        [&](int64_t) TOPD_INLINE { total += lane_sum(sum), sum = Vec<T>(0); });
-    return total;
+    std::array<double, 8> sums{};
+    int64_t d = 0;
+    for (; d + 8 <= width; d += 8)
+      for (int64_t j = 0; j < 8; ++j) sums[j] += static_cast<double>(x[d + j]) * x[d + j];
+    for (; d < width; ++d) sums[0] += static_cast<double>(x[d]) * x[d];
+    return std::accumulate(sums.begin(), sums.end(), 0.0);
   }
 };
 
@@ -100,11 +99,13 @@ class Costs {
   }
 
  private:
-  static constexpr int64_t kLanes = Vec<T>::size(), kRows = 4;
+  // kSummed entries are summed in T before the sum goes on in double.
+  static constexpr int64_t kLanes = Vec<T>::size(), kRows = 4, kSummed = 256;
 
   void load(int64_t i, int64_t rows, int64_t columns) {
     width_ = student_.table.size(1), stride_ = (columns + kLanes - 1) / kLanes * kLanes;
-    student_.gather<T>(i, x_, x_norm_), teacher_.gather<T>(i, lines_, y_norm_);
+    const bool unit = kind_ == Cost::kCosine;
+    student_.gather<T>(i, x_, unit), teacher_.gather<T>(i, lines_, unit);
     x_.resize((rows + kRows - 1) / kRows * kRows * width_, T(0)), y_.assign(width_ * stride_, T(0));
     constexpr int64_t kBlock = 16;
     for (int64_t block = 0; block < width_; block += kBlock)
@@ -115,11 +116,13 @@ class Costs {
   // sum over d of f(x, y), kRows student positions and a vector of teacher positions at a time.
   template <typename F>
   void products(Problem& problem, const F& f) const {
+    const int64_t blocks = (width_ + kSummed - 1) / kSummed;
     for (int64_t r = 0; r < problem.rows(); r += kRows) {
       const T* const x = &x_[r * width_];
-      for (int64_t at = 0; at < stride_; at += kLanes) {
+      for (int64_t tile = 0; tile < stride_ / kLanes * blocks; ++tile) {
+        const int64_t at = tile / blocks * kLanes, start = tile % blocks * kSummed;
         Vec<T> first(0), second(0), third(0), fourth(0);
-        for (int64_t d = 0; d < width_; ++d) {
+        for (int64_t d = start; d < std::min(start + kSummed, width_); ++d) {
           const Vec<T> y = Vec<T>::loadu(&y_[d * stride_ + at]);
           first = f(Vec<T>(x[d]), y, first), second = f(Vec<T>(x[width_ + d]), y, second);
           third = f(Vec<T>(x[2 * width_ + d]), y, third), fourth = f(Vec<T>(x[3 * width_ + d]), y, fourth);
@@ -128,18 +131,18 @@ class Costs {
         std::array<T, kLanes> lanes;
         for (int64_t k = 0; k < std::min(kRows, problem.rows() - r); ++k) {
           sums[k].store(lanes.data());
-          for (int64_t c = at; c < std::min(at + kLanes, problem.columns()); ++c) problem.cost_at(r + k, c) = lanes[c - at];
+          for (int64_t c = at; c < std::min(at + kLanes, problem.columns()); ++c) problem.cost_at(r + k, c) += lanes[c - at];
         }
       }
     }
   }
 
-  // 1 - cosine from the products; a zero vector has cosine 0.
+  // 1 - cosine from the products of unit vectors; a NaN stays one.
   void cosine(Problem& problem) const {
     for (int64_t r = 0; r < problem.rows(); ++r) {
       for (int64_t c = 0; c < problem.columns(); ++c) {
-        const double size = std::sqrt(x_norm_[r] * y_norm_[c]);
-        problem.cost_at(r, c) = std::max(0.0, size > 0 ? 1 - problem.cost_at(r, c) / size : 1.0);
+        const double gap = 1 - problem.cost_at(r, c);
+        problem.cost_at(r, c) = gap < 0 ? 0 : gap;
       }
     }
   }
@@ -149,7 +152,6 @@ class Costs {
   const Side& teacher_;
   int64_t width_ = 0, stride_ = 0;
   std::vector<T> x_, y_, lines_;
-  std::vector<double> x_norm_, y_norm_;
 };
 
 }  // namespace

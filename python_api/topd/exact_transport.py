@@ -32,6 +32,11 @@ def exact_transport(student: Windows, teacher: Windows, cost: str) -> tuple[Tens
         costs = cost_matrix(student, teacher, cost, slice(start, start + PIECE)).cpu()
         for offset, matrix in enumerate(costs):
             rows, columns = sizes[start + offset]
+            if not matrix.isfinite().all():
+                raise ValueError(
+                    f"embedding, or the vectors, must be finite within the windows' lengths, got a NaN or inf in window "
+                    f"{start + offset}; the exact solver cannot rank its costs"
+                )
             found = _solve(matrix[:rows, :columns])
             plan[start + offset, :rows, :columns] = found
             distance[start + offset] = (found * matrix[:rows, :columns]).sum()

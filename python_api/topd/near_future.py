@@ -16,7 +16,7 @@ from topd.exact_transport import exact_transport
 from topd.head import Head
 from topd.ops.transport import run_transport
 from topd.reference.transport import COSTS, Windows
-from topd.soft_targets import soft_target_kl
+from topd.soft_targets import check_ids_in_vocabulary, check_targets, checks_values, soft_target_kl
 
 SOLVERS = ("sinkhorn", "exact")
 MAX_WINDOW = 128
@@ -227,6 +227,10 @@ def guidance_kl(
         return states.new_zeros(m, dtype=torch.promote_types(states.dtype, torch.float32))
     lengths = _lengths("student_lengths", student_lengths, torch.empty((m, window), device=states.device))
     valid = torch.arange(window, device=states.device) < lengths.unsqueeze(-1)
+    if checks_values(states):
+        weights = weights.masked_fill(~valid.unsqueeze(-1), 0.0)
+        check_targets("plan", weights, valid, normalize=True)
+        check_ids_in_vocabulary("teacher_tokens", tokens, (weights != 0).any(1), head.weight.shape[0])
     hint = None if weights_hint is None else _row_hint(weights_hint, lengths, window)
     per_position = soft_target_kl(
         states,

@@ -20,7 +20,7 @@ DIRECTIONS = ("forward", "reverse")
 SUPPORTS = ("raw", "renormalised", "tail")
 
 
-def _checks_values(where: Tensor) -> bool:
+def checks_values(where: Tensor) -> bool:
     """Values are checked on the CPU alone, and not inside torch.compile: elsewhere the check would stall or break it."""
     return where.device.type == "cpu" and not torch.compiler.is_compiling()
 
@@ -85,7 +85,7 @@ def _with_bucket(logs: Tensor, last: Tensor) -> Tensor:
     return torch.cat([logs, last.unsqueeze(-1)], -1)
 
 
-def _check_ids_in_vocabulary(name: str, ids: Tensor, counts: Tensor, vocab: int) -> None:
+def check_ids_in_vocabulary(name: str, ids: Tensor, counts: Tensor, vocab: int) -> None:
     if (bad := counts & ((ids < 0) | (ids >= vocab))).any():
         raise ValueError(
             f"{name} must lie in [0, {vocab}), the rows of head.weight, where the row is unmasked and the probability is not "
@@ -138,9 +138,9 @@ def soft_target_kl(
         per_token("mask", mask, torch.bool, hidden, "hidden")
         probs = probs.masked_fill(~mask.unsqueeze(-1), 0.0)
     total = probs.sum(-1)
-    if _checks_values(hidden):
-        _check_targets(probs, total, mask, normalize=normalize)
-        _check_ids_in_vocabulary("target_ids", target_ids, probs != 0, head.weight.shape[0])
+    if checks_values(hidden):
+        check_targets("target_probs", probs, mask, normalize=normalize)
+        check_ids_in_vocabulary("target_ids", target_ids, probs != 0, head.weight.shape[0])
     if normalize:
         probs = probs / total.masked_fill(total == 0, 1.0).unsqueeze(-1)
     ids, merged = _merged(target_ids.masked_fill(probs == 0, -1), probs)
@@ -160,15 +160,17 @@ def soft_target_kl(
     return _finish(value, mask, logprobs.dtype)
 
 
-def _check_targets(probs: Tensor, total: Tensor, mask: Tensor | None, *, normalize: bool) -> None:
+def check_targets(name: str, probs: Tensor, mask: Tensor | None, *, normalize: bool) -> None:
+    """Rows of probabilities, 0 where masked."""
+    total = probs.sum(-1)
     if (bad := ~(probs >= 0) | probs.isinf()).any():
-        raise ValueError(f"target_probs must be finite and >= 0, got {_first_bad(bad, of=probs)}")
+        raise ValueError(f"{name} must be finite and >= 0, got {_first_bad(bad, of=probs)}")
     counts = torch.ones_like(total, dtype=torch.bool) if mask is None else mask
     if normalize and (bad := counts & (total == 0)).any():
-        raise ValueError(f"target_probs must have a sum > 0 in each row to be normalised, got {_first_bad(bad, of=total)}")
+        raise ValueError(f"{name} must have a sum > 0 in each row to be normalised, got {_first_bad(bad, of=total)}")
     if not normalize and (bad := counts & ~((total - 1).abs() <= SUM_TOLERANCE)).any():
         raise ValueError(
-            f"target_probs must sum to 1 within {SUM_TOLERANCE:g} in each row, got {_first_bad(bad, of=total)}; pass "
+            f"{name} must sum to 1 within {SUM_TOLERANCE:g} in each row, got {_first_bad(bad, of=total)}; pass "
             "normalize=True to divide by the sum, or mask such rows out"
         )
 
@@ -226,8 +228,8 @@ def topk_divergence(
     if mask is not None:
         per_token("mask", mask, torch.bool, hidden, "hidden")
         log_t = log_t.masked_fill(~mask.unsqueeze(-1), -torch.inf)
-    if _checks_values(hidden):
-        _check_ids_in_vocabulary("teacher_ids", teacher_ids, ~log_t.isneginf(), vocab)
+    if checks_values(hidden):
+        check_ids_in_vocabulary("teacher_ids", teacher_ids, ~log_t.isneginf(), vocab)
         _check_topk(teacher_ids, log_t)
     ids = teacher_ids.masked_fill(log_t.isneginf(), -1)
     raw_forward = support == "raw" and direction == "forward"

@@ -20,6 +20,8 @@ COSTS = ("cosine", "sqeuclidean", "mismatch")
 # From one epsilon to the next; what an intermediate one is solved to, in units of a marginal; the Sinkhorn iterations that it
 # gets before Newton steps.
 STAGE_FACTOR, STAGE_TOLERANCE, STAGE_SINKHORN = 4, 0.1, 2
+# Entries of a side's vectors that are gathered at a time.
+PIECE = 4 << 20
 RIDGE = 1e-6  # of a marginal, on the Hessian
 ARMIJO, MAX_HALVINGS = 1e-4, 20
 
@@ -49,12 +51,17 @@ def cost_matrix(student: Windows, teacher: Windows, cost: str, at: slice) -> Ten
     else:
         x, y = student.vectors(at), teacher.vectors(at)
         if cost == "cosine":
-            tiny = torch.finfo(x.dtype).tiny
-            x, y = (side / torch.linalg.vector_norm(side, dim=-1, keepdim=True).clamp_min(tiny) for side in (x, y))
+            x, y = _unit(x), _unit(y)
             found = (1 - (x @ y.transpose(-1, -2)).double()).clamp_min(0.0)
         else:
             found = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").double().square()
     return found * (student.valid[at].unsqueeze(-1) & teacher.valid[at].unsqueeze(-2))
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    """Norms in float64: the squares of float32 may leave its range. A zero vector stays one."""
+    norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True, dtype=torch.float64).to(vectors.dtype)
+    return vectors / norm.masked_fill(norm == 0, 1.0)
 
 
 def marginals(side: Windows) -> Tensor:
@@ -122,6 +129,8 @@ def sinkhorn(
         f = torch.where(active.unsqueeze(-1), f + step, f)
         tried = tried + 1
         now = _plans(f, cost, a, b, stage)
+    if bool((stage > epsilon).any()):  # out of iterations: what is left at the epsilon that was asked for
+        now = _plans(f, cost, a, b, epsilon)
     return now.plan, now.error
 
 
@@ -152,7 +161,9 @@ def transport(
     student: Windows, teacher: Windows, cost: str, epsilon: float, *, max_iterations: int, tolerance: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """distance [m], plan [m, K_S, K_T], marginal_error [m] in float64."""
-    matrix = cost_matrix(student, teacher, cost, slice(None))
+    rows = max(1, PIECE // (max(student.ids.shape[1], teacher.ids.shape[1]) * student.table.shape[1]))
+    pieces = [slice(start, start + rows) for start in range(0, student.ids.shape[0], rows)] or [slice(None)]
+    matrix = torch.cat([cost_matrix(student, teacher, cost, at) for at in pieces])
     a, b = marginals(student), marginals(teacher)
     epsilons = torch.full_like(a[:, 0], epsilon)
     if cost == "sqeuclidean":
