@@ -60,7 +60,7 @@ def cost_matrix(student: Windows, teacher: Windows, cost: str, at: slice) -> Ten
 
 def _unit(vectors: Tensor) -> Tensor:
     """Norms in float64: the squares of float32 may leave its range. A zero vector stays one."""
-    norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True, dtype=torch.float64).to(vectors.dtype)
+    norm: Tensor = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True, dtype=torch.float64).to(vectors.dtype)
     return vectors / norm.masked_fill(norm == 0, 1.0)
 
 
