@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_plan import Largest
 
 import topd
 from topd import near_future_divergence
@@ -683,3 +684,19 @@ def test_exact_without_its_package_says_what_to_install(monkeypatch, package, mo
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=rf'{package}.*pip install "topd\[transport\]"'):
         call(teacher_tokens=ints(2, k_teacher), solver="exact")
+
+
+@pytest.mark.parametrize("solver", ["sinkhorn", "exact", "eager"])
+def test_no_tensor_of_the_tables_size_is_made(solver):
+    """Only the windows' rows of the table are read."""
+    table, student, teacher = torch.randn(20_000, D), ints(3, 5), ints(3, 4)
+    largest = Largest()
+    with largest:
+        if solver == "eager":
+            full = [torch.full((3,), ids.shape[1]) for ids in (student, teacher)]
+            windows = Windows(table, student, full[0]), Windows(table, teacher, full[1])
+            distance = run_transport("eager", *windows, "cosine", 0.05, max_iterations=200, tolerance=1e-4)[0]
+        else:
+            distance = near_future_divergence(student, teacher, table, solver=solver).distance
+    assert distance.shape == (3,)
+    assert 0 < largest.nbytes < 20_000

@@ -56,7 +56,10 @@ struct Side {
         T* const to = &out[k * width];
         for (int64_t d = 0; d < width; ++d) to[d] = static_cast<T>(row[d]);
         const double norm = unit ? std::sqrt(squared_norm(to, width)) : 1;
-        for (int64_t d = 0; norm != 0 && norm != 1 && d < width; ++d) to[d] = static_cast<T>(to[d] / norm);
+        if (norm == 0 || norm == 1) continue;
+        const T inverse = static_cast<T>(1 / norm);
+        if (std::isnormal(inverse)) for (int64_t d = 0; d < width; ++d) to[d] *= inverse;
+        else for (int64_t d = 0; d < width; ++d) to[d] = static_cast<T>(to[d] / norm);
       }
     });
   }
