@@ -211,6 +211,14 @@ def _gradients(value: Tensor, upstream: Tensor | None, model: Model) -> dict[str
     return {name: getattr(model, name).grad for name in TENSORS if getattr(model, name) is not None}
 
 
+def outcome_of(model: Model, dtype: torch.dtype | None, compute: Callable[[Model], Tensor]) -> Outcome:
+    """Values and gradients of what compute makes of the model's leaves, each row with an upstream gradient of its own."""
+    leaves = model.leaves(TENSORS, dtype)
+    value = compute(leaves)
+    value.backward(torch.linspace(-1, 2, value.numel(), dtype=value.dtype, device=value.device).view(value.shape))
+    return Outcome(value.detach(), {name: found.grad for name in TENSORS if (found := getattr(leaves, name)) is not None})
+
+
 def true_scores(problem: Problem) -> dict[str, Tensor]:
     """Every field of TokenScores in float64, from probabilities."""
     student, teacher = problem.student.to(torch.float64), problem.teacher.to(torch.float64)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import compare
 import pytest
 import torch
-from compare import CONSTANT, TENSORS, Model, Outcome, random_model
+from compare import CONSTANT, Model, Outcome, outcome_of, random_model
 
 import topd
 
@@ -31,21 +31,13 @@ def from_logits(
     return value if mask is None else value.masked_fill(~mask, 0.0)
 
 
-def outcome(student: Model, dtype: torch.dtype | None, compute) -> Outcome:
-    """Values and gradients of what compute makes of the student's leaves, each row with an upstream gradient of its own."""
-    leaves = student.leaves(TENSORS, dtype)
-    value = compute(leaves)
-    value.backward(torch.linspace(-1, 2, value.numel(), dtype=value.dtype, device=value.device).view(value.shape))
-    return Outcome(value.detach(), {name: found.grad for name in TENSORS if (found := getattr(leaves, name)) is not None})
-
-
 def truth(student: Model, teacher: Model, *, dtype: torch.dtype | None = torch.float64, **options) -> Outcome:
     teacher = teacher if dtype is None else teacher.to(dtype)
-    return outcome(student, dtype, lambda leaves: from_logits(leaves, teacher, **options))
+    return outcome_of(student, dtype, lambda leaves: from_logits(leaves, teacher, **options))
 
 
 def by_topd(student: Model, teacher: Model, **options) -> Outcome:
-    return outcome(
+    return outcome_of(
         student,
         None,
         lambda leaves: topd.entropy_aware_opd(leaves.hidden, leaves.head(), teacher.hidden, teacher.head(), **options),
@@ -116,7 +108,7 @@ def test_without_guidance_it_is_the_reverse_kl(options, backend, device):
     student, teacher = sides(device, bias=True)
     temperature = {"temperature": 1.3}
     found = by_topd(student, teacher, backend=backend, **options, **temperature)
-    expected = outcome(
+    expected = outcome_of(
         student,
         None,
         lambda leaves: topd.linear_divergence(

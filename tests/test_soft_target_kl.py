@@ -5,7 +5,7 @@ import math
 import compare
 import pytest
 import torch
-from compare import CONSTANT, TENSORS, Model, Outcome, random_model
+from compare import CONSTANT, Model, Outcome, outcome_of, random_model
 
 import topd
 
@@ -25,24 +25,16 @@ def full_kl(model: Model, ids: torch.Tensor, probs: torch.Tensor, temperature: f
     return (torch.special.xlogy(q, q) - q * logprobs).sum(-1)
 
 
-def outcome(model: Model, dtype: torch.dtype | None, compute) -> Outcome:
-    """Values and gradients of what compute makes of the model's leaves, each row with an upstream gradient of its own."""
-    leaves = model.leaves(TENSORS, dtype)
-    value = compute(leaves)
-    value.backward(torch.linspace(-1, 2, value.numel(), dtype=value.dtype, device=value.device).view(value.shape))
-    return Outcome(value.detach(), {name: found.grad for name in TENSORS if (found := getattr(leaves, name)) is not None})
-
-
 def truth(model: Model, ids, probs, *, mask=None, dtype: torch.dtype | None = torch.float64, **options) -> Outcome:
     def compute(leaves: Model) -> torch.Tensor:
         value = full_kl(leaves, ids, probs, **options)
         return value if mask is None else value.masked_fill(~mask, 0.0)
 
-    return outcome(model, dtype, compute)
+    return outcome_of(model, dtype, compute)
 
 
 def by_topd(model: Model, ids, probs, **options) -> Outcome:
-    return outcome(model, None, lambda leaves: topd.soft_target_kl(leaves.hidden, leaves.head(), ids, probs, **options))
+    return outcome_of(model, None, lambda leaves: topd.soft_target_kl(leaves.hidden, leaves.head(), ids, probs, **options))
 
 
 def random_targets(*shape: int, vocab: int = V) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,7 +6,7 @@ import math
 import compare
 import pytest
 import torch
-from compare import CONSTANT, TENSORS, Model, Outcome, random_model
+from compare import CONSTANT, Model, Outcome, outcome_of, random_model
 
 import topd
 
@@ -42,24 +42,16 @@ def from_probabilities(model: Model, ids, logprobs, *, direction, support, tempe
     return kl(t, s) if direction == "forward" else kl(s, t)
 
 
-def outcome(model: Model, dtype: torch.dtype | None, compute) -> Outcome:
-    """Values and gradients of what compute makes of the model's leaves, each row with an upstream gradient of its own."""
-    leaves = model.leaves(TENSORS, dtype)
-    value = compute(leaves)
-    value.backward(torch.linspace(-1, 2, value.numel(), dtype=value.dtype, device=value.device).view(value.shape))
-    return Outcome(value.detach(), {name: found.grad for name in TENSORS if (found := getattr(leaves, name)) is not None})
-
-
 def truth(model: Model, ids, logprobs, *, mask=None, dtype: torch.dtype | None = torch.float64, **options) -> Outcome:
     def compute(leaves: Model) -> torch.Tensor:
         value = from_probabilities(leaves, ids, logprobs, **options)
         return value if mask is None else value.masked_fill(~mask, 0.0)
 
-    return outcome(model, dtype, compute)
+    return outcome_of(model, dtype, compute)
 
 
 def by_topd(model: Model, ids, logprobs, **options) -> Outcome:
-    return outcome(model, None, lambda leaves: topd.topk_divergence(leaves.hidden, leaves.head(), ids, logprobs, **options))
+    return outcome_of(model, None, lambda leaves: topd.topk_divergence(leaves.hidden, leaves.head(), ids, logprobs, **options))
 
 
 def random_teacher(*shape: int, vocab: int = V) -> tuple[torch.Tensor, torch.Tensor]:
@@ -176,7 +168,7 @@ def test_all_tokens_or_all_but_one_with_a_tail_are_the_full_divergence(k, direct
         return kl(p, q) if direction == "forward" else kl(q, p)
 
     found = by_topd(model, ids, logprobs, direction=direction, backend=backend)
-    compare.assert_outcome(found, outcome(model, torch.float64, full), 1e-10)
+    compare.assert_outcome(found, outcome_of(model, torch.float64, full), 1e-10)
     sides = model.hidden, model.head(), teacher.hidden, teacher.head()
     primitive = topd.linear_divergence(*sides, divergence=f"{direction}_kl", backend=backend)
     compare.assert_near(found.value, primitive, 1e-10, "value")
@@ -242,7 +234,7 @@ def test_tails_of_both_sides_keep_their_digits(gap, direction, backend, device):
         return here.exp() * (here - there) + here.expm1().neg() * (known_here - known_there)
 
     found = by_topd(model, ids, logprobs, direction=direction, backend=backend)
-    expected = outcome(model, torch.float64, true)
+    expected = outcome_of(model, torch.float64, true)
     assert 0 < expected.value.max() < 1e-8
     assert ((found.value.double() - expected.value) / expected.value).abs().max() < 5e-6
     if backend != "reference":  # its backward is the textbook's, where a token of probability 1 cancels
