@@ -32,7 +32,7 @@ demo: $(BUILT)
 $(VENV)/installed: requirements.txt Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH)
-	$(PIP) -r requirements.txt
+	$(PIP) --no-deps -r requirements.txt
 	touch $@
 
 # The extension is built against the torch that runs it, hence no build isolation.
