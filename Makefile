@@ -13,7 +13,7 @@ BUILT := $(VENV)/built-$(TOPD_BUILD_CPP)
 .PHONY: test lint bench demo clean
 
 test: $(BUILT)
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 lint: $(BUILT)
 	$(BIN)/ruff check .
