@@ -253,7 +253,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> divergence_rows(
     at::Tensor& student, at::Tensor& teacher, const std::optional<at::Tensor>& student_bias,
     const std::optional<at::Tensor>& teacher_bias, const std::optional<at::Tensor>& tokens, double student_scale,
     std::optional<double> student_softcap, double teacher_scale, std::optional<double> teacher_softcap, double temperature,
-    c10::string_view divergence, double parameter, double hard_weight, bool grad, bool scores) {
+    c10::string_view divergence, double parameter, double hard_weight, bool grad, bool scores,
+    const std::optional<at::Tensor>& grad_tile) {
+  TORCH_CHECK_VALUE(!grad_tile, "grad_tile must be None on the CPU: the gradient goes into student_product");
   TORCH_CHECK_VALUE(student.dim() == 2 && teacher.dim() == 2 && student.size(0) == teacher.size(0),
                     "student_product and teacher_product must be [C, V_s] and [C, V_t], got ", student.sizes(), " and ",
                     teacher.sizes());

@@ -1,8 +1,14 @@
-"""Which implementations this installation has. Importing this loads the C++ extension where there is one."""
+"""Which implementations this installation has. Importing this loads the C++ extension where there is one; the Triton kernels
+are imported on first use."""
 
+import functools
+import importlib
+import importlib.util
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,11 +17,13 @@ NAMES = ("reference", "eager", "cpp", "triton")
 
 @dataclass(frozen=True)
 class Backend:
-    """One backend: whether it can run here and what it is, or why it cannot. True in a condition where it can."""
+    """One backend: whether it can run here and what it is, or why it cannot. True in a condition where it can. `interpreted`: it
+    runs in Triton's interpreter, on CPU tensors."""
 
     name: str
     available: bool
     detail: str
+    interpreted: bool = False
 
     def __bool__(self) -> bool:
         return self.available
@@ -55,18 +63,56 @@ _CPP = _load_cpp()
 _HAS_CPP = _CPP.available
 
 
+@functools.cache
+def _kernels() -> Any:
+    """The Triton kernels; importing them registers them for CUDA and ROCm."""
+    return importlib.import_module("topd_kernels.register")
+
+
+def _triton_facts() -> tuple[bool, str, bool]:
+    """The fields of Triton's Backend as constants, which torch.compile takes; imports the kernels on first use, since that takes
+    a while."""
+    if importlib.util.find_spec("triton") is None:
+        return False, 'triton is not installed; install it (>= 3.4), or use "eager" on a GPU', False
+    if _kernels().interpreted():
+        return True, "CPU tensors through Triton's interpreter (TRITON_INTERPRET is set), for tests", True
+    if not torch.cuda.is_available():
+        return False, "torch sees no CUDA or ROCm device; TRITON_INTERPRET=1 runs the kernels on CPU tensors", False
+    return True, f"Triton kernels on {torch.cuda.get_device_name()}", False
+
+
+# What torch.compiler.assume_constant_result sets; calling that would import the whole compiler with the package.
+_triton_facts._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _load_triton() -> Backend:
+    return Backend("triton", *_triton_facts())
+
+
+def kernel(op: str, backend: str, device: torch.device) -> Callable[..., Any]:
+    """What runs topd::<op> on a compiled backend: the dispatcher by the tensors' device; on CPU tensors, where the dispatcher
+    knows the C++ kernels, Triton's launcher itself."""
+    if backend == "triton" and device.type == "cpu":
+        launcher: Callable[..., Any] = _kernels().LAUNCHERS[op]
+        return launcher
+    found: Callable[..., Any] = getattr(torch.ops.topd, op)
+    return found
+
+
+_FOUND = {
+    "reference": Backend("reference", True, "eager torch on full logits, any device: the definition of the math"),
+    "eager": Backend("eager", True, "torch in chunks, any device"),
+    "cpp": _CPP,
+}
+
+
 def backends() -> dict[str, Backend]:
     """What this installation has: a `Backend` for each of "reference", "eager", "cpp" and "triton".
 
     Returns:
         By name, whether it is available, and what it is or why it is missing. `Backend` is true where available.
     """
-    return {
-        "reference": Backend("reference", True, "eager torch on full logits, any device: the definition of the math"),
-        "eager": Backend("eager", True, "torch in chunks, any device"),
-        "cpp": _CPP,
-        "triton": Backend("triton", False, 'this version has no Triton kernels; on a GPU the default is "eager"'),
-    }
+    return {**_FOUND, "triton": _load_triton()}
 
 
 def choose_backend(backend: str | None, device: torch.device) -> str:
@@ -76,13 +122,19 @@ def choose_backend(backend: str | None, device: torch.device) -> str:
         TypeError, ValueError: unknown, missing, or not for this device.
     """
     if backend is None:
-        return "cpp" if device.type == "cpu" and _HAS_CPP else "eager"
+        if device.type == "cpu":
+            return "cpp" if _HAS_CPP else "eager"
+        return "triton" if device.type == "cuda" and _load_triton() else "eager"
     if not isinstance(backend, str):
         raise TypeError(f"backend must be None or one of {', '.join(map(repr, NAMES))}, got {type(backend).__name__}")
     if backend not in NAMES:
         raise ValueError(f"backend must be None or one of {', '.join(map(repr, NAMES))}, got {backend!r}")
-    if not (found := backends()[backend]):
+    if not (found := _load_triton() if backend == "triton" else _FOUND[backend]):
         raise ValueError(f'backend "{backend}" is not available here: {found.detail}')
     if backend == "cpp" and device.type != "cpu":
         raise ValueError(f'backend "cpp" runs on CPU tensors, got {device}; leave backend None to choose by device')
+    if backend == "triton" and device.type != "cuda" and not found.interpreted:
+        raise ValueError(
+            f'backend "triton" runs on CUDA and ROCm tensors, got {device}; leave backend None to choose by device'
+        )
     return backend

@@ -5,6 +5,7 @@ what the backend needs beside them.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from topd.checks import positive_int
 
@@ -19,20 +20,50 @@ EAGER_TEMPORARIES = 18
 EAGER_LOGPROB_TEMPORARIES = 14
 
 
+# Chunks whose 16-bit gradients may wait for one product, at most.
+MAX_PILE = 16
+
+
 @dataclass(frozen=True)
 class ChunkPlan:
-    """Rows n are cut into `chunks` nearly equal chunks of at most `rows` rows; `workspace_bytes` is what they really use."""
+    """Rows n are cut into `chunks` nearly equal chunks of at most `rows` rows; `workspace_bytes` is what they really use. The
+    gradients of `pile` chunks wait for one product."""
 
     n: int
     rows: int
     chunks: int
     workspace_bytes: int
+    pile: int = 1
 
     def bounds(self) -> list[tuple[int, int]]:
         """(start, stop) of each chunk, sizes differing by at most one."""
         if self.n == 0:
             return []
         return [(i * self.n // self.chunks, (i + 1) * self.n // self.chunks) for i in range(self.chunks)]
+
+    def piles(self) -> list[list[tuple[int, int]]]:
+        """`bounds`, by the pile that a chunk belongs to."""
+        bounds = self.bounds()
+        return [bounds[i : i + self.pile] for i in range(0, len(bounds), self.pile)]
+
+
+class Products(NamedTuple):
+    """What the matrix products of a call read and write, for the plan on a GPU: the width of both hidden states, bytes of an
+    entry of both weights, bytes of a gradient entry in a tile of its own, and whether the weight's gradient is summed."""
+
+    student_width: int
+    teacher_width: int
+    student_itemsize: int
+    teacher_itemsize: int
+    grad_itemsize: int
+    weight_grad: bool
+
+    def bytes_per_column(self, rows: int, pile: int) -> float:
+        """Bytes that go through memory for each row and vocabulary entry because rows are cut into chunks: both weights are
+        read for every chunk's logits; the student's once more, and d weight read and written, for every pile."""
+        forward = self.student_width * self.student_itemsize + self.teacher_width * self.teacher_itemsize
+        backward = self.student_width * (self.student_itemsize + (8 if self.weight_grad else 0))
+        return forward / rows + backward / (rows * pile)
 
 
 def default_workspace(device_type: str, free_bytes: int | None = None) -> int:
@@ -48,6 +79,7 @@ def plan_chunks(
     itemsize: int = 4,
     workspace_bytes: int,
     temporaries: int = 0,
+    products: Products | None = None,
 ) -> ChunkPlan:
     """Plan n rows.
 
@@ -57,20 +89,33 @@ def plan_chunks(
         itemsize: bytes of a tile's entry (4, or 8 for float64).
         workspace_bytes: upper bound for the tiles and temporaries together.
         temporaries: further tiles of the smallest width that the backend keeps.
+        products: where gradients have a tile of their own: chunks and piles are those with the least traffic.
 
     Raises:
         ValueError: the workspace does not hold one row.
     """
     positive_int("workspace_bytes", workspace_bytes)
     per_row = itemsize * (sum(vocabs) + temporaries * min(vocabs))
-    limit = workspace_bytes // per_row
+    grad_row = 0 if products is None else products.grad_itemsize * min(vocabs)
+    limit = workspace_bytes // (per_row + grad_row)
     if limit < 1:
         raise ValueError(
-            f"workspace_bytes must hold at least one row, {per_row} bytes for vocabularies of {' and '.join(map(str, vocabs))}"
-            f", got {workspace_bytes}; raise it, or leave it None for the default"
+            f"workspace_bytes must hold at least one row, {per_row + grad_row} bytes for vocabularies of "
+            f"{' and '.join(map(str, vocabs))}, got {workspace_bytes}; raise it, or leave it None for the default"
         )
     if n == 0:
         return ChunkPlan(0, 0, 0, 0)
+    if products is None:
+        return _balanced(n, limit, 1, per_row, 0)
+    plans = []
+    for pile in range(1, MAX_PILE + 1):
+        limit = workspace_bytes // (per_row + pile * grad_row)
+        if limit >= 1:
+            plans.append(_balanced(n, limit, pile, per_row, grad_row))
+    return min(plans, key=lambda plan: products.bytes_per_column(plan.rows, plan.pile))
+
+
+def _balanced(n: int, limit: int, pile: int, per_row: int, grad_row: int) -> ChunkPlan:
     chunks = -(-n // limit)
-    rows = -(-n // chunks)
-    return ChunkPlan(n, rows, chunks, rows * per_row)
+    rows, pile = -(-n // chunks), min(pile, chunks)
+    return ChunkPlan(n, rows, chunks, rows * (per_row + pile * grad_row), pile)

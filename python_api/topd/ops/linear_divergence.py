@@ -5,7 +5,8 @@ u_n = d value_n / d hidden_n, and sums the head's gradients under the weights th
 or 1). Backward is d hidden = g ⊙ u, exact for every g; for the head it takes c = median(g / hint): rows with g = c hint are
 done, rows that deviate are computed again and corrected, or, where fewer rows have a gradient at all, the sums start anew.
 
-Precision: tiles, u and the head's gradients are float32 (float64 for float64), cast once when returned. Cost: 4 matrix
+Precision: tiles, u and the head's gradients are float32 (float64 for float64), cast once when returned; on a GPU the gradients
+to 16-bit products are rounded to 16 bits. Cost: 4 matrix
 products (3 with a frozen head), 2 + 1 more for each deviating row. Read per token and head: as the matrix products do.
 """
 
@@ -31,8 +32,8 @@ from topd.ops.one_pass import (
     unfilled_gradients,
     workspace,
 )
-from topd.ops.tiles import HeadGrads, Side
-from topd.plan import EAGER_TEMPORARIES, ChunkPlan, plan_chunks
+from topd.ops.tiles import HeadGrads, Side, product_dtype
+from topd.plan import EAGER_TEMPORARIES, ChunkPlan, Products, plan_chunks
 from topd.reference.linear_divergence import COMMON_VOCABULARY, Rows, RowSpec
 from topd.scores import FIELDS
 
@@ -55,14 +56,24 @@ _NEEDS = "bool hidden_grad, bool weight_grad, bool bias_grad, bool adapter_grad"
 _HEAD_GRADS = "Tensor weight, Tensor bias, Tensor a, Tensor b"
 
 
-class Chunk(NamedTuple):
-    """One chunk's results: `start` counts the rows before it, `at` is where its rows stand among the N, `hidden` holds the
-    student's rows in the tile's dtype."""
+class Gradients(NamedTuple):
+    """The gradients to the products of one or more chunks: where their rows stand among the N, the student's hidden states
+    there, dlogits [P, V], which rows have a distribution; `first`: none came before."""
 
-    start: int
     at: slice | Tensor
     hidden: Tensor
+    grad_logits: Tensor
+    finite: Tensor
+    first: bool
+
+
+class Chunk(NamedTuple):
+    """One chunk's results; `at` is where its rows stand among the N. `gradients` come with the last chunk of a pile, and live in
+    a tile that is overwritten after it."""
+
+    at: slice | Tensor
     rows: Rows
+    gradients: Gradients | None
 
 
 class TileLoop:
@@ -83,29 +94,49 @@ class TileLoop:
         full_width: bool,
     ) -> None:
         self.vocab = min(student.weight.shape[0], teacher.weight.shape[0])
-        self.student = student.widened(student.weight.shape[0] if full_width else self.vocab, dtype)
-        self.teacher = teacher.widened(teacher.weight.shape[0] if full_width else self.vocab, dtype)
+        widths = (student.weight.shape[0], teacher.weight.shape[0]) if full_width else (self.vocab, self.vocab)
+        self.student = student.widened(widths[0], dtype, backend)
+        self.teacher = teacher.widened(widths[1], dtype, backend)
         self.tokens, self.spec, self.chosen = tokens, spec, chosen
         self.plan, self.backend, self.dtype = plan, backend, dtype
 
     def run(self, *, grad: bool, scores: bool) -> Iterator[Chunk]:
-        """Each chunk's results; its gradient lives in a tile that the next chunk overwrites."""
-        student_tile, teacher_tile = (
+        """Each chunk's results."""
+        tiles = [
             buffer((self.plan.rows, side.weight.shape[0]), side.weight, self.dtype, self.backend)
             for side in (self.student, self.teacher)
-        )
-        for start, stop in self.plan.bounds():
-            at = slice(start, stop) if self.chosen is None else self.chosen[start:stop]
-            hidden = self.student.hidden[at].to(self.dtype)
-            student_product, teacher_product = student_tile[: stop - start], teacher_tile[: stop - start]
-            self.student.multiply(hidden, student_product)
-            self.teacher.multiply(self.teacher.hidden[at].to(self.dtype), teacher_product)
-            tokens = None if self.tokens is None else self.tokens[at]
-            operands = (student_product, teacher_product, self.student.bias, self.teacher.bias, tokens)
-            rows = run_rows(self.backend, *operands, self.spec, grad=grad, scores=scores)
-            if rows.grad_logits is not None:
-                rows = rows._replace(grad_logits=rows.grad_logits[:, : self.vocab])
-            yield Chunk(start, at, hidden, rows)
+        ]
+        narrow = self.student.weight.dtype
+        piled = None
+        if grad and narrow != self.dtype:
+            piled = tiles[0].new_empty(self.plan.pile * self.plan.rows, tiles[0].shape[1], dtype=narrow)
+        for pile in self.plan.piles():
+            begin, finite = pile[0][0], []
+            for start, stop in pile:
+                grad_tile = None if piled is None else piled[start - begin : stop - begin]
+                at, rows = self._rows(start, stop, tiles, grad_tile, grad=grad, scores=scores)
+                finite.append(rows.finite)
+                gradients = None
+                if rows.grad_logits is not None and stop == pile[-1][1]:
+                    made = rows.grad_logits if piled is None else piled[: stop - begin]
+                    where = self._at(begin, stop)
+                    exists = finite[0] if len(finite) == 1 else torch.cat(finite)
+                    gradients = Gradients(where, self.student.hidden[where], made[:, : self.vocab], exists, begin == 0)
+                yield Chunk(at, rows, gradients)
+
+    def _at(self, start: int, stop: int) -> slice | Tensor:
+        return slice(start, stop) if self.chosen is None else self.chosen[start:stop]
+
+    def _rows(
+        self, start: int, stop: int, tiles: list[Tensor], grad_tile: Tensor | None, *, grad: bool, scores: bool
+    ) -> tuple[slice | Tensor, Rows]:
+        at = self._at(start, stop)
+        student_product, teacher_product = (tile[: stop - start] for tile in tiles)
+        self.student.multiply(self.student.hidden[at], student_product)
+        self.teacher.multiply(self.teacher.hidden[at], teacher_product)
+        tokens = None if self.tokens is None else self.tokens[at]
+        operands = (student_product, teacher_product, self.student.bias, self.teacher.bias, tokens)
+        return at, run_rows(self.backend, *operands, self.spec, grad=grad, scores=scores, grad_tile=grad_tile)
 
 
 class Call(NamedTuple):
@@ -132,6 +163,16 @@ class Call(NamedTuple):
     def vocab(self) -> int:
         return min(self.student.weight.shape[0], self.teacher.weight.shape[0])
 
+    @property
+    def products(self) -> Products | None:
+        """What the plan must know where gradients have a tile of their own."""
+        sides = (self.student.weight, self.teacher.weight)
+        own, other = (product_dtype(weight.dtype, self.dtype, weight.device, self.backend) for weight in sides)
+        if own == self.dtype:
+            return None
+        widths = (self.student.hidden.shape[1], self.teacher.hidden.shape[1])
+        return Products(*widths, own.itemsize, other.itemsize, own.itemsize, weight_grad=True)
+
     def loop(self, chosen: Tensor | None, *, full_width: bool = False) -> TileLoop:
         """The chunk loop over the chosen rows (None: all)."""
         n = self.student.hidden.shape[0] if chosen is None else chosen.numel()
@@ -142,6 +183,7 @@ class Call(NamedTuple):
             itemsize=self.dtype.itemsize,
             workspace_bytes=workspace(self.student.hidden.device, self.workspace_bytes),
             temporaries=EAGER_TEMPORARIES if self.backend == "eager" else 0,
+            products=self.products,
         )
         return TileLoop(
             self.student,
@@ -192,21 +234,20 @@ def _forward(*flat: Any) -> tuple[Tensor, ...]:
         if loop.plan.n == 0:
             grads.zero()
         for chunk in loop.run(grad=grad, scores=scores):
-            rows, at = chunk.rows, chunk.at
-            value[at] = rows.value
+            value[chunk.at] = chunk.rows.value
             if scores:
-                found[:, at] = rows.scores
-            if rows.grad_logits is None:
+                found[:, chunk.at] = chunk.rows.scores
+            if (made := chunk.gradients) is None:
                 continue
-            through_adapter = loop.student.through_adapter(rows.grad_logits)
-            if hidden_grad and isinstance(at, slice):
-                loop.student.hidden_grad(rows.grad_logits, through_adapter, rows.finite, out=u[at])
+            through_adapter = loop.student.through_adapter(made.grad_logits)
+            if hidden_grad and isinstance(made.at, slice):
+                loop.student.hidden_grad(made.grad_logits, through_adapter, made.finite, out=u[made.at])
             elif hidden_grad:
-                u[at] = loop.student.hidden_grad(rows.grad_logits, through_adapter, rows.finite)
+                u[made.at] = loop.student.hidden_grad(made.grad_logits, through_adapter, made.finite)
             if grads.wanted:
-                weights = used_hint[at].masked_fill(~rows.finite, 0.0)
-                used_hint[at] = weights
-                grads.add(loop.student, rows.grad_logits, through_adapter, chunk.hidden, weights, first=chunk.start == 0)
+                weights = used_hint[made.at].masked_fill(~made.finite, 0.0)
+                used_hint[made.at] = weights
+                grads.add(loop.student, made.grad_logits, through_adapter, made.hidden, weights, first=made.first)
         return value, found, u, *grads, used_hint
 
 
@@ -223,15 +264,17 @@ def _head_grads(call: Call, grad: Tensor, saved: HeadGrads, hint: Tensor, unifor
     deviates.logical_not_()
     if call.mask is not None:  # masked rows obey whatever comes
         deviates, alive = deviates & call.mask, alive & call.mask
-    grads, redo, weights, anew = correction(saved, call.student, c, hint, grad, deviates, alive, call.backend)
-    loop = call.loop(redo)
+    found = correction(saved, call.student, c, hint, grad, deviates, alive, call.backend, narrow=call.products is not None)
+    loop = call.loop(found.rows)
     for chunk in loop.run(grad=True, scores=False):
-        grad_logits = chunk.rows.grad_logits
-        assert grad_logits is not None
-        row_weights = weights[chunk.at].masked_fill(~chunk.rows.finite, torch.nan)
-        through_adapter = loop.student.through_adapter(grad_logits)
-        grads.add(loop.student, grad_logits, through_adapter, chunk.hidden, row_weights, first=anew and chunk.start == 0)
-    return grads
+        if (made := chunk.gradients) is None:
+            continue
+        through_adapter = loop.student.through_adapter(made.grad_logits)
+        first = found.anew and made.first
+        for alpha, weights in found.terms:
+            row_weights = weights[made.at].masked_fill(~made.finite, torch.nan)
+            found.grads.add(loop.student, made.grad_logits, through_adapter, made.hidden, row_weights, first=first, alpha=alpha)
+    return found.grads
 
 
 def _backward(grad_value: Tensor, *flat: Any) -> tuple[Tensor, ...]:

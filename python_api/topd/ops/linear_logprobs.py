@@ -18,7 +18,15 @@ from torch import Tensor
 
 from topd.checks import in_vocabulary
 from topd.ops.logprob_chunks import Call
-from topd.ops.logprob_gradient import add_ids, add_rows, dense_correction, mass, uniform_factor, upstream_of
+from topd.ops.logprob_gradient import (
+    add_ids,
+    add_rows,
+    dense_correction,
+    in_range_share,
+    mass,
+    uniform_factor,
+    upstream_of,
+)
 from topd.ops.one_pass import (
     at_inputs,
     chosen_rows,
@@ -70,11 +78,15 @@ def _forward(*flat: Any) -> tuple[Tensor, ...]:
         u_entropy = logprobs.new_zeros((n, width) if hidden_grad and entropy else (0, 0))
         summed = call.dense
         grads = call.head_grads(weight=weight_grad and summed, bias=bias_grad and summed, adapter=adapter_grad and summed)
-        used_hint = normalised_hint(hint, call.mask, outside) if grads.wanted else logprobs.new_empty(0)
+        used_hint = logprobs.new_empty(0)
+        if grads.wanted:
+            used_hint = normalised_hint(hint, call.mask, outside)
+            if hint is None and (call.padded or device.type != "cpu"):
+                used_hint *= in_range_share(call)
         chosen = chosen_rows(call.mask)
         ids = call.ids if chosen is None else call.ids[chosen]
         in_vocabulary("ids", ids, call.vocab, HEAD_VOCABULARY, low=-1 if call.padded else 0)
-        side = call.side.widened(call.vocab, call.dtype)
+        side = call.side.widened(call.vocab, call.dtype, call.backend)
         if ids.shape[0] == 0:
             grads.zero()
         for chunk in call.run(side, chosen, grad=hidden_grad or grads.wanted, entropy=entropy):
@@ -114,7 +126,7 @@ def _backward(*flat: Any) -> tuple[Tensor, ...]:
             hidden.masked_fill_(~upstream.used.unsqueeze(-1), 0.0)
         grads = saved
         if weight or bias or adapter:
-            c = uniform_factor(call, flat[:3], hint) if uniform_hint else None
+            c = uniform_factor(call, flat[:3], outside) if uniform_hint else None
             if c is not None:
                 grads = saved.times(c, call.backend)
             else:

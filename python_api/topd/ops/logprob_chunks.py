@@ -9,14 +9,14 @@ from torch import Tensor
 from topd.ops.advise_huge_pages import buffer
 from topd.ops.logprob_rows import run_rows
 from topd.ops.one_pass import workspace
-from topd.ops.tiles import HeadGrads, Side
+from topd.ops.tiles import HeadGrads, Side, product_dtype
 from topd.plan import EAGER_LOGPROB_TEMPORARIES, plan_chunks
 from topd.reference.linear_logprobs import LogprobRows, LogprobSpec
 
 
 class Chunk(NamedTuple):
-    """One chunk's results: `start` counts the rows before it, `at` is where its rows stand among the N, `hidden` holds them in
-    the tile's dtype."""
+    """One chunk's results: `start` counts the rows before it, `at` is where its rows stand among the N, `hidden` are their
+    hidden states."""
 
     start: int
     at: slice | Tensor
@@ -52,11 +52,19 @@ class Call(NamedTuple):
     def head_grads(self, *, weight: bool, bias: bool, adapter: bool) -> HeadGrads:
         return HeadGrads.empty(self.side, self.vocab, self.dtype, self.backend, weight=weight, bias=bias, adapter=adapter)
 
+    @property
+    def narrow(self) -> bool:
+        """Whether gradients to the products have 16 bits, in a tile of their own."""
+        weight = self.side.weight
+        return product_dtype(weight.dtype, self.dtype, weight.device, self.backend) != self.dtype
+
     def run(self, side: Side, chosen: Tensor | None, *, grad: bool, entropy: bool) -> Iterator[Chunk]:
         """Each chunk of the chosen rows (None: all) of the widened side; its gradients live in tiles that the next chunk
         overwrites."""
         n, device = side.hidden.shape[0] if chosen is None else chosen.numel(), side.hidden.device
-        tiles = 2 if grad and entropy else 1
+        second, narrow = grad and entropy, side.weight.dtype if self.narrow else None
+        # Tiles of 16 bits are counted in whole float32 ones, two to one.
+        tiles = 1 + (second if narrow is None else (second + grad + 1) // 2)
         plan = plan_chunks(
             n,
             *[self.vocab] * tiles,
@@ -66,12 +74,15 @@ class Call(NamedTuple):
         )
         shape = (plan.rows, self.vocab)
         tile = buffer(shape, side.weight, self.dtype, self.backend)
-        second = buffer(shape, side.weight, self.dtype, self.backend) if tiles == 2 and self.backend != "eager" else None
+        grad_tile = tile.new_empty(shape, dtype=narrow) if grad and narrow else None
+        entropy_tile = None
+        if second and (self.backend != "eager" or narrow):
+            entropy_tile = buffer(shape, side.weight, narrow or self.dtype, self.backend)
         for start, stop in plan.bounds():
             at = slice(start, stop) if chosen is None else chosen[start:stop]
-            hidden, product = side.hidden[at].to(self.dtype), tile[: stop - start]
+            hidden, product = side.hidden[at], tile[: stop - start]
             side.multiply(hidden, product)
-            entropy_tile = None if second is None else second[: stop - start]
+            given = [None if each is None else each[: stop - start] for each in (entropy_tile, grad_tile)]
             operands = (product, side.bias, self.ids[at], self.spec)
-            rows = run_rows(self.backend, *operands, entropy_tile=entropy_tile, grad=grad, entropy=entropy)
+            rows = run_rows(self.backend, *operands, entropy_tile=given[0], grad=grad, entropy=entropy, grad_tile=given[1])
             yield Chunk(start, at, hidden, rows)

@@ -83,28 +83,37 @@ def dense_correction(
     if call.mask is not None:  # masked rows obey whatever comes
         deviates = deviates & call.mask
     if call.dense:
-        return correction(saved, call.side, c, hinted, dense, deviates, alive, call.backend)
+        return correction(saved, call.side, c, hinted, dense, deviates, alive, call.backend, narrow=call.narrow)
     rows = (alive & deviates).nonzero()[:, 0]
     if rows.numel() == 0:
         shapes.zero()
-    return Correction(shapes, rows, dense, rows.numel() > 0)
+    return Correction(shapes, rows, [(1.0, dense)], rows.numel() > 0)
 
 
 def add_rows(call: Call, upstream: Upstream, found: Correction) -> None:
     """Compute the rows of a correction again and add them."""
     if found.rows.numel() == 0:
         return
-    side = call.side.widened(call.vocab, call.dtype)
-    for chunk in call.run(side, found.rows, grad=True, entropy=upstream.entropy is not None):
-        rows = chunk.rows
+    side, entropy = call.side.widened(call.vocab, call.dtype, call.backend), upstream.entropy
+    for chunk in call.run(side, found.rows, grad=True, entropy=entropy is not None):
+        rows, first = chunk.rows, found.anew and chunk.start == 0
         assert rows.outside_grad is not None
-        tile, weights = rows.outside_grad, found.weights[chunk.at]
-        if upstream.entropy is not None and rows.entropy_grad is not None:
-            tile.mul_(weights.unsqueeze(-1)).addcmul_(rows.entropy_grad, upstream.entropy[chunk.at].unsqueeze(-1))
-            weights = torch.ones_like(weights)
-        weights = weights.masked_fill(~rows.finite, torch.nan)
-        first = found.anew and chunk.start == 0
-        found.grads.add(side, tile, side.through_adapter(tile), chunk.hidden, weights, first=first)
+        parts = [(alpha, weights[chunk.at], rows.outside_grad) for alpha, weights in found.terms]
+        if entropy is not None and rows.entropy_grad is not None:
+            parts.append((1.0, entropy[chunk.at], rows.entropy_grad))
+            if not call.narrow:
+                parts = [_together(parts)]
+        for i, (alpha, weights, tile) in enumerate(parts):
+            weights = weights.masked_fill(~rows.finite, torch.nan)
+            through = side.through_adapter(tile)
+            found.grads.add(side, tile, through, chunk.hidden, weights, first=first and i == 0, alpha=alpha)
+
+
+def _together(parts: list[tuple[float, Tensor, Tensor]]) -> tuple[float, Tensor, Tensor]:
+    """Two weighted tiles as one, in the first's place: one product in place of two."""
+    (_, weights, tile), (_, entropy, entropy_tile) = parts
+    tile.mul_(weights.unsqueeze(-1)).addcmul_(entropy_tile, entropy.unsqueeze(-1))
+    return 1.0, torch.ones_like(weights), tile
 
 
 def add_ids(call: Call, upstream: Upstream, grads: HeadGrads, hidden: Tensor) -> None:
@@ -130,9 +139,18 @@ def add_ids(call: Call, upstream: Upstream, grads: HeadGrads, hidden: Tensor) ->
         weighted_scatter(call.backend, grads.b, side.scaling * (states @ side.a.to(call.dtype).T), ids, at_ids)
 
 
-def uniform_factor(call: Call, grads: tuple[Tensor | None, ...], hint: Tensor) -> Tensor | None:
+def in_range_share(call: Call) -> Tensor:
+    """[N], the share of a row's ids that lie in the vocabulary: where every log-probability has one upstream, the row's factor
+    is that times one number."""
+    if call.ids.shape[1] == 0:
+        return call.ids.new_ones(1, dtype=call.dtype)
+    in_range = (call.ids >= 0) & (call.ids < call.vocab)
+    return in_range.sum(-1).to(call.dtype) / call.ids.shape[1]
+
+
+def uniform_factor(call: Call, grads: tuple[Tensor | None, ...], outside: Tensor) -> Tensor | None:
     """c where every log-probability has one upstream, as sum() and mean() send it: no row deviates and the host need not wait.
-    A row without a distribution (its hint was set to 0) still poisons the sums, as it would in eager code."""
+    A row without a distribution (`outside` is NaN) still poisons the sums, as it would in eager code."""
     g, h, o = grads
     if (
         not call.dense
@@ -144,5 +162,5 @@ def uniform_factor(call: Call, grads: tuple[Tensor | None, ...], hint: Tensor) -
         or any(g.stride())
     ):
         return None
-    c = -g[0, 0].to(hint.dtype) * g.shape[1]
-    return torch.where((hint == 0).any() & (c != 0), torch.nan, c)
+    c = -g[0, 0].to(outside.dtype) * g.shape[1]
+    return torch.where(outside.isnan().any() & (c != 0), torch.nan, c)

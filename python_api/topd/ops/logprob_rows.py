@@ -3,26 +3,27 @@ log-probabilities out.
 
 Read per token: its row of the tile once from memory. Written: the row, which becomes the gradient of the mass outside the ids
 where `grad` asks for it; the entropy's gradient into a second tile where `entropy_tile` is given; M log-probabilities and
-flags. The math is that of `topd.reference.linear_logprobs`. Compiled backends register it for their device; "eager" calls
+flags. On a GPU the gradients may go into tiles of 16 bits, as the matrix products after them take them. The math is that of `topd.reference.linear_logprobs`. Compiled backends register it for their device; "eager" calls
 the reference itself.
 """
 
 import torch
 from torch import Tensor
 
+from topd.backends import kernel
 from topd.reference.linear_logprobs import LogprobRows, LogprobSpec, logprob_rows
 
 torch.library.define(
     "topd::logprob_rows",
     "(Tensor(a!) product, Tensor? bias, Tensor ids, float scale, float? softcap, float temperature, "
-    "Tensor(b!)? entropy_tile, bool grad, bool entropy) -> "
+    "Tensor(b!)? entropy_tile, bool grad, bool entropy, Tensor(c!)? grad_tile=None) -> "
     "(Tensor logprobs, Tensor entropy, Tensor outside, Tensor first, Tensor slope, Tensor finite)",
 )
 
 
 @torch.library.register_fake("topd::logprob_rows")
 def _fake(product: Tensor, bias: Tensor | None, ids: Tensor, *args: object) -> tuple[Tensor, ...]:
-    rows, softcap, entropy = product.shape[0], args[1], args[-1]
+    rows, softcap, entropy = product.shape[0], args[1], args[5]
     return (
         product.new_empty(ids.shape),
         product.new_empty(rows if entropy else 0),
@@ -43,11 +44,22 @@ def run_rows(
     entropy_tile: Tensor | None,
     grad: bool,
     entropy: bool,
+    grad_tile: Tensor | None = None,
 ) -> LogprobRows:
-    """One chunk on the named backend. The tile is overwritten; a gradient may live in it, the entropy's in its own."""
+    """One chunk on the named backend. The tile is overwritten; the gradient is in grad_tile, or may live in it, the entropy's
+    in its own."""
     if backend == "eager":
-        return logprob_rows(product, bias, ids, spec, grad=grad, entropy=entropy)
-    found: list[Tensor] = torch.ops.topd.logprob_rows(product, bias, ids, *spec, entropy_tile, grad, entropy)
+        rows = logprob_rows(product, bias, ids, spec, grad=grad, entropy=entropy)
+        return rows if grad_tile is None else _stored(rows, grad_tile, entropy_tile)
+    run = kernel("logprob_rows", backend, product.device)
+    found: list[Tensor] = run(product, bias, ids, *spec, entropy_tile, grad, entropy, grad_tile)
     logprobs, entropies, outside, first, slope, finite = found
-    gradients = (product if grad else None, entropy_tile)
+    gradients = ((product if grad_tile is None else grad_tile) if grad else None, entropy_tile)
     return LogprobRows(logprobs, entropies, outside, first, slope, finite, *gradients)
+
+
+def _stored(rows: LogprobRows, grad_tile: Tensor, entropy_tile: Tensor | None) -> LogprobRows:
+    """Gradients in the tiles that were given for them."""
+    outside = None if rows.outside_grad is None else grad_tile.copy_(rows.outside_grad)
+    entropy = rows.entropy_grad if entropy_tile is None or rows.entropy_grad is None else entropy_tile.copy_(rows.entropy_grad)
+    return rows._replace(outside_grad=outside, entropy_grad=entropy)

@@ -52,17 +52,26 @@ def common_factor(weights: Tensor, hint: Tensor) -> Tensor:
 
 
 class Correction(NamedTuple):
-    """The sums so far, fresh tensors; the rows to be added to them, and every row's weight. `anew`: the sums are not filled
-    yet."""
+    """The sums so far, fresh tensors; the rows to be added to them; and as what: sum alpha weights[n] d value_n for each (alpha,
+    weights [N]). `anew`: the sums are not filled yet."""
 
     grads: HeadGrads
     rows: Tensor
-    weights: Tensor
+    terms: list[tuple[float, Tensor]]
     anew: bool
 
 
 def correction(
-    saved: HeadGrads, side: Side, c: Tensor, hinted: Tensor, weights: Tensor, redo: Tensor, alive: Tensor, backend: str
+    saved: HeadGrads,
+    side: Side,
+    c: Tensor,
+    hinted: Tensor,
+    weights: Tensor,
+    redo: Tensor,
+    alive: Tensor,
+    backend: str,
+    *,
+    narrow: bool = False,
 ) -> Correction:
     """What it takes to go from sums under `hinted` to c times them with the rows of `redo` exact.
 
@@ -73,15 +82,17 @@ def correction(
         hinted, weights: [N], what each row was summed with, and shall be summed with.
         redo, alive: [N] bool, the rows that deviate from c hinted, and those whose weight counts.
         backend: for the buffers.
+        narrow: weighted hidden states were rounded to 16 bits: what is taken away must be what was added, rounded as it was.
     """
     # The host waits here for a count; on a GPU that costs microseconds, and spares the matrix products of the rows that obey.
     rows = redo.nonzero()[:, 0]
     if rows.numel() == 0:
-        return Correction(saved.times(c, backend), rows, weights, False)
+        return Correction(saved.times(c, backend), rows, [], False)
     living = alive.nonzero()[:, 0]
     if rows.numel() >= living.numel() or _cancels(side.hidden, c * hinted, weights, rows, living):
-        return Correction(saved.unfilled(backend), living, weights, True)
-    return Correction(saved.times(c, backend), rows, weights - c * hinted, False)
+        return Correction(saved.unfilled(backend), living, [(1.0, weights)], True)
+    terms = [(-c.item(), hinted), (1.0, weights)] if narrow else [(1.0, weights - c * hinted)]
+    return Correction(saved.times(c, backend), rows, terms, False)
 
 
 def _cancels(hidden: Tensor, expected: Tensor, weights: Tensor, redo: Tensor, alive: Tensor) -> bool:

@@ -1,6 +1,7 @@
 """The matrix products around a tile: into it, tile = hidden weightᵀ, and out of it, u = dlogits weight and
-d weight += dlogitsᵀ (w ⊙ hidden). float16 and bfloat16 are widened to float32: hidden states a chunk at a time, weights once a
-call.
+d weight += dlogitsᵀ (w ⊙ hidden). Tiles of logits, u and the sums are float32. On a CPU float16 and bfloat16 are widened to
+float32: hidden states a chunk at a time, weights once a call. On a GPU the products take them as they are, with float32 out, and
+dlogits and w ⊙ hidden are rounded to them.
 """
 
 from typing import NamedTuple
@@ -9,6 +10,34 @@ import torch
 from torch import Tensor
 
 from topd.ops.advise_huge_pages import buffer
+
+
+def product_dtype(dtype: torch.dtype, tile: torch.dtype, device: torch.device, backend: str) -> torch.dtype:
+    """What the matrix products of a side take: its own 16 bits on a GPU, which multiplies them with float32 out; else the
+    tile's dtype."""
+    on_gpu = device.type == "cuda" or backend == "triton"
+    return dtype if on_gpu and dtype.itemsize == 2 and tile == torch.float32 else tile
+
+
+def mm(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """out = a b, out in float32 where a and b have 16 bits."""
+    if a.dtype == out.dtype:
+        return torch.mm(a, b, out=out)
+    if out.device.type == "cuda":
+        torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
+        return out
+    # A CPU has no such product: the same numbers, for the interpreter.
+    return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+
+
+def addmm(out: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
+    """out = beta out + alpha a b, out in float32 where a and b have 16 bits."""
+    if a.dtype == out.dtype:
+        return out.addmm_(a, b, beta=beta, alpha=alpha)
+    if out.device.type == "cuda":
+        torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, beta=beta, alpha=alpha, out=out)
+        return out
+    return out.addmm_(a.to(out.dtype), b.to(out.dtype), beta=beta, alpha=alpha)
 
 
 class Side(NamedTuple):
@@ -21,28 +50,36 @@ class Side(NamedTuple):
     b: Tensor | None
     scaling: float
 
-    def widened(self, vocab: int, dtype: torch.dtype) -> "Side":
-        """The first `vocab` entries of the head in dtype; hidden is left for the chunks."""
+    def widened(self, vocab: int, dtype: torch.dtype, backend: str = "eager") -> "Side":
+        """The first `vocab` entries of the head: the weight in the dtype of its products, the small tensors in the tile's
+        dtype; hidden is left for the chunks."""
         bias = None if self.bias is None else self.bias[:vocab].to(dtype).contiguous()
         a = None if self.a is None else self.a.to(dtype)
         b = None if self.b is None else self.b[:vocab].to(dtype)
-        return Side(self.hidden, self.weight[:vocab].to(dtype), bias, a, b, self.scaling)
+        weight = self.weight[:vocab].to(product_dtype(self.weight.dtype, dtype, self.weight.device, backend))
+        return Side(self.hidden, weight, bias, a, b, self.scaling)
 
     def multiply(self, hidden: Tensor, tile: Tensor) -> None:
         """tile = hidden weightᵀ + scaling (hidden aᵀ) bᵀ; the rows op adds the bias."""
-        torch.mm(hidden, self.weight.T, out=tile)
+        mm(tile, hidden.to(self.weight.dtype), self.weight.T)
         if self.a is not None and self.b is not None:
-            tile.addmm_(hidden @ self.a.T, self.b.T, alpha=self.scaling)
+            tile.addmm_(hidden.to(tile.dtype) @ self.a.T, self.b.T, alpha=self.scaling)
 
     def through_adapter(self, grad_logits: Tensor) -> Tensor | None:
         """dlogits b [C, r], which the gradients of both hidden and a need; None without an adapter."""
-        return None if self.b is None else grad_logits @ self.b[: grad_logits.shape[1]]
+        if self.b is None:
+            return None
+        b = self.b[: grad_logits.shape[1]]
+        return mm(b.new_empty(grad_logits.shape[0], b.shape[1]), grad_logits, b.to(grad_logits.dtype))
 
     def hidden_grad(
         self, grad_logits: Tensor, through_adapter: Tensor | None, finite: Tensor, out: Tensor | None = None
     ) -> Tensor:
-        """u = d value / d hidden of a chunk; NaN where a row has no distribution."""
-        u = torch.mm(grad_logits, self.weight[: grad_logits.shape[1]], out=out)
+        """u = d value / d hidden of some rows, in the tile's dtype; NaN where a row has no distribution."""
+        if out is None:
+            dtype = torch.promote_types(grad_logits.dtype, torch.float32)
+            out = grad_logits.new_empty(grad_logits.shape[0], self.weight.shape[1], dtype=dtype)
+        u = mm(out, grad_logits, self.weight[: grad_logits.shape[1]])
         if through_adapter is not None and self.a is not None:
             u.addmm_(through_adapter, self.a, alpha=self.scaling)
         return u.masked_fill_(~finite.unsqueeze(-1), torch.nan)
@@ -90,16 +127,19 @@ class HeadGrads(NamedTuple):
         row_weights: Tensor,
         *,
         first: bool,
+        alpha: float = 1.0,
     ) -> None:
-        """Add sum_n row_weights[n] d value_n, or start with it. A weight of 0 keeps its row out even where hidden is not
-        finite."""
-        beta = 0 if first else 1
+        """Add alpha sum_n row_weights[n] d value_n, or start with it. A weight of 0 keeps its row out even where hidden is not
+        finite. The weighted hidden states take the dtype of the gradient tile: where that has 16 bits they are rounded."""
+        beta, narrow = 0.0 if first else 1.0, grad_logits.dtype
         weights = row_weights.unsqueeze(-1)
-        weighted = (hidden * weights).masked_fill_(weights == 0, 0.0)
+        weighted = (hidden.to(row_weights.dtype) * weights).masked_fill_(weights == 0, 0.0)
         if self.weight.numel():
-            self.weight.addmm_(grad_logits.T, weighted, beta=beta)
-        if self.bias.numel():
-            self.bias.addmv_(grad_logits.T, row_weights, beta=beta)
+            addmm(self.weight, grad_logits.T, weighted.to(narrow), beta=beta, alpha=alpha)
+        if self.bias.numel() and narrow == self.bias.dtype:
+            self.bias.addmv_(grad_logits.T, row_weights, beta=beta, alpha=alpha)
+        elif self.bias.numel():
+            addmm(self.bias.unsqueeze(-1), grad_logits.T, weights.to(narrow), beta=beta, alpha=alpha)
         if self.a.numel() and side.a is not None and through_adapter is not None:
-            self.a.addmm_(through_adapter.T, weighted, alpha=side.scaling, beta=beta)
-            self.b.addmm_(grad_logits.T, weighted @ side.a.T, alpha=side.scaling, beta=beta)
+            self.a.addmm_(through_adapter.T, weighted, alpha=alpha * side.scaling, beta=beta)
+            addmm(self.b, grad_logits.T, (weighted @ side.a.T).to(narrow), alpha=alpha * side.scaling, beta=beta)

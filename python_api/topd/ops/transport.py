@@ -8,6 +8,7 @@ Inputs are constants.
 import torch
 from torch import Tensor
 
+from topd.backends import kernel
 from topd.reference.transport import Windows, transport
 
 torch.library.define(
@@ -16,6 +17,10 @@ torch.library.define(
     "Tensor teacher_lengths, str cost, float epsilon, int max_iterations, float tolerance) -> "
     "(Tensor distance, Tensor plan, Tensor marginal_error)",
 )
+
+
+# The longest window whose problem fits on chip; the reference solves longer ones.
+TRITON_WINDOW = 128
 
 
 @torch.library.register_fake("topd::transport")
@@ -34,8 +39,9 @@ def run_transport(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """distance [m], plan [m, K_S, K_T], marginal_error [m], float32 (float64 where a table is)."""
     numbers = (cost, epsilon, max_iterations, tolerance)
-    if backend == "cpp":
-        distance, plan, error = torch.ops.topd.transport(*student, *teacher, *numbers)
+    longest = max(student.ids.shape[1], teacher.ids.shape[1])
+    if backend == "cpp" or (backend == "triton" and longest <= TRITON_WINDOW):
+        distance, plan, error = kernel("transport", backend, student.ids.device)(*student, *teacher, *numbers)
         return distance, plan, error
     dtype = torch.promote_types(torch.promote_types(student.table.dtype, teacher.table.dtype), torch.float32)
     found = transport(student, teacher, cost, epsilon, max_iterations=max_iterations, tolerance=tolerance)

@@ -7,6 +7,8 @@ order of m. Read per row: M rows of the table.
 import torch
 from torch import Tensor
 
+from topd.backends import kernel
+
 torch.library.define("topd::weighted_gather", "(Tensor(a!) out, Tensor table, Tensor ids, Tensor weights) -> ()")
 
 # Entries that the eager form gathers at a time.
@@ -37,7 +39,7 @@ def along_width(rows: Tensor) -> Tensor:
 def weighted_gather(backend: str, out: Tensor, table: Tensor, ids: Tensor, weights: Tensor) -> None:
     """Add to out [N, H] from table [V, H] of any floating dtype, ids and weights [N, M], weights in out's dtype."""
     if backend != "eager":
-        torch.ops.topd.weighted_gather(out, along_width(table), ids, weights)
+        kernel("weighted_gather", backend, out.device)(out, along_width(table), ids, weights)
         return
     for at in pieces(ids, table.shape[1]):
         counts = counted(ids[at], weights[at], table.shape[0])

@@ -8,6 +8,7 @@ whatever the number of threads: by id where compiled; eager as index_add_ runs o
 import torch
 from torch import Tensor
 
+from topd.backends import kernel
 from topd.ops.weighted_gather import along_width, counted, pieces
 
 torch.library.define("topd::weighted_scatter", "(Tensor(a!) out, Tensor rows, Tensor ids, Tensor weights) -> ()")
@@ -21,7 +22,7 @@ def _fake(out: Tensor, rows: Tensor, ids: Tensor, weights: Tensor) -> None:
 def weighted_scatter(backend: str, out: Tensor, rows: Tensor, ids: Tensor, weights: Tensor) -> None:
     """Add to out [V, H] from rows [N, H] of any floating dtype, ids and weights [N, M], weights in out's dtype."""
     if backend != "eager":
-        torch.ops.topd.weighted_scatter(out, along_width(rows), ids, weights)
+        kernel("weighted_scatter", backend, out.device)(out, along_width(rows), ids, weights)
         return
     for at in pieces(ids, rows.shape[1]):
         counts = counted(ids[at], weights[at], out.shape[0])

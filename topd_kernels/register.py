@@ -1,0 +1,24 @@
+"""Registers the launchers with the dispatcher for CUDA tensors, which are ROCm's as well, when it is imported."""
+
+import torch
+
+from topd_kernels import launch, row_statistics
+from topd_kernels.divergence_rows import divergence_rows
+from topd_kernels.logprob_rows import logprob_rows
+from topd_kernels.weighted_gather import weighted_gather
+from topd_kernels.weighted_scatter import weighted_scatter
+
+LAUNCHERS = {
+    "divergence_rows": divergence_rows,
+    "logprob_rows": logprob_rows,
+    "weighted_gather": weighted_gather,
+    "weighted_scatter": weighted_scatter,
+}
+
+for _op, _launcher in LAUNCHERS.items():
+    torch.library.impl(f"topd::{_op}", "CUDA", _launcher)
+
+
+def interpreted() -> bool:
+    """Whether the kernels run in Triton's interpreter."""
+    return launch.interpreted(row_statistics.statistics)
