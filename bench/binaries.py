@@ -48,8 +48,8 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Binary:
-    """One compiled kernel. Stack bytes and spilled registers are a thread's, shared bytes a block's. AMD's scalar registers spill
-    into lanes of vector registers, not into memory."""
+    """One compiled kernel. Stack bytes and spilled registers are a thread's, shared bytes a block's. AMD's scalar registers
+    spill into lanes of vector registers, not into memory."""
 
     kernel: str
     variant: str

@@ -204,11 +204,10 @@ class Blocks(NamedTuple):
     rows: int = 128
 
 
-def blocks_of(vocab: int, itemsize: int, *, heavy: bool) -> Blocks:
-    """Block sizes; `heavy`: a mixture or scores, which keep more in registers."""
+def blocks_of(itemsize: int, *, heavy: bool) -> Blocks:
+    """Block sizes; `heavy`: a mixture or scores, which keep more in registers. A small vocabulary takes the same, masked."""
     widest = 1024 if itemsize == 4 else 512
-    statistics = max(128, min(widest, triton.next_power_of_2(vocab)))
-    return Blocks(statistics, max(128, statistics // 2) if heavy else statistics)
+    return Blocks(widest, widest // 2 if heavy else widest)
 
 
 class Outputs(NamedTuple):
@@ -255,7 +254,7 @@ def launches(
     if vocab >= MAX_VOCAB:
         raise ValueError(f"the common vocabulary must be below {MAX_VOCAB}, got {vocab}")
     kind = kind_of(spec.divergence, spec.parameter)
-    blocks = blocks_of(vocab, student.itemsize, heavy=scores or kind > REVERSE_KL.value)
+    blocks = blocks_of(student.itemsize, heavy=scores or kind > REVERSE_KL.value)
     splits = splits or splits_of(rows, triton.cdiv(vocab, blocks.statistics), processors(student))
     out = Outputs(
         student.new_empty(rows), student.new_empty(SCORES if scores else 0, rows), student.new_empty(rows, dtype=torch.bool)
@@ -336,6 +335,8 @@ def _order(
     order = [launch(statistics), launch(constants), launch(_sweep, VALUE=True, GRAD=early)]
     if grad and not early:
         order.append(launch(_sweep, VALUE=False, SCORES=False, GRAD=True))
+    if not early:  # one binary, whatever the gradient's dtype
+        order[2].arguments.update(Grad=arguments["Student"], grad_stride=arguments["student_stride"])
     return [*order, launch(_finish)]
 
 

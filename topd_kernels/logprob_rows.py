@@ -244,10 +244,9 @@ class Blocks(NamedTuple):
     rows: int = 64
 
 
-def blocks_of(vocab: int, count: int, itemsize: int) -> Blocks:
-    """Block sizes; `count` ids a row."""
-    entries = max(128, min(2048 if itemsize == 4 else 1024, triton.next_power_of_2(vocab)))
-    return Blocks(entries, max(16, min(128, triton.next_power_of_2(count))))
+def blocks_of(itemsize: int) -> Blocks:
+    """Block sizes; a small vocabulary or few ids take the same, masked."""
+    return Blocks(2048 if itemsize == 4 else 1024, 64)
 
 
 class Outputs(NamedTuple):
@@ -282,7 +281,7 @@ def launches(
 ) -> tuple[list[Launch], Outputs]:
     """The launches of a chunk, and what they will have written. `grad` [C, V] is of any floating dtype; it may be the tile."""
     (rows, vocab), count = product.shape, ids.shape[1]
-    blocks = blocks_of(vocab, count, product.itemsize)
+    blocks = blocks_of(product.itemsize)
     entries = triton.cdiv(vocab, blocks.entries)
     splits = splits or splits_of(rows, entries, processors(product))
     capped = spec.softcap is not None

@@ -1,0 +1,77 @@
+"""Compiled ahead of time: the default variants fit their devices, and ten different N need one binary of each kernel.
+
+Interpreted kernels have no binaries, so these run in processes of their own, without TRITON_INTERPRET.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from bench.binaries import Binary
+
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
+def python(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-W", "ignore", *arguments]
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+
+
+def test_default_variants_fit_without_stack_and_spills():
+    done = python("-m", "bench.aot", "--targets", "sm_90", "gfx942")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("|")][2:]
+    kernels = {line.split("|")[1].strip() for line in lines}
+    assert {"statistics", "sweep", "rest", "gradient", "gather", "scatter"} <= kernels
+    assert all(line.split("|")[-2].strip() == "yes" for line in lines)
+
+
+SPILLING = """
+from bench.aot import table
+from bench.binaries import TARGETS, compile_launch
+from bench.variants import default_launches
+sweep = next(launch for launch in default_launches() if launch.name == "sweep")
+wide = sweep._replace(constants={**sweep.constants, "BLOCK": 16384}, num_warps=1)
+binary = compile_launch(wide, TARGETS["sm_90"])
+print(binary.fits, binary.stack_bytes > 0)
+"""
+
+
+def test_a_kernel_that_needs_the_stack_is_found():
+    done = python("-c", SPILLING)
+    assert done.stdout == "False True\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("wrong", "fits"), [({}, True), ({"stack_bytes": 8}, False), ({"spills": 1}, False), ({"shared_bytes": 101}, False)]
+)
+def test_what_fits(wrong, fits):
+    numbers = {"registers": 64, "stack_bytes": 0, "spills": 0, "scalar_spills": 0, "shared_bytes": 100} | wrong
+    assert Binary("k", "", "sm_90", 4, shared_limit_bytes=100, **numbers).fits is fits
+
+
+TEN_SIZES = """
+import torch
+from bench.binaries import source_of
+from topd_kernels import divergence_rows as d, logprob_rows as l, weighted_gather as g, weighted_scatter as s
+found = {}
+for n in (1, 2, 3, 16, 17, 100, 128, 1000, 2048, 4099):
+    student, teacher = torch.empty(n, 1000), torch.empty(n, 1000)
+    ids, tokens, weights = torch.zeros(n, 5, dtype=torch.int64), torch.zeros(n + 1, dtype=torch.int64)[1:], torch.empty(n, 5)
+    grad = torch.empty(n, 1000, dtype=torch.bfloat16)
+    spec = d.Spec(1.0, None, 1.0, None, 1.0, "jsd", 0.5, 0.1)
+    splits = 1 if n > 100 else 3
+    launches = d.launches(student, teacher, None, None, tokens, spec, grad, True, splits=splits)[0]
+    launches += l.launches(student, None, ids, l.Spec(1.0, None, 1.0), grad, grad, True, splits=splits)[0]
+    launches += g.launches(student, torch.empty(9, 1000), ids, weights) + s.launches(torch.empty(9, 1000), student, ids, weights)
+    for i, launch in enumerate(launches):
+        found.setdefault((i, launch.name), set()).add((source_of(launch).hash(), launch.num_warps))
+print(sorted(set(map(len, found.values()))), len(found))
+"""
+
+
+def test_ten_different_n_need_one_binary_of_each_kernel():
+    done = python("-c", TEN_SIZES)
+    assert done.stdout == "[1] 13\n", done.stdout + done.stderr

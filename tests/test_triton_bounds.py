@@ -1,0 +1,138 @@
+"""No kernel leaves its tensors, whatever the shape, and no offset is cut to 32 bits. In Triton's interpreter, watched."""
+
+import mmap
+
+import pytest
+import torch
+
+from topd_kernels import divergence_rows, logprob_rows, weighted_gather, weighted_scatter
+from topd_kernels.launch import Launch, interpreted, run_all
+from topd_kernels.row_statistics import statistics
+
+if not interpreted(statistics):
+    pytest.skip("the kernels run on a GPU here; the watch needs Triton's interpreter", allow_module_level=True)
+
+from bench.watched import OutOfBoundsError, run_watched
+
+ROWS, VOCAB = 3, 1003
+
+
+def divergence_launches(
+    kind: str = "jsd", vocabs: tuple[int, int] = (VOCAB, VOCAB), scores: bool = True, splits: int = 2
+) -> list[Launch]:
+    student, teacher = (torch.randn(ROWS, vocab) for vocab in vocabs)
+    biases = [torch.randn(vocab) for vocab in vocabs]
+    tokens = torch.tensor([0, min(vocabs) - 1, -1])
+    spec = divergence_rows.Spec(1.0, 5.0, 1.0, None, 0.7, kind, 0.3, 0.2)
+    grad = torch.empty(ROWS, vocabs[0], dtype=torch.bfloat16)
+    return divergence_rows.launches(student, teacher, *biases, tokens, spec, grad, scores, splits=splits)[0]
+
+
+def logprob_launches(vocab: int = VOCAB, splits: int = 2) -> list[Launch]:
+    product, ids = torch.randn(ROWS, vocab), torch.randint(-1, vocab + 1, (ROWS, 70))
+    second = torch.empty(ROWS, vocab, dtype=torch.float16)
+    spec = logprob_rows.Spec(1.0, 5.0, 0.7)
+    return logprob_rows.launches(product, torch.randn(vocab), ids, spec, second, product, True, splits=splits)[0]
+
+
+def weighted_launches(width: int) -> list[Launch]:
+    ids, weights = torch.randint(-1, 14, (ROWS, 5)), torch.randn(ROWS, 5)
+    rows, table = torch.randn(ROWS, width), torch.randn(13, width)
+    return weighted_gather.launches(rows, table, ids, weights) + weighted_scatter.launches(table, rows, ids, weights)
+
+
+@pytest.mark.parametrize("vocabs", [(1, 1), (VOCAB, VOCAB), (1030, VOCAB), (VOCAB, 1030)])
+@pytest.mark.parametrize("kind", ["reverse_kl", "jsd"])
+def test_divergence_rows_stays_within_its_tensors(kind, vocabs):
+    counts = run_watched(divergence_launches(kind, vocabs))
+    assert counts.written >= ROWS * vocabs[0] * 2
+    assert counts.read >= 2 * ROWS * sum(vocabs) * 4
+
+
+@pytest.mark.parametrize("vocab", [1, VOCAB, 2049])
+def test_logprob_rows_stays_within_its_tensors(vocab):
+    counts = run_watched(logprob_launches(vocab))
+    assert counts.written >= ROWS * vocab * (4 + 2)
+
+
+@pytest.mark.parametrize("width", [1, 600])
+def test_weighted_rows_stay_within_their_tensors(width):
+    assert run_watched(weighted_launches(width)).read > 0
+
+
+def planted(launches: list[Launch], kernel: str, **changed: int) -> list[Launch]:
+    """The launches with a wrong number given to one kernel."""
+    return [
+        launch._replace(arguments={**launch.arguments, **changed}) if launch.name == kernel else launch for launch in launches
+    ]
+
+
+@pytest.mark.parametrize(
+    ("launches", "kernel", "wrong", "verb"),
+    [
+        (divergence_launches, "statistics", {"vocab": VOCAB + 1}, "reads"),
+        (divergence_launches, "sweep", {"vocab": VOCAB + 1}, "reads"),
+        (divergence_launches, "sweep", {"student_width": VOCAB + 1}, "writes"),
+        (divergence_launches, "finish", {"rows": ROWS + 1}, "reads"),
+        (logprob_launches, "rest", {"vocab": VOCAB + 1}, "reads"),
+        (logprob_launches, "gradient", {"stride": VOCAB + 1}, "reads"),
+        (logprob_launches, "at_ids", {"count": 71}, "reads"),
+        (lambda: weighted_launches(600), "gather", {"width": 601}, "reads"),
+        (lambda: weighted_launches(600), "scatter", {"vocab": 14}, "reads"),
+    ],
+)
+def test_an_off_by_one_is_found(launches, kernel, wrong, verb):
+    with pytest.raises(OutOfBoundsError, match=f"{kernel} {verb}"):
+        run_watched(planted(launches(), kernel, **wrong))
+
+
+def rows_far_apart(vocab: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Two rows 2^31 + 64 floats apart in memory that is reserved, not used: both of them, and the stride."""
+    stride = (1 << 31) + 64
+    no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)  # named since Python 3.13
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    memory = mmap.mmap(-1, 4 * (stride + vocab), flags=flags)
+    first = torch.frombuffer(memory, dtype=torch.float32, count=vocab)
+    second = torch.frombuffer(memory, dtype=torch.float32, count=vocab, offset=4 * stride)
+    return first, second, stride
+
+
+def test_strides_may_pass_2_to_the_31():
+    near = torch.randn(2, VOCAB)
+    teacher, grad = torch.randn(2, VOCAB), torch.empty(2, VOCAB)
+    spec = divergence_rows.Spec(1.0, None, 1.0, None, 1.0, "reverse_kl", 0.0, 0.0)
+    order, expected = divergence_rows.launches(near, teacher, None, None, None, spec, grad, False)
+    run_all(order)
+    wanted = grad.clone()
+
+    first, second, stride = rows_far_apart(VOCAB)
+    first.copy_(near[0]), second.copy_(near[1])
+    order, out = divergence_rows.launches(near, teacher, None, None, None, spec, grad.zero_(), False)
+    for launch in order:
+        given = {"Student": first, "StudentBias": first, "student_stride": stride}
+        launch.arguments.update({name: value for name, value in given.items() if name in launch.arguments})
+    run_all(order)
+    assert torch.equal(out.value, expected.value)
+    assert torch.equal(grad, wanted)
+
+    for launch in order:  # and the gradient far apart
+        if "Grad" in launch.arguments:
+            launch.arguments.update(Grad=first, grad_stride=stride)
+    run_all(order)
+    assert torch.equal(torch.stack([first, second]), wanted)
+
+
+def test_rows_of_a_table_may_lie_2_to_the_31_apart():
+    first, second, stride = rows_far_apart(600)
+    first.copy_(torch.randn(600)), second.copy_(torch.randn(600))
+    out, ids, weights = torch.zeros(1, 600), torch.tensor([[1]]), torch.tensor([[2.0]])
+    (launch,) = weighted_gather.launches(out, torch.empty(2, 600), ids, weights)
+    launch.arguments.update(Table=first, table_stride=stride)
+    launch.run()
+    assert torch.equal(out[0], 2 * second)
+
+
+def test_a_grid_that_no_device_takes_is_refused():
+    launch = Launch(statistics, (1, 65_536), {}, {})
+    with pytest.raises(ValueError, match="65535"):
+        launch.run()
