@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 
 from bench.binaries import source_of
-from topd_kernels import divergence_rows, logprob_rows, weighted_gather, weighted_scatter
+from topd_kernels import divergence_rows, logprob_rows, score_tokens, transport, weighted_gather, weighted_scatter
 from topd_kernels.launch import Launch
 
 ROWS, IDS, WIDTH = 4, 5, 576
@@ -58,6 +58,25 @@ def _weighted(dtype: torch.dtype, table: torch.dtype, width: int) -> list[Launch
     return [*gather, *weighted_scatter.launches(vocab, out.to(table), ids, weights)]
 
 
+def _score_tokens(
+    dtypes: tuple[torch.dtype, torch.dtype], vocabs: tuple[int, int], width: int, *, general: bool
+) -> list[Launch]:
+    softcap = 30.0 if general else None
+    sides = [
+        score_tokens.Operands(torch.empty(ROWS, width, dtype=d), torch.empty(v, width, dtype=d), None, 1.0, softcap)
+        for d, v in zip(dtypes, vocabs, strict=True)
+    ]
+    launches: list[Launch] = score_tokens.launches(*sides, torch.zeros(ROWS, dtype=torch.int64), 1.0)[0]
+    return launches
+
+
+def _transport(dtype: torch.dtype, cost: str, windows: tuple[int, int], width: int) -> list[Launch]:
+    table, lengths = torch.empty(10, width, dtype=dtype), torch.ones(ROWS, dtype=torch.int64)
+    ids = [torch.zeros(ROWS, window, dtype=torch.int64) for window in windows]
+    launches: list[Launch] = transport.launches(table, ids[0], lengths, table, ids[1], lengths, cost, 0.05, 200, 1e-4)[0]
+    return launches
+
+
 def default_launches() -> Iterator[Launch]:
     """What bfloat16 and float32 models with equal vocabularies and no softcap run."""
     single, equal = torch.float32, (ALIGNED, ALIGNED)
@@ -67,6 +86,9 @@ def default_launches() -> Iterator[Launch]:
         yield from _logprob_rows(single, ALIGNED, grad, entropy=entropy, general=False)
     yield from _weighted(single, single, WIDTH)
     yield from _weighted(single, torch.bfloat16, WIDTH)
+    for dtype in (single, torch.bfloat16):
+        yield from _score_tokens((dtype, dtype), equal, WIDTH, general=False)
+        yield from _transport(dtype, "cosine", (50, 50), WIDTH)
 
 
 def all_launches() -> Iterator[Launch]:
@@ -84,6 +106,14 @@ def all_launches() -> Iterator[Launch]:
                 yield from _logprob_rows(dtype, vocab, grad, entropy=entropy, **flags)
         for table, width in itertools.product({dtype, *NARROW}, (WIDTH, WIDTH + 1)):
             yield from _weighted(dtype, table, width)
+    served = (torch.float32, *NARROW)
+    for general, width in itertools.product((False, True), (WIDTH, WIDTH + 1)):
+        for dtypes in itertools.product(served, served):
+            for vocabs in ((ODD, ODD), (ODD, ODD + 64), (ODD + 64, ODD)):
+                yield from _score_tokens(dtypes, vocabs, width, general=general)
+    for cost, dtype, width in itertools.product(transport.COSTS, (torch.float64, *served), (WIDTH, WIDTH + 1)):
+        for windows in itertools.product((10, 30, 50, 100), repeat=2):
+            yield from _transport(dtype, cost, windows, width)
 
 
 def distinct(launches: Iterator[Launch]) -> list[Launch]:

@@ -5,12 +5,16 @@ import torch
 from topd_kernels import launch, row_statistics
 from topd_kernels.divergence_rows import divergence_rows
 from topd_kernels.logprob_rows import logprob_rows
+from topd_kernels.score_tokens import score_tokens
+from topd_kernels.transport import transport
 from topd_kernels.weighted_gather import weighted_gather
 from topd_kernels.weighted_scatter import weighted_scatter
 
 LAUNCHERS = {
     "divergence_rows": divergence_rows,
     "logprob_rows": logprob_rows,
+    "score_tokens": score_tokens,
+    "transport": transport,
     "weighted_gather": weighted_gather,
     "weighted_scatter": weighted_scatter,
 }

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from topd.backends import kernel
 from topd.checks import in_vocabulary
 from topd.ops.advise_huge_pages import buffer
 from topd.ops.divergence_rows import run_rows
@@ -32,8 +33,9 @@ from topd.ops.one_pass import (
     unfilled_gradients,
     workspace,
 )
+from topd.ops.score_tokens import run_scores, serves
 from topd.ops.tiles import HeadGrads, Side, product_dtype
-from topd.plan import EAGER_TEMPORARIES, ChunkPlan, Products, plan_chunks
+from topd.plan import EAGER_TEMPORARIES, ChunkPlan, Products, plan_chunks, prefers_fused
 from topd.reference.linear_divergence import COMMON_VOCABULARY, Rows, RowSpec
 from topd.scores import FIELDS
 
@@ -173,6 +175,18 @@ class Call(NamedTuple):
         widths = (self.student.hidden.shape[1], self.teacher.hidden.shape[1])
         return Products(*widths, own.itemsize, other.itemsize, own.itemsize, weight_grad=True)
 
+    @property
+    def fused(self) -> bool:
+        """Whether a kernel can go straight from hidden states to scores, the value among them."""
+        value_is_a_score = (self.spec.divergence, self.spec.parameter) in FUSED_VALUES and not self.spec.hard_weight
+        return self.backend == "triton" and value_is_a_score and serves(self.student, self.teacher)
+
+    def fused_scores(self, at: slice | Tensor) -> Tensor:
+        """Scores [9, N'] of the rows `at`."""
+        student, teacher = (side._replace(hidden=side.hidden[at]) for side in (self.student, self.teacher))
+        run = kernel("score_tokens", self.backend, student.hidden.device)
+        return run_scores(run, student, teacher, None if self.tokens is None else self.tokens[at], self.spec)
+
     def loop(self, chosen: Tensor | None, *, full_width: bool = False) -> TileLoop:
         """The chunk loop over the chosen rows (None: all)."""
         n = self.student.hidden.shape[0] if chosen is None else chosen.numel()
@@ -199,6 +213,8 @@ class Call(NamedTuple):
 
 
 N_COMMON = 24
+# Divergences with their parameters that are scores themselves.
+FUSED_VALUES = (("forward_kl", float("inf")), ("reverse_kl", 0.0))
 
 
 torch.library.define(
@@ -231,6 +247,10 @@ def _forward(*flat: Any) -> tuple[Tensor, ...]:
             in_vocabulary("tokens", call.tokens if chosen is None else call.tokens[chosen], call.vocab, COMMON_VOCABULARY)
         grad = hidden_grad or grads.wanted
         loop = call.loop(chosen, full_width=scores)
+        if scores and not grad and call.fused and prefers_fused(loop.plan):
+            at = slice(None) if chosen is None else chosen
+            found[:, at] = call.fused_scores(at)
+            return found[FIELDS.index(call.spec.divergence)].clone(), found, u, *grads, used_hint
         if loop.plan.n == 0:
             grads.zero()
         for chunk in loop.run(grad=grad, scores=scores):
