@@ -8,12 +8,14 @@ RUN := OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 $(BIN)/python
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 export TOPD_BUILD_CPP ?= 1
+# Further words for pytest: TESTS=tests/test_plan.py, TESTS="-k transport".
+TESTS ?=
 BUILT := $(VENV)/built-$(TOPD_BUILD_CPP)
 
 .PHONY: test lint bench demo clean
 
 test: $(BUILT)
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadfile $(TESTS)
 
 lint: $(BUILT)
 	$(BIN)/ruff check .

@@ -112,7 +112,7 @@ def all_launches() -> Iterator[Launch]:
             for vocabs in ((ODD, ODD), (ODD, ODD + 64), (ODD + 64, ODD)):
                 yield from _score_tokens(dtypes, vocabs, width, general=general)
     for cost, dtype, width in itertools.product(transport.COSTS, (torch.float64, *served), (WIDTH, WIDTH + 1)):
-        for windows in itertools.product((10, 30, 50, 100), repeat=2):
+        for windows in itertools.product((10, 30, 50, 100), (10, 30, 50, 100)):
             yield from _transport(dtype, cost, windows, width)
 
 
