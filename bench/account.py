@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from bench.cases import GPU_CASES, Case
 from bench.report import markdown_table, write_json
 from topd.plan import ChunkPlan, Products, plan_chunks
 
@@ -30,24 +31,12 @@ class Device(NamedTuple):
     bandwidth: float  # bytes a second
 
 
-class Shape(NamedTuple):
-    name: str
-    student_width: int
-    teacher_width: int
-    vocab: int
-    n: int = 8192
-
-
 DEVICES = [
     Device("H100 SXM", 0.7 * 989e12, 3.35e12),
     Device("A100 SXM 80GB", 0.7 * 312e12, 2.04e12),
     Device("MI300X", 0.7 * 1307e12, 5.3e12),
 ]
-SHAPES = [
-    Shape("Qwen3-4B with Qwen3-30B-A3B", 2560, 2048, 151_936),
-    Shape("Llama-3.2-1B with Llama-3.1-8B", 2048, 4096, 128_256),
-    Shape("Gemma-3-4B with Gemma-3-27B", 2560, 5376, 262_144),
-]
+SHAPES = list(GPU_CASES.values())
 
 
 class Cost(NamedTuple):
@@ -60,14 +49,14 @@ class Cost(NamedTuple):
         return self.flop / device.matrix_flop + self.byte / device.bandwidth
 
 
-def _products(shape: Shape, weight_grad: bool) -> tuple[float, Products]:
+def _products(shape: Case, weight_grad: bool) -> tuple[float, Products]:
     """flop of an entry, and what the plan must know."""
     student, teacher = shape.student_width, shape.teacher_width
     flop = 2.0 * (student * (3 if weight_grad else 2) + teacher)
     return flop, Products(student, teacher, NARROW, NARROW, NARROW, weight_grad)
 
 
-def floor(shape: Shape, *, weight_grad: bool) -> Cost:
+def floor(shape: Case, *, weight_grad: bool) -> Cost:
     """The bare products, each weight read once a product, d weight written once in 16 bits."""
     flop, _ = _products(shape, weight_grad)
     tiles = 2 * TILE + NARROW * (1 + weight_grad)  # both logits written, dlogits read once or twice
@@ -75,7 +64,7 @@ def floor(shape: Shape, *, weight_grad: bool) -> Cost:
     return Cost(flop, tiles + weights)
 
 
-def predicted(shape: Shape, divergence: str, plan: ChunkPlan, *, weight_grad: bool) -> Cost:
+def predicted(shape: Case, divergence: str, plan: ChunkPlan, *, weight_grad: bool) -> Cost:
     """linear_divergence, forward and backward, under a mean."""
     flop, products = _products(shape, weight_grad)
     tiles = 2 * TILE + NARROW * (1 + weight_grad)
@@ -84,18 +73,18 @@ def predicted(shape: Shape, divergence: str, plan: ChunkPlan, *, weight_grad: bo
     return Cost(flop, tiles + kernels + products.bytes_per_column(plan.rows, plan.pile) + scaled)
 
 
-def plan_of(shape: Shape, workspace_bytes: int, *, weight_grad: bool) -> ChunkPlan:
+def plan_of(shape: Case, workspace_bytes: int, *, weight_grad: bool) -> ChunkPlan:
     products = _products(shape, weight_grad)[1]
     return plan_chunks(shape.n, shape.vocab, shape.vocab, workspace_bytes=workspace_bytes, products=products)
 
 
-def ratio(shape: Shape, device: Device, divergence: str, workspace_bytes: int, *, weight_grad: bool) -> float:
+def ratio(shape: Case, device: Device, divergence: str, workspace_bytes: int, *, weight_grad: bool) -> float:
     plan = plan_of(shape, workspace_bytes, weight_grad=weight_grad)
     time = predicted(shape, divergence, plan, weight_grad=weight_grad).seconds(device)
     return time / floor(shape, weight_grad=weight_grad).seconds(device)
 
 
-def workspace_for(shape: Shape, device: Device, divergence: str, bound: float, *, weight_grad: bool) -> int | None:
+def workspace_for(shape: Case, device: Device, divergence: str, bound: float, *, weight_grad: bool) -> int | None:
     """The smallest workspace, in steps of a quarter GiB, that reaches a ratio; None where one chunk does not."""
     for quarter in range(1, 4 * 64):
         size = quarter * GIB // 4
@@ -106,7 +95,7 @@ def workspace_for(shape: Shape, device: Device, divergence: str, bound: float, *
     return None
 
 
-def _row(shape: Shape, device: Device, divergence: str, weight_grad: bool) -> dict[str, object]:
+def _row(shape: Case, device: Device, divergence: str, weight_grad: bool) -> dict[str, object]:
     flags = {"weight_grad": weight_grad}
     plan = plan_of(shape, 2 * GIB, **flags)
     at_floor, cost = floor(shape, **flags), predicted(shape, divergence, plan, **flags)

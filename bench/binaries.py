@@ -93,7 +93,7 @@ def source_of(launch: Launch) -> ASTSource:
         value = launch.arguments[name]
         signature[name] = _type_of(value, parameter.annotation_type)
         if isinstance(value, torch.Tensor):
-            divisible = not parameter.do_not_specialize_on_alignment
+            divisible = not parameter.do_not_specialize_on_alignment and value.data_ptr() % 16 == 0
         else:
             divisible = isinstance(value, int) and not parameter.do_not_specialize and value % 16 == 0
         if divisible:

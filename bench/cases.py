@@ -45,6 +45,16 @@ CASES = {
     )
 }
 
+# Hidden widths and vocabularies of the models' configurations, for GPUs.
+GPU_CASES = {
+    case.name: case
+    for case in (
+        Case("qwen3-4b from qwen3-30b-a3b", n=8192, vocab=151_936, student_width=2560, teacher_width=2048),
+        Case("llama-3.2-1b from llama-3.1-8b", n=8192, vocab=128_256, student_width=2048, teacher_width=4096),
+        Case("gemma-3-4b from gemma-3-27b", n=8192, vocab=262_208, student_width=2560, teacher_width=5376),
+    )
+}
+
 
 @dataclass(frozen=True, eq=False)
 class Inputs:

@@ -25,7 +25,9 @@ SUMS, SCORES = 6, 9
 MAX_VOCAB = 1 << 24  # an index is kept in a float32
 
 
-@triton.jit(do_not_specialize=["rows", "splits", "biases", "has_tokens", "block_count"])
+@triton.jit(
+    do_not_specialize=["rows", "splits", "biases", "has_tokens", "block_count"], do_not_specialize_on_alignment=["Tokens"]
+)
 def _sweep(
     Student, Teacher, student_stride, teacher_stride, StudentBias, TeacherBias, biases, Row, Tokens, has_tokens, Sums, Grad,
     grad_stride, rows, splits, block_count, vocab, student_width,
@@ -262,7 +264,7 @@ def launches(
     common, general = _common(student, teacher, student_bias, teacher_bias, spec)
     # A tensor that is never read stands for tokens that are not there.
     token = {
-        "Tokens": out.value.new_empty(1, dtype=torch.int64) if tokens is None else tokens,
+        "Tokens": out.value.new_empty(1, dtype=torch.int64) if tokens is None else tokens.contiguous(),
         "has_tokens": int(tokens is not None),
     }
     made = {

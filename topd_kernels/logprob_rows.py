@@ -24,7 +24,7 @@ from topd_kernels.row_math import LEFT_OUT, lane_update, log1p, logits_of, merge
 PARTS, ROW = 3, 6
 
 
-@triton.jit(do_not_specialize=["biased", "count"])
+@triton.jit(do_not_specialize=["biased", "count"], do_not_specialize_on_alignment=["Ids"])
 def _chosen(
     Product, stride, Bias, biased, Ids, Chosen, First, Slope, count, vocab, inner: tl.float64, outer: tl.float64,
     GENERAL: tl.constexpr, BLOCK: tl.constexpr,
@@ -52,7 +52,7 @@ def _chosen(
             tl.store(Slope + row * count + m, slope, mask=mask)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["Ids"])
 def _leave_out(Product, stride, Ids, count, vocab, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     for block in range(0, count, BLOCK):
@@ -210,7 +210,7 @@ def _gradient(
             tl.store(EntropyGrad + row * entropy_stride + at, grad.to(EntropyGrad.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows", "count"])
+@triton.jit(do_not_specialize=["rows", "count"], do_not_specialize_on_alignment=["Ids"])
 def _at_ids(
     Ids, Chosen, First, Row, EntropyGrad, entropy_stride, rows, count, vocab, inner: tl.float64, outer: tl.float64,
     GENERAL: tl.constexpr, BLOCK: tl.constexpr,

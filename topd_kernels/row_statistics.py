@@ -163,7 +163,7 @@ def _lost(Parts, at, mask, field, top, log_rest, FIRST: tl.constexpr):
     return tl.where(tail_top == float("-inf"), 0.0, 1 / (1 + tl.exp(-gap)))
 
 
-@triton.jit(do_not_specialize=["rows", "splits", "biases", "has_tokens"])
+@triton.jit(do_not_specialize=["rows", "splits", "biases", "has_tokens"], do_not_specialize_on_alignment=["Tokens"])
 def constants(
     Student, Teacher, student_stride, teacher_stride, StudentBias, TeacherBias, biases, Parts, Row, Tokens, has_tokens, rows,
     splits, vocab, student_inner: tl.float64, student_outer: tl.float64, teacher_inner: tl.float64, teacher_outer: tl.float64,

@@ -69,7 +69,7 @@ def _logits(product, Bias, at, mask, has_bias, inner, outer, capped, GENERAL: tl
     return tl.where(mask, y, FLOOR)
 
 
-@triton.jit(do_not_specialize=["rows", "vocab", "run"])
+@triton.jit(do_not_specialize=["rows", "vocab", "run"], do_not_specialize_on_alignment=["Tokens"])
 def _score_blocks(
     StudentHidden, StudentWeight, StudentBias, student_width, student_has_bias, student_inner, student_outer, student_capped,
     TeacherHidden, TeacherWeight, TeacherBias, teacher_width, teacher_has_bias, teacher_inner, teacher_outer, teacher_capped,

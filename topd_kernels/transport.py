@@ -27,8 +27,10 @@ from topd_kernels.launch import Launch, run_all
 COSTS = ("cosine", "sqeuclidean", "mismatch")
 COSINE, SQEUCLIDEAN, MISMATCH = (tl.constexpr(i) for i in range(3))
 MAX_WINDOW = 128
+LARGE = 64 * 64  # entries of a tile beyond which it is held in float32
 STAGE_FACTOR, STAGE_TOLERANCE, STAGE_SINKHORN = tl.constexpr(4.0), tl.constexpr(0.1), tl.constexpr(2)
 RIDGE, RIDGE_FLOAT32 = tl.constexpr(1e-10), tl.constexpr(1e-6)
+TINY = tl.constexpr(1e-37)
 DUAL_FLOAT32 = tl.constexpr(1e-6)  # what D is known to from float32 tiles, in units of epsilon
 ARMIJO, MAX_HALVINGS = tl.constexpr(1e-4), tl.constexpr(20)
 # What the pass evaluates: a plain step, a step of Newton's, the same f at a lower stage, f again after a search in vain.
@@ -58,65 +60,81 @@ def _inverse_norms(Table, ids, valid, width, stride, K: tl.constexpr, PIECE: tl.
 @triton.jit
 def _costs(
     StudentTable, TeacherTable, student_ids, teacher_ids, is_row, is_column, width, student_stride, teacher_stride,
-    COST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIECE: tl.constexpr, FLOAT: tl.constexpr,
+    COST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIECE: tl.constexpr, FLOAT: tl.constexpr, HELD: tl.constexpr, SQUARES: tl.constexpr,
 ):  # fmt: skip
-    """[ROWS, COLUMNS] in float64; 0 past the lengths."""
+    """[ROWS, COLUMNS]; 0 past the lengths."""
     if COST == MISMATCH:
-        total = (student_ids[:, None] != teacher_ids[None, :]).to(tl.float64)
+        total = (student_ids[:, None] != teacher_ids[None, :]).to(HELD)
     else:
         if COST == COSINE:
             x_scale = _inverse_norms(StudentTable, student_ids, is_row, width, student_stride, ROWS, PIECE)
             y_scale = _inverse_norms(TeacherTable, teacher_ids, is_column, width, teacher_stride, COLUMNS, PIECE)
-        total = tl.zeros([ROWS, COLUMNS], tl.float64)
+        total = tl.zeros([ROWS, COLUMNS], HELD)
         for start in range(0, width, PIECE):
             x = _vectors(StudentTable, student_ids, is_row, start, width, student_stride, PIECE)
             y = _vectors(TeacherTable, teacher_ids, is_column, start, width, teacher_stride, PIECE)
             if COST == COSINE:
-                x = (x.to(tl.float64) * x_scale[None, :]).to(FLOAT)
-                y = (y.to(tl.float64) * y_scale[None, :]).to(FLOAT)
-                terms = x[:, :, None] * y[:, None, :]
+                x, y = x.to(tl.float64) * x_scale[None, :], y.to(tl.float64) * y_scale[None, :]
+            x, y = x.to(FLOAT), y.to(FLOAT)
+            if PIECE == 1:  # in the layout of the large tiles, for which a sum over pieces would be rearranged each time
+                x, y = tl.reshape(x, [ROWS])[:, None], tl.reshape(y, [COLUMNS])[None, :]
+                total += (x * y if COST == COSINE else (x - y) * (x - y)).to(HELD)
             else:
-                gaps = x.to(FLOAT)[:, :, None] - y.to(FLOAT)[:, None, :]
-                terms = gaps * gaps
-            total += tl.sum(terms, 0).to(tl.float64)
+                x, y = x[:, :, None], y[:, None, :]
+                total += tl.sum(x * y if COST == COSINE else (x - y) * (x - y), 0).to(HELD)
         if COST == COSINE:
             total = 1 - total
             total = tl.where(total < 0, 0.0, total)
-    return tl.where(_entries(is_row, is_column), total, 0.0)
+    return tl.where(_entries(is_row, is_column, SQUARES), total, 0.0)
 
 
 @triton.jit
-def _entries(is_row, is_column):
-    """[ROWS, COLUMNS] bool. The outer product is a dot for the layout of its result, which all that is made of it takes over: a
-    thread holds small squares of a tile. Otherwise it holds most of a column, and each broadcast row vector fills registers."""
-    first = tl.arange(0, 16) == 0
-    rows = (is_row[:, None] & first[None, :]).to(tl.float32)
-    columns = (is_column[None, :] & first[:, None]).to(tl.float32)
-    return tl.dot(rows, columns, input_precision="ieee") > 0.5
+def _entries(is_row, is_column, SQUARES: tl.constexpr):
+    """[ROWS, COLUMNS] bool. Of large tiles the outer product is a dot, for the layout of its result, which all that is made of it
+    takes over: a thread holds small squares, not most of a column, whose row vectors would fill the registers."""
+    if not SQUARES:
+        return is_row[:, None] & is_column[None, :]
+    else:
+        first = tl.arange(0, 16) == 0
+        rows = (is_row[:, None] & first[None, :]).to(tl.float32)
+        columns = (is_column[None, :] & first[:, None]).to(tl.float32)
+        return tl.dot(rows, columns, input_precision="ieee") > 0.5
 
 
 @triton.jit
 def _over(tile, axis: tl.constexpr):
-    """Sums in float64 along an axis, spread over the threads. (As they come out of a sum, each thread holds all those of its tile's
-    lines; everything made of them would, which takes most of the registers.)"""
-    sums = tl.sum(tile, axis).to(tl.float64)
-    return tl.gather(sums, tl.arange(0, sums.shape[0]), 0)
+    """Sums along an axis in float64."""
+    return _spread(tl.sum(tile, axis), tile.dtype).to(tl.float64)
+
+
+@triton.jit
+def _spread(x, HELD: tl.constexpr):
+    """A vector over a large tile's lines, held once by the block: out of a reduction each thread has those of all its lines, and so
+    it would all that is made of them."""
+    if HELD == tl.float64:
+        return x
+    else:
+        return tl.gather(x, tl.arange(0, x.shape[0]), 0)
 
 
 @triton.jit
 def _evaluate(f, cost, is_row, a, b, unit_a, unit_b, stage):
     """P with exact columns at (f, stage), its row sums, D(f), and the largest |row sum - marginal| in units of it."""
     inverse = 1 / stage
-    if cost.dtype != tl.float64:
-        cost += (stage * 0).to(cost.dtype)  # or its conversion to float64 leaves the loop, to be held in twice the registers
-    entered = tl.where(is_row, f, float("-inf"))
-    top = tl.max(entered.to(cost.dtype)[:, None] - cost, 0)
-    top = tl.gather(top, tl.arange(0, top.shape[0]), 0).to(tl.float64)
-    plan = tl.exp(((entered[:, None] - cost - top[None, :]) * inverse).to(cost.dtype))
+    if cost.dtype == tl.float64:
+        scaled = tl.where(is_row[:, None], (f[:, None] - cost) * inverse, float("-inf"))
+        top = tl.max(scaled, 0)
+        plan = tl.exp(scaled - top[None, :])
+    else:  # exponents in float64; a largest one need not be exact
+        cost += (stage * 0).to(cost.dtype)  # keeps float64 copies of the costs from being made once, and held
+        entered = tl.where(is_row, f, float("-inf"))
+        top = _spread(tl.max(entered.to(cost.dtype)[:, None] - cost, 0), cost.dtype).to(tl.float64)
+        plan = tl.exp(((entered[:, None] - cost - top[None, :]) * inverse).to(cost.dtype))
+        top *= inverse
     total = _over(plan, 0)
     plan = plan * (b / total).to(cost.dtype)[None, :]
     rows = _over(plan, 1)
-    dual = tl.sum(a * f, 0) + stage * (tl.log(unit_b) - tl.sum(b * (top * inverse + tl.log(total)), 0))
+    dual = tl.sum(a * f, 0) + stage * (tl.log(unit_b) - tl.sum(b * (top + tl.log(total)), 0))
     error = tl.max(tl.abs(rows - a), 0) / unit_a
     return plan, rows, dual, tl.where(dual == dual, error, dual)  # a maximum may drop a NaN
 
@@ -206,12 +224,12 @@ def _solve(cost, is_row, a, b, unit_a, unit_b, spread, epsilon, max_iterations, 
 def _rounded(plan, rows, a, b):
     """The plan moved onto its marginals: rows and columns scaled down where they hold too much, the rest spread evenly."""
     held = plan.dtype
-    plan = plan * tl.minimum(a / tl.maximum(rows, 1e-300), 1.0).to(held)[:, None]
-    plan = plan * tl.minimum(b / tl.maximum(_over(plan, 0), 1e-300), 1.0).to(held)[None, :]
-    missing_a = tl.maximum(a - _over(plan, 1), 0.0)
-    missing_b = tl.maximum(b - _over(plan, 0), 0.0)
-    share = missing_b / tl.maximum(tl.sum(missing_a, 0), 1e-300)
-    return plan + missing_a.to(held)[:, None] * share.to(held)[None, :]
+    a, b, rows = a.to(held), b.to(held), rows.to(held)
+    plan = plan * tl.minimum(a / tl.maximum(rows, TINY), 1.0)[:, None]
+    plan = plan * tl.minimum(b / tl.maximum(_over(plan, 0).to(held), TINY), 1.0)[None, :]
+    missing_a = tl.maximum(a - _over(plan, 1).to(held), 0.0)
+    missing_b = tl.maximum(b - _over(plan, 0).to(held), 0.0)
+    return plan + missing_a[:, None] * (missing_b / tl.maximum(tl.sum(missing_a, 0), TINY))[None, :]
 
 
 @triton.jit
@@ -230,21 +248,21 @@ def _transport(
     StudentTable, StudentIds, StudentLengths, TeacherTable, TeacherIds, TeacherLengths, Distance, Plan, MarginalError,
     student_window, teacher_window, width, student_stride, teacher_stride,
     epsilon: tl.float64, max_iterations, tolerance: tl.float64,
-    COST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIECE: tl.constexpr, HELD: tl.constexpr,
+    COST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIECE: tl.constexpr, HELD: tl.constexpr, SQUARES: tl.constexpr,
 ):  # fmt: skip
     problem = tl.program_id(0).to(tl.int64)
     student_ids, is_row, a, unit_a = _side(StudentIds, StudentLengths, problem, student_window, ROWS)
     teacher_ids, is_column, b, unit_b = _side(TeacherIds, TeacherLengths, problem, teacher_window, COLUMNS)
-    is_entry = _entries(is_row, is_column)
+    is_entry = _entries(is_row, is_column, SQUARES)
     cost = _costs(
         StudentTable, TeacherTable, student_ids, teacher_ids, is_row, is_column, width, student_stride, teacher_stride,
-        COST, ROWS, COLUMNS, PIECE, Plan.dtype.element_ty,
+        COST, ROWS, COLUMNS, PIECE, Plan.dtype.element_ty, HELD, SQUARES,
     )  # fmt: skip
-    spread = tl.max(tl.max(cost, 1), 0) - tl.min(tl.min(tl.where(is_entry, cost, float("inf")), 1), 0)
+    low = tl.min(tl.min(tl.where(is_entry, cost, float("inf")), 1), 0)
+    spread = (tl.max(tl.max(cost, 1), 0) - low).to(tl.float64)
     epsilon = tl.cast(epsilon, tl.float64)
     if COST == SQEUCLIDEAN:
-        epsilon *= tl.maximum(tl.sum(tl.sum(cost, 1), 0) * unit_a * unit_b, 1e-12)
-    cost = cost.to(HELD)
+        epsilon *= tl.maximum(tl.sum(tl.sum(cost, 1), 0).to(tl.float64) * unit_a * unit_b, 1e-12)
 
     f = _solve(cost, is_row, a, b, unit_a, unit_b, spread, epsilon, max_iterations, tl.cast(tolerance, tl.float64), 2 * ROWS)
 
@@ -265,8 +283,8 @@ def block_of(window: int) -> int:
 
 
 def warps_of(rows: int, columns: int) -> int:
-    """Eight entries of a plan a thread, which leaves float64 tiles in registers; sixteen for the largest."""
-    return min(16, max(1, rows * columns // 256))
+    """Eight entries of a float64 plan a thread, up to 64 of a float32 one: what leaves the tiles in registers."""
+    return 8 if rows * columns > LARGE else max(1, rows * columns // 256)
 
 
 def launches(
@@ -280,6 +298,8 @@ def launches(
     epsilon: float,
     max_iterations: int,
     tolerance: float,
+    *,
+    hip: bool = torch.version.hip is not None,
 ) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor]]:
     """The launch, and (distance [m], plan [m, K_S, K_T], marginal_error [m]), which it fills; float64 where a table is, else
     float32."""
@@ -312,13 +332,14 @@ def launches(
         "max_iterations": max_iterations,
         "tolerance": tolerance,
     }
-    large = rows * columns > 64 * 64
+    large = rows * columns > LARGE
     constants = {
         "COST": COSTS.index(cost),
         "ROWS": rows,
         "COLUMNS": columns,
-        "PIECE": 4,
+        "PIECE": 1 if large else 4,
         "HELD": tl.float32 if large else tl.float64,
+        "SQUARES": large and not hip,
     }
     launch = Launch(_transport, (problems,), arguments, constants, warps_of(rows, columns))
     return [launch], (distance, plan, marginal_error)

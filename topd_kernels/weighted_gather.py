@@ -12,7 +12,7 @@ from topd_kernels.launch import Launch
 WIDTH, NUM_WARPS = 512, 4
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["Ids", "Weights"])
 def _gather(Out, out_stride, Table, table_stride, Ids, Weights, count, vocab, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

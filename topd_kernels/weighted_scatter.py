@@ -14,7 +14,7 @@ from topd_kernels.launch import Launch
 WIDTH, NUM_WARPS = 512, 4
 
 
-@triton.jit(do_not_specialize=["entries", "count"])
+@triton.jit(do_not_specialize=["entries", "count"], do_not_specialize_on_alignment=["Weights"])
 def _scatter(
     Out, out_stride, Rows, rows_stride, Sorted, Order, Weights, entries, count, vocab, width, BLOCK: tl.constexpr
 ):  # fmt: skip

@@ -111,7 +111,8 @@ class TileLoop:
         narrow = self.student.weight.dtype
         piled = None
         if grad and narrow != self.dtype:
-            piled = tiles[0].new_empty(self.plan.pile * self.plan.rows, tiles[0].shape[1], dtype=narrow)
+            width = -(-tiles[0].shape[1] // 8) * 8  # each row begins on 16 bytes, as its stores and products like it
+            piled = tiles[0].new_empty(self.plan.pile * self.plan.rows, width, dtype=narrow)[:, : tiles[0].shape[1]]
         for pile in self.plan.piles():
             begin, finite = pile[0][0], []
             for start, stop in pile:
