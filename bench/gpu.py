@@ -23,10 +23,10 @@ import torch
 
 import topd
 from bench import gpu_checks, gpu_judge, gpu_kernels, gpu_times, gpu_tune
+from bench.cases import GPU_CASES
 from bench.gpu_clock import Clock
 from bench.gpu_judge import Check, judge
 from bench.gpu_kernels import KernelRow
-from bench.cases import GPU_CASES
 from bench.gpu_peers import LOSSES, TOKENS, fitted
 from bench.gpu_problems import Sizes
 from bench.gpu_times import Plan, TimeRow

@@ -13,8 +13,9 @@ from torch import Tensor
 
 import topd
 from bench import agreement, logprob_peers, peers
-from bench.cases import GPU_CASES, LOGIT_SPREAD, TEACHER_NOISE, Case, Inputs
+from bench.cases import LOGIT_SPREAD, TEACHER_NOISE, Case, Inputs
 from bench.peers import Gradients
+from topd.plan import FUSED_BLOCK
 
 TOKENS = 8192
 LOSSES = ("reverse_kl", "jsd", "logprobs_1", "logprobs_50")
@@ -165,11 +166,14 @@ def our_scores(inputs: Inputs) -> Tensor:
     return torch.stack([found.forward_kl, found.reverse_kl, found.student_entropy, found.teacher_entropy])
 
 
-def scores_by_tiles(inputs: Inputs) -> Tensor:
-    """The same through tiles of logits, which a JSD beside them needs."""
+def fused_scores(inputs: Inputs) -> Tensor:
+    """The same by the fused kernel, which a workspace for few rows asks for."""
     student, teacher = topd.Head(inputs.student_weight.detach()), topd.Head(inputs.teacher_weight)
     sides = (inputs.student_hidden.detach(), student, inputs.teacher_hidden, teacher)
-    _, found = topd.linear_divergence(*sides, divergence="jsd", return_scores=True, backend="triton")
+    few = FUSED_BLOCK * 4 * (inputs.student_weight.shape[0] + inputs.teacher_weight.shape[0])
+    _, found = topd.linear_divergence(
+        *sides, divergence="forward_kl", return_scores=True, workspace_bytes=few, backend="triton"
+    )
     assert isinstance(found, topd.TokenScores)
     return torch.stack([found.forward_kl, found.reverse_kl, found.student_entropy, found.teacher_entropy])
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import topd
+from topd.plan import FUSED_BLOCK
 from topd.reference.transport import Windows
 from topd.scores import FIELDS
 
@@ -177,11 +178,13 @@ def logprobs(problem: Problem, backend: str, dtype: torch.dtype) -> dict[str, Te
 
 
 def scores(problem: Problem, backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """All scores without gradients, as `topd.score_tokens` computes them: on triton by the fused kernels."""
+    """All scores without gradients: on triton by the fused kernels, which a workspace for few rows asks for."""
     call = {name: value for name, value in problem.options.get("call", {}).items() if name != "hard_weight"}
     options = {"mask": problem.mask, "tokens": problem.tokens[:, 0], "return_scores": True, **call}
     with torch.no_grad():
         sides = (*problem.side(0, dtype), *problem.side(1, dtype))
+        itemsize = torch.promote_types(dtype, torch.float32).itemsize
+        options["workspace_bytes"] = FUSED_BLOCK * itemsize * sum(head.weight.shape[0] for head in sides[1::2])
         found = topd.linear_divergence(*sides, divergence="forward_kl", backend=backend, **options)
     assert isinstance(found, tuple)
     return scores_of(found[1])

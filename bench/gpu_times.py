@@ -141,11 +141,11 @@ def loss_line(case: Case, inputs: Inputs, head: str, loss: str, *, compiled: boo
 
 
 def score_line(case: Case, inputs: Inputs) -> Line:
-    """score_tokens, as it is called and by tiles, without gradients; the error is the reverse KL's."""
+    """score_tokens, as it is called (by tiles) and fused, without gradients; the error is the reverse KL's."""
     runs: dict[str, Callable[[], Any]] = {
         "floor": partial(gpu_peers.floor_of_scores, inputs),
         "ours": partial(gpu_peers.our_scores, inputs),
-        "ours, by tiles": partial(gpu_peers.scores_by_tiles, inputs),
+        "ours, fused": partial(gpu_peers.fused_scores, inputs),
         "eager": partial(gpu_peers.eager_scores, inputs),
     }
     at = torch.linspace(0, case.n - 1, min(ROWS, case.n)).long().to(inputs.student_hidden.device)

@@ -59,7 +59,9 @@ from topd_kernels import divergence_rows as d, logprob_rows as l, weighted_gathe
 found = {}
 for n in (1, 2, 3, 16, 17, 100, 128, 1000, 2048, 4099):
     student, teacher = torch.empty(n, 1000), torch.empty(n, 1000)
-    ids, tokens, weights = torch.zeros(n, 5, dtype=torch.int64), torch.zeros(n + 1, dtype=torch.int64)[1:], torch.empty(n, 5)
+    odd = n % 2  # of a larger tensor: not aligned
+    ids, tokens = (torch.zeros(size + odd, dtype=torch.int64)[odd:] for size in (5 * n, n))
+    ids, weights = ids.view(n, 5), torch.empty(n, 5)
     grad = torch.empty(n, 1000, dtype=torch.bfloat16)
     spec = d.Spec(1.0, None, 1.0, None, 1.0, "jsd", 0.5, 0.1)
     splits = 1 if n > 100 else 3
