@@ -67,7 +67,8 @@ for n in (1, 2, 3, 16, 17, 100, 128, 1000, 2048, 4099):
     splits = 1 if n > 100 else 3
     launches = d.launches(student, teacher, None, None, tokens, spec, grad, True, splits=splits)[0]
     launches += l.launches(student, None, ids, l.Spec(1.0, None, 1.0), grad, grad, True, splits=splits)[0]
-    launches += g.launches(student, torch.empty(9, 1000), ids, weights) + s.launches(torch.empty(9, 1000), student, ids, weights)
+    table = torch.empty(9, 1000)
+    launches += g.launches(student, table, ids, weights) + s.launches(table, student, ids, weights)
     for i, launch in enumerate(launches):
         found.setdefault((i, launch.name), set()).add((source_of(launch).hash(), launch.num_warps))
 print(sorted(set(map(len, found.values()))), len(found))

@@ -1,4 +1,5 @@
-"""topd::divergence_rows for Triton: two tiles of products in, divergences, scores and the gradient to the student's product out.
+"""topd::divergence_rows for Triton: two tiles of products in; divergences, scores and the gradient to the student's product
+out.
 
 Formulas are those of topd/reference/linear_divergence.py. Launches of a chunk, S programs a row where rows are few:
     statistics  both tiles read once: largest entries, normalisers, and the reverse KL's centre E, each online
@@ -163,8 +164,8 @@ def _finish(
         value = tl.where(only_t, infinity, value)
     if KIND == REVERSE_KL:
         value = tl.where(only_s, infinity, value)
-    s_logprob = value * 0
-    t_logprob = value * 0
+    s_logprob = tl.zeros([BLOCK], value.dtype)
+    t_logprob = s_logprob
     if has_tokens != 0:
         s_logprob = tl.load(Row + 12 * rows + at, mask=mask, other=0.0)
         t_logprob = tl.load(Row + 13 * rows + at, mask=mask, other=0.0)
@@ -187,8 +188,8 @@ def _finish(
         tl.store(Scores + 5 * rows + at, tl.where(finite, t_logprob, nan), mask=mask)
         agreement = (s_mode == t_mode).to(value.dtype)
         tl.store(Scores + 6 * rows + at, tl.where(finite, agreement, nan), mask=mask)
-        s_lost = value * 0
-        t_lost = value * 0
+        s_lost = tl.zeros([BLOCK], value.dtype)
+        t_lost = s_lost
         if TAILS:
             s_lost = tl.load(Row + 14 * rows + at, mask=mask, other=0.0)
             t_lost = tl.load(Row + 15 * rows + at, mask=mask, other=0.0)

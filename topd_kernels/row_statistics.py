@@ -1,8 +1,8 @@
 """The statistics of two tiles' rows for Triton: what a row's divergences need before its entries are looked at one by one.
 
 Parts [14, splits, rows]: student top, mode, rest; teacher's; whether an entry has probability on the teacher's side only, on
-the student's only; A at the student's mode and the sum of exp(y - top) (A - A at the mode), A = y_S - y_T; top and rest beyond
-the common vocabulary, of the student, of the teacher.
+the student's only; the teacher's logit at the student's mode and the sum of exp(y_S - top) (A - A at the mode), A = y_S - y_T;
+top and rest beyond the common vocabulary, of the student, of the teacher.
 Row [16, rows]: student top, mode, log1p(rest), 1 / (1 + rest); teacher's; whether both distributions exist; the two flags; E of
 the reverse KL relative to A at the mode; log p of the token on both sides; lost mass on both sides.
 """
@@ -10,7 +10,7 @@ the reverse KL relative to A at the mode; log p of the token on both sides; lost
 import triton
 import triton.language as tl
 
-from topd_kernels.row_math import FAR, lane_update, log1p, logits_of, merge, number, over_lanes
+from topd_kernels.row_math import lane_update, log1p, logits_of, merge, number, over_lanes
 
 PARTS, ROW = 14, 16
 
@@ -49,6 +49,16 @@ def _tail(Product, Bias, biased, inner, outer, start, end, GENERAL: tl.constexpr
     return best, total
 
 
+@triton.jit
+def _relative(ys, yt, ys_at, yt_at):
+    """A - A at another entry, A = y_S - y_T; 0 where an entry has no probability on a side. As `log_ratio`: where the offsets
+    are near the sides' difference is exact, where they are apart each side's own is."""
+    near = tl.abs(ys_at - yt_at) <= 4
+    gap = tl.where(near, (ys - yt) - (ys_at - yt_at), (ys - ys_at) - (yt - yt_at))
+    lowest = tl.minimum(tl.minimum(ys, yt), tl.minimum(ys_at, yt_at))
+    return tl.where(lowest > float("-inf"), gap, 0.0)
+
+
 @triton.jit(do_not_specialize=["rows", "biases", "block_count"])
 def statistics(
     Student, Teacher, student_stride, teacher_stride, StudentBias, TeacherBias, biases, Parts, rows, block_count,
@@ -65,14 +75,7 @@ def statistics(
     none = tl.full([BLOCK], float("-inf"), dtype)
     zero = tl.zeros([BLOCK], dtype)
     s_top, s_at, s_rest, t_top, t_at, t_rest = none, lanes, zero, none, lanes, zero
-    a_top, w, only_t, only_s = zero, zero, lanes < 0, lanes < 0
-    # A = y_S - y_T of the row's first entry tells whether the sides' offsets are near (see log_ratio).
-    ys0, yt0 = logits_pair(Student, Teacher, StudentBias, TeacherBias, 0, rows > 0, biases,
-                            student_inner, student_outer, teacher_inner, teacher_outer, GENERAL)  # fmt: skip
-    apart = (tl.abs(ys0) < FAR) & (tl.abs(yt0) < FAR) & (tl.abs(ys0 - yt0) > 16)
-    ys0 = tl.where(apart, ys0, 0.0)
-    yt0 = tl.where(apart, yt0, 0.0)
-
+    t_there, w, only_t, only_s = none, zero, lanes < 0, lanes < 0
     start = split * block_count * BLOCK
     end = tl.minimum(start + block_count * BLOCK, vocab)
     for block in range(start, end, BLOCK):
@@ -83,13 +86,13 @@ def statistics(
         no_teacher = yt == float("-inf")
         only_t = only_t | (no_student & (yt > float("-inf")))
         only_s = only_s | (no_teacher & (ys > float("-inf")))
+        gap = _relative(ys, yt, s_top, t_there)
         before = s_rest
         s_top, s_at, s_rest, above, e = lane_update(ys, at, s_top, s_at, s_rest)
         t_top, t_at, t_rest, _, _ = lane_update(yt, at, t_top, t_at, t_rest)
-        if CENTRE:  # the sum over the others of exp(y_S - top) (A - A at the top)
-            a = tl.where(no_student, 0.0, tl.where(no_teacher, FAR, (ys - ys0) - (yt - yt0)))
-            w = tl.where(above, e * (w + (a_top - a) * (before + 1)), w + e * (a - a_top))
-            a_top = tl.where(above, a, a_top)
+        if CENTRE:  # w: the sum over the others of exp(y_S - top) (A - A at the top)
+            w = tl.where(above, e * (w - gap * (before + 1)), w + e * gap)
+            t_there = tl.where(above, yt, t_there)
 
     best, first, total, is_mode, factor = over_lanes(s_top, s_at, s_rest)
     Parts += (split * rows + row).to(tl.int64)
@@ -98,10 +101,10 @@ def statistics(
     tl.store(Parts + field, first.to(dtype))
     tl.store(Parts + 2 * field, total)
     if CENTRE:
-        a_best = tl.sum(tl.where(is_mode, a_top, 0.0), 0)
-        gaps = factor * ((a_top - a_best) * (1 + s_rest) + w)
-        tl.store(Parts + 8 * field, a_best)
-        tl.store(Parts + 9 * field, tl.sum(tl.where(is_mode, w, gaps), 0))
+        t_best = tl.max(tl.where(is_mode, t_there, float("-inf")), 0)
+        others = factor * (_relative(s_top, t_there, best, t_best) * (1 + s_rest) + w)
+        tl.store(Parts + 8 * field, t_best)
+        tl.store(Parts + 9 * field, tl.sum(tl.where(is_mode, w, others), 0))
     best, first, total, _, _ = over_lanes(t_top, t_at, t_rest)
     tl.store(Parts + 3 * field, best)
     tl.store(Parts + 4 * field, first.to(dtype))
@@ -122,23 +125,25 @@ def statistics(
 
 @triton.jit
 def _merged(Parts, at, mask, splits, rows, field, FIRST: tl.constexpr):
-    """The S parts of one side's statistics: top, mode, rest; and of E's: A at the top, the sum beside it."""
+    """The S parts of one side's statistics: top, mode, rest; and of E's sum, with the teacher's logit at the top."""
     top = tl.load(Parts + FIRST * field + at, mask=mask, other=0.0)
     mode = tl.load(Parts + (FIRST + 1) * field + at, mask=mask, other=0.0)
     rest = tl.load(Parts + (FIRST + 2) * field + at, mask=mask, other=0.0)
-    a = tl.load(Parts + 8 * field + at, mask=mask, other=0.0)
+    there = tl.load(Parts + 8 * field + at, mask=mask, other=0.0)
     w = tl.load(Parts + 9 * field + at, mask=mask, other=0.0)
     for split in range(1, splits):
         Part = Parts + split * rows + at
         other_top = tl.load(Part + FIRST * field, mask=mask, other=0.0)
         other_mode = tl.load(Part + (FIRST + 1) * field, mask=mask, other=0.0)
         other_rest = tl.load(Part + (FIRST + 2) * field, mask=mask, other=0.0)
-        other_a = tl.load(Part + 8 * field, mask=mask, other=0.0)
+        other_there = tl.load(Part + 8 * field, mask=mask, other=0.0)
         other_w = tl.load(Part + 9 * field, mask=mask, other=0.0)
+        down = _relative(other_top, other_there, top, there)
+        up = _relative(top, there, other_top, other_there)
         top, merged, higher, gap = merge(top, rest, other_top, other_rest)
-        below = w + gap * (other_w + (other_a - a) * (1 + other_rest))
-        w = tl.where(higher, other_w + gap * (w + (a - other_a) * (1 + rest)), below)
-        a = tl.where(higher, other_a, a)
+        below = w + gap * (other_w + down * (1 + other_rest))
+        w = tl.where(higher, other_w + gap * (w + up * (1 + rest)), below)
+        there = tl.where(higher, other_there, there)
         mode = tl.where(higher, other_mode, mode)
         rest = merged
     return top, mode, rest, w

@@ -17,8 +17,8 @@ NAMES = ("reference", "eager", "cpp", "triton")
 
 @dataclass(frozen=True)
 class Backend:
-    """One backend: whether it can run here and what it is, or why it cannot. True in a condition where it can. `interpreted`: it
-    runs in Triton's interpreter, on CPU tensors."""
+    """One backend: whether it can run here and what it is, or why it cannot. True in a condition where it can. `interpreted`:
+    it runs in Triton's interpreter, on CPU tensors."""
 
     name: str
     available: bool
@@ -70,8 +70,8 @@ def _kernels() -> Any:
 
 
 def _triton_facts() -> tuple[bool, str, bool]:
-    """The fields of Triton's Backend as constants, which torch.compile takes; imports the kernels on first use, since that takes
-    a while."""
+    """The fields of Triton's Backend as constants, which torch.compile takes; imports the kernels on first use, since that
+    takes a while."""
     if importlib.util.find_spec("triton") is None:
         return False, 'triton is not installed; install it (>= 3.4), or use "eager" on a GPU', False
     if _kernels().interpreted():

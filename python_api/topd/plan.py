@@ -20,8 +20,8 @@ EAGER_TEMPORARIES = 18
 EAGER_LOGPROB_TEMPORARIES = 14
 
 
-# Rows that a program of the fused score kernel takes, and the rows a chunk below which it is predicted to win: its own tiles are
-# small, so that it reads heads and hidden states from cache far more often than cuBLAS's products do.
+# Rows that a program of the fused score kernel takes, and the rows a chunk below which it is predicted to win: its own tiles
+# are small, so that it reads heads and hidden states from cache far more often than cuBLAS's products do.
 FUSED_BLOCK, FUSED_BELOW = 64, 128
 # Chunks whose 16-bit gradients may wait for one product, at most.
 MAX_PILE = 16

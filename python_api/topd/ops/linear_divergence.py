@@ -70,8 +70,8 @@ class Gradients(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """One chunk's results; `at` is where its rows stand among the N. `gradients` come with the last chunk of a pile, and live in
-    a tile that is overwritten after it."""
+    """One chunk's results; `at` is where its rows stand among the N. `gradients` come with the last chunk of a pile, and live
+    in a tile that is overwritten after it."""
 
     at: slice | Tensor
     rows: Rows
@@ -268,7 +268,8 @@ def _forward(*flat: Any) -> tuple[Tensor, ...]:
             if grads.wanted:
                 weights = used_hint[made.at].masked_fill(~made.finite, 0.0)
                 used_hint[made.at] = weights
-                grads.add(loop.student, made.grad_logits, through_adapter, made.hidden, weights, first=made.first)
+                sums = (loop.student, made.grad_logits, through_adapter, made.hidden, weights)
+                grads.add(*sums, first=made.first, normalised=True)
         return value, found, u, *grads, used_hint
 
 
@@ -292,9 +293,10 @@ def _head_grads(call: Call, grad: Tensor, saved: HeadGrads, hint: Tensor, unifor
             continue
         through_adapter = loop.student.through_adapter(made.grad_logits)
         first = found.anew and made.first
+        sums = (loop.student, made.grad_logits, through_adapter, made.hidden)
         for alpha, weights in found.terms:
             row_weights = weights[made.at].masked_fill(~made.finite, torch.nan)
-            found.grads.add(loop.student, made.grad_logits, through_adapter, made.hidden, row_weights, first=first, alpha=alpha)
+            found.grads.add(*sums, row_weights, first=first, alpha=alpha, normalised=weights is hint)
     return found.grads
 
 

@@ -3,8 +3,8 @@ log-probabilities out.
 
 Read per token: its row of the tile once from memory. Written: the row, which becomes the gradient of the mass outside the ids
 where `grad` asks for it; the entropy's gradient into a second tile where `entropy_tile` is given; M log-probabilities and
-flags. On a GPU the gradients may go into tiles of 16 bits, as the matrix products after them take them. The math is that of `topd.reference.linear_logprobs`. Compiled backends register it for their device; "eager" calls
-the reference itself.
+flags. On a GPU the gradients may go into tiles of 16 bits, as the matrix products after them take them. The math is that of
+`topd.reference.linear_logprobs`. Compiled backends register it for their device; "eager" calls the reference itself.
 """
 
 import torch

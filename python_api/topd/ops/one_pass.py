@@ -52,8 +52,8 @@ def common_factor(weights: Tensor, hint: Tensor) -> Tensor:
 
 
 class Correction(NamedTuple):
-    """The sums so far, fresh tensors; the rows to be added to them; and as what: sum alpha weights[n] d value_n for each (alpha,
-    weights [N]). `anew`: the sums are not filled yet."""
+    """The sums so far, fresh tensors; the rows to be added to them; and as what: sum alpha weights[n] d value_n for each
+    (alpha, weights [N]). `anew`: the sums are not filled yet."""
 
     grads: HeadGrads
     rows: Tensor

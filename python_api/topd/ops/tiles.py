@@ -1,9 +1,10 @@
 """The matrix products around a tile: into it, tile = hidden weightᵀ, and out of it, u = dlogits weight and
 d weight += dlogitsᵀ (w ⊙ hidden). Tiles of logits, u and the sums are float32. On a CPU float16 and bfloat16 are widened to
-float32: hidden states a chunk at a time, weights once a call. On a GPU the products take them as they are, with float32 out, and
-dlogits and w ⊙ hidden are rounded to them.
+float32: hidden states a chunk at a time, weights once a call. On a GPU the products take them as they are, with float32 out,
+and dlogits and w ⊙ hidden are rounded to them.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -128,18 +129,35 @@ class HeadGrads(NamedTuple):
         *,
         first: bool,
         alpha: float = 1.0,
+        normalised: bool = False,
     ) -> None:
         """Add alpha sum_n row_weights[n] d value_n, or start with it. A weight of 0 keeps its row out even where hidden is not
-        finite. The weighted hidden states take the dtype of the gradient tile: where that has 16 bits they are rounded."""
-        beta, narrow = 0.0 if first else 1.0, grad_logits.dtype
+        finite. The weighted hidden states take the dtype of the gradient tile: where that has 16 bits they are rounded.
+        `normalised`: the largest weight is 1 or 0, so that float16 has the range for them."""
+        beta = 0.0 if first else 1.0
         weights = row_weights.unsqueeze(-1)
         weighted = (hidden.to(row_weights.dtype) * weights).masked_fill_(weights == 0, 0.0)
+
+        def summed(out: Tensor, values: Tensor, factor: float = 1.0) -> None:
+            narrow, scale = _narrowed(values, grad_logits.dtype, normalised)
+            addmm(out, grad_logits.T, narrow, beta=beta, alpha=alpha * factor * scale)
+
         if self.weight.numel():
-            addmm(self.weight, grad_logits.T, weighted.to(narrow), beta=beta, alpha=alpha)
-        if self.bias.numel() and narrow == self.bias.dtype:
+            summed(self.weight, weighted)
+        if self.bias.numel() and grad_logits.dtype == self.bias.dtype:
             self.bias.addmv_(grad_logits.T, row_weights, beta=beta, alpha=alpha)
         elif self.bias.numel():
-            addmm(self.bias.unsqueeze(-1), grad_logits.T, weights.to(narrow), beta=beta, alpha=alpha)
+            summed(self.bias.unsqueeze(-1), weights)
         if self.a.numel() and side.a is not None and through_adapter is not None:
             self.a.addmm_(through_adapter.T, weighted, alpha=alpha * side.scaling, beta=beta)
-            addmm(self.b, grad_logits.T, (weighted @ side.a.T).to(narrow), alpha=alpha * side.scaling, beta=beta)
+            summed(self.b, weighted @ side.a.T, side.scaling)
+
+
+def _narrowed(values: Tensor, dtype: torch.dtype, normalised: bool) -> tuple[Tensor, float]:
+    """values / scale in dtype, and scale: for float16, whose range ends at 2^16 and 2^-24, the power of two of the largest. The
+    host waits for it."""
+    if dtype != torch.float16 or normalised or not values.numel():
+        return values.to(dtype), 1.0
+    top = float(values.abs().max())
+    scale = 2.0 ** math.floor(math.log2(top)) if 0 < top < math.inf else 1.0
+    return (values / scale).to(dtype), scale
