@@ -16,6 +16,7 @@ from topd.sampled import sampled_kl
 from topd.scores import TokenScores
 from topd.selection import divergent, false_alarm_weights, select_candidates
 from topd.soft_targets import soft_target_kl, topk_divergence
+from topd.windows import Windows, sample_windows, window_hidden
 
 __all__ = [
     "JSD",
@@ -30,6 +31,7 @@ __all__ = [
     "TokenScores",
     "TotalVariation",
     "Transport",
+    "Windows",
     "backends",
     "divergent",
     "entropy_aware_opd",
@@ -38,10 +40,12 @@ __all__ = [
     "linear_divergence",
     "linear_logprobs",
     "near_future_divergence",
+    "sample_windows",
     "sampled_kl",
     "score_tokens",
     "select_candidates",
     "soft_target_kl",
     "topk_divergence",
     "topk_logprobs",
+    "window_hidden",
 ]
