@@ -12,6 +12,10 @@ from topd.functional import linear_divergence, score_tokens
 from topd.head import Head, LowRank
 from topd.logprobs import linear_logprobs, topk_logprobs
 from topd.near_future import Transport, guidance_kl, near_future_divergence
+from topd.objectives.config import OPDConfig, TOPDConfig
+from topd.objectives.objective import NearFuture, Objective
+from topd.objectives.opd import OPD
+from topd.objectives.topd import TOPD
 from topd.sampled import sampled_kl
 from topd.scores import TokenScores
 from topd.selection import divergent, false_alarm_weights, select_candidates
@@ -20,14 +24,20 @@ from topd.windows import Windows, sample_windows, window_hidden
 
 __all__ = [
     "JSD",
+    "OPD",
+    "TOPD",
     "Backend",
     "Divergence",
     "ForwardKL",
     "Head",
     "LowRank",
+    "NearFuture",
+    "OPDConfig",
+    "Objective",
     "ReverseKL",
     "SkewKL",
     "SkewReverseKL",
+    "TOPDConfig",
     "TokenScores",
     "TotalVariation",
     "Transport",

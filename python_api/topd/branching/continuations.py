@@ -70,11 +70,24 @@ def continue_from(
 def from_rollout(input_ids: Tensor, attended: Tensor, positions: Tensor, horizon: int) -> Continuations:
     """The rollout's own next tokens: windows end at its last attended column."""
     row, column = positions.unbind(-1)
-    order = (~attended).byte().argsort(dim=-1, stable=True)  # the attended columns first
-    first = attended.long().cumsum(-1)[row, column] - 1
-    place = first.unsqueeze(-1) + torch.arange(horizon, device=positions.device)
-    lengths = (attended.sum(-1)[row] - first).clamp_max(horizon)
-    columns = order[row].gather(-1, place.clamp_max(input_ids.shape[1] - 1))
-    tokens = input_ids[row].gather(-1, columns)
+    left = attended.sum(-1)[row] - (attended.long().cumsum(-1)[row, column] - 1)
+    lengths = left.clamp_max(horizon)
+    tokens = input_ids[row.unsqueeze(-1), _rollout_columns(attended, positions, horizon, 0)]
     counted = torch.arange(horizon, device=positions.device) < lengths.unsqueeze(-1)
     return Continuations(tokens.masked_fill(~counted, 0), lengths, ROLLOUT)
+
+
+def rollout_states(hidden: Tensor, attended: Tensor, positions: Tensor, lengths: Tensor, width: int) -> Tensor:
+    """[m, width, H] of the rollouts' states [B, T, H]: those that predict the tokens of `from_rollout`; 0 past the lengths."""
+    states = hidden[positions[:, :1], _rollout_columns(attended, positions, width, -1)]
+    counted = torch.arange(width, device=positions.device) < lengths.unsqueeze(-1)
+    return torch.where(counted.unsqueeze(-1), states, 0.0)
+
+
+def _rollout_columns(attended: Tensor, positions: Tensor, width: int, shift: int) -> Tensor:
+    """[m, width]: the attended columns from each position on, counted from `shift` of them further."""
+    row, column = positions.unbind(-1)
+    order = (~attended).byte().argsort(dim=-1, stable=True)  # the attended columns first
+    first = attended.long().cumsum(-1)[row, column] - 1 + shift
+    place = first.unsqueeze(-1) + torch.arange(width, device=positions.device)
+    return order[row].gather(-1, place.clamp_max(attended.shape[1] - 1))
