@@ -358,6 +358,33 @@ def test_nothing_is_computed_twice(monkeypatch):
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("autocast", [True, False])
+def test_half_precision_steps_run(autocast):
+    """Near the float32 loss, with a gradient for every parameter."""
+    student, teacher = models()
+    exact = step(student, teacher, batch_of(), **GREEDY).metrics["opd_loss"].item()
+    if not autocast:
+        student, teacher = student.to(torch.bfloat16), teacher.to(torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        found = step(student, teacher, batch_of(), **GREEDY)
+    found.loss.backward()
+    assert found.metrics["opd_loss"].item() == pytest.approx(exact, rel=0.1)
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in student.parameters())
+
+
+def test_a_lora_student_of_its_own_base_trains_the_adapter_alone():
+    peft = pytest.importorskip("peft")
+    base, teacher = models()
+    settings = {"r": 2, "target_modules": ["q_proj", "v_proj", "lm_head"], "init_lora_weights": False}
+    student = peft.get_peft_model(base, peft.LoraConfig(**settings)).eval()
+    found = step(student, teacher, batch_of(), **GREEDY)
+    found.loss.backward()
+    trained = {name for name, parameter in student.named_parameters() if parameter.grad is not None}
+    assert trained == {name for name, _ in student.named_parameters() if "lora_" in name}
+    ids = prefix(batch_of()["input_ids"], batch_of()["attention_mask"], found.near_future.windows.positions[0])
+    assert found.near_future.windows.student_tokens[0].tolist() == generated(student, ids, 6, None)
+
+
 def test_the_teacher_is_a_constant():
     student, teacher = models()
     step(student, teacher, batch_of()).loss.backward()

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from topd.branching.decoders import Decoder
@@ -55,8 +54,3 @@ def prefill(decoder: Decoder, input_ids: Tensor, attended: Tensor, *, cache: boo
             name = type(decoder.model).__name__
             raise ValueError(f"model must fill the key-value cache that it is given, got one without all columns from {name}")
     return Prefill(hidden, trunk, layers)
-
-
-def no_cache(decoder: Decoder) -> bool:
-    """Whether a pass with gradients has to do without a cache."""
-    return bool(decoder.obstacle) or (torch.is_grad_enabled() and decoder.forbids_cache)
