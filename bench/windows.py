@@ -3,8 +3,8 @@
 One rollout of SmolLM2-135M, sampled by itself, and windows from random columns of it, greedy and without an end-of-sequence
 token, so that everybody makes the same number of tokens. Contenders: topd's branching, its one pass over the rollout counted;
 one `generate` call for each prefix; one `generate` call over all prefixes, left-padded. They take turns; a ratio is the median
-of the rounds' own, with the smallest and the largest. Peak memory is the high-water mark of the untimed first round above what
-was resident, weights not counted. The last column counts windows that equal those of one `generate` call per prefix token by
+of the rounds' own, with the smallest and the largest. Each has run on two short prefixes before. Peak memory is the high-water
+mark of a contender's first call above what was resident, weights not counted. The last column counts windows that equal those of one `generate` call per prefix token by
 token (rounding decides between logits that tie). Both models of a distillation are measured: the teacher, 30 layers, and a
 student of 6 of them.
 """
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bench import smollm2
-from bench.measure import Sample, Spread, interleave, machine, ratio
+from bench.measure import Sample, Spread, machine, ratio, sample
 from bench.memory import resident_mib, settle
 from bench.process import INTERRUPTED, positive
 from bench.report import machine_line, markdown_table, note, write_json
@@ -87,6 +87,22 @@ def contenders(model: Any, ids: Tensor, columns: Tensor, horizon: int) -> dict[s
     return {name: Watched(torch.no_grad()(run)) for name, run in runs.items()}
 
 
+def take_turns(label: str, runs: dict[str, Watched], rounds: int) -> tuple[dict[str, list[Sample]], bool]:
+    """Samples of whole rounds, and whether all of them were run; an interrupt leaves out the round that it falls into."""
+    samples: dict[str, list[Sample]] = {way: [] for way in runs}
+    try:
+        for number in range(rounds):
+            taken = {}
+            for way, run in runs.items():
+                taken[way] = sample(run)
+                note(f"{label}: round {number + 1}/{rounds}, {way}, {taken[way].time_ms / 1e3:.1f} s")
+            for way, each in taken.items():
+                samples[way].append(each)
+    except KeyboardInterrupt:
+        return samples, False
+    return samples, True
+
+
 def rows_of(name: str, runs: dict[str, Watched], samples: dict[str, list[Sample]]) -> list[list[str]]:
     reference = runs["generate, one prefix a call"].tokens
     rows = []
@@ -95,7 +111,7 @@ def rows_of(name: str, runs: dict[str, Watched], samples: dict[str, list[Sample]
         assert reference is not None
         equal = int((run.tokens == reference).all(-1).sum())
         against = "1" if way == "branches" else str(ratio(samples[way], samples["branches"]))
-        seconds = str(Spread.of([sample.time_ms / 1e3 for sample in samples[way]]))
+        seconds = str(Spread.of([each.time_ms / 1e3 for each in samples[way]]))
         rows.append([name, way, seconds, against, f"{run.peak_mib:.0f}", f"{equal} of {len(reference)}"])
     return rows
 
@@ -127,22 +143,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     generator = torch.Generator().manual_seed(1)
     columns = (torch.randperm(arguments.tokens - 1, generator=generator)[: arguments.windows] + 1).sort().values
     rows: list[list[str]] = []
-    try:
-        for name in arguments.model:
-            model = teacher if name == "teacher" else smollm2.sliced(teacher)
-            label = f"{name}, {model.config.num_hidden_layers} layers"
-            runs = contenders(model, ids, columns, arguments.horizon)
-            samples = interleave(runs, arguments.rounds, lambda i, label=label: note(f"{label}: round {i}"))  # type: ignore[misc]
+    complete = True
+    for name in arguments.model:
+        model = teacher if name == "teacher" else smollm2.sliced(teacher)
+        label = f"{name}, {model.config.num_hidden_layers} layers"
+        for warm_up in contenders(model, ids[:, :8], torch.tensor([3, 5]), 2).values():
+            warm_up()
+        runs = contenders(model, ids, columns, arguments.horizon)
+        samples, complete = take_turns(label, runs, arguments.rounds)
+        if samples["branches"]:
             rows += rows_of(label, runs, samples)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    finally:
-        shape = f"{arguments.windows} windows of {arguments.horizon} tokens on a rollout of {arguments.tokens}"
-        print(f"\n### windows, {shape}, greedy, float32\n\n{machine_line(described)}\n")
-        print(markdown_table(HEADER, rows), flush=True)
+        if not complete:
+            break
+    shape = f"{arguments.windows} windows of {arguments.horizon} tokens on a rollout of {arguments.tokens}"
+    print(f"\n### windows, {shape}, greedy, float32{'' if complete else ' (incomplete)'}\n\n{machine_line(described)}\n")
+    print(markdown_table(HEADER, rows), flush=True)
     if arguments.json is not None:
         write_json(arguments.json, {"benchmark": "windows", "machine": described, "header": HEADER, "rows": rows})
-    return 0
+    return 0 if complete else INTERRUPTED
 
 
 if __name__ == "__main__":
