@@ -4,9 +4,9 @@ One rollout of SmolLM2-135M, sampled by itself, and windows from random columns 
 token, so that everybody makes the same number of tokens. Contenders: topd's branching, its one pass over the rollout counted;
 one `generate` call for each prefix; one `generate` call over all prefixes, left-padded. They take turns; a ratio is the median
 of the rounds' own, with the smallest and the largest. Each has run on two short prefixes before. Peak memory is the high-water
-mark of a contender's first call above what was resident, weights not counted. The last column counts windows that equal those of one `generate` call per prefix token by
-token (rounding decides between logits that tie). Both models of a distillation are measured: the teacher, 30 layers, and a
-student of 6 of them.
+mark of a contender's first call above what was resident, weights not counted. The last column counts windows that equal those
+of one `generate` call per prefix token by token (rounding decides between logits that tie). Both models of a distillation are
+measured: the teacher, 30 layers, and a student of 6 of them.
 """
 
 import argparse

@@ -20,7 +20,7 @@ REPACK = 0.75
 
 
 def draw(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
-    """One token for each row of logits [M, V]; temperature 0 takes the most likely one, the smaller id of equal ones."""
+    """One token for each row of logits [M, V]; temperature 0 takes the most likely one."""
     return perturbed(logits, temperature, generator).argmax(-1)
 
 
