@@ -6,7 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
 from safetensors.torch import load_file
+
+from bench import smollm2
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,3 +31,30 @@ def test_a_student_learns_from_the_offline_teachers_file_alone(tmp_path):
     data = load_file(tmp_path / "teacher.safetensors")
     assert data["teacher_logprobs"].shape == data["teacher_ids"].shape
     assert data["teacher_ids"].shape[:-1] == data["input_ids"].shape
+
+
+@pytest.mark.skipif(bool(smollm2.missing()), reason=smollm2.missing() or "installed")
+def test_from_a_prompt_to_the_loss_in_under_sixty_lines(tmp_path):
+    pytest.importorskip("matplotlib")
+    script = ROOT / "examples" / "topd_step.py"
+    assert len(script.read_text().splitlines()) < 60
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "python_api")}
+    command = [sys.executable, str(script), str(tmp_path)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    metrics = dict(re.findall(r"^(\w+) +(-?[\d.]+)$", output, re.MULTILINE))
+    assert float(metrics["loss"]) > float(metrics["opd_loss"]) > 0
+    assert metrics["student_branches"] == metrics["teacher_branches"] == "1.000"
+    assert {path.name for path in tmp_path.iterdir()} == {"distances.png", "windows.png"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())
+
+
+def test_the_topd_page_runs_as_printed():
+    from test_opd import batch_of, models
+
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "topd.md").read_text(), re.DOTALL)
+    student, teacher = models()
+    names: dict[str, object] = {"student": student, "teacher": teacher, "batch": batch_of()}
+    exec(compile(block, "topd.md", "exec"), names)
+    assert names["found"].near_future.windows.teacher_tokens.shape[1] == 50
+    assert any(parameter.grad is not None and (parameter.grad != 0).any() for parameter in student.parameters())
+    assert torch.isfinite(names["found"].loss)

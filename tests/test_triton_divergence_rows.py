@@ -143,10 +143,7 @@ def test_offsets_leave_the_gradient_of_the_reverse_kl_its_digits(offset):
     ids=["left out", "no offset", "teacher's far down", "both far down"],
 )
 def test_the_first_entry_is_one_of_many(student_first, teacher_first, offset):
-    """A padding token that a large negative bias keeps out, say: it must not set the precision of the others.
-
-    fails: row_statistics.statistics takes A = y_S - y_T relative to the first entry's, or not at all where that has none.
-    """
+    """A padding token that a large negative bias keeps out, say: it must not set the precision of the others."""
     student = 3 * torch.randn(2, 300)
     teacher = student + 1e-2 * torch.randn(2, 300) + offset
     student[:, 0], teacher[:, 0] = student_first, teacher_first

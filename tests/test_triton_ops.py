@@ -132,10 +132,7 @@ def test_16_bits_cost_what_rounding_dlogits_costs(workspace_bytes, dtype):
 
 
 def test_float16_under_a_gradient_scaler():
-    """Upstream gradients of 65,536 and rows that deviate from the hint; the gradient itself is in float16's range.
-
-    fails: HeadGrads.add rounds upstream times hidden to float16, where it is inf.
-    """
+    """Upstream gradients of 65,536 and rows that deviate from the hint; the gradient itself is in float16's range."""
     hidden, weight = 3 * torch.randn(N, 8, device=DEVICE), torch.randn(VOCAB, 8, device=DEVICE)
     student = compare.Model(hidden.half(), weight.half())
     teacher = compare.Model(hidden.half(), (weight + 0.003 * torch.randn(VOCAB, 8, device=DEVICE)).half())
@@ -146,10 +143,7 @@ def test_float16_under_a_gradient_scaler():
 
 
 def test_float16_under_small_upstream_gradients():
-    """As under a mean over many tokens: each row's part is below float16's least number, their sum is not.
-
-    fails: HeadGrads.add rounds upstream times hidden to float16, where it is 0.
-    """
+    """As under a mean over many tokens: each row's part is below float16's least number, their sum is not."""
     states = torch.tensor([0.4, -0.5, 0.3, -0.2], device=DEVICE).repeat(16, 1)
     weight = torch.randn(9, 4, device=DEVICE)
     weight[7] = 40 * states[0]  # this token is certain, and not chosen: outside its id lies all of the mass

@@ -12,24 +12,36 @@ from topd.functional import linear_divergence, score_tokens
 from topd.head import Head, LowRank
 from topd.logprobs import linear_logprobs, topk_logprobs
 from topd.near_future import Transport, guidance_kl, near_future_divergence
+from topd.objectives.config import OPDConfig, TOPDConfig
+from topd.objectives.objective import NearFuture, Objective
+from topd.objectives.opd import OPD
+from topd.objectives.topd import TOPD
 from topd.sampled import sampled_kl
 from topd.scores import TokenScores
 from topd.selection import divergent, false_alarm_weights, select_candidates
 from topd.soft_targets import soft_target_kl, topk_divergence
+from topd.windows import Windows, sample_windows, window_hidden
 
 __all__ = [
     "JSD",
+    "OPD",
+    "TOPD",
     "Backend",
     "Divergence",
     "ForwardKL",
     "Head",
     "LowRank",
+    "NearFuture",
+    "OPDConfig",
+    "Objective",
     "ReverseKL",
     "SkewKL",
     "SkewReverseKL",
+    "TOPDConfig",
     "TokenScores",
     "TotalVariation",
     "Transport",
+    "Windows",
     "backends",
     "divergent",
     "entropy_aware_opd",
@@ -38,10 +50,12 @@ __all__ = [
     "linear_divergence",
     "linear_logprobs",
     "near_future_divergence",
+    "sample_windows",
     "sampled_kl",
     "score_tokens",
     "select_candidates",
     "soft_target_kl",
     "topk_divergence",
     "topk_logprobs",
+    "window_hidden",
 ]

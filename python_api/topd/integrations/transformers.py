@@ -92,7 +92,7 @@ def head_from_model(model: Any) -> Head:
         ValueError: the logits are not those of a Head, or not from one plain floating weight on this rank: other
             layers before the head, an adapter other than one plain LoRA, a quantised, sharded or offloaded weight.
     """
-    inner = _unwrapped_model(model)
+    inner = unwrapped_model(model)
     name = type(inner).__name__
     layer = inner.get_output_embeddings()
     if not isinstance(layer, nn.Module):
@@ -118,7 +118,7 @@ def _unwrapped(module: nn.Module) -> nn.Module | None:
     return next((children[key] for key in ("_orig_mod", "module", "_fsdp_wrapped_module") if key in children), None)
 
 
-def _unwrapped_model(model: Any) -> Any:
+def unwrapped_model(model: Any) -> Any:
     inner = model
     while isinstance(inner, nn.Module) and not hasattr(type(inner), "get_output_embeddings"):
         peft = hasattr(type(inner), "get_base_model")

@@ -1,0 +1,93 @@
+"""One model's windows from given positions, by the way that the model allows."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from topd.branching.decode import decode
+from topd.branching.decoders import Decoder
+from topd.branching.generate import generate
+from topd.branching.prefill import Prefill, prefill
+
+BRANCHES, ROLLOUT = "branches", "rollout"
+
+
+class Continuations(NamedTuple):
+    tokens: Tensor  # [m, K] int64, 0 past the lengths
+    lengths: Tensor  # [m] int64
+    way: str  # "branches", "rollout", or "generate: " and why
+
+
+@torch.no_grad()
+def continue_from(
+    decoder: Decoder,
+    input_ids: Tensor,
+    attended: Tensor,
+    positions: Tensor,
+    *,
+    found: Prefill | None = None,
+    horizon: int,
+    temperature: float,
+    generator: torch.Generator | None,
+    ends: list[int],
+    vocab: int,
+) -> Continuations:
+    """Windows [m, horizon]; `found` is a pass over the rollouts that was made already, used if it has a cache."""
+    way = f"generate: {decoder.obstacle}" if decoder.obstacle else BRANCHES
+    if not positions.numel():
+        return Continuations(positions.new_zeros(0, horizon), positions.new_zeros(0), way)
+    if decoder.obstacle:
+        tokens, lengths = generate(
+            decoder,
+            input_ids,
+            attended,
+            positions,
+            horizon=horizon,
+            temperature=temperature,
+            generator=generator,
+            ends=ends,
+            vocab=vocab,
+        )
+        return Continuations(tokens, lengths, way)
+    with decoder.cache_allowed():
+        if found is None or found.layers is None:
+            columns = int(positions[:, 1].max())
+            found = prefill(decoder, input_ids[:, :columns], attended[:, :columns], cache=True)
+        tokens, lengths = decode(
+            decoder,
+            found,
+            positions,
+            horizon=horizon,
+            temperature=temperature,
+            generator=generator,
+            ends=ends,
+            vocab=vocab,
+        )
+    return Continuations(tokens, lengths, way)
+
+
+def from_rollout(input_ids: Tensor, attended: Tensor, positions: Tensor, horizon: int) -> Continuations:
+    """The rollout's own next tokens: windows end at its last attended column."""
+    row, column = positions.unbind(-1)
+    left = attended.sum(-1)[row] - (attended.long().cumsum(-1)[row, column] - 1)
+    lengths = left.clamp_max(horizon)
+    tokens = input_ids[row.unsqueeze(-1), _rollout_columns(attended, positions, horizon, 0)]
+    counted = torch.arange(horizon, device=positions.device) < lengths.unsqueeze(-1)
+    return Continuations(tokens.masked_fill(~counted, 0), lengths, ROLLOUT)
+
+
+def rollout_states(hidden: Tensor, attended: Tensor, positions: Tensor, lengths: Tensor, width: int) -> Tensor:
+    """[m, width, H] of the rollouts' states [B, T, H]: those that predict the tokens of `from_rollout`; 0 past the lengths."""
+    states = hidden[positions[:, :1], _rollout_columns(attended, positions, width, -1)]
+    counted = torch.arange(width, device=positions.device) < lengths.unsqueeze(-1)
+    return torch.where(counted.unsqueeze(-1), states, 0.0)
+
+
+def _rollout_columns(attended: Tensor, positions: Tensor, width: int, shift: int) -> Tensor:
+    """[m, width]: the attended columns from each position on, counted from `shift` of them further."""
+    row, column = positions.unbind(-1)
+    order = (~attended).byte().argsort(dim=-1, stable=True)  # the attended columns first
+    first = attended.long().cumsum(-1)[row, column] - 1 + shift
+    place = first.unsqueeze(-1) + torch.arange(width, device=positions.device)
+    return order[row].gather(-1, place.clamp_max(attended.shape[1] - 1))

@@ -1,0 +1,139 @@
+"""A causal language model of transformers as branching needs it: hidden states, logits, and whether it can branch.
+
+Branching hands a model a 4-D mask, positions and a cache of its own. That is exact where every layer's memory is a dense
+cache of keys and values and attention takes the mask as it comes; `obstacle` says where it is not.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from topd.head import Head, shape_logits
+from topd.integrations.transformers import head_from_model, unwrapped_model
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+@dataclass(frozen=True, eq=False)
+class Decoder:
+    """A model opened up.
+
+    Attributes:
+        model: the causal language model of transformers under its wrappers.
+        base: the part of it that ends in last_hidden_state.
+        head: its output layer, with live parameters.
+        sliding: tokens that each kind of attention layer sees back, by the kind's name; None: all of them.
+        obstacle: why it cannot branch; empty where it can.
+    """
+
+    model: Any
+    base: Any
+    head: Head
+    sliding: dict[str, int | None]
+    obstacle: str
+
+    def states(
+        self, input_ids: Tensor, attention_mask: Tensor | dict[str, Tensor], position_ids: Tensor, cache: Any = None
+    ) -> Tensor:
+        """last_hidden_state [B, T, H] by the base model's public forward."""
+        given = {"attention_mask": attention_mask, "position_ids": position_ids}
+        if cache is not None:
+            given["past_key_values"] = cache
+        accepted = _parameters(self.base)
+        given = {name: value for name, value in given.items() if name in accepted}
+        return self.base(input_ids=input_ids, use_cache=cache is not None, **given).last_hidden_state  # type: ignore[no-any-return]
+
+    def logits(self, hidden: Tensor, vocab: int) -> Tensor:
+        """float32 (float64) logits [..., vocab] of a few states, by the model's own output layer."""
+        found = self.model.get_output_embeddings()(hidden)[..., : self.head.weight.shape[0]]
+        found = found.to(torch.promote_types(found.dtype, torch.float32))
+        return shape_logits(found, None, self.head.scale, self.head.softcap)[..., :vocab]
+
+    @property
+    def forbids_cache(self) -> bool:
+        """Whether gradient checkpointing is at work, under which the layers drop every cache."""
+        return bool(next(self._checkpointed(), None))
+
+    @contextmanager
+    def cache_allowed(self) -> Iterator[None]:
+        """Checkpointed layers keep their cache meanwhile: their own training flag, which says to drop it, is down. Modules in
+        them (dropout) stay as they are, and the flags come back."""
+        paused = list(self._checkpointed())
+        for module in paused:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in paused:
+                module.training = True
+
+    def _checkpointed(self) -> Iterator[Any]:
+        return (part for part in self.base.modules() if part.training and getattr(part, "gradient_checkpointing", False))
+
+
+def decoder_of(model: Any) -> Decoder:
+    """The model opened up.
+
+    Raises:
+        TypeError, ValueError: as `topd.Head.from_model`; a PEFT prompt, which lives outside the base model.
+    """
+    config = getattr(model, "active_peft_config", None)
+    if getattr(config, "is_prompt_learning", False):
+        raise ValueError(
+            f"model must compute its states from input_ids alone, got PEFT's {type(config).__name__}, which puts a prompt "
+            "before them; take an adapter of the layers (LoRA)"
+        )
+    head = head_from_model(model)
+    inner = unwrapped_model(model)
+    base = inner.base_model
+    if base is inner:
+        name = type(inner).__name__
+        raise ValueError(f"model must have a base model that ends in last_hidden_state, got none in {name}")
+    sliding, obstacle = _layer_kinds(inner.config)
+    return Decoder(inner, base, head, sliding, obstacle or _obstacle(inner, base))
+
+
+def _parameters(base: Any) -> set[str]:
+    """The names that a forward takes; decorators of transformers keep its signature."""
+    return set(inspect.signature(base.forward).parameters)
+
+
+def _layer_kinds(config: Any) -> tuple[dict[str, int | None], str]:
+    """How far back each kind of layer sees, as transformers' own caches infer it; or why that is not known."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        kinds = [FULL if window is None else SLIDING]
+    strange = sorted(set(kinds) - {FULL, SLIDING})
+    if strange:
+        return {}, f"layers of type {', '.join(strange)} have no dense cache"
+    if SLIDING in kinds and not isinstance(window, int):
+        return {}, "its sliding layers have no one window"
+    return {kind: window if kind == SLIDING else None for kind in sorted(set(kinds))}, ""
+
+
+def _obstacle(model: Any, base: Any) -> str:
+    config = model.config
+    missing = {"attention_mask", "position_ids", "past_key_values"} - _parameters(base)
+    scaling = getattr(config, "rope_parameters", None) or {}
+    ropes = {part.get("rope_type") for part in (scaling, *scaling.values()) if isinstance(part, dict)}
+    reasons = (
+        (missing, f"its forward takes no {', '.join(sorted(missing))}"),
+        (not getattr(model, "_supports_attention_backend", False), "its attention makes masks of its own"),
+        (
+            getattr(config, "_attn_implementation", None) not in ("sdpa", "eager"),
+            f"attention {getattr(config, '_attn_implementation', None)!r} takes no 4-D mask",
+        ),
+        (config.get_text_config(decoder=True) is not config, "it reads more than text"),
+        (getattr(config, "attention_chunk_size", None), "its attention is chunked"),
+        (getattr(config, "kv_sharing_modes", None), "its layers share caches"),
+        (getattr(config, "num_kv_shared_layers", 0), "its layers share caches"),
+        (getattr(config, "alibi", False), "its positions are not position_ids (ALiBi)"),
+        (ropes & {"dynamic", "longrope"}, "its rotary embedding changes with the length"),
+    )
+    return next((reason for met, reason in reasons if met), "")

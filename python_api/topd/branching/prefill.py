@@ -1,0 +1,56 @@
+"""One forward over the rollouts: hidden states, and the keys and values that windows grow from."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from topd.branching.decoders import Decoder
+from topd.branching.nodes import Nodes
+
+
+@dataclass(frozen=True, eq=False)
+class Prefill:
+    """A model's pass over rollouts [B, T].
+
+    Attributes:
+        hidden: [B, T, H], the state at each column, after the final norm.
+        trunk: the rollouts' nodes.
+        layers: keys and values [B, heads, T, d] of each layer, with gradients where the pass had them; None: no cache.
+    """
+
+    hidden: Tensor
+    trunk: Nodes
+    layers: list[tuple[Tensor, Tensor]] | None
+
+    def constant(self) -> "Prefill":
+        """Without gradients; shares storage."""
+        layers = None if self.layers is None else [(keys.detach(), values.detach()) for keys, values in self.layers]
+        return Prefill(self.hidden.detach(), self.trunk, layers)
+
+
+def position_ids_of(attended: Tensor) -> Tensor:
+    return (attended.long().cumsum(-1) - 1).clamp_min(0)
+
+
+def prefill(decoder: Decoder, input_ids: Tensor, attended: Tensor, *, cache: bool) -> Prefill:
+    """The pass, with gradients where they are enabled.
+
+    Args:
+        input_ids: [B, T] int64.
+        attended: [B, T] bool.
+        cache: keep keys and values of every column, also those that a sliding layer would drop.
+    """
+    trunk = Nodes.trunk(attended, position_ids_of(attended))
+    kept = None
+    if cache:
+        from transformers import DynamicCache
+
+        kept = DynamicCache()
+    hidden = decoder.states(input_ids, attended.long(), trunk.position, kept)
+    layers = None
+    if kept is not None:
+        layers = [(layer.keys, layer.values) for layer in kept.layers]
+        if not layers or any(keys is None or keys.shape[-2] != input_ids.shape[1] for keys, _ in layers):
+            name = type(decoder.model).__name__
+            raise ValueError(f"model must fill the key-value cache that it is given, got one without all columns from {name}")
+    return Prefill(hidden, trunk, layers)

@@ -1,0 +1,1 @@
+"""Methods, a file each: rollouts in, a loss, metrics and scores out."""

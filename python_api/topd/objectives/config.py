@@ -1,0 +1,144 @@
+"""Options of the objectives; refused when they are made, not when a step runs."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from topd.arguments import check_temperature
+from topd.checks import choice, floating, positive_int, real
+from topd.divergences import Divergence, resolve_divergence
+from topd.near_future import MAX_WINDOW, SOLVERS
+from topd.reference.transport import COSTS
+from topd.selection import CANDIDATE_RULES, FALSE_ALARM_MODES, GATE_VALUES
+from topd.windows import STUDENT_WINDOWS
+
+REDUCTIONS = ("token", "sequence")
+SCORES = ("teacher_nll", "reverse_kl", "student_nll", "gap")
+EMBEDDINGS = ("student", "teacher", "student_hidden")
+
+
+@dataclass(frozen=True)
+class OPDConfig:
+    """Options of on-policy distillation.
+
+    Args:
+        divergence: a name or a `topd` divergence, per response token.
+        temperature: > 0, of both models in every score and loss.
+        reduction: "token", the mean over all response tokens of the batch; "sequence", the mean over each response, then over
+            the responses that are not empty.
+        hard_weight: >= 0, weight of -log p_S of the rollout's own tokens.
+
+    Raises:
+        TypeError, ValueError: an option of the wrong type or range.
+
+    Source: arXiv 2606.00305: reverse KL over the full vocabulary. The reductions and hard_weight are our options.
+    """
+
+    divergence: str | Divergence = "reverse_kl"
+    temperature: float = 1.0
+    reduction: str = "token"
+    hard_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        resolve_divergence(self.divergence)
+        check_temperature(self.temperature)
+        choice("reduction", self.reduction, REDUCTIONS)
+        real("hard_weight", self.hard_weight, low=0.0)
+
+
+@dataclass(frozen=True)
+class TOPDConfig(OPDConfig):
+    """Options of trajectory-aware on-policy distillation, beside those of `OPDConfig`.
+
+    Args:
+        score: by which tokens become candidates, nats: "teacher_nll", -log p_T; "reverse_kl", KL(p_S || p_T); "student_nll",
+            -log p_S; "gap", log p_S - log p_T.
+        candidates, candidate_value, min_separation: as rule, value and min_separation of `select_candidates`; the default value
+            belongs to "top_fraction".
+        horizon: 1 to 128, tokens of a window.
+        student_window: "regenerate", the student continues from the prefix; "rollout", its window is the rollout itself.
+        window_temperature: >= 0, at which windows are sampled; 0 is greedy.
+        cost, solver, epsilon: as in `near_future_divergence`.
+        embedding: where tokens are compared: "student" or "teacher", that model's input embeddings; a table [V, d]; or
+            "student_hidden", the student's states at the windows' tokens, which costs it a pass over both windows.
+        gate, gate_value: as rule and value of `divergent`.
+        guidance_weight: >= 0, lambda.
+        false_alarms: as mode of `false_alarm_weights`; "cap" wants a score that cannot be negative, so not "gap".
+
+    Raises:
+        TypeError, ValueError: an option of the wrong type or range, or two that do not go together.
+
+    Source: arXiv 2606.00305 for the method, candidates' share, horizon, gate by a high distance, guidance and "keep"; it
+    publishes
+    no score, decoding, cost, embedding, solver, gate rule or lambda: those defaults are ours.
+    """
+
+    score: str = "teacher_nll"
+    candidates: str = "top_fraction"
+    candidate_value: float = 0.0225
+    min_separation: int = 0
+    horizon: int = 50
+    student_window: str = "regenerate"
+    window_temperature: float = 1.0
+    cost: str = "cosine"
+    embedding: str | Tensor = "student"
+    solver: str = "sinkhorn"
+    epsilon: float = 0.05
+    gate: str = "lowest_fraction_out"
+    gate_value: float | None = None
+    guidance_weight: float = 0.1
+    false_alarms: str = "keep"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choice("score", self.score, SCORES)
+        choice("candidates", self.candidates, CANDIDATE_RULES)
+        _check_candidate_value(self.candidates, self.candidate_value)
+        if type(self.min_separation) is not int or self.min_separation != 0:
+            positive_int("min_separation", self.min_separation, hint="or 0, for none")
+        if positive_int("horizon", self.horizon) > MAX_WINDOW:
+            raise ValueError(f"horizon must be at most {MAX_WINDOW}, the transport's longest window, got {self.horizon}")
+        choice("student_window", self.student_window, STUDENT_WINDOWS)
+        real("window_temperature", self.window_temperature, low=0.0, hint="0 is greedy")
+        choice("cost", self.cost, COSTS)
+        choice("solver", self.solver, SOLVERS)
+        real("epsilon", self.epsilon, low=0.0, open_low=True)
+        self._check_embedding()
+        choice("gate", self.gate, tuple(GATE_VALUES))
+        _check_gate_value(self.gate, GATE_VALUES[self.gate] if self.gate_value is None else self.gate_value)
+        real("guidance_weight", self.guidance_weight, low=0.0)
+        choice("false_alarms", self.false_alarms, FALSE_ALARM_MODES)
+        if self.false_alarms == "cap" and self.score == "gap":
+            raise ValueError(
+                'false_alarms "cap" divides by the score, which must not be negative, got score "gap"; take "mask" or another '
+                "score"
+            )
+
+    def _check_embedding(self) -> None:
+        if isinstance(self.embedding, Tensor):
+            if floating("embedding", self.embedding).dim() != 2:
+                raise ValueError(f"embedding must be a table [V, d], got {list(self.embedding.shape)}")
+        elif not isinstance(self.embedding, str):
+            raise TypeError(f"embedding must be a name or a tensor [V, d], got {type(self.embedding).__name__}")
+        else:
+            choice("embedding", self.embedding, EMBEDDINGS)
+        if self.cost == "mismatch" and self.embedding == "student_hidden":
+            raise ValueError('cost "mismatch" compares tokens, got embedding "student_hidden"; take another of the two')
+
+
+def _check_candidate_value(rule: str, value: object) -> None:
+    takes = f"candidates={rule!r} takes"
+    if rule == "top_k":
+        positive_int("candidate_value", value, hint=f"{takes} a count of its own")
+    elif rule == "threshold":
+        real("candidate_value", value, hint=f"{takes} a finite score of its own")
+    else:
+        real("candidate_value", value, low=0.0, high=1.0, open_low=rule == "top_fraction", hint=f"{takes} a fraction")
+
+
+def _check_gate_value(rule: str, value: object) -> None:
+    takes = f"gate={rule!r} takes"
+    if rule == "lowest_fraction_out":
+        real("gate_value", value, low=0.0, high=1.0, hint=f"{takes} a fraction")
+    else:
+        real("gate_value", value, hint=f"{takes} a finite number{' of its own' if rule == 'threshold' else ''}")

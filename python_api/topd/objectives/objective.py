@@ -1,0 +1,43 @@
+"""What an objective returns."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from topd.near_future import Transport
+from topd.scores import TokenScores
+from topd.windows import Windows
+
+
+@dataclass(frozen=True, eq=False)
+class NearFuture:
+    """What TOPD saw beyond its candidates.
+
+    Attributes:
+        windows: of both models, one at each candidate.
+        transport: between them.
+        divergent: [m] bool, the real divergent points; the other candidates are false alarms.
+        score: [B, T], by which candidates were chosen.
+    """
+
+    windows: Windows
+    transport: Transport
+    divergent: Tensor
+    score: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Objective:
+    """A step's loss.
+
+    Attributes:
+        loss: scalar, nats; differentiable in the student.
+        metrics: float tensors without a gradient, by name.
+        scores: TokenScores [B, T]; column t is about token input_ids[:, t], 0 outside the responses.
+        near_future: of TOPD; None of the other methods.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+    scores: TokenScores
+    near_future: NearFuture | None = None

@@ -1,0 +1,80 @@
+"""On-policy distillation: a divergence at every token of the student's own rollouts.
+
+    L = mean over response tokens of KL(p_S(. | x, y_<t) || p_T(. | x, y_<t))
+
+One forward of each model and one `linear_divergence`, which gives the loss and every score.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from topd.objectives.config import OPDConfig
+from topd.objectives.objective import Objective
+from topd.objectives.rollouts import (
+    Stages,
+    as_metrics,
+    check_batch,
+    check_items,
+    mean_entropies,
+    reduce_tokens,
+    token_pass,
+)
+
+
+class OPD:
+    """The objective.
+
+    Args:
+        student: a causal language model of transformers, wrapped or not; its parameters that require grad are trained.
+        teacher: likewise; constant.
+        config: OPDConfig; None: its defaults.
+
+    Raises:
+        TypeError: config of another type.
+
+    Source: arXiv 2606.00305, L_OPD.
+    """
+
+    def __init__(self, student: Any, teacher: Any, config: OPDConfig | None = None) -> None:
+        if config is not None and not isinstance(config, OPDConfig):
+            raise TypeError(f"config must be a topd.OPDConfig, got {type(config).__name__}")
+        self.student, self.teacher, self.config = student, teacher, config or OPDConfig()
+
+    def __call__(
+        self,
+        batch: Mapping[str, Tensor],
+        *,
+        num_items: float | Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Objective:
+        """The loss of rollouts that the student sampled.
+
+        Args:
+            batch: input_ids [B, T] int64; attention_mask and response_mask [B, T] bool, or integers 0 and 1. A response token
+                and the one before it are attended. A response may be empty.
+            num_items: the denominator of a larger batch of which this is a part (gradient accumulation): its response tokens,
+                or with reduction "sequence" its responses. None: this batch's own.
+            generator: not used; OPD draws nothing.
+
+        Returns:
+            Objective; metrics loss, opd_loss, tokens, sequence_reduction (1 or 0), student_entropy, teacher_entropy (means over
+            response tokens, nats), seconds_student_forward, seconds_teacher_forward, seconds_divergence.
+
+        Raises:
+            TypeError, ValueError: a wrong type, shape, dtype, device or range.
+        """
+        rollouts, items, stages = check_batch(batch), check_items(num_items), Stages()
+        found = token_pass(self.student, self.teacher, rollouts, self.config, stages, cache=False)
+        loss = reduce_tokens(found.loss, rollouts.response, self.config.reduction, items).loss
+        metrics: dict[str, Tensor | float] = {
+            "loss": loss,
+            "opd_loss": loss,
+            "tokens": rollouts.response.sum(),
+            "sequence_reduction": float(self.config.reduction == "sequence"),
+            **mean_entropies(found.scores, rollouts.response),
+            **stages.seconds,
+        }
+        return Objective(loss, as_metrics(metrics), found.scores)

@@ -1,0 +1,171 @@
+"""What every objective starts from: a checked batch, one pass of each model, and what each token costs."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from topd.branching.decoders import Decoder, decoder_of
+from topd.branching.inputs import binary, check_rollouts
+from topd.branching.prefill import Prefill, prefill
+from topd.checks import real
+from topd.functional import linear_divergence
+from topd.objectives.config import OPDConfig
+from topd.scores import TokenScores
+
+
+@dataclass(frozen=True, eq=False)
+class Rollouts:
+    """[B, T]: tokens int64; attended and response bool. Column t is about token t, whose state is at t - 1."""
+
+    input_ids: Tensor
+    attended: Tensor
+    response: Tensor
+
+
+class TokenPass(NamedTuple):
+    """Both models' pass over the rollouts: the loss of each response token [B, T], 0 elsewhere, and its scores."""
+
+    student: Decoder
+    teacher: Decoder
+    student_states: Prefill
+    teacher_states: Prefill
+    loss: Tensor
+    scores: TokenScores
+
+
+class Stages:
+    """Wall time of the stages, in seconds; on a GPU that of the host. Those named here stand at 0 where they do not run."""
+
+    def __init__(self, *names: str) -> None:
+        self.seconds = {f"seconds_{name}": 0.0 for name in names}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[f"seconds_{name}"] = time.perf_counter() - start
+
+
+def check_batch(batch: object) -> Rollouts:
+    """input_ids, attention_mask and response_mask of a batch."""
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"batch must be a mapping of tensors, got {type(batch).__name__}")
+    for key in ("input_ids", "attention_mask", "response_mask"):
+        if key not in batch:
+            raise ValueError(
+                f"batch must hold input_ids, attention_mask and response_mask, got no {key}; it has {sorted(batch)}"
+            )
+    ids, attended = check_rollouts(batch["input_ids"], batch["attention_mask"])
+    response = binary("response_mask", batch["response_mask"], ids, "input_ids")
+    before = torch.zeros_like(attended)
+    before[:, 1:] = attended[:, :-1]
+    bad = response & ~(attended & before)
+    if bad.device.type == "cpu" and bad.any():
+        raise ValueError(
+            "response_mask must be True only where the token and the one before it are attended, got True at "
+            f"{bad.nonzero()[0].tolist()}; a response follows a prompt, and padding is no response"
+        )
+    return Rollouts(ids, attended, response)
+
+
+def token_pass(
+    student_model: Any, teacher_model: Any, rollouts: Rollouts, config: OPDConfig, stages: Stages, *, cache: bool
+) -> TokenPass:
+    """One forward of each model, the student's with gradient, and one `linear_divergence`.
+
+    Args:
+        cache: keep both models' caches for windows, where they allow it.
+    """
+    student, teacher = decoder_of(student_model), decoder_of(teacher_model)
+    ids, attended, response = rollouts.input_ids, rollouts.attended, rollouts.response
+
+    def states(decoder: Decoder) -> Prefill:
+        return prefill(decoder, ids, attended, cache=cache and not (decoder.obstacle or decoder.forbids_cache))
+
+    with stages.stage("student_forward"):
+        student_states = states(student)
+    with stages.stage("teacher_forward"), torch.no_grad():
+        teacher_states = states(teacher)
+    hint = None
+    if config.reduction == "sequence":
+        hint = (1.0 / response.sum(-1, keepdim=True).clamp_min(1)).expand(response.shape)[:, 1:]
+    with stages.stage("divergence"):
+        found = linear_divergence(
+            student_states.hidden[:, :-1],
+            student.head,
+            teacher_states.hidden[:, :-1],
+            teacher.head.detach(),
+            divergence=config.divergence,
+            temperature=config.temperature,
+            mask=response[:, 1:],
+            tokens=ids[:, 1:],
+            hard_weight=config.hard_weight,
+            weights_hint=hint,
+            return_scores=True,
+        )
+    assert isinstance(found, tuple)
+    loss, scores = found
+    return TokenPass(student, teacher, student_states, teacher_states, _at_token(loss), _scores_at_token(scores))
+
+
+def _at_token(value: Tensor) -> Tensor:
+    """[B, T - 1], indexed by the state, to [B, T], indexed by the token."""
+    return torch.cat([torch.zeros_like(value[:, :1]) if value.shape[1] else value.new_zeros(value.shape[0], 1), value], dim=1)
+
+
+def _scores_at_token(scores: TokenScores) -> TokenScores:
+    given = {field.name: getattr(scores, field.name) for field in fields(scores)}
+    shifted: dict[str, Any] = {name: None if value is None else _at_token(value) for name, value in given.items()}
+    return TokenScores(**shifted)
+
+
+def check_items(num_items: object) -> float | Tensor | None:
+    """The denominator of a larger batch."""
+    if isinstance(num_items, Tensor):
+        if num_items.numel() != 1:
+            raise ValueError(f"num_items must be one number, got {list(num_items.shape)}; sum it over the batch")
+        if num_items.device.type == "cpu":
+            real("num_items", num_items.item(), low=0.0, open_low=True)
+        return num_items.reshape(())
+    return None if num_items is None else real("num_items", num_items, low=0.0, open_low=True)
+
+
+class Reduced(NamedTuple):
+    loss: Tensor
+    share: Tensor  # of this batch in the larger one whose denominator was given; 1 without
+
+
+def reduce_tokens(
+    loss: Tensor, response: Tensor, reduction: str, num_items: float | Tensor | None, weights: Tensor | None = None
+) -> Reduced:
+    """Mean of [B, T] over response tokens, or over responses of their mean; weights never enter the denominator."""
+    if weights is not None:
+        loss = torch.where(weights == 0, 0.0, loss * weights)  # an infinite token that weighs nothing adds nothing
+    counts = response.sum(-1)
+    if reduction == "token":
+        total, own = loss.sum(), counts.sum()
+    else:
+        total, own = (loss.sum(-1) / counts.clamp_min(1)).sum(), (counts > 0).sum()
+    own = own.clamp_min(1).to(loss.dtype)
+    denominator = own if num_items is None else num_items
+    if isinstance(denominator, Tensor):
+        denominator = denominator.to(loss.device)
+    return Reduced(total / denominator, own / denominator)
+
+
+def mean_entropies(scores: TokenScores, response: Tensor) -> dict[str, Tensor]:
+    count = response.sum().clamp_min(1)
+    return {name: getattr(scores, name).sum() / count for name in ("student_entropy", "teacher_entropy")}
+
+
+def as_metrics(values: Mapping[str, Tensor | float]) -> dict[str, Tensor]:
+    """Float tensors without a gradient."""
+    return {
+        name: value.detach().float() if isinstance(value, Tensor) else torch.tensor(float(value))
+        for name, value in values.items()
+    }
