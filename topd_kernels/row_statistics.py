@@ -86,11 +86,12 @@ def statistics(
         no_teacher = yt == float("-inf")
         only_t = only_t | (no_student & (yt > float("-inf")))
         only_s = only_s | (no_teacher & (ys > float("-inf")))
-        gap = _relative(ys, yt, s_top, t_there)
         before = s_rest
+        before_top = s_top
         s_top, s_at, s_rest, above, e = lane_update(ys, at, s_top, s_at, s_rest)
         t_top, t_at, t_rest, _, _ = lane_update(yt, at, t_top, t_at, t_rest)
         if CENTRE:  # w: the sum over the others of exp(y_S - top) (A - A at the top)
+            gap = _relative(ys, yt, before_top, t_there)
             w = tl.where(above, e * (w - gap * (before + 1)), w + e * gap)
             t_there = tl.where(above, yt, t_there)
 
