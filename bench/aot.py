@@ -3,6 +3,7 @@
     python -m bench.aot                             the default variants, all four targets
     python -m bench.aot --all --json out.json       every variant that a launcher can choose
     python -m bench.aot --targets sm_90 gfx942      some targets
+    python -m bench.aot --all --kernels transport   some kernels
 
 Exits with 1 where a kernel uses the stack, spills, or needs more shared memory than a block has.
 """
@@ -23,14 +24,15 @@ from topd_kernels.launch import Launch
 
 
 @cache
-def _variants(every: bool) -> list[Launch]:
+def _variants(every: bool, kernels: tuple[str, ...]) -> list[Launch]:
     """Of this process: launches hold tensors and kernels, which do not travel between processes."""
-    return distinct(all_launches() if every else default_launches())
+    found = distinct(all_launches() if every else default_launches())
+    return [launch for launch in found if not kernels or launch.name in kernels]
 
 
-def _compile(task: tuple[bool, int, str]) -> Binary:
-    every, index, target = task
-    return compile_launch(_variants(every)[index], TARGETS[target])
+def _compile(task: tuple[bool, tuple[str, ...], int, str]) -> Binary:
+    every, kernels, index, target = task
+    return compile_launch(_variants(every, kernels)[index], TARGETS[target])
 
 
 def table(binaries: list[Binary]) -> str:
@@ -50,12 +52,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--all", action="store_true", help="every variant that a launcher can choose, not the default ones")
+    parser.add_argument("--kernels", nargs="+", default=(), metavar="NAME", help="these alone")
     parser.add_argument("--json", type=Path, help="write every binary's numbers here")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     options = parser.parse_args()
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: interpreted kernels have no binaries; unset it")
-    tasks = [(options.all, i, target) for i in range(len(_variants(options.all))) for target in options.targets]
+    chosen = options.all, tuple(options.kernels)
+    tasks = [(*chosen, i, target) for i in range(len(_variants(*chosen))) for target in options.targets]
+    if not tasks:
+        parser.error(f"--kernels must name kernels, got {' '.join(options.kernels)}; without it the table names them all")
     binaries = []
     with ProcessPoolExecutor(options.jobs) as pool:
         for done, binary in enumerate(pool.map(_compile, tasks, chunksize=4), 1):
