@@ -110,7 +110,7 @@ def _score_blocks(
             t_token = tl.where(here, tl.max(tl.where(is_token, t, FLOOR), 1), t_token)
         block = group_of(s, t, student, teacher)
         # A branch, though merging with an empty group would do: the compiler then keeps the merge's work apart from the tile's.
-        if start == first:  # noqa: SIM108
+        if start == first:
             group = block
         else:
             group = merge(group, block)

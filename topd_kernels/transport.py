@@ -9,12 +9,12 @@ The definition of the math, and the names, are those of topd/reference/transport
 - the iteration is a loop of single passes, each an evaluation of the plan at f + size * step and what follows from it, so that
   the binary holds two copies of the evaluation (the other is the final one) and no plan lives from one pass to the next.
 
-Precision: vectors, plans, sums and potentials in float64. Products of table entries in the tables' float (16-bit: float32), their
-sums in float64, in pieces of PIECE entries. Costs are held in float64, beyond K = 64 in float32 where the tables are not
-float64: an entry is then known to 6e-8, relatively.
+Precision: vectors, plans, sums, potentials and costs in float64. Products of table entries in the tables' float (16-bit:
+float32), their sums in float64, in pieces of PIECE entries. A float64 plan of more than 64 x 64 does not fit into registers:
+longer windows are left to the reference.
 
-Read per problem: its ids, two lengths, and (K_S + K_T) rows of the tables, twice for the cosine. Written: K_S K_T entries of the
-plan, a distance, an error.
+Read per problem: its ids, two lengths, and (K_S + K_T) rows of the tables, twice for the cosine. Written: K_S K_T entries of
+the plan, a distance, an error.
 """
 
 import torch
@@ -23,14 +23,13 @@ import triton.language as tl
 from torch import Tensor
 
 from topd_kernels.launch import Launch, run_all
+from topd_kernels.row_math import number
 
 COSTS = ("cosine", "sqeuclidean", "mismatch")
 COSINE, SQEUCLIDEAN, MISMATCH = (tl.constexpr(i) for i in range(3))
-MAX_WINDOW = 128
-LARGE = 64 * 64  # entries of a tile beyond which it is held in float32
+MAX_WINDOW = 64
 STAGE_FACTOR, STAGE_TOLERANCE, STAGE_SINKHORN = tl.constexpr(4.0), tl.constexpr(0.1), tl.constexpr(2)
-RIDGE, RIDGE_FLOAT32 = tl.constexpr(1e-10), tl.constexpr(1e-6)
-TINY = tl.constexpr(1e-37)
+RIDGE = tl.constexpr(1e-10)
 DUAL_FLOAT32 = tl.constexpr(1e-6)  # what D is known to from float32 tiles, in units of epsilon
 ARMIJO, MAX_HALVINGS = tl.constexpr(1e-4), tl.constexpr(20)
 # What the pass evaluates: a plain step, a step of Newton's, the same f at a lower stage, f again after a search in vain.
@@ -60,80 +59,42 @@ def _inverse_norms(Table, ids, valid, width, stride, K: tl.constexpr, PIECE: tl.
 @triton.jit
 def _costs(
     StudentTable, TeacherTable, student_ids, teacher_ids, is_row, is_column, width, student_stride, teacher_stride,
-    COST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIECE: tl.constexpr, FLOAT: tl.constexpr, HELD: tl.constexpr, SQUARES: tl.constexpr,
+    COST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIECE: tl.constexpr, FLOAT: tl.constexpr,
 ):  # fmt: skip
-    """[ROWS, COLUMNS]; 0 past the lengths."""
+    """[ROWS, COLUMNS] in float64; 0 past the lengths."""
     if COST == MISMATCH:
-        total = (student_ids[:, None] != teacher_ids[None, :]).to(HELD)
+        total = (student_ids[:, None] != teacher_ids[None, :]).to(tl.float64)
     else:
         if COST == COSINE:
             x_scale = _inverse_norms(StudentTable, student_ids, is_row, width, student_stride, ROWS, PIECE)
             y_scale = _inverse_norms(TeacherTable, teacher_ids, is_column, width, teacher_stride, COLUMNS, PIECE)
-        total = tl.zeros([ROWS, COLUMNS], HELD)
+        total = tl.zeros([ROWS, COLUMNS], tl.float64)
         for start in range(0, width, PIECE):
             x = _vectors(StudentTable, student_ids, is_row, start, width, student_stride, PIECE)
             y = _vectors(TeacherTable, teacher_ids, is_column, start, width, teacher_stride, PIECE)
             if COST == COSINE:
-                x, y = x.to(tl.float64) * x_scale[None, :], y.to(tl.float64) * y_scale[None, :]
-            x, y = x.to(FLOAT), y.to(FLOAT)
-            if PIECE == 1:  # in the layout of the large tiles, for which a sum over pieces would be rearranged each time
-                x, y = tl.reshape(x, [ROWS])[:, None], tl.reshape(y, [COLUMNS])[None, :]
-                total += (x * y if COST == COSINE else (x - y) * (x - y)).to(HELD)
+                x = (x.to(tl.float64) * x_scale[None, :]).to(FLOAT)
+                y = (y.to(tl.float64) * y_scale[None, :]).to(FLOAT)
+                terms = x[:, :, None] * y[:, None, :]
             else:
-                x, y = x[:, :, None], y[:, None, :]
-                total += tl.sum(x * y if COST == COSINE else (x - y) * (x - y), 0).to(HELD)
+                gaps = x.to(FLOAT)[:, :, None] - y.to(FLOAT)[:, None, :]
+                terms = gaps * gaps
+            total += tl.sum(terms, 0).to(tl.float64)
         if COST == COSINE:
             total = 1 - total
             total = tl.where(total < 0, 0.0, total)
-    return tl.where(_entries(is_row, is_column, SQUARES), total, 0.0)
-
-
-@triton.jit
-def _entries(is_row, is_column, SQUARES: tl.constexpr):
-    """[ROWS, COLUMNS] bool. Of large tiles the outer product is a dot, for the layout of its result, which all that is made of it
-    takes over: a thread holds small squares, not most of a column, whose row vectors would fill the registers."""
-    if not SQUARES:
-        return is_row[:, None] & is_column[None, :]
-    else:
-        first = tl.arange(0, 16) == 0
-        rows = (is_row[:, None] & first[None, :]).to(tl.float32)
-        columns = (is_column[None, :] & first[:, None]).to(tl.float32)
-        return tl.dot(rows, columns, input_precision="ieee") > 0.5
-
-
-@triton.jit
-def _over(tile, axis: tl.constexpr):
-    """Sums along an axis in float64."""
-    return _spread(tl.sum(tile, axis), tile.dtype).to(tl.float64)
-
-
-@triton.jit
-def _spread(x, HELD: tl.constexpr):
-    """A vector over a large tile's lines, held once by the block: out of a reduction each thread has those of all its lines, and so
-    it would all that is made of them."""
-    if HELD == tl.float64:
-        return x
-    else:
-        return tl.gather(x, tl.arange(0, x.shape[0]), 0)
+    return tl.where(is_row[:, None] & is_column[None, :], total, 0.0)
 
 
 @triton.jit
 def _evaluate(f, cost, is_row, a, b, unit_a, unit_b, stage):
     """P with exact columns at (f, stage), its row sums, D(f), and the largest |row sum - marginal| in units of it."""
-    inverse = 1 / stage
-    if cost.dtype == tl.float64:
-        scaled = tl.where(is_row[:, None], (f[:, None] - cost) * inverse, float("-inf"))
-        top = tl.max(scaled, 0)
-        plan = tl.exp(scaled - top[None, :])
-    else:  # exponents in float64; a largest one need not be exact
-        cost += (stage * 0).to(cost.dtype)  # keeps float64 copies of the costs from being made once, and held
-        entered = tl.where(is_row, f, float("-inf"))
-        top = _spread(tl.max(entered.to(cost.dtype)[:, None] - cost, 0), cost.dtype).to(tl.float64)
-        plan = tl.exp(((entered[:, None] - cost - top[None, :]) * inverse).to(cost.dtype))
-        top *= inverse
-    total = _over(plan, 0)
-    plan = plan * (b / total).to(cost.dtype)[None, :]
-    rows = _over(plan, 1)
+    scaled = tl.where(is_row[:, None], (f[:, None] - cost) * (1 / stage), float("-inf"))
+    top = tl.max(scaled, 0)
+    plan = tl.exp(scaled - top[None, :])
+    total = tl.sum(plan, 0)
+    plan = plan * (b / total)[None, :]
+    rows = tl.sum(plan, 1)
     dual = tl.sum(a * f, 0) + stage * (tl.log(unit_b) - tl.sum(b * (top + tl.log(total)), 0))
     error = tl.max(tl.abs(rows - a), 0) / unit_a
     return plan, rows, dual, tl.where(dual == dual, error, dual)  # a maximum may drop a NaN
@@ -142,8 +103,8 @@ def _evaluate(f, cost, is_row, a, b, unit_a, unit_b, stage):
 @triton.jit
 def _newton_step(plan, rows, is_row, a, b_inverse, unit_a, error, STEPS: tl.constexpr):
     """H^-1 (a - rows) by conjugate gradients; what is reached so far where the steps run out or H does not curve upwards."""
-    ridge = (RIDGE if plan.dtype == tl.float64 else RIDGE_FLOAT32) * unit_a
-    diagonal = _over(plan * (1 - plan * b_inverse.to(plan.dtype)[None, :]), 1) + ridge
+    ridge = RIDGE * unit_a
+    diagonal = tl.sum(plan * (1 - plan * b_inverse[None, :]), 1) + ridge
     scale = tl.where(is_row, 1 / diagonal, 0.0)
     residual = a - rows
     found = residual * 0
@@ -153,8 +114,8 @@ def _newton_step(plan, rows, is_row, a, b_inverse, unit_a, error, STEPS: tl.cons
     goal = size * reduction * reduction
     left = STEPS
     while (left > 0) & (size > goal):
-        columns = _over(plan * direction.to(plan.dtype)[:, None], 0) * b_inverse
-        product = (rows + ridge) * direction - _over(plan * columns.to(plan.dtype)[None, :], 1)
+        columns = tl.sum(plan * direction[:, None], 0) * b_inverse
+        product = (rows + ridge) * direction - tl.sum(plan * columns[None, :], 1)
         curvature = tl.sum(direction * product, 0)
         left -= 1
         if curvature > 0:
@@ -171,8 +132,8 @@ def _newton_step(plan, rows, is_row, a, b_inverse, unit_a, error, STEPS: tl.cons
 
 @triton.jit
 def _solve(cost, is_row, a, b, unit_a, unit_b, spread, epsilon, max_iterations, tolerance, STEPS: tl.constexpr):
-    """The student's potential. A pass evaluates f + size * step and takes it; a step of Newton's that it does not take is halved,
-    or given up for a plain one."""
+    """The student's potential. A pass evaluates f + size * step and takes it; a step of Newton's that it does not take is
+    halved, or given up for a plain one."""
     b_inverse = tl.where(b > 0, 1 / unit_b, 0.0)
     f, step = a * 0, a * 0
     size, slope, before = unit_a * 0, unit_a * 0, unit_a * 0
@@ -223,13 +184,11 @@ def _solve(cost, is_row, a, b, unit_a, unit_b, spread, epsilon, max_iterations, 
 @triton.jit
 def _rounded(plan, rows, a, b):
     """The plan moved onto its marginals: rows and columns scaled down where they hold too much, the rest spread evenly."""
-    held = plan.dtype
-    a, b, rows = a.to(held), b.to(held), rows.to(held)
-    plan = plan * tl.minimum(a / tl.maximum(rows, TINY), 1.0)[:, None]
-    plan = plan * tl.minimum(b / tl.maximum(_over(plan, 0).to(held), TINY), 1.0)[None, :]
-    missing_a = tl.maximum(a - _over(plan, 1).to(held), 0.0)
-    missing_b = tl.maximum(b - _over(plan, 0).to(held), 0.0)
-    return plan + missing_a[:, None] * (missing_b / tl.maximum(tl.sum(missing_a, 0), TINY))[None, :]
+    plan = plan * tl.minimum(a / tl.maximum(rows, 1e-300), 1.0)[:, None]
+    plan = plan * tl.minimum(b / tl.maximum(tl.sum(plan, 0), 1e-300), 1.0)[None, :]
+    missing_a = tl.maximum(a - tl.sum(plan, 1), 0.0)
+    missing_b = tl.maximum(b - tl.sum(plan, 0), 0.0)
+    return plan + missing_a[:, None] * (missing_b / tl.maximum(tl.sum(missing_a, 0), 1e-300))[None, :]
 
 
 @triton.jit
@@ -243,31 +202,34 @@ def _side(Ids, Lengths, problem, window, K: tl.constexpr):
     return ids, valid, tl.where(valid, unit, 0.0), unit
 
 
-@triton.jit(do_not_specialize=["student_window", "teacher_window", "max_iterations"])
+@triton.jit(
+    do_not_specialize=["student_window", "teacher_window", "max_iterations", "width", "student_stride", "teacher_stride"],
+    do_not_specialize_on_alignment=["StudentIds", "TeacherIds", "StudentLengths", "TeacherLengths"],
+)
 def _transport(
     StudentTable, StudentIds, StudentLengths, TeacherTable, TeacherIds, TeacherLengths, Distance, Plan, MarginalError,
     student_window, teacher_window, width, student_stride, teacher_stride,
     epsilon: tl.float64, max_iterations, tolerance: tl.float64,
-    COST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIECE: tl.constexpr, HELD: tl.constexpr, SQUARES: tl.constexpr,
+    COST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     problem = tl.program_id(0).to(tl.int64)
     student_ids, is_row, a, unit_a = _side(StudentIds, StudentLengths, problem, student_window, ROWS)
     teacher_ids, is_column, b, unit_b = _side(TeacherIds, TeacherLengths, problem, teacher_window, COLUMNS)
-    is_entry = _entries(is_row, is_column, SQUARES)
+    is_entry = is_row[:, None] & is_column[None, :]
     cost = _costs(
         StudentTable, TeacherTable, student_ids, teacher_ids, is_row, is_column, width, student_stride, teacher_stride,
-        COST, ROWS, COLUMNS, PIECE, Plan.dtype.element_ty, HELD, SQUARES,
+        COST, ROWS, COLUMNS, PIECE, Plan.dtype.element_ty,
     )  # fmt: skip
-    low = tl.min(tl.min(tl.where(is_entry, cost, float("inf")), 1), 0)
-    spread = (tl.max(tl.max(cost, 1), 0) - low).to(tl.float64)
-    epsilon = tl.cast(epsilon, tl.float64)
+    spread = tl.max(tl.max(cost, 1), 0) - tl.min(tl.min(tl.where(is_entry, cost, float("inf")), 1), 0)
+    epsilon = number(epsilon, tl.float64)
     if COST == SQEUCLIDEAN:
-        epsilon *= tl.maximum(tl.sum(tl.sum(cost, 1), 0).to(tl.float64) * unit_a * unit_b, 1e-12)
+        epsilon *= tl.maximum(tl.sum(tl.sum(cost, 1), 0) * unit_a * unit_b, 1e-12)
 
-    f = _solve(cost, is_row, a, b, unit_a, unit_b, spread, epsilon, max_iterations, tl.cast(tolerance, tl.float64), 2 * ROWS)
+    f = _solve(cost, is_row, a, b, unit_a, unit_b, spread, epsilon, max_iterations, number(tolerance, tl.float64), 2 * ROWS)
 
     plan, rows, _, error = _evaluate(f, cost, is_row, a, b, unit_a, unit_b, epsilon)
     plan = _rounded(plan, rows, a, b)
+    plan = tl.where(is_entry & (cost + error != cost + error), error, plan)  # a problem without a solution has none anywhere
     tl.store(Distance + problem, tl.sum(tl.sum(plan * cost, 1), 0))
     tl.store(MarginalError + problem, error)
     row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
@@ -282,9 +244,9 @@ def block_of(window: int) -> int:
     return max(16, triton.next_power_of_2(window))
 
 
-def warps_of(rows: int, columns: int) -> int:
-    """Eight entries of a float64 plan a thread, up to 64 of a float32 one: what leaves the tiles in registers."""
-    return 8 if rows * columns > LARGE else max(1, rows * columns // 256)
+def warps_of(block: int) -> int:
+    """Sixteen entries of the largest plan a thread, which leaves its float64 tiles in registers."""
+    return max(2, block * block // 512)
 
 
 def launches(
@@ -298,8 +260,6 @@ def launches(
     epsilon: float,
     max_iterations: int,
     tolerance: float,
-    *,
-    hip: bool = torch.version.hip is not None,
 ) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor]]:
     """The launch, and (distance [m], plan [m, K_S, K_T], marginal_error [m]), which it fills; float64 where a table is, else
     float32."""
@@ -307,7 +267,7 @@ def launches(
         raise ValueError(f"cost must be one of {', '.join(COSTS)}, got {cost!r}")
     problems, student_window = student_ids.shape
     teacher_window = teacher_ids.shape[1]
-    rows, columns = block_of(student_window), block_of(teacher_window)
+    block = block_of(max(student_window, teacher_window))
     student_table, teacher_table = (x if x.stride(1) == 1 else x.contiguous() for x in (student_table, teacher_table))
     dtype = torch.promote_types(torch.promote_types(student_table.dtype, teacher_table.dtype), torch.float32)
     distance = student_table.new_empty(problems, dtype=dtype)
@@ -332,16 +292,8 @@ def launches(
         "max_iterations": max_iterations,
         "tolerance": tolerance,
     }
-    large = rows * columns > LARGE
-    constants = {
-        "COST": COSTS.index(cost),
-        "ROWS": rows,
-        "COLUMNS": columns,
-        "PIECE": 1 if large else 4,
-        "HELD": tl.float32 if large else tl.float64,
-        "SQUARES": large and not hip,
-    }
-    launch = Launch(_transport, (problems,), arguments, constants, warps_of(rows, columns))
+    constants = {"COST": COSTS.index(cost), "ROWS": block, "COLUMNS": block, "PIECE": 4}
+    launch = Launch(_transport, (problems,), arguments, constants, warps_of(block))
     return [launch], (distance, plan, marginal_error)
 
 

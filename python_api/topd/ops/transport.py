@@ -20,7 +20,7 @@ torch.library.define(
 
 
 # The longest window whose problem fits on chip; the reference solves longer ones.
-TRITON_WINDOW = 128
+TRITON_WINDOW = 64
 
 
 @torch.library.register_fake("topd::transport")
