@@ -210,7 +210,7 @@ class Blocks(NamedTuple):
 def blocks_of(itemsize: int, *, heavy: bool) -> Blocks:
     """Block sizes; `heavy`: a mixture or scores, which keep more in registers. A small vocabulary takes the same, masked."""
     widest = 1024 if itemsize == 4 else 512
-    return Blocks(widest, widest // 2 if heavy else widest)
+    return Blocks(512, widest // 2 if heavy else widest)
 
 
 class Outputs(NamedTuple):
