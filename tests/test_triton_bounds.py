@@ -5,7 +5,7 @@ import mmap
 import pytest
 import torch
 
-from topd_kernels import divergence_rows, logprob_rows, weighted_gather, weighted_scatter
+from topd_kernels import divergence_rows, logprob_rows, score_tokens, transport, weighted_gather, weighted_scatter
 from topd_kernels.launch import Launch, interpreted, run_all
 from topd_kernels.row_statistics import statistics
 
@@ -39,6 +39,34 @@ def weighted_launches(width: int) -> list[Launch]:
     ids, weights = torch.randint(-1, 14, (ROWS, 5)), torch.randn(ROWS, 5)
     rows, table = torch.randn(ROWS, width), torch.randn(13, width)
     return weighted_gather.launches(rows, table, ids, weights) + weighted_scatter.launches(table, rows, ids, weights)
+
+
+def score_launches(vocabs: tuple[int, int] = (70, 81)) -> list[Launch]:
+    widths = (17, 33)
+    sides = [
+        score_tokens.Operands(torch.randn(ROWS, h), torch.randn(v, h), torch.randn(v), 1.0, None)
+        for h, v in zip(widths, vocabs, strict=True)
+    ]
+    return score_tokens.launches(*sides, torch.tensor([0, 69, -1]), 0.7, splits=2)[0]
+
+
+def transport_launches(cost: str = "cosine") -> list[Launch]:
+    """Windows of 7 and 5, some shorter; what stands past a length names no row of the tables."""
+    tables = [torch.randn(13, 6) for _ in range(2)]
+    ids, lengths = [torch.randint(13, (2, window)) for window in (7, 5)], torch.tensor([3, 5])
+    for each in ids:
+        each[0, 3:], each[1, 0] = 10**9, 12
+    return transport.launches(tables[0], ids[0], lengths, tables[1], ids[1], lengths, cost, 0.05, 20, 1e-4)[0]
+
+
+@pytest.mark.parametrize("vocabs", [(70, 70), (70, 81), (81, 70)])
+def test_score_tokens_stays_within_its_tensors(vocabs):
+    assert run_watched(score_launches(vocabs)).written >= 9 * ROWS * 4
+
+
+@pytest.mark.parametrize("cost", transport.COSTS)
+def test_transport_stays_within_its_tensors(cost):
+    assert run_watched(transport_launches(cost)).written == 2 * (7 * 5 + 2) * 4
 
 
 @pytest.mark.parametrize("vocabs", [(1, 1), (VOCAB, VOCAB), (1030, VOCAB), (VOCAB, 1030)])
@@ -77,6 +105,10 @@ def planted(launches: list[Launch], kernel: str, **changed: int) -> list[Launch]
         (logprob_launches, "rest", {"vocab": VOCAB + 1}, "reads"),
         (logprob_launches, "gradient", {"stride": VOCAB + 1}, "reads"),
         (logprob_launches, "at_ids", {"count": 71}, "reads"),
+        (score_launches, "score_blocks", {"vocab": 71}, "reads"),
+        (score_launches, "score_finish", {"rows": ROWS + 1}, "reads"),
+        (transport_launches, "transport", {"student_window": 8}, "writes"),
+        (transport_launches, "transport", {"width": 7}, "reads"),
         (lambda: weighted_launches(600), "gather", {"width": 601}, "reads"),
         (lambda: weighted_launches(600), "scatter", {"vocab": 14}, "reads"),
     ],
