@@ -33,7 +33,7 @@ from bench.aot import table
 from bench.binaries import TARGETS, compile_launch
 from bench.variants import default_launches
 sweep = next(launch for launch in default_launches() if launch.name == "sweep")
-wide = sweep._replace(constants={**sweep.constants, "BLOCK": 16384}, num_warps=1)
+wide = sweep._replace(constants={**sweep.constants, "BLOCK": 4096}, num_warps=1)
 binary = compile_launch(wide, TARGETS["sm_90"])
 print(binary.fits, binary.stack_bytes > 0)
 """
