@@ -12,6 +12,7 @@ import topd
 from bench import smollm2
 from topd.branching import decode
 from topd.branching.continuations import continue_from
+from topd.branching.decode import most_likely
 from topd.branching.decoders import decoder_of
 from topd.branching.inputs import check_rollouts
 
@@ -249,3 +250,11 @@ def test_smollm2_greedy_windows_equal_generate():
             expected = model.model(whole).last_hidden_state[0, -length - 1 : -1]
             assert_near(states[index, :length], expected.double(), 1e-5)
     assert math.isfinite(states.sum().item())
+
+
+@pytest.mark.parametrize("vocab", [5, 1024, 2048, 2050, 5000])
+def test_the_most_likely_token_is_the_first_of_equals(vocab):
+    scores = torch.randint(-3, 4, (7, vocab)).float()
+    scores[0, -1], scores[1] = 9.0, 0.0
+    scores[2], scores[3, vocab // 2] = -torch.inf, torch.nan
+    assert torch.equal(most_likely(scores), scores.argmax(-1))

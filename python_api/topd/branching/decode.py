@@ -17,11 +17,27 @@ from topd.branching.shared_states import Places
 
 # Branches that have ended run along until no more than this share is left: dropping them copies the others' buffers.
 REPACK = 0.75
+BLOCK = 1024
 
 
 def draw(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
     """One token for each row of logits [M, V]; temperature 0 takes the most likely one."""
-    return perturbed(logits, temperature, generator).argmax(-1)
+    return most_likely(perturbed(logits, temperature, generator))
+
+
+def most_likely(scores: Tensor) -> Tensor:
+    """argmax of [M, V], the first of equals. By blocks on a CPU: there torch's argmax takes ten times as long as its amax."""
+    vocab = scores.shape[-1]
+    blocks = vocab // BLOCK
+    if blocks < 2 or scores.device.type != "cpu":
+        return scores.argmax(-1)
+    tops = scores[:, : blocks * BLOCK].unflatten(-1, (blocks, BLOCK)).amax(-1)
+    if vocab % BLOCK:
+        tops = torch.cat([tops, scores[:, blocks * BLOCK :].amax(-1, keepdim=True)], dim=-1)
+    start = tops.argmax(-1, keepdim=True) * BLOCK
+    place = (start + torch.arange(BLOCK)).clamp_max(vocab - 1)
+    found: Tensor = start[:, 0] + scores.gather(-1, place).argmax(-1)
+    return found
 
 
 def perturbed(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
