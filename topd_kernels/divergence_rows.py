@@ -221,11 +221,6 @@ class Outputs(NamedTuple):
     finite: Tensor
 
 
-def _side(scale: float, softcap: float | None, temperature: float) -> tuple[float, float]:
-    """inner, outer of `logits_of`; outer is 0 where there is no softcap."""
-    return (scale / temperature, 0.0) if softcap is None else (scale / softcap, softcap / temperature)
-
-
 class Spec(NamedTuple):
     """The numbers of a call, in the order of the op's arguments."""
 
@@ -324,15 +319,8 @@ def _order(
         over_rows = kernel in (constants, _finish)
         block = blocks.rows if over_rows else blocks.statistics if kernel is statistics else blocks.sweep
         grid = (triton.cdiv(rows, blocks.rows),) if over_rows else (rows, splits)
-        known = {**constant, **chosen, "BLOCK": block}
         given = {**arguments, "block_count": triton.cdiv(triton.cdiv(arguments["vocab"], block), splits)}
-        return Launch(
-            kernel,
-            grid,
-            {name: given[name] for name in kernel.arg_names if name in given},
-            {name: known[name] for name in kernel.arg_names if name in known},
-            blocks.num_warps,
-        )
+        return Launch.of(kernel, grid, given, {**constant, **chosen, "BLOCK": block}, blocks.num_warps)
 
     early = grad and constant["KIND"] in (FORWARD_KL.value, REVERSE_KL.value)
     order = [launch(statistics), launch(constants), launch(_sweep, VALUE=True, GRAD=early)]

@@ -24,6 +24,14 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
     num_warps: int = 4
 
+    @classmethod
+    def of(
+        cls, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], constants: dict[str, Any], num_warps: int
+    ) -> "Launch":
+        """With those arguments and constants that the kernel knows."""
+        known = ({name: each[name] for name in kernel.arg_names if name in each} for each in (arguments, constants))
+        return cls(kernel, grid, *known, num_warps)
+
     @property
     def name(self) -> str:
         return str(self.kernel.__name__).strip("_")

@@ -333,13 +333,7 @@ def _order(
 
     def launch(kernel: Any, grid: tuple[int, ...], block: int, *, entropy: bool = False) -> Launch:
         known = {"GENERAL": general, "ENTROPY": entropy, "BLOCK": block}
-        return Launch(
-            kernel,
-            grid,
-            {name: arguments[name] for name in kernel.arg_names if name in arguments},
-            {name: known[name] for name in kernel.arg_names if name in known},
-            blocks.num_warps,
-        )
+        return Launch.of(kernel, grid, arguments, known, blocks.num_warps)
 
     order = []
     if arguments["count"]:

@@ -1,6 +1,7 @@
 """Options of the objectives; refused when they are made, not when a step runs."""
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from topd.reference.transport import COSTS
 from topd.selection import CANDIDATE_RULES, FALSE_ALARM_MODES, GATE_VALUES
 from topd.windows import STUDENT_WINDOWS
 
+Config = TypeVar("Config")
 REDUCTIONS = ("token", "sequence")
 SCORES = ("teacher_nll", "reverse_kl", "student_nll", "gap")
 EMBEDDINGS = ("student", "teacher", "student_hidden")
@@ -142,3 +144,12 @@ def _check_gate_value(rule: str, value: object) -> None:
         real("gate_value", value, low=0.0, high=1.0, hint=f"{takes} a fraction")
     else:
         real("gate_value", value, hint=f"{takes} a finite number{' of its own' if rule == 'threshold' else ''}")
+
+
+def config_of(config: object, kind: type[Config]) -> Config:
+    """An objective's configuration: as given, or its kind's defaults."""
+    if config is None:
+        return kind()
+    if not isinstance(config, kind):
+        raise TypeError(f"config must be a topd.{kind.__name__}, got {type(config).__name__}")
+    return config

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topd.objectives.config import OPDConfig
+from topd.objectives.config import OPDConfig, config_of
 from topd.objectives.objective import Objective
 from topd.objectives.rollouts import (
     Stages,
@@ -39,9 +39,7 @@ class OPD:
     """
 
     def __init__(self, student: Any, teacher: Any, config: OPDConfig | None = None) -> None:
-        if config is not None and not isinstance(config, OPDConfig):
-            raise TypeError(f"config must be a topd.OPDConfig, got {type(config).__name__}")
-        self.student, self.teacher, self.config = student, teacher, config or OPDConfig()
+        self.student, self.teacher, self.config = student, teacher, config_of(config, OPDConfig)
 
     def __call__(
         self,

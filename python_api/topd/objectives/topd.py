@@ -18,7 +18,7 @@ from torch import Tensor
 from topd.branching.continuations import BRANCHES, continue_from, from_rollout, rollout_states
 from topd.branching.inputs import end_tokens
 from topd.near_future import Transport, guidance_kl, near_future_divergence
-from topd.objectives.config import TOPDConfig
+from topd.objectives.config import TOPDConfig, config_of
 from topd.objectives.objective import NearFuture, Objective
 from topd.objectives.rollouts import (
     Rollouts,
@@ -51,9 +51,7 @@ class TOPD:
     """
 
     def __init__(self, student: Any, teacher: Any, config: TOPDConfig | None = None) -> None:
-        if config is not None and not isinstance(config, TOPDConfig):
-            raise TypeError(f"config must be a topd.TOPDConfig, got {type(config).__name__}")
-        self.student, self.teacher, self.config = student, teacher, config or TOPDConfig()
+        self.student, self.teacher, self.config = student, teacher, config_of(config, TOPDConfig)
 
     def __call__(
         self,
