@@ -258,3 +258,5 @@ def test_the_most_likely_token_is_the_first_of_equals(vocab):
     scores[0, -1], scores[1] = 9.0, 0.0
     scores[2], scores[3, vocab // 2] = -torch.inf, torch.nan
     assert torch.equal(most_likely(scores), scores.argmax(-1))
+    by_column = scores.t().contiguous().t()
+    assert torch.equal(most_likely(by_column), scores.argmax(-1))

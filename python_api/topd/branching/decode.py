@@ -31,7 +31,11 @@ def most_likely(scores: Tensor) -> Tensor:
     blocks = vocab // BLOCK
     if blocks < 2 or scores.device.type != "cpu":
         return scores.argmax(-1)
-    tops = scores[:, : blocks * BLOCK].unflatten(-1, (blocks, BLOCK)).amax(-1)
+    across = scores.t()  # where scores lie column by column, [V, M] is what amax runs through in order
+    if across.is_contiguous():
+        tops = across[: blocks * BLOCK].unflatten(0, (blocks, BLOCK)).amax(1).t()
+    else:
+        tops = scores[:, : blocks * BLOCK].unflatten(-1, (blocks, BLOCK)).amax(-1)
     if vocab % BLOCK:
         tops = torch.cat([tops, scores[:, blocks * BLOCK :].amax(-1, keepdim=True)], dim=-1)
     start = tops.argmax(-1, keepdim=True) * BLOCK
