@@ -78,7 +78,7 @@ class Decoder:
 
 
 def _output(layer: Any, hidden: Tensor) -> Tensor:
-    """The layer's output [..., V]. A CPU multiplies few rows faster as W hᵀ, a third at 32 of them: the result is its transpose,
+    """The layer's output [..., V]. A CPU multiplies few rows faster as W hᵀ, 32 of them by a third: the result is a transpose,
     column by column in memory."""
     plain = type(layer) is torch.nn.Linear and layer.bias is None and not (layer._forward_hooks or layer._forward_pre_hooks)
     if plain and hidden.dim() == 2 and hidden.device.type == "cpu" and hidden.shape[0] in FEW:
