@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import topd
-from bench import smollm2
+from topd.cli.demo import smollm2
 from bench.measure import Spread, machine
 from bench.process import INTERRUPTED, positive
 from bench.report import machine_line, markdown_table, note, write_json

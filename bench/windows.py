@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import smollm2
+from topd.cli.demo import smollm2
 from bench.measure import Sample, Spread, machine, ratio, sample
 from bench.memory import resident_mib, settle
 from bench.process import INTERRUPTED, positive

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bench import smollm2
+from topd.cli.demo import smollm2
 
 ROOT = Path(__file__).parents[1]
 

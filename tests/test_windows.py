@@ -9,7 +9,7 @@ from scipy.stats import chi2
 from tiny_models import ENDS, KINDS, POSITIONS, VOCAB, bloom, generated, prefix, ragged, tiny
 
 import topd
-from bench import smollm2
+from topd.cli.demo import smollm2
 from topd.branching import decode
 from topd.branching.continuations import continue_from
 from topd.branching.decode import most_likely

@@ -1,0 +1,120 @@
+"""What the terminal shows while a run goes on: a line that moves, or plain lines where nobody watches."""
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from topd.cli.demo.figures import NAMES
+from topd.cli.demo.settings import Settings
+from topd.cli.demo.summary import Summary
+from topd.cli.demo.summary import Table as Numbers
+from topd.cli.demo.training import Record
+
+PLAIN_EVERY = 5  # steps between two lines where the output is no terminal
+
+
+class Display:
+    """Of one run of the demo."""
+
+    def __init__(self, settings: Settings, console: Console | None = None) -> None:
+        self.settings, self.console = settings, console or Console(highlight=False)
+        self.live: Live | None = None
+        self.method, self.began, self.first = "", 0.0, 0
+        self.latest: Record = {}
+        self.held_out: float | None = None
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    def start(self, method: str, done: int) -> None:
+        """A method's training begins, or goes on."""
+        self.method, self.began, self.first = method, time.monotonic(), done
+        self.latest, self.held_out = {"step": done}, None
+        if self.console.is_terminal:
+            self.live = Live(self._line(), console=self.console, refresh_per_second=4)
+            self.live.start()
+
+    def show(self, record: Record) -> None:
+        """A step, or an evaluation."""
+        if "held_out_reverse_kl" in record:
+            self.held_out = record["held_out_reverse_kl"]
+        else:
+            self.latest = record
+        if self.live is not None:
+            self.live.update(self._line())
+        elif "held_out_reverse_kl" in record or record["step"] % PLAIN_EVERY == 0:
+            self.console.print(self._text(), markup=False)
+
+    def stop(self) -> None:
+        """The method's line stays as it is."""
+        if self.live is not None:
+            self.live.stop()
+            self.live = None
+
+    def left(self) -> str:
+        """Of this method, at the pace of its steps so far."""
+        done = self.latest["step"] - self.first
+        if not done:
+            return "-:-- left"
+        seconds = (time.monotonic() - self.began) / done * (self.settings.steps - self.latest["step"])
+        return f"{int(seconds) // 60}:{int(seconds) % 60:02d} left"
+
+    def _line(self) -> Table:
+        grid = Table.grid(padding=(0, 1))
+        bar = ProgressBar(total=self.settings.steps, completed=self.latest["step"], width=10)
+        grid.add_row(Text(f"{NAMES[self.method]:4}", style="bold"), bar, Text(self._numbers()))
+        return grid
+
+    def _text(self) -> str:
+        return f"{NAMES[self.method]:4} {self._numbers()}"
+
+    def _numbers(self) -> str:
+        """At most 64 columns."""
+        found = [f"{self.latest['step']:>3}/{self.settings.steps}"]
+        if "loss" in self.latest:
+            found.append(f"loss {self.latest['loss']:.2f}")
+        if self.held_out is not None:
+            found.append(f"held-out KL {self.held_out:.2f}")
+        if "loss" in self.latest:
+            found.append(f"{self.latest['tokens_a_second']:.0f} tok/s")
+            if self.latest["memory_mib"] is not None:
+                found.append(f"{self.latest['memory_mib'] / 1024:.1f} GiB")
+        return " ".join([*found, self.left()])
+
+    def summary(self, found: Summary) -> None:
+        """The tables at the end."""
+        self._table("Reverse KL to the teacher on held-out prompts, nats per token", found.outcome)
+        if found.loss is not None:
+            self._table("The loss alone, value and gradients", found.loss)
+        self._table("Where a step's time goes", found.stages)
+
+    def _table(self, title: str, numbers: Numbers) -> None:
+        header, rows = numbers
+        table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for place, name in enumerate(header):
+            table.add_column(name, justify="right" if place else "left")
+        for row in rows:
+            table.add_row(*row)
+        self.console.print()
+        self.console.print(table)
+
+    def samples(self, before: list[list[str]] | None, after: dict[str, list[list[str]]]) -> None:
+        """The first held-out prompt, answered before and after."""
+        answers: list[tuple[str, Any]] = [("before", before), *((NAMES[name], found) for name, found in after.items())]
+        first = next((found for _, found in answers if found), None)
+        if first is None:
+            return
+        self.console.print()
+        self.console.print(Text.assemble(("Prompt  ", "bold"), one_line(first[0][0])))
+        for name, found in answers:
+            if found:
+                self.console.print(Text.assemble((f"{name:8}", "bold"), one_line(found[0][1])))
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())

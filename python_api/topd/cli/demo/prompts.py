@@ -1,0 +1,84 @@
+"""Questions to train on and others to be judged by: reasoning-gym's seeded generators, and a few of a chat."""
+
+import random
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from topd.cli.failure import Failure
+
+GENERATORS = ("chain_sum", "letter_counting", "spell_backward", "gcd", "simple_equations", "count_bits", "lcm")
+LONGEST = 240  # characters of a question
+CHAT = (
+    "Why is the sky blue?",
+    "What is the capital of Italy?",
+    "Write one sentence about the sea.",
+    "Name three fruits.",
+    "How do plants make food?",
+    "What does a baker do?",
+    "Give me a tip for sleeping well.",
+    "Who wrote Hamlet?",
+    "Explain what gravity is.",
+    "What is a good name for a cat?",
+    "How many days are in a week?",
+    "Tell me a short story about a dog.",
+)
+HELD_OUT_CHAT = ("What is the capital of France?", "How does rain form?", "Name three colours.", "What does a doctor do?")
+CHAT_SHARE = 4  # one question in so many is of a chat
+
+
+class Prompts(NamedTuple):
+    """Texts; none of `held_out` is in `train`."""
+
+    train: list[str]
+    held_out: list[str]
+
+
+def make_prompts(train: int, held_out: int, seed: int) -> Prompts:
+    """As many questions of either kind, the same for the same numbers and seed.
+
+    Raises:
+        Failure: reasoning-gym, or a package that it needs, is not installed.
+    """
+    judged = _mixed(_generated(held_out, seed + 1_000_003, frozenset()), HELD_OUT_CHAT, held_out, seed + 1)
+    return Prompts(_mixed(_generated(train, seed, frozenset(judged)), CHAT, train, seed), judged)
+
+
+def _generated(count: int, seed: int, without: frozenset[str]) -> Iterator[str]:
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise Failure(f"the demo's questions come from reasoning-gym, and {error.name} is not installed: pip install reasoning-gym") from error
+    size = 4 * count + 16
+    sources = [reasoning_gym.create_dataset(name, size=size, seed=seed + i) for i, name in enumerate(GENERATORS)]
+    seen = set(without)
+    for place in range(size):
+        for source in sources:
+            question = source[place]["question"].strip()
+            if len(question) <= LONGEST and question not in seen:
+                seen.add(question)
+                yield question
+
+
+def _mixed(generated: Iterator[str], chat: tuple[str, ...], count: int, seed: int) -> list[str]:
+    """Every CHAT_SHARE-th is of a chat, in an order that the seed shuffles, over and over."""
+    order = list(chat)
+    random.Random(seed).shuffle(order)
+    return [order[i // CHAT_SHARE % len(order)] if i % CHAT_SHARE == CHAT_SHARE - 1 else next(generated) for i in range(count)]
+
+
+def encode(tokenizer: Any, prompts: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
+    """input_ids and attention_mask [B, P], padded on the left, by the model's chat template where it has one."""
+    texts = prompts
+    if tokenizer.chat_template is not None:
+        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+    ids = tokenizer(texts, add_special_tokens=tokenizer.chat_template is None)["input_ids"]
+    width = max(map(len, ids))
+    input_ids, attended = torch.zeros(len(ids), width, dtype=torch.int64), torch.zeros(len(ids), width, dtype=torch.int64)
+    for row, one in enumerate(ids):
+        input_ids[row, width - len(one) :] = torch.tensor(one)
+        attended[row, width - len(one) :] = 1
+    return input_ids.to(device), attended.to(device)

@@ -1,0 +1,150 @@
+"""One method's run: rollouts of the student, the objective, an optimizer step; evaluations, checkpoints, and going on from one.
+
+Nothing random is carried from step to step: rollouts and windows of step n are drawn from (seed, n), so that a run that goes on
+from a checkpoint makes the very numbers that it would have made.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import topd
+from topd.cli.demo import files
+from topd.cli.demo.evaluation import Evaluation, evaluate
+from topd.cli.demo.models import Models
+from topd.cli.demo.prompts import Prompts, encode
+from topd.cli.demo.settings import Settings
+from topd.cli.demo.window_pair import WindowPair, furthest_pair
+from topd.cli.memory import used_mib
+from topd.integrations.rollouts import sample_rollouts
+
+Record = dict[str, Any]
+STEP_SEED = 100_003  # rollouts of step n are drawn from seed * STEP_SEED + n
+
+
+@dataclass
+class Run:
+    """What a method has done so far.
+
+    Attributes:
+        records: a mapping a step, and one for each evaluation, as they stand in metrics.jsonl.
+        before, after: the first and the latest evaluation.
+        pair: of TOPD, the two windows of the latest step that are furthest apart.
+    """
+
+    method: str
+    done: int = 0
+    records: list[Record] = field(default_factory=list)
+    before: Evaluation | None = None
+    after: Evaluation | None = None
+    pair: WindowPair | None = None
+
+
+class Trainer:
+    """Trains the student of `models` by one method.
+
+    Args:
+        start: the student's weights to start from.
+        folder: where the checkpoint stands.
+    """
+
+    def __init__(
+        self, method: str, models: Models, start: dict[str, Tensor], prompts: Prompts, settings: Settings, folder: Path
+    ) -> None:
+        self.models, self.prompts, self.settings = models, prompts, settings
+        self.path = folder / f"checkpoint-{method}.pt"
+        self.run = Run(method)
+        models.student.load_state_dict(start)
+        options: dict[str, Any] = {"lr": settings.learning_rate, "betas": (0.9, 0.95), "weight_decay": 0.0}
+        self.optimizer = torch.optim.AdamW(models.student.parameters(), **options)
+        if method == "topd":
+            self.objective: topd.OPD | topd.TOPD = topd.TOPD(
+                models.student, models.teacher, topd.TOPDConfig(horizon=settings.horizon)
+            )
+        else:
+            self.objective = topd.OPD(models.student, models.teacher)
+
+    def resume(self) -> bool:
+        """Go on from the checkpoint; False where there is none."""
+        if not self.path.exists():
+            return False
+        device = torch.device(self.settings.device)
+        with torch.serialization.safe_globals([Run, Evaluation, WindowPair]):
+            found = torch.load(self.path, map_location=device, weights_only=True)
+        self.run = found["run"]
+        if "student" in found:
+            self.models.student.load_state_dict(found["student"])
+            self.optimizer.load_state_dict(found["optimizer"])
+        return True
+
+    def save(self) -> None:
+        """The checkpoint; of a finished run without the optimizer's state and the weights."""
+        state: dict[str, Any] = {"run": self.run}
+        if self.run.done < self.settings.steps:
+            state |= {"student": self.models.student.state_dict(), "optimizer": self.optimizer.state_dict()}
+        files.save(self.path, state, torch.save)
+
+    def checkpoint_bytes(self) -> int:
+        """Weights and both moments."""
+        return 3 * sum(p.numel() * p.element_size() for p in self.models.student.parameters())
+
+    def steps(self) -> Iterator[Record]:
+        """Train on; every record as it comes."""
+        run, settings = self.run, self.settings
+        if run.before is None:
+            yield self._evaluated()
+        while run.done < settings.steps:
+            record = self._step(run.done)
+            run.done += 1
+            run.records.append(record)
+            yield record
+            if run.done % settings.evaluate_every == 0 or run.done == settings.steps:
+                yield self._evaluated()
+                self.save()
+
+    def _evaluated(self) -> Record:
+        found = evaluate(self.models, self.prompts.held_out, self.settings)
+        self.run.before = self.run.before or found
+        self.run.after = found
+        record = {"method": self.run.method, "step": self.run.done, "held_out_reverse_kl": found.reverse_kl}
+        self.run.records.append(record)
+        return record
+
+    def _step(self, index: int) -> Record:
+        settings, student = self.settings, self.models.student
+        device, seed = torch.device(settings.device), settings.seed * STEP_SEED + index
+        start = time.perf_counter()
+        at = index * settings.batch
+        ids, attended = encode(self.models.tokenizer, self.prompts.train[at : at + settings.batch], device)
+        torch.manual_seed(seed)
+        batch = sample_rollouts(student, ids, attended, max_new_tokens=settings.tokens)
+        sampled = time.perf_counter()
+        found = self.objective(batch, generator=torch.Generator(device).manual_seed(seed))
+        losses = time.perf_counter()
+        found.loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), settings.clip)
+        backward = time.perf_counter()
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.learning_rate * min(1.0, (index + 1) / max(settings.warmup, 1))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if found.near_future is not None:
+            self.run.pair = furthest_pair(found.near_future, self.models.tokenizer) or self.run.pair
+        end = time.perf_counter()
+        metrics = {name: value.item() for name, value in found.metrics.items()}
+        seconds = {"rollouts": sampled - start, "objective": losses - sampled, "backward": backward - losses}
+        seconds |= {"optimizer": end - backward, "step": end - start}
+        return {
+            "method": self.run.method,
+            "step": index + 1,
+            **metrics,
+            "gradient_norm": norm.item(),
+            **{f"seconds_{name}": value for name, value in seconds.items()},
+            "tokens_a_second": metrics["tokens"] / (end - start),
+            "memory_mib": used_mib(device),
+        }

@@ -1,0 +1,59 @@
+"""The `topd` command: reads the words, runs a subcommand, and turns what stops it into one line."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from topd.cli import doctor
+from topd.cli.demo import command as demo
+from topd.cli.failure import explained
+
+INTERRUPTED = 130
+DESCRIPTION = """\
+topd distils language models on-policy: a student learns from its own text, token by token, under a teacher's
+distributions. This command shows it at work and looks after an installation; the library is `import topd`."""
+EPILOG = "`topd COMMAND --help` explains a command and its options."
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage in front of it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; `{self.prog} --help` explains the options\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    found = _Parser(prog="topd", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = found.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
+    demo.add_to(commands)
+    doctor.add_to(commands)
+    for each in commands.choices.values():
+        each.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; 0, 1 for a failure, 2 for wrong words, 130 after Ctrl-C."""
+    arguments = parser().parse_args(argv)
+    try:
+        status: int = arguments.run(arguments)
+        return status
+    except KeyboardInterrupt:
+        print(f"topd {arguments.command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        if arguments.debug:
+            raise
+        line = explained(error) or f"{_first_line(error)} (an error of topd's own? --debug shows the traceback)"
+        print(f"topd {arguments.command}: {line}", file=sys.stderr)
+        return 1
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}".rstrip(": ")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

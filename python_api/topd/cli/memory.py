@@ -1,0 +1,64 @@
+"""How much memory a piece of work needs at its peak: of the GPU where one is used, else of this process on Linux."""
+
+import ctypes
+import gc
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+MIB = 1024**2
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def resident_mib(field: str = "VmRSS") -> float | None:
+    """VmRSS or VmHWM of this process; None where the system does not say."""
+    try:
+        lines = STATUS.read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:")), None)
+
+
+def used_mib(device: torch.device) -> float | None:
+    """Of the device, by torch; on a CPU of this process."""
+    return torch.cuda.memory_allocated(device) / MIB if device.type == "cuda" else resident_mib()
+
+
+def total_mib() -> float | None:
+    """Of the machine."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / MIB
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+@contextmanager
+def peak_mib(device: torch.device) -> Iterator[Callable[[], float | None]]:
+    """What is used at the peak beyond what is used now, read by calling what it gives; None where it cannot be measured."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield lambda: (torch.cuda.max_memory_allocated(device) - before) / MIB
+        return
+    baseline = _settled_mib()
+
+    def read() -> float | None:
+        peak = resident_mib("VmHWM")
+        return None if baseline is None or peak is None else peak - baseline
+
+    yield read
+
+
+def _settled_mib() -> float | None:
+    """Resident now, free pages of the heap given back and the high-water mark reset."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        CLEAR.write_text("5")
+    except (OSError, AttributeError):
+        return None
+    return resident_mib()
