@@ -127,8 +127,8 @@ class Head:
     @classmethod
     def from_model(cls, model: Any) -> "Head":
         """The head of a transformers causal language model, with its bias, scale, softcap and LoRA; see
-        `topd.integrations.transformers.head_from_model`."""
-        from topd.integrations.transformers import head_from_model
+        `topd.integrations.model_head.head_from_model`."""
+        from topd.integrations.model_head import head_from_model
 
         return head_from_model(model)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from topd.head import Head, shape_logits
-from topd.integrations.transformers import head_from_model, unwrapped_model
+from topd.integrations.model_head import head_from_model, unwrapped_model
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 FEW = range(8, 65)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import topd
-from topd.integrations import transformers as integration
+from topd.integrations import model_head as integration
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -541,7 +541,7 @@ def test_every_entry_of_the_table_names_a_class_that_reads_the_attribute() -> No
 
 
 def test_importing_it_imports_neither_transformers_nor_peft() -> None:
-    code = "import sys, topd.integrations.transformers; print(sorted({'transformers', 'peft'} & set(sys.modules)))"
+    code = "import sys, topd.integrations.model_head; print(sorted({'transformers', 'peft'} & set(sys.modules)))"
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

@@ -1,0 +1,135 @@
+"""Rollouts of a transformers causal language model, drawn from its own distribution.
+
+Whatever a model's generation_config holds (top-k, top-p, penalties, suppressed tokens) would make its rollouts follow another
+distribution than the one that the loss differentiates. Meanwhile the model has a bare one; its own comes back.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from topd.branching.inputs import check_rollouts, end_tokens
+from topd.checks import positive_int, real
+from topd.integrations.model_head import unwrapped_model
+
+
+@torch.no_grad()
+def sample_rollouts(
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    eos_token_id: int | list[int] | None = None,
+    pad_token_id: int | None = None,
+) -> dict[str, Tensor]:
+    """The model's own continuations of prompts, as the batch that an objective takes.
+
+    Tokens are drawn from the model's full distribution at `temperature`, by its public `generate`: no top-k, no top-p, no
+    penalty. The model is in eval mode meanwhile; the modes of its modules come back. Draws come from torch's own generator.
+
+    Args:
+        model: a causal language model of transformers, wrapped or not (PEFT, DDP).
+        input_ids: [B, P] int64, prompts padded on the left.
+        attention_mask: [B, P] bool, or integers 0 and 1.
+        max_new_tokens: > 0, the longest response.
+        temperature: >= 0; 0 is greedy.
+        eos_token_id: an int or a list; None: those of the model's generation_config.
+        pad_token_id: >= 0, what stands after a response; None: that of the generation_config, else 0.
+
+    Returns:
+        input_ids [B, P + n] int64, attention_mask and response_mask [B, P + n] bool; a response ends with its first
+        end-of-sequence token, which counts, or after n = at most max_new_tokens.
+
+    Raises:
+        TypeError, ValueError: a wrong type, shape, dtype, device or range, or prompts that are not padded on the left.
+    """
+    inner = _generating(model)
+    positive_int("max_new_tokens", max_new_tokens)
+    temperature = real("temperature", temperature, low=0.0, hint="0 is greedy")
+    ids, attended = _check_prompts(input_ids, attention_mask)
+    ends = end_tokens(eos_token_id, inner)
+    padding = _padding(pad_token_id, inner)
+    settings = _plain_settings(max_new_tokens, temperature, ends, padding)
+    with _eval_mode(inner), _configured(inner, settings):
+        whole = inner.generate(ids, attention_mask=attended.long(), generation_config=settings)
+    new = whole[:, ids.shape[1] :]
+    stops = torch.isin(new, torch.tensor(ends, dtype=torch.int64, device=new.device))
+    kept = stops.long().cumsum(-1) - stops.long() == 0
+    return {
+        "input_ids": torch.cat([ids, new.masked_fill(~kept, padding)], dim=1),
+        "attention_mask": torch.cat([attended, kept], dim=1),
+        "response_mask": torch.cat([torch.zeros_like(attended), kept], dim=1),
+    }
+
+
+def _generating(model: Any) -> Any:
+    prompt = getattr(model, "active_peft_config", None)
+    if getattr(prompt, "is_prompt_learning", False):
+        raise ValueError(
+            f"model must continue from input_ids alone, got PEFT's {type(prompt).__name__}, which puts a prompt before them; "
+            "take an adapter of the layers (LoRA)"
+        )
+    inner = unwrapped_model(model)
+    if not hasattr(inner, "generate"):
+        raise TypeError(f"model must have generate, got {type(inner).__name__}; pass the causal language model")
+    return inner
+
+
+def _check_prompts(input_ids: object, attention_mask: object) -> tuple[Tensor, Tensor]:
+    ids, attended = check_rollouts(input_ids, attention_mask)
+    if ids.numel() == 0:
+        raise ValueError(f"input_ids must hold a prompt in each row, got {list(ids.shape)}; start one with a token")
+    whole = attended[:, -1] & (attended[:, 1:] >= attended[:, :-1]).all(-1)
+    if not whole.all():
+        raise ValueError(
+            "attention_mask must be padded on the left (zeros, then ones up to the last column), got another pattern in row "
+            f"{int((~whole).nonzero()[0])}; tokenize with padding_side='left'"
+        )
+    return ids, attended
+
+
+def _padding(pad_token_id: object, model: Any) -> int:
+    if pad_token_id is None:
+        found = getattr(model.generation_config, "pad_token_id", None)
+        return found if isinstance(found, int) else 0
+    if pad_token_id != 0 or isinstance(pad_token_id, bool):
+        return positive_int("pad_token_id", pad_token_id, hint="or 0")
+    return 0
+
+
+def _plain_settings(max_new_tokens: int, temperature: float, ends: list[int], padding: int) -> Any:
+    from transformers import GenerationConfig
+
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
+    )
+    return GenerationConfig(
+        **sampling, max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=padding, disable_compile=True
+    )
+
+
+@contextmanager
+def _configured(model: Any, settings: Any) -> Iterator[None]:
+    """`generate` fills what a call leaves open from the model's generation_config: meanwhile that is the call's own."""
+    own = model.generation_config
+    model.generation_config = settings
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+@contextmanager
+def _eval_mode(model: Any) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
