@@ -47,6 +47,19 @@ def typed(name: str, value: object, dtype: torch.dtype) -> Tensor:
     return checked
 
 
+def check_offsets(cu_seqlens: object, packed: Tensor, name: str) -> Tensor:
+    """[B + 1] int64, where the sequences of `packed` [N] begin and end; the numbers are checked on the CPU."""
+    bounds = on_device("cu_seqlens", typed("cu_seqlens", cu_seqlens, torch.int32), packed.device, name).long()
+    total = packed.numel()
+    good = bounds.dim() == 1 and bounds.numel() >= (2 if total else 1)
+    if good and bounds.device.type == "cpu":
+        good = bool(bounds[0] == 0 and bounds[-1] == total and (bounds.diff() >= 0).all())
+    if not good:
+        rule = f"[B + 1], start at 0, never decrease and end at N = {total}, the length of {name}"
+        raise ValueError(f"cu_seqlens must be {rule}, got {bounds.tolist()}; it is 0, then the cumsum of the lengths")
+    return bounds
+
+
 def check_temperature(temperature: object) -> float:
     return real("temperature", temperature, low=0.0, open_low=True)
 

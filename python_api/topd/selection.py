@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from topd.arguments import per_token, typed
+from topd.arguments import check_offsets, per_token, typed
 from topd.checks import choice, floating, on_device, positive_int, real, shaped
 
 CANDIDATE_RULES = ("top_fraction", "top_k", "quantile", "threshold")
@@ -252,19 +252,9 @@ def _check_batch(score: object, mask: object, cu_seqlens: object) -> _Batch:
     if cu_seqlens is None:
         bounds = torch.arange(checked.shape[0] + 1, device=checked.device) * checked.shape[1]
     else:
-        bounds = on_device("cu_seqlens", typed("cu_seqlens", cu_seqlens, torch.int32), checked.device, "score").long()
-        _check_offsets(bounds, checked.numel())
+        bounds = check_offsets(cu_seqlens, checked, "score")
     _refuse_nan("score", checked, None if flat_mask is None else flat_mask.reshape(checked.shape), "mask it out")
     return _Batch(checked.detach().reshape(-1), flat_mask, bounds)
-
-
-def _check_offsets(bounds: Tensor, total: int) -> None:
-    good = bounds.dim() == 1 and bounds.numel() >= (2 if total else 1)
-    if good and bounds.device.type == "cpu":
-        good = bool(bounds[0] == 0 and bounds[-1] == total and (bounds.diff() >= 0).all())
-    if not good:
-        rule = f"[B + 1], start at 0, never decrease and end at N = {total}, the length of score"
-        raise ValueError(f"cu_seqlens must be {rule}, got {bounds.tolist()}; it is 0, then the cumsum of the lengths")
 
 
 def _refuse_nan(name: str, value: Tensor, mask: Tensor | None, hint: str) -> None:

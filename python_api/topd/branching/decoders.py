@@ -30,6 +30,7 @@ class Decoder:
         head: its output layer, with live parameters.
         sliding: tokens that each kind of attention layer sees back, by the kind's name; None: all of them.
         obstacle: why it cannot branch; empty where it can.
+        unpackable: why it cannot read packed sequences; empty where it can.
     """
 
     model: Any
@@ -37,6 +38,7 @@ class Decoder:
     head: Head
     sliding: dict[str, int | None]
     obstacle: str
+    unpackable: str
 
     def states(
         self, input_ids: Tensor, attention_mask: Tensor | dict[str, Tensor], position_ids: Tensor, cache: Any = None
@@ -48,6 +50,24 @@ class Decoder:
         accepted = _parameters(self.base)
         given = {name: value for name, value in given.items() if name in accepted}
         return self.base(input_ids=input_ids, use_cache=cache is not None, **given).last_hidden_state  # type: ignore[no-any-return]
+
+    def packed_states(self, input_ids: Tensor, position_ids: Tensor, bounds: Tensor) -> Tensor:
+        """last_hidden_state [N, H] of sequences one after the other, each of which sees itself alone.
+
+        Without an attention mask transformers cuts where position_ids [N] do not go on; flash attention is told where.
+        """
+        varlen: dict[str, Any] = {}
+        if "flash" in str(self.model.config._attn_implementation):
+            offsets, longest = bounds.to(torch.int32), int(bounds.diff().max())
+            varlen = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": longest, "max_length_k": longest}
+        found = self.base(
+            input_ids=input_ids.unsqueeze(0),
+            attention_mask=None,
+            position_ids=position_ids.unsqueeze(0),
+            use_cache=False,
+            **varlen,
+        )
+        return found.last_hidden_state[0]  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor, vocab: int) -> Tensor:
         """float32 (float64) logits [..., vocab] of a few states, by the model's own output layer."""
@@ -106,7 +126,17 @@ def decoder_of(model: Any) -> Decoder:
         name = type(inner).__name__
         raise ValueError(f"model must have a base model that ends in last_hidden_state, got none in {name}")
     sliding, obstacle = _layer_kinds(inner.config)
-    return Decoder(inner, base, head, sliding, obstacle or _obstacle(inner, base))
+    attention = str(getattr(inner.config, "_attn_implementation", None))
+    dense, obstacle = attention in ("sdpa", "eager"), obstacle or _obstacle(inner, base)
+    unpackable = "" if dense or "flash" in attention else f"attention {attention!r} is not known to keep packed sequences apart"
+    return Decoder(
+        inner,
+        base,
+        head,
+        sliding,
+        obstacle or ("" if dense else f"attention {attention!r} takes no 4-D mask"),
+        obstacle or unpackable,
+    )
 
 
 def _parameters(base: Any) -> set[str]:
@@ -136,10 +166,6 @@ def _obstacle(model: Any, base: Any) -> str:
     reasons = (
         (missing, f"its forward takes no {', '.join(sorted(missing))}"),
         (not getattr(model, "_supports_attention_backend", False), "its attention makes masks of its own"),
-        (
-            getattr(config, "_attn_implementation", None) not in ("sdpa", "eager"),
-            f"attention {getattr(config, '_attn_implementation', None)!r} takes no 4-D mask",
-        ),
         (config.get_text_config(decoder=True) is not config, "it reads more than text"),
         (getattr(config, "attention_chunk_size", None), "its attention is chunked"),
         (getattr(config, "kv_sharing_modes", None), "its layers share caches"),

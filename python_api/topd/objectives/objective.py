@@ -33,7 +33,7 @@ class Objective:
     Attributes:
         loss: scalar, nats; differentiable in the student.
         metrics: float tensors without a gradient, by name.
-        scores: TokenScores [B, T]; column t is about token input_ids[:, t], 0 outside the responses.
+        scores: TokenScores [B, T], or [N] of a packed batch; column t is about token input_ids[:, t], 0 outside the responses.
         near_future: of TOPD; None of the other methods.
     """
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from topd.objectives.config import OPDConfig, config_of
 from topd.objectives.objective import Objective
+from topd.objectives.packed import check_packed, is_packed, packed_pass, reduce_packed
 from topd.objectives.rollouts import (
     Stages,
     as_metrics,
@@ -52,7 +53,8 @@ class OPD:
 
         Args:
             batch: input_ids [B, T] int64; attention_mask and response_mask [B, T] bool, or integers 0 and 1. A response token
-                and the one before it are attended. A response may be empty.
+                and the one before it are attended. A response may be empty. Or packed, without padding: input_ids [N] int64,
+                cu_seqlens [B + 1] int32, from 0 to N, and response_mask [N], False at the first token of each sequence.
             num_items: the denominator of a larger batch of which this is a part (gradient accumulation): its response tokens,
                 or with reduction "sequence" its responses. None: this batch's own.
             generator: not used; OPD draws nothing.
@@ -62,17 +64,28 @@ class OPD:
             response tokens, nats), seconds_student_forward, seconds_teacher_forward, seconds_divergence.
 
         Raises:
-            TypeError, ValueError: a wrong type, shape, dtype, device or range.
+            TypeError, ValueError: a wrong type, shape, dtype, device or range; a packed batch and a model that cannot keep its
+                sequences apart.
         """
-        rollouts, items, stages = check_batch(batch), check_items(num_items), Stages()
-        found = token_pass(self.student, self.teacher, rollouts, self.config, stages, cache=False)
-        loss = reduce_tokens(found.loss, rollouts.response, self.config.reduction, items).loss
+        config, stages = self.config, Stages()
+        items = check_items(num_items)
+        if is_packed(batch):
+            packed = check_packed(batch)
+            response = packed.response
+            per_token, scores = packed_pass(self.student, self.teacher, packed, config, stages)
+            loss = reduce_packed(per_token, packed, config.reduction, items)
+        else:
+            rollouts = check_batch(batch)
+            response = rollouts.response
+            found = token_pass(self.student, self.teacher, rollouts, config, stages, cache=False)
+            scores = found.scores
+            loss = reduce_tokens(found.loss, response, config.reduction, items).loss
         metrics: dict[str, Tensor | float] = {
             "loss": loss,
             "opd_loss": loss,
-            "tokens": rollouts.response.sum(),
-            "sequence_reduction": float(self.config.reduction == "sequence"),
-            **mean_entropies(found.scores, rollouts.response),
+            "tokens": response.sum(),
+            "sequence_reduction": float(config.reduction == "sequence"),
+            **mean_entropies(scores, response),
             **stages.seconds,
         }
-        return Objective(loss, as_metrics(metrics), found.scores)
+        return Objective(loss, as_metrics(metrics), scores)

@@ -14,6 +14,7 @@ from topd.branching.inputs import binary, check_rollouts
 from topd.branching.prefill import Prefill, prefill
 from topd.checks import real
 from topd.functional import linear_divergence
+from topd.head import Head
 from topd.objectives.config import OPDConfig
 from topd.scores import TokenScores
 
@@ -55,6 +56,11 @@ def check_batch(batch: object) -> Rollouts:
     """input_ids, attention_mask and response_mask of a batch."""
     if not isinstance(batch, Mapping):
         raise TypeError(f"batch must be a mapping of tensors, got {type(batch).__name__}")
+    if "cu_seqlens" in batch:
+        raise ValueError(
+            "batch must be padded, input_ids [B, T], where windows branch off the rollouts, got a packed one with cu_seqlens; "
+            "pad it and give attention_mask, or take topd.OPD"
+        )
     for key in ("input_ids", "attention_mask", "response_mask"):
         if key not in batch:
             raise ValueError(
@@ -95,32 +101,50 @@ def token_pass(
     if config.reduction == "sequence":
         hint = (1.0 / response.sum(-1, keepdim=True).clamp_min(1)).expand(response.shape)[:, 1:]
     with stages.stage("divergence"):
-        found = linear_divergence(
-            student_states.hidden[:, :-1],
-            student.head,
-            teacher_states.hidden[:, :-1],
-            teacher.head.detach(),
-            divergence=config.divergence,
-            temperature=config.temperature,
-            mask=response[:, 1:],
-            tokens=ids[:, 1:],
-            hard_weight=config.hard_weight,
-            weights_hint=hint,
-            return_scores=True,
+        loss, scores = compare_states(
+            (student_states.hidden[:, :-1], student.head),
+            (teacher_states.hidden[:, :-1], teacher.head),
+            response[:, 1:],
+            ids[:, 1:],
+            hint,
+            config,
         )
+    return TokenPass(student, teacher, student_states, teacher_states, at_token(loss), scores_at_token(scores))
+
+
+def compare_states(
+    student: tuple[Tensor, Head],
+    teacher: tuple[Tensor, Head],
+    response: Tensor,
+    tokens: Tensor,
+    hint: Tensor | None,
+    config: OPDConfig,
+) -> tuple[Tensor, TokenScores]:
+    """The one `linear_divergence` of an objective: states paired with the tokens that they predict."""
+    found = linear_divergence(
+        *student,
+        teacher[0],
+        teacher[1].detach(),
+        divergence=config.divergence,
+        temperature=config.temperature,
+        mask=response,
+        tokens=tokens,
+        hard_weight=config.hard_weight,
+        weights_hint=hint,
+        return_scores=True,
+    )
     assert isinstance(found, tuple)
-    loss, scores = found
-    return TokenPass(student, teacher, student_states, teacher_states, _at_token(loss), _scores_at_token(scores))
+    return found
 
 
-def _at_token(value: Tensor) -> Tensor:
-    """[B, T - 1], indexed by the state, to [B, T], indexed by the token."""
-    return torch.cat([torch.zeros_like(value[:, :1]) if value.shape[1] else value.new_zeros(value.shape[0], 1), value], dim=1)
+def at_token(value: Tensor) -> Tensor:
+    """[..., T - 1], indexed by the state, to [..., T], indexed by the token."""
+    return torch.cat([value.new_zeros(*value.shape[:-1], 1), value], dim=-1)
 
 
-def _scores_at_token(scores: TokenScores) -> TokenScores:
+def scores_at_token(scores: TokenScores) -> TokenScores:
     given = {field.name: getattr(scores, field.name) for field in fields(scores)}
-    shifted: dict[str, Any] = {name: None if value is None else _at_token(value) for name, value in given.items()}
+    shifted: dict[str, Any] = {name: None if value is None else at_token(value) for name, value in given.items()}
     return TokenScores(**shifted)
 
 
