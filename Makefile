@@ -10,6 +10,7 @@ SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 export TOPD_BUILD_CPP ?= 1
 # Further words for pytest: TESTS=tests/test_plan.py, TESTS="-k transport".
 TESTS ?=
+DEMO ?=
 BUILT := $(VENV)/built-$(TOPD_BUILD_CPP)
 
 .PHONY: test lint bench demo clean
@@ -27,14 +28,15 @@ bench: $(BUILT)
 	$(RUN) -m bench.memory
 	$(RUN) -m bench.speed
 
+# Further words for the demo: DEMO=--quick, DEMO="--seed 1 --out seed-1".
 demo: $(BUILT)
-	@$(RUN) examples/first_loss.py
-	@echo "A distillation of a real model, in one command, is still to come: CHANGELOG.md says what there is."
+	@$(RUN) -m topd.cli.main demo $(DEMO)
 
-$(VENV)/installed: requirements.txt Makefile
+$(VENV)/installed: requirements.txt requirements-demo.txt Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH)
 	$(PIP) --no-deps -r requirements.txt
+	$(PIP) --no-deps --no-build-isolation -r requirements-demo.txt
 	touch $@
 
 # The extension is built against the torch that runs it, hence no build isolation.

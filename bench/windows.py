@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topd.cli.demo import smollm2
 from bench.measure import Sample, Spread, machine, ratio, sample
 from bench.memory import resident_mib, settle
 from bench.process import INTERRUPTED, positive
@@ -27,6 +26,7 @@ from bench.report import machine_line, markdown_table, note, write_json
 from topd.backends import choose_backend
 from topd.branching.continuations import continue_from
 from topd.branching.decoders import decoder_of
+from topd.cli.demo import smollm2
 
 HEADER = ("model", "way", "time_s", "time / branches", "peak_mib", "windows equal")
 NOWHERE = 49152  # an end-of-sequence token that is never drawn

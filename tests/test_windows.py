@@ -9,12 +9,12 @@ from scipy.stats import chi2
 from tiny_models import ENDS, KINDS, POSITIONS, VOCAB, bloom, generated, prefix, ragged, tiny
 
 import topd
-from topd.cli.demo import smollm2
 from topd.branching import decode
 from topd.branching.continuations import continue_from
 from topd.branching.decode import most_likely
 from topd.branching.decoders import decoder_of
 from topd.branching.inputs import check_rollouts
+from topd.cli.demo import smollm2
 
 HORIZON = 9
 

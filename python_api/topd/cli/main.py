@@ -7,12 +7,13 @@ from typing import NoReturn
 
 from topd.cli import doctor
 from topd.cli.demo import command as demo
-from topd.cli.failure import explained
+from topd.cli.errors import explained
 
 INTERRUPTED = 130
 DESCRIPTION = """\
-topd distils language models on-policy: a student learns from its own text, token by token, under a teacher's
-distributions. This command shows it at work and looks after an installation; the library is `import topd`."""
+topd distils language models on-policy: a student learns from its own text,
+token by token, under a teacher's distributions. This command shows it at work
+and looks after an installation; the library is `import topd`."""
 EPILOG = "`topd COMMAND --help` explains a command and its options."
 
 

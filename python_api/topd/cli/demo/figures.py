@@ -13,7 +13,10 @@ NAMES = {"opd": "OPD", "topd": "TOPD"}
 RULE = "#E6E6E6"
 
 
-PANELS = {"held_out_reverse_kl": "Held-out prompts: reverse KL", "loss": "Training loss"}  # a record's key, its title
+PANELS = {
+    "held_out_reverse_kl": "Held-out prompts: reverse KL",
+    "opd_loss": "Training rollouts: reverse KL",
+}  # a record's key, its title
 
 
 def curves(runs: list[Run]) -> "Figure":
@@ -34,7 +37,7 @@ def _figure(keys: list[str], runs: list[Run]) -> "Figure":
         for run in runs:
             points = [(record["step"], record[key]) for record in run.records if key in record]
             style: dict[str, Any] = {"color": COLORS[run.method], "linewidth": 1.8, "label": NAMES[run.method]}
-            if key != "loss":
+            if key != "opd_loss":
                 style |= {"marker": "o", "markersize": 4}
             if points:
                 axes.plot(*zip(*points, strict=True), **style)

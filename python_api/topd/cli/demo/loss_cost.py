@@ -22,7 +22,7 @@ ROUNDS = 3
 class LossCost:
     """
     Attributes:
-        tokens, vocab: response tokens, and the vocabulary's size.
+        tokens, vocab: the batch's tokens, those of the prompts too, and the vocabulary's size.
         seconds, eager_seconds: of value and gradients, medians of interleaved rounds.
         peak_mib, eager_peak_mib: beyond what stood before; None where the system does not say.
         difference: between the two losses, relative.
@@ -38,10 +38,10 @@ class LossCost:
 
 
 def measure_loss(models: Models, batch: dict[str, Any]) -> LossCost:
-    """Reverse KL of the rollouts' response tokens, mean; hidden states and head differentiated."""
+    """Reverse KL, mean over all tokens, so that there are enough to tell; hidden states and head differentiated."""
     student, teacher = decoder_of(models.student), decoder_of(models.teacher)
-    ids, attended, response = batch["input_ids"], batch["attention_mask"].bool(), batch["response_mask"].bool()
-    rows = response[:, 1:]
+    ids, attended = batch["input_ids"], batch["attention_mask"].bool()
+    rows = attended[:, 1:] & attended[:, :-1]
     with torch.no_grad():
         student_hidden = prefill(student, ids, attended, cache=False).hidden[:, :-1][rows]
         teacher_hidden = prefill(teacher, ids, attended, cache=False).hidden[:, :-1][rows]
@@ -52,14 +52,16 @@ def measure_loss(models: Models, batch: dict[str, Any]) -> LossCost:
         "topd": lambda: topd.linear_divergence(hidden, topd.Head(weight), teacher_hidden, teacher_head).mean(),  # type: ignore[union-attr]
         "eager": lambda: eager_loss(hidden, weight, teacher_hidden, teacher_head.weight),
     }
-    values, peaks, seconds = {}, {}, {name: [] for name in contenders}
+    values: dict[str, float] = {}
+    peaks: dict[str, float | None] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for place in range(ROUNDS + 1):
         for name, loss in contenders.items():
             hidden.grad = weight.grad = None
             with peak_mib(hidden.device) as peak:
                 start = time.perf_counter()
                 value = loss()
-                value.backward()  # type: ignore[no-untyped-call]
+                value.backward()
                 values[name] = value.item()
                 end = time.perf_counter()
                 peaks[name] = peak()
@@ -73,6 +75,7 @@ def measure_loss(models: Models, batch: dict[str, Any]) -> LossCost:
 
 def eager_loss(student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> Tensor:
     """As it is usually written: full logits, two log-softmaxes, a sum."""
-    student = torch.log_softmax(student_hidden @ student_weight.T, dim=-1)
-    teacher = torch.log_softmax(teacher_hidden @ teacher_weight.T, dim=-1)
+    common = min(student_weight.shape[0], teacher_weight.shape[0])
+    student = torch.log_softmax(student_hidden @ student_weight[:common].T, dim=-1)
+    teacher = torch.log_softmax(teacher_hidden @ teacher_weight[:common].T, dim=-1)
     return (student.exp() * (student - teacher)).sum(-1).mean()

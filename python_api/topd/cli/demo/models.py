@@ -7,7 +7,7 @@ import torch
 
 from topd.cli.demo import smollm2
 from topd.cli.demo.settings import Settings
-from topd.cli.failure import Failure, require
+from topd.cli.errors import CommandError, require
 
 
 class Models(NamedTuple):
@@ -22,9 +22,12 @@ class Models(NamedTuple):
 def load(settings: Settings) -> Models:
     """
     Raises:
-        Failure: a package or a model is missing, or the two do not share their tokens.
+        CommandError: a package or a model is missing, or the two do not share their tokens.
     """
     require(("transformers",), "the demo", 'pip install "topd[demo]"')
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     teacher, tokenizer = _teacher(settings)
     if settings.student is None:
         student = smollm2.sliced(teacher, settings.layers)
@@ -44,10 +47,10 @@ def load(settings: Settings) -> Models:
 def _teacher(settings: Settings) -> tuple[Any, Any]:
     if settings.teacher is not None:
         if settings.student is None:
-            raise Failure(f"a student for {settings.teacher} is missing: name one with --student")
+            raise CommandError(f"a student for {settings.teacher} is missing: name one with --student")
         return _pretrained(settings.teacher, "teacher"), _tokenizer(settings.teacher)
     if absent := smollm2.missing():
-        raise Failure(absent)
+        raise CommandError(absent)
     return smollm2.load_model(), smollm2.load_tokenizer()
 
 
@@ -57,20 +60,24 @@ def _pretrained(name: str, role: str) -> Any:
     try:
         return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     except (OSError, ValueError) as error:
-        raise Failure(f"the {role} {name!r} cannot be loaded ({_short(error)}): name a model of the hub or a folder") from error
+        raise CommandError(
+            f"the {role} {name!r} cannot be loaded ({_short(error)}): name a model of the hub or a folder"
+        ) from error
 
 
 def _tokenizer(name: str, otherwise: Any = None) -> Any:
     """The model's own; `otherwise` where its folder has none."""
     from transformers import AutoTokenizer
 
-    has_none = Path(name).is_dir() and not any((Path(name) / file).exists() for file in ("tokenizer.json", "tokenizer_config.json"))
+    has_none = Path(name).is_dir() and not any(
+        (Path(name) / file).exists() for file in ("tokenizer.json", "tokenizer_config.json")
+    )
     if has_none and otherwise is not None:
         return otherwise
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise Failure(f"the tokenizer of {name!r} cannot be loaded ({_short(error)}): put it beside the model") from error
+        raise CommandError(f"the tokenizer of {name!r} cannot be loaded ({_short(error)}): put it beside the model") from error
 
 
 def _short(error: Exception) -> str:
@@ -81,7 +88,7 @@ def check_tokenizers(teacher: Any, student: Any) -> None:
     """Every token has one id in both.
 
     Raises:
-        Failure: otherwise.
+        CommandError: otherwise.
     """
     if teacher is student:
         return
@@ -89,7 +96,7 @@ def check_tokenizers(teacher: Any, student: Any) -> None:
     if ours == theirs:
         return
     odd = next(token for token in sorted(ours.keys() | theirs.keys()) if ours.get(token) != theirs.get(token))
-    raise Failure(
+    raise CommandError(
         f"teacher and student have different tokenizers: {odd!r} is {theirs.get(odd, 'no token')} to the teacher and "
         f"{ours.get(odd, 'no token')} to the student; distillation compares them token by token: take models of one family"
     )
@@ -99,13 +106,13 @@ def check_vocabularies(student: Any, teacher: Any, tokenizer: Any) -> None:
     """Both heads have a row for every token; rows beyond them (padding) may differ.
 
     Raises:
-        Failure: otherwise.
+        CommandError: otherwise.
     """
     for role, model in (("student", student), ("teacher", teacher)):
         rows = model.get_output_embeddings().weight.shape[0]
         if rows < len(tokenizer):
             other = teacher if role == "student" else student
-            raise Failure(
+            raise CommandError(
                 f"the {role}'s vocabulary has {rows:,} entries, the tokenizer {len(tokenizer):,} and the other model "
                 f"{other.get_output_embeddings().weight.shape[0]:,}: take models that share a vocabulary"
             )

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from topd.cli.failure import Failure
+from topd.cli.errors import CommandError
 
 GENERATORS = ("chain_sum", "letter_counting", "spell_backward", "gcd", "simple_equations", "count_bits", "lcm")
 LONGEST = 240  # characters of a question
@@ -40,7 +40,7 @@ def make_prompts(train: int, held_out: int, seed: int) -> Prompts:
     """As many questions of either kind, the same for the same numbers and seed.
 
     Raises:
-        Failure: reasoning-gym, or a package that it needs, is not installed.
+        CommandError: reasoning-gym, or a package that it needs, is not installed.
     """
     judged = _mixed(_generated(held_out, seed + 1_000_003, frozenset()), HELD_OUT_CHAT, held_out, seed + 1)
     return Prompts(_mixed(_generated(train, seed, frozenset(judged)), CHAT, train, seed), judged)
@@ -50,7 +50,9 @@ def _generated(count: int, seed: int, without: frozenset[str]) -> Iterator[str]:
     try:
         import reasoning_gym
     except ImportError as error:
-        raise Failure(f"the demo's questions come from reasoning-gym, and {error.name} is not installed: pip install reasoning-gym") from error
+        raise CommandError(
+            f"the demo's questions come from reasoning-gym, and {error.name} is not installed: pip install reasoning-gym"
+        ) from error
     size = 4 * count + 16
     sources = [reasoning_gym.create_dataset(name, size=size, seed=seed + i) for i, name in enumerate(GENERATORS)]
     seen = set(without)

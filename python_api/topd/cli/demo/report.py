@@ -12,6 +12,7 @@ from topd.cli.demo.loss_cost import LossCost
 from topd.cli.demo.settings import Settings
 from topd.cli.demo.summary import Table, summarise
 from topd.cli.demo.training import Run
+from topd.plots import FAINT, INK
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,8 +21,8 @@ PAGE = Path(__file__).with_name("page.html")
 # Colours of the pictures, and the page's names for them, which differ by day and by night.
 THEME = {
     "#ffffff": "none",
-    figures.INK: "var(--ink)",
-    figures.FAINT: "var(--faint)",
+    INK: "var(--ink)",
+    FAINT: "var(--faint)",
     figures.RULE: "var(--rule)",
     figures.COLORS["opd"]: "var(--blue)",
     figures.COLORS["topd"]: "var(--orange)",

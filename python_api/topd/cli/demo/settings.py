@@ -54,8 +54,8 @@ class Settings:
         Raises:
             KeyError: a value is missing.
         """
-        found = {field.name: values[field.name] for field in fields(cls)}
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in found.items()})
+        found: dict[str, Any] = {field.name: values[field.name] for field in fields(cls)}
+        return cls(**found | {name: tuple(found[name]) for name in ("methods", "layers")})
 
 
 QUICK: dict[str, Any] = {"steps": 10, "evaluate_every": 5, "held_out": 8}

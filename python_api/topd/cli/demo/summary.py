@@ -40,7 +40,7 @@ def summarise(runs: list[Run], cost: LossCost | None) -> Summary:
 
 
 def _outcome(runs: list[Run]) -> Table:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for run in runs:
         assert run.before is not None
         assert run.after is not None
@@ -71,7 +71,7 @@ def _loss(cost: LossCost) -> Table:
     def mib(value: float | None) -> str:
         return "not measured" if value is None else f"{value:,.0f} MiB"
 
-    rows = [
+    rows: list[tuple[str, ...]] = [
         ("topd", f"{cost.seconds:.2f} s", mib(cost.peak_mib)),
         ("eager", f"{cost.eager_seconds:.2f} s", mib(cost.eager_peak_mib)),
     ]

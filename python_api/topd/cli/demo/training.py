@@ -50,17 +50,25 @@ class Trainer:
 
     Args:
         start: the student's weights to start from.
+        before: their evaluation, where it is known.
         folder: where the checkpoint stands.
     """
 
     def __init__(
-        self, method: str, models: Models, start: dict[str, Tensor], prompts: Prompts, settings: Settings, folder: Path
+        self,
+        method: str,
+        models: Models,
+        start: dict[str, Tensor],
+        before: Evaluation | None,
+        prompts: Prompts,
+        settings: Settings,
+        folder: Path,
     ) -> None:
         self.models, self.prompts, self.settings = models, prompts, settings
         self.path = folder / f"checkpoint-{method}.pt"
-        self.run = Run(method)
+        self.run, self.known = Run(method), before
         models.student.load_state_dict(start)
-        options: dict[str, Any] = {"lr": settings.learning_rate, "betas": (0.9, 0.95), "weight_decay": 0.0}
+        options: dict[str, Any] = {"lr": settings.learning_rate, "betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
         self.optimizer = torch.optim.AdamW(models.student.parameters(), **options)
         if method == "topd":
             self.objective: topd.OPD | topd.TOPD = topd.TOPD(
@@ -91,13 +99,14 @@ class Trainer:
 
     def checkpoint_bytes(self) -> int:
         """Weights and both moments."""
-        return 3 * sum(p.numel() * p.element_size() for p in self.models.student.parameters())
+        parameters: list[Tensor] = list(self.models.student.parameters())
+        return 3 * sum(p.numel() * p.element_size() for p in parameters)
 
     def steps(self) -> Iterator[Record]:
         """Train on; every record as it comes."""
         run, settings = self.run, self.settings
         if run.before is None:
-            yield self._evaluated()
+            yield self._evaluated(self.known)
         while run.done < settings.steps:
             record = self._step(run.done)
             run.done += 1
@@ -107,8 +116,8 @@ class Trainer:
                 yield self._evaluated()
                 self.save()
 
-    def _evaluated(self) -> Record:
-        found = evaluate(self.models, self.prompts.held_out, self.settings)
+    def _evaluated(self, known: Evaluation | None = None) -> Record:
+        found = known or evaluate(self.models, self.prompts.held_out, self.settings)
         self.run.before = self.run.before or found
         self.run.after = found
         record = {"method": self.run.method, "step": self.run.done, "held_out_reverse_kl": found.reverse_kl}

@@ -9,7 +9,7 @@ import torch
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-class Failure(Exception):
+class CommandError(Exception):
     """Its text is the line."""
 
 
@@ -17,17 +17,19 @@ def require(packages: Iterable[str], purpose: str, remedy: str) -> None:
     """Every package can be found, by the name it is imported by.
 
     Raises:
-        Failure: one cannot.
+        CommandError: one cannot.
     """
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
-        raise Failure(f"{', '.join(missing)} {verb} not installed, and {purpose} needs {'it' if verb == 'is' else 'them'}: {remedy}")
+        raise CommandError(
+            f"{', '.join(missing)} {verb} not installed, and {purpose} needs {'it' if verb == 'is' else 'them'}: {remedy}"
+        )
 
 
 def explained(error: BaseException) -> str | None:
     """The line for an error that is not the code's fault; None for any other."""
-    if isinstance(error, Failure):
+    if isinstance(error, CommandError):
         return str(error)
     if isinstance(error, torch.OutOfMemoryError):
         return "CUDA out of memory: take fewer rollouts a step (--batch), shorter ones (--tokens), or --device cpu"

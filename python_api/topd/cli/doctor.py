@@ -1,0 +1,151 @@
+"""`topd doctor`: what is installed, which backends run, and whether they compute what they should."""
+
+import argparse
+import functools
+import importlib.metadata
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+import topd
+from topd.cli.memory import resident_mib, total_mib
+
+HELP = "print what is installed and check that it computes what it should (seconds)"
+DESCRIPTION = """\
+Prints versions, backends (and why one is missing), the compiled extension,
+threads and memory; then checks every backend that runs here against float64 on
+small tensors. The exit status is 1 where a check fails."""
+PACKAGES = ("transformers", "trl", "peft", "accelerate", "triton", "flash-attn", "matplotlib", "rich", "gguf", "reasoning-gym")
+QUIET = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+TOLERANCE = 2e-5
+
+
+class Check(NamedTuple):
+    """One line of the self-check."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+def add_to(commands: Any) -> None:
+    """The subcommand, among those of argparse."""
+    found = commands.add_parser(
+        "doctor", help=HELP, description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    found.set_defaults(run=run)
+
+
+def run(_arguments: argparse.Namespace) -> int:
+    """The exit status."""
+    for title, lines in (("versions", versions()), ("backends", backends()), ("machine", machine())):
+        _print(title, lines)
+    start = time.perf_counter()
+    found = list(checks())
+    _print("self-check", [(each.name, f"{'ok' if each.passed else 'FAILED'}  {each.detail}") for each in found])
+    failed = sum(not each.passed for each in found)
+    verdict = f"{failed} of {len(found)} checks failed" if failed else f"all {len(found)} checks passed"
+    print(f"{verdict} in {time.perf_counter() - start:.1f} s")
+    return 1 if failed else 0
+
+
+def _print(title: str, lines: Any) -> None:
+    print(title)
+    for name, value in lines:
+        print(f"  {name:15} {value}")
+    print()
+
+
+def versions() -> Iterator[tuple[str, str]]:
+    """Of the interpreter, torch, topd and what they can work with."""
+    yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    yield "torch", torch.__version__
+    for name in ("topd", *PACKAGES):
+        try:
+            yield name, importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            yield name, "not installed"
+
+
+def backends() -> Iterator[tuple[str, str]]:
+    """Each with what it runs on, or why it is missing; and how the extension was built."""
+    for name, found in topd.backends().items():
+        yield name, found.detail if found.available else f"missing: {found.detail}"
+
+
+def machine() -> Iterator[tuple[str, str]]:
+    """Processor, threads, memory, devices."""
+    yield "cpu", f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+    noisy = [name for name in QUIET if name not in os.environ]
+    advice = f"; on shared cores set {' and '.join(noisy)} (PASSIVE, 0)" if noisy else ""
+    yield "threads", f"{torch.get_num_threads()}{advice}"
+    total, used = total_mib(), resident_mib()
+    if total is not None and used is not None:
+        yield "memory", f"{total / 1024:.1f} GiB, this process {used / 1024:.1f} GiB"
+    for index in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(index)
+        yield f"cuda:{index}", f"{found.name}, {found.total_memory / 1024**3:.0f} GiB"
+    if not torch.cuda.is_available():
+        yield "gpu", "none"
+
+
+def checks() -> Iterator[Check]:
+    """Every backend that runs here against float64, and a transport whose result is known."""
+    for name, found in topd.backends().items():
+        for device in _devices(found):
+            yield _checked(f"{name}, {device}", functools.partial(loss_error, name, device))
+    yield _checked("transport", transport_error)
+
+
+def _devices(backend: topd.Backend) -> list[str]:
+    """Where it runs here; not Triton's interpreter, which is for tests and slow."""
+    if not backend.available:
+        return []
+    on_gpu = ["cuda"] if torch.cuda.is_available() else []
+    only = {"cpp": ["cpu"], "triton": on_gpu}
+    return only.get(backend.name, ["cpu", *on_gpu])
+
+
+def _checked(name: str, error: Callable[[], float]) -> Check:
+    try:
+        found = error()
+    except Exception as problem:
+        return Check(name, False, f"{type(problem).__name__}: {str(problem).partition(chr(10))[0]}")
+    return Check(name, found <= TOLERANCE, f"largest relative error {found:.0e}")
+
+
+def loss_error(backend: str, device: str) -> float:
+    """Of every divergence and its gradients beside float64 on full logits, relative to the largest element."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((37, 24), (1001, 24), (37, 40), (1001, 40))
+    given = [torch.randn(size, generator=generator) * 0.3 for size in sizes]
+    worst = 0.0
+    for divergence in ("reverse_kl", "forward_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation"):
+        found = _loss([x.to(device) for x in given], divergence, backend)
+        truth = _loss([x.double() for x in given], divergence, "reference")
+        for ours, exact in zip(found, truth, strict=True):
+            worst = max(worst, ((ours.cpu().double() - exact).abs().max() / exact.abs().max()).item())
+    return worst
+
+
+def _loss(given: list[torch.Tensor], divergence: str, backend: str) -> list[torch.Tensor]:
+    hidden, weight = (x.clone().requires_grad_() for x in given[:2])
+    loss = topd.linear_divergence(
+        hidden, topd.Head(weight), given[2], topd.Head(given[3]), divergence=divergence, backend=backend
+    )
+    assert isinstance(loss, torch.Tensor)
+    loss.sum().backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    return [loss.detach(), hidden.grad, weight.grad]
+
+
+def transport_error() -> float:
+    """Of the distance between windows that are permutations of each other, which is 0, and of the plan's rows."""
+    tokens = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
+    found = topd.near_future_divergence(tokens, tokens.flip(1), torch.eye(10), cost="cosine", epsilon=0.01)
+    return max(found.distance.abs().max().item(), (found.plan.sum(-1) - 0.25).abs().max().item())

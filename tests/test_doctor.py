@@ -1,0 +1,86 @@
+"""`topd doctor` and the command's own words."""
+
+import subprocess
+import sys
+
+import pytest
+
+import topd
+from topd.cli import doctor, memory
+from topd.cli.main import main, parser
+
+
+def test_doctor_finds_everything_in_order(capsys):
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for word in ("python", "torch", "transformers", "reference", "eager", "cpp", "triton", "threads", "memory", "self-check"):
+        assert f"  {word}" in out or word == "self-check"
+    assert "checks passed" in out
+    assert "FAILED" not in out
+
+
+def test_doctor_checks_each_backend_that_runs_here():
+    names = {check.name.partition(",")[0] for check in doctor.checks()}
+    runs = {name for name, found in topd.backends().items() if found and not found.interpreted}
+    assert names == runs | {"transport"}
+
+
+def test_doctor_says_what_is_wrong(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "loss_error", lambda backend, device: 1.0 if backend == "eager" else 0.0)
+    assert main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "FAILED  largest relative error 1e+00" in out
+    assert "1 of" in out
+
+
+def test_a_check_that_breaks_is_a_check_that_fails(monkeypatch):
+    def broken() -> float:
+        raise RuntimeError("no such kernel\nat all")
+
+    found = doctor._checked("transport", broken)
+    assert not found.passed
+    assert found.detail == "RuntimeError: no such kernel"
+
+
+def test_the_self_check_sees_a_wrong_gradient(monkeypatch):
+    exact = topd.linear_divergence
+
+    def wrong(hidden, *arguments, backend, **options):
+        found = exact(hidden, *arguments, backend=backend, **options)
+        return found if backend == "reference" else found + 1e-3 * hidden.sum(-1)
+
+    monkeypatch.setattr(topd, "linear_divergence", wrong)
+    assert doctor.loss_error("eager", "cpu") > doctor.TOLERANCE
+
+
+def test_help_fits_eighty_columns(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    for words in (["--help"], ["demo", "--help"], ["doctor", "--help"]):
+        with pytest.raises(SystemExit) as stopped:
+            parser().parse_args(words)
+        assert stopped.value.code == 0
+        assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_wrong_words_are_one_line(capsys):
+    for words in ([], ["dome"], ["demo", "--steps", "0"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(words)
+        assert stopped.value.code == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_module_is_a_command():
+    found = subprocess.run([sys.executable, "-m", "topd.cli.main", "--help"], capture_output=True, text=True, check=True)
+    assert "doctor" in found.stdout
+
+
+def test_peak_memory_is_that_of_the_block():
+    import torch
+
+    with memory.peak_mib(torch.device("cpu")) as peak:
+        torch.ones(16 * memory.MIB)  # 64 MiB
+        found = peak()
+    if found is None:
+        pytest.skip("this system does not say")
+    assert 60 < found < 110
