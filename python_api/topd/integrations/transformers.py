@@ -1,0 +1,236 @@
+"""transformers.Trainer for an objective: samples the rollouts of an optimizer step, counts what they hold, takes the loss.
+
+The denominator of a step is known only once all of its micro-batches have their rollouts. So they are sampled where Trainer
+fetches a step's micro-batches (`get_batch_samples`), and the count is what Trainer hands to each loss as num_items_in_batch.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from topd.checks import on_device
+from topd.integrations.rollouts import sample_rollouts
+from topd.integrations.running_means import RunningMeans
+from topd.objectives.opd import OPD
+from topd.objectives.topd import TOPD
+
+Rollout = Mapping[str, Any] | Callable[[Any, Mapping[str, Any]], Mapping[str, Tensor]]
+
+
+class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
+    """transformers.Trainer that trains an objective's student on its own rollouts.
+
+    Args:
+        objective: topd.OPD or topd.TOPD. Its student is trained; its teacher is put in eval mode and on the student's device.
+        args: transformers.TrainingArguments; no column is removed, whatever remove_unused_columns says.
+        data_collator: makes batches of prompts, input_ids and attention_mask [B, P] padded on the left; or of finished
+            rollouts, which have a response_mask too.
+        rollout: how batches without a response_mask are continued: options of `sample_rollouts`, at least max_new_tokens; or
+            a function (student, batch) -> batch with a response_mask. None: batches come with theirs.
+        options: Trainer's others: train_dataset, eval_dataset, processing_class, callbacks, optimizers and so on.
+
+    Raises:
+        TypeError, ValueError: an objective or option of another kind; what it cannot do: nn.DataParallel, torch_compile,
+            tensor, context and sequence parallelism, label smoothing, compute_metrics, a loss of one's own.
+    """
+
+    def __init__(
+        self,
+        objective: OPD | TOPD,
+        args: Any = None,
+        data_collator: Any = None,
+        *,
+        rollout: Rollout | None = None,
+        **options: Any,
+    ) -> None:
+        if not isinstance(objective, OPD | TOPD):
+            raise TypeError(f"objective must be a topd.OPD or topd.TOPD, got {type(objective).__name__}")
+        self.objective, self.rollout = objective, check_rollout(rollout)
+        args = copy.copy(args) if args is not None else transformers.TrainingArguments("tmp_trainer")
+        _check_options(args, options)
+        args.remove_unused_columns = False
+        args.data_seed = args.seed if args.data_seed is None else args.data_seed
+        super().__init__(model=objective.student, args=args, data_collator=data_collator, **options)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{type(self).__name__} trains one device a process, got {self.args.n_gpu} devices in one (nn.DataParallel); "
+                "start it with torchrun or accelerate launch, or make one device visible"
+            )
+        if self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1:
+            raise ValueError(
+                f"{type(self).__name__} knows no tensor, context or sequence parallelism, got it in args; leave it out"
+            )
+        self._means = {"train": RunningMeans(), "eval": RunningMeans()}
+        self._place_teacher()
+        if self.args.world_size > 1:  # each draws rollouts of its own; the data's order has its seed above
+            transformers.set_seed(self.args.seed + self.args.process_index)
+
+    def _place_teacher(self) -> None:
+        teacher = self.objective.teacher
+        if teacher is self.objective.student:
+            return
+        teacher.eval()
+        if getattr(teacher, "hf_device_map", None) is None and getattr(teacher, "quantization_method", None) is None:
+            teacher.to(self.args.device)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | None]:
+        """The micro-batches of an optimizer step with their rollouts, and how many items they hold over all processes."""
+        batches = [self._with_rollouts(batch) for batch in list(islice(epoch_iterator, num_batches))]
+        if not batches:
+            return batches, None
+        items = torch.stack([count_items(batch, self.objective.config.reduction).to(device) for batch in batches]).sum()
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            items = self.accelerator.gather(items).sum()
+        return batches, items.clamp_min(1)
+
+    def _with_rollouts(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        if not isinstance(batch, Mapping):
+            raise TypeError(f"data_collator must make mappings of tensors, got {type(batch).__name__}")
+        batch = self._prepare_inputs(dict(batch))
+        if "response_mask" in batch:
+            return batch
+        missing = [key for key in ("input_ids", "attention_mask") if key not in batch]
+        if missing:
+            raise ValueError(
+                f"a batch must hold input_ids and attention_mask, got no {missing[0]}; it has {sorted(batch)}; take a "
+                "data_collator that pads prompts on the left and returns both"
+            )
+        if self.rollout is None:
+            raise ValueError(
+                f"a batch must hold response_mask where rollout is None, got {sorted(batch)}; give rollout, for instance "
+                "{'max_new_tokens': 64}"
+            )
+        student = self.objective.student
+        with self.accelerator.autocast():
+            if callable(self.rollout):
+                sampled = self.rollout(student, batch)
+            else:
+                sampled = sample_rollouts(student, batch["input_ids"], batch["attention_mask"], **self.rollout)
+        if not isinstance(sampled, Mapping) or "response_mask" not in sampled:
+            found = sorted(sampled) if isinstance(sampled, Mapping) else type(sampled).__name__
+            raise ValueError(f"rollout must return a batch with response_mask, got {found}; see sample_rollouts for its form")
+        return self._prepare_inputs({**batch, **sampled})  # type: ignore[no-any-return]
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Mapping[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """The objective's loss of a micro-batch that has its rollouts."""
+        found: dict[str, Tensor] = {}
+
+        def forward(batch: Mapping[str, Any]) -> Tensor:
+            with self.accelerator.autocast():
+                objective = self.objective(batch, num_items=num_items_in_batch)
+            found.update(objective.metrics)
+            return objective.loss
+
+        loss: Tensor = through_wrapper(model, self.accelerator.unwrap_model(model), forward, inputs)
+        factor, steps = 1, 1
+        if num_items_in_batch is not None:
+            if self.args.average_tokens_across_devices:  # the processes' gradients are averaged, their shares must add up
+                factor = self.accelerator.num_processes
+            steps = self.current_gradient_accumulation_steps
+        self.loss_is_scaled_for_ga = num_items_in_batch is not None
+        self._means["train" if model.training else "eval"].add(found, factor * steps)
+        loss = loss * factor
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def prediction_step(
+        self, model: Any, inputs: Mapping[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor, None, None]:
+        """The loss of an evaluation batch on rollouts of its own; there are no logits and no labels."""
+        with torch.no_grad():
+            loss = self.compute_loss(model, self._with_rollouts(inputs))
+        return loss.detach(), None, None
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **options: Any) -> Any:
+        self._means["eval"].take()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **options)
+        means = self._means["eval"].take(self._across_processes)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's log; beside a training loss stand the objective's metrics, averaged since the last one."""
+        if "loss" in logs:
+            logs |= self._means["train"].take(self._across_processes)
+        super().log(logs, start_time)
+
+    def _across_processes(self, values: Tensor) -> Tensor:
+        if self.args.world_size == 1:
+            return values
+        return self.accelerator.reduce(values.to(self.args.device), "mean")  # type: ignore[no-any-return]
+
+
+def check_rollout(rollout: Any) -> Rollout | None:
+    if rollout is None or callable(rollout):
+        return rollout  # type: ignore[no-any-return]
+    if not isinstance(rollout, Mapping):
+        raise TypeError(f"rollout must be options of sample_rollouts, a function or None, got {type(rollout).__name__}")
+    known = {"max_new_tokens", "temperature", "eos_token_id", "pad_token_id"}
+    if "max_new_tokens" not in rollout or set(rollout) - known:
+        raise ValueError(f"rollout must hold max_new_tokens and may hold {sorted(known)}, got {sorted(rollout)}")
+    return dict(rollout)
+
+
+def _check_options(args: Any, options: Mapping[str, Any]) -> None:
+    refused = (
+        (options.get("model") is not None, "model", "the objective's student is the model"),
+        (options.get("model_init") is not None, "model_init", "the objective holds the student"),
+        (options.get("compute_loss_func") is not None, "compute_loss_func", "the objective is the loss"),
+        (options.get("compute_metrics") is not None, "compute_metrics", "an evaluation returns losses and metrics, no logits"),
+        (bool(args.label_smoothing_factor), "args.label_smoothing_factor", "there are no labels"),
+        (bool(args.torch_compile), "args.torch_compile", "compile the student's layers instead"),
+        (bool(args.use_liger_kernel), "args.use_liger_kernel", "the loss is topd's own"),
+    )
+    for met, name, reason in refused:
+        if met:
+            raise ValueError(f"{name} must be left out, got one; {reason}")
+
+
+def count_items(batch: Mapping[str, Any], reduction: str) -> Tensor:
+    """What a batch adds to a step's denominator: its response tokens, or its responses that are not empty."""
+    response: Tensor = batch["response_mask"] != 0
+    if reduction == "token":
+        return response.sum()
+    if "cu_seqlens" not in batch:
+        return response.any(-1).sum()
+    total = torch.cat([response.new_zeros(1, dtype=torch.int64), response.cumsum(0)])
+    bounds = on_device("cu_seqlens", batch["cu_seqlens"], response.device, "response_mask").long()
+    return (total[bounds].diff() > 0).sum()
+
+
+def through_wrapper(model: Any, inner: Any, forward: Callable[[Any], Tensor], inputs: Any) -> Tensor:
+    """forward(inputs) as the forward of what wraps `inner`: DDP prepares its gradients' synchronisation there.
+
+    `inner.forward` is replaced on the instance until the wrapper reaches it, and is itself again before `forward` runs.
+    """
+    if model is inner:
+        return forward(inputs)
+    own = vars(inner).get("forward")
+
+    def restore() -> None:
+        if own is None:
+            vars(inner).pop("forward", None)
+        else:
+            inner.forward = own
+
+    def redirected(given: Any) -> Tensor:
+        restore()
+        return forward(given)
+
+    inner.forward = redirected
+    try:
+        return model(inputs)  # type: ignore[no-any-return]
+    finally:
+        restore()

@@ -1,0 +1,116 @@
+"""TRL's DistillationTrainer with topd's objectives: its rollouts, arguments and logging, another `_compute_loss`.
+
+TRL flattens a batch to its completion tokens; trajectories need their columns, so here it stays [B, T].
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import trl
+from torch import Tensor
+
+from topd.divergences import JSD, Divergence, ForwardKL, ReverseKL, resolve_divergence
+from topd.integrations.running_means import SHARES
+from topd.objectives.config import OPDConfig, TOPDConfig
+from topd.objectives.opd import OPD
+from topd.objectives.topd import TOPD
+
+MULTIMODAL = (
+    "pixel_values",
+    "image_grid_thw",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
+
+
+class TOPDTrainer(trl.DistillationTrainer):  # type: ignore[misc]
+    """trl.DistillationTrainer whose loss is topd's.
+
+    Args:
+        arguments, options: TRL's own; `args` is a trl.DistillationConfig.
+        objective_config: OPDConfig for OPD, TOPDConfig for TOPD. None: a TOPDConfig with the divergence that args.beta names
+            and args.temperature for the loss and the windows. A given one must agree with args.temperature, at which TRL
+            samples, and with args.beta where that is not TRL's default.
+
+    Raises:
+        TypeError, ValueError: TRL's own; an objective_config of another type, one that contradicts args or reduces by
+            "sequence" (TRL counts tokens), a processor of images, no teacher_model.
+    """
+
+    def __init__(self, *arguments: Any, objective_config: OPDConfig | None = None, **options: Any) -> None:
+        if objective_config is not None and not isinstance(objective_config, OPDConfig):
+            came = type(objective_config).__name__
+            raise TypeError(f"objective_config must be a topd.OPDConfig, a topd.TOPDConfig or None, got {came}")
+        super().__init__(*arguments, **options)
+        if self._is_vlm:
+            raise ValueError("processing_class must be a tokenizer, got a processor; topd's objectives read text alone")
+        if self.teacher_model is None:
+            raise ValueError("teacher_model must be a model or its name, got None; the objective compares with it")
+        self.objective_config = resolve_config(objective_config, self.args.beta, self.args.temperature)
+
+    def _compute_loss(
+        self, unwrapped_student: Any, inputs: Mapping[str, Any], num_items_in_batch: Tensor | int | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss, the sum of the student's entropies, and how many completion tokens they are over."""
+        batch = to_batch(inputs)
+        self.teacher_model.eval()
+        teacher = self.accelerator.unwrap_model(self.teacher_model)
+        config = self.objective_config
+        models = unwrapped_student, teacher
+        objective = TOPD(*models, config) if isinstance(config, TOPDConfig) else OPD(*models, config)
+        found = objective(batch, num_items=num_items_in_batch)
+        parts = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+        kept = self._metrics["train" if self.model.training else "eval"]
+        for name, value in found.metrics.items():
+            if name != "loss":
+                kept[name].append(value.item() * (parts if name in SHARES else 1))
+        return found.loss, found.scores.student_entropy.sum(), batch["response_mask"].sum()
+
+
+def to_batch(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """TRL's prompts and completions as the batch of an objective; what tools wrote is attended but no response."""
+    images = [key for key in MULTIMODAL if inputs.get(key) is not None]
+    if images:
+        raise ValueError(f"inputs must be text alone, got {images[0]}; topd's objectives read no images")
+    response = inputs["completion_mask"] * inputs["tool_mask"] if "tool_mask" in inputs else inputs["completion_mask"]
+    return {
+        "input_ids": torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+        "attention_mask": torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+        "response_mask": torch.cat([torch.zeros_like(inputs["prompt_mask"]), response], dim=1),
+    }
+
+
+def divergence_of(beta: float) -> Divergence:
+    """What TRL's beta names."""
+    if beta in (0.0, 1.0):
+        return ReverseKL() if beta else ForwardKL()
+    return JSD(beta)
+
+
+def resolve_config(config: OPDConfig | None, beta: float, temperature: float) -> OPDConfig:
+    """The objective's configuration beside TRL's arguments, which it may not contradict."""
+    named = divergence_of(beta)
+    if config is None:
+        return TOPDConfig(divergence=named, temperature=temperature, window_temperature=temperature)
+    own = resolve_divergence(config.divergence)
+    if beta != 1.0 and own != named:
+        raise ValueError(
+            f"objective_config.divergence must be the one of args.beta = {beta}, {named}, got {own}; leave beta at its "
+            "default, 1.0, to let the configuration choose"
+        )
+    if config.temperature != temperature:
+        raise ValueError(
+            f"objective_config.temperature must be args.temperature, at which TRL samples, {temperature}, got "
+            f"{config.temperature}; give both the same"
+        )
+    if config.reduction != "token":
+        raise ValueError(
+            f"objective_config.reduction must be 'token', since TRL counts tokens over a step, got {config.reduction!r}; for "
+            "'sequence' take topd.integrations.transformers.DistillationTrainer"
+        )
+    return config
