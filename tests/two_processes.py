@@ -1,5 +1,10 @@
-"""One of two processes that train one step together; started by test_integrations_transformers.py."""
+"""Two processes that train one step together; started by test_integrations_transformers.py as a process of its own.
 
+The imports take longer than the step: they run once, before the fork.
+"""
+
+import multiprocessing
+import os
 import sys
 from pathlib import Path
 
@@ -9,8 +14,10 @@ from test_integrations_transformers import arguments, flat, four_rollouts, model
 import topd
 from topd.integrations.transformers import DistillationTrainer
 
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
+
+def train(rank: int, folder: Path) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     objective = topd.OPD(*models())
     options = arguments(folder, ddp_backend="gloo", per_device_train_batch_size=1)
@@ -18,6 +25,18 @@ if __name__ == "__main__":
     trainer.train()
     assert "forward" not in vars(objective.student)
     assert trainer.args.world_size == 2
-    found = {"parameters": flat(objective.student), "log": trainer.state.log_history[0]}
-    torch.save(found, folder / f"{trainer.args.process_index}.pt")
+    draws = torch.rand(4)
+    torch.save(
+        {"parameters": flat(objective.student), "log": trainer.state.log_history[0], "draws": draws}, folder / f"{rank}.pt"
+    )
     torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("fork")
+    running = [context.Process(target=train, args=(rank, Path(sys.argv[1]))) for rank in range(2)]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join()
+    sys.exit(any(process.exitcode for process in running))

@@ -31,7 +31,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         data_collator: makes batches of prompts, input_ids and attention_mask [B, P] padded on the left; or of finished
             rollouts, which have a response_mask too.
         rollout: how batches without a response_mask are continued: options of `sample_rollouts`, at least max_new_tokens; or
-            a function (student, batch) -> batch with a response_mask. None: batches come with theirs.
+            a function (student, batch) -> the batch that the objective gets. None: batches come with their rollouts.
         options: Trainer's others: train_dataset, eval_dataset, processing_class, callbacks, optimizers and so on.
 
     Raises:
@@ -112,11 +112,11 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
             if callable(self.rollout):
                 sampled = self.rollout(student, batch)
             else:
-                sampled = sample_rollouts(student, batch["input_ids"], batch["attention_mask"], **self.rollout)
+                sampled = batch | sample_rollouts(student, batch["input_ids"], batch["attention_mask"], **self.rollout)
         if not isinstance(sampled, Mapping) or "response_mask" not in sampled:
             found = sorted(sampled) if isinstance(sampled, Mapping) else type(sampled).__name__
             raise ValueError(f"rollout must return a batch with response_mask, got {found}; see sample_rollouts for its form")
-        return self._prepare_inputs({**batch, **sampled})  # type: ignore[no-any-return]
+        return self._prepare_inputs(dict(sampled))  # type: ignore[no-any-return]
 
     def compute_loss(
         self,
