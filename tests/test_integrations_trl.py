@@ -7,7 +7,7 @@ import torch
 from compare import assert_near
 
 import topd
-from bench import smollm2
+from topd.cli.demo import smollm2
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")

