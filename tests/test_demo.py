@@ -333,3 +333,12 @@ def test_files_are_whole_or_absent(tmp_path):
         files.save(path, {}, fails)
     assert json.loads(path.read_text()) == [1]
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_the_widest_line_fits_eighty_columns():
+    display = Display(Settings(steps=100))
+    display.method, display.held_out = "topd", 10.24
+    display.began, display.first = display.began - 1000, 0
+    display.latest = {"step": 100, "loss": 10.24, "tokens_a_second": 120.0, "memory_mib": 12.1 * 1024}
+    text = display._numbers().replace("0:00 left", "12:34 left")
+    assert len(f"TOPD {'-' * 6} {text}") <= 80

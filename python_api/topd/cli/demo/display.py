@@ -14,6 +14,7 @@ from topd.cli.demo.summary import Summary
 from topd.cli.demo.summary import Table as Numbers
 from topd.cli.demo.training import Record
 
+BAR = 6  # columns
 PLAIN_EVERY = 5  # steps between two lines where the output is no terminal
 
 
@@ -65,7 +66,7 @@ class Display:
 
     def _line(self) -> Table:
         grid = Table.grid(padding=(0, 1))
-        bar = ProgressBar(total=self.settings.steps, completed=self.latest["step"], width=10)
+        bar = ProgressBar(total=self.settings.steps, completed=self.latest["step"], width=BAR)
         grid.add_row(Text(f"{NAMES[self.method]:4}", style="bold"), bar, Text(self._numbers()))
         return grid
 
@@ -73,7 +74,7 @@ class Display:
         return f"{NAMES[self.method]:4} {self._numbers()}"
 
     def _numbers(self) -> str:
-        """At most 64 columns."""
+        """Beside the method and the bar it fits 80 columns."""
         found = [f"{self.latest['step']:>3}/{self.settings.steps}"]
         if "loss" in self.latest:
             found.append(f"loss {self.latest['loss']:.2f}")
