@@ -17,7 +17,7 @@ pytest.importorskip("reasoning_gym")
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 
-from topd.cli.demo import command, files, prompts, training  # noqa: E402
+from topd.cli.demo import command, files, prompts, smollm2, training  # noqa: E402
 from topd.cli.demo.display import Display  # noqa: E402
 from topd.cli.demo.settings import Settings  # noqa: E402
 from topd.cli.main import main  # noqa: E402
@@ -164,6 +164,15 @@ def test_ctrl_c_leaves_a_report_and_a_checkpoint(tmp_path, pair, whole_run, monk
     monkeypatch.setattr(Display, "show", show)
     assert main(["demo", "--resume", "--out", str(folder)]) == 0
     assert metrics(folder) == metrics(whole_run)
+
+
+@pytest.mark.skipif(bool(smollm2.missing()), reason=smollm2.missing() or "installed")
+def test_one_step_of_the_real_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "QUICK", {"held_out": 2, "held_out_tokens": 6, "horizon": 6, "batch": 2})
+    assert main(["demo", "--quick", "--steps", "1", "--method", "topd", "--tokens", "8", "--out", str(tmp_path / "run")]) == 0
+    first, step, last = metrics(tmp_path / "run")
+    assert last["held_out_reverse_kl"] < first["held_out_reverse_kl"]
+    assert step["student_branches"] == step["teacher_branches"] == 1
 
 
 def test_one_method_and_its_report(tmp_path, pair):
@@ -340,5 +349,5 @@ def test_the_widest_line_fits_eighty_columns():
     display.method, display.held_out = "topd", 10.24
     display.began, display.first = display.began - 1000, 0
     display.latest = {"step": 100, "loss": 10.24, "tokens_a_second": 120.0, "memory_mib": 12.1 * 1024}
-    text = display._numbers().replace("0:00 left", "12:34 left")
+    text = display._numbers().rpartition("in ")[0] + "12:34 left"
     assert len(f"TOPD {'-' * 6} {text}") <= 80

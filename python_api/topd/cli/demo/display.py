@@ -57,12 +57,12 @@ class Display:
             self.live = None
 
     def left(self) -> str:
-        """Of this method, at the pace of its steps so far."""
-        done = self.latest["step"] - self.first
-        if not done:
-            return "-:-- left"
-        seconds = (time.monotonic() - self.began) / done * (self.settings.steps - self.latest["step"])
-        return f"{int(seconds) // 60}:{int(seconds) % 60:02d} left"
+        """Of this method, at the pace of its steps so far; at its end what it took."""
+        done, left = self.latest["step"] - self.first, self.settings.steps - self.latest["step"]
+        passed = time.monotonic() - self.began
+        if not left:
+            return f"in {_clock(passed)}"
+        return f"{_clock(passed / done * left)} left" if done else "-:-- left"
 
     def _line(self) -> Table:
         grid = Table.grid(padding=(0, 1))
@@ -115,6 +115,10 @@ class Display:
             if found:
                 grid.add_row(Text(name, style="dim"), Text(one_line(found[0][1])))
         self.console.print(Text("\nThe student's answer to a held-out prompt", style="bold"), grid)
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 def one_line(text: str) -> str:

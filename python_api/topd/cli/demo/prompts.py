@@ -65,10 +65,10 @@ def _generated(count: int, seed: int, without: frozenset[str]) -> Iterator[str]:
 
 
 def _mixed(generated: Iterator[str], chat: tuple[str, ...], count: int, seed: int) -> list[str]:
-    """Every CHAT_SHARE-th is of a chat, in an order that the seed shuffles, over and over."""
+    """The first of every CHAT_SHARE is of a chat, in an order that the seed shuffles, over and over."""
     order = list(chat)
     random.Random(seed).shuffle(order)
-    return [order[i // CHAT_SHARE % len(order)] if i % CHAT_SHARE == CHAT_SHARE - 1 else next(generated) for i in range(count)]
+    return [order[i // CHAT_SHARE % len(order)] if i % CHAT_SHARE == 0 else next(generated) for i in range(count)]
 
 
 def encode(tokenizer: Any, prompts: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
