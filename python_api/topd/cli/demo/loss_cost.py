@@ -63,6 +63,8 @@ def measure_loss(models: Models, batch: dict[str, Any]) -> LossCost:
                 value = loss()
                 value.backward()
                 values[name] = value.item()
+                if weight.is_cuda:
+                    torch.cuda.synchronize(weight.device)
                 end = time.perf_counter()
                 peaks[name] = peak()
             if place:
