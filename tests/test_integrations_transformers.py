@@ -201,6 +201,7 @@ def test_two_processes_take_the_large_batchs_step(tmp_path):
     """DDP over gloo, two micro-batches in each; only the whole batch's 26 tokens make every token weigh the same."""
     objective, batch = topd.OPD(*models()), four_rollouts()
     expected, loss = after_one_step(objective, batch)
+    gradient = (flat(objective.student) - expected) / LR
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -211,6 +212,7 @@ def test_two_processes_take_the_large_batchs_step(tmp_path):
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for each in found:
         assert_near(each["parameters"], expected, 1e-9)
+        assert_near(each["accelerate_gradient"], gradient, 1e-9, "under accelerate")
         assert each["log"]["loss"] == pytest.approx(loss, rel=1e-5)
         assert each["log"]["opd_loss"] == pytest.approx(loss, rel=1e-5)
     assert not torch.equal(found[0]["draws"], found[1]["draws"])

@@ -541,7 +541,8 @@ def test_every_entry_of_the_table_names_a_class_that_reads_the_attribute() -> No
 
 
 def test_importing_it_imports_neither_transformers_nor_peft() -> None:
-    code = "import sys, topd.integrations.model_head; print(sorted({'transformers', 'peft'} & set(sys.modules)))"
+    imports = "import sys, topd.integrations.model_head, topd.integrations.rollouts"
+    code = f"{imports}; print(sorted({{'transformers', 'peft'}} & set(sys.modules)))"
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

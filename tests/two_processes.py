@@ -6,13 +6,30 @@ The imports take longer than the step: they run once, before the fork.
 import multiprocessing
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
+import accelerate
 import torch
+from test_accumulation import Loss
 from test_integrations_transformers import arguments, flat, four_rollouts, models, rows_of
+from tiny_models import flat_gradient
 
 import topd
 from topd.integrations.transformers import DistillationTrainer
+
+
+def gradient_under_accelerate(rank: int) -> torch.Tensor:
+    """The loop of examples/accelerate_loop.py, a micro-batch for each row."""
+    accelerator, objective, batch = accelerate.Accelerator(cpu=True), topd.OPD(*models()), four_rollouts()
+    model = accelerator.prepare(Loss(objective))
+    assert isinstance(model, torch.nn.parallel.DistributedDataParallel)
+    mine = [{key: value[row : row + 1] for key, value in batch.items()} for row in (2 * rank, 2 * rank + 1)]
+    num_items = accelerator.gather(sum(part["response_mask"].sum() for part in mine)).sum()
+    for part in mine:
+        with nullcontext() if part is mine[-1] else accelerator.no_sync(model):
+            accelerator.backward(model(part, num_items) * accelerator.num_processes)
+    return flat_gradient(objective.student)
 
 
 def train(rank: int, folder: Path) -> None:
@@ -20,15 +37,14 @@ def train(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     objective = topd.OPD(*models())
+    accelerate_gradient = gradient_under_accelerate(rank)
     options = arguments(folder, ddp_backend="gloo", per_device_train_batch_size=1)
     trainer = DistillationTrainer(objective, options, train_dataset=rows_of(four_rollouts()))
     trainer.train()
     assert "forward" not in vars(objective.student)
     assert trainer.args.world_size == 2
-    draws = torch.rand(4)
-    torch.save(
-        {"parameters": flat(objective.student), "log": trainer.state.log_history[0], "draws": draws}, folder / f"{rank}.pt"
-    )
+    found = {"parameters": flat(objective.student), "log": trainer.state.log_history[0], "draws": torch.rand(4)}
+    torch.save(found | {"accelerate_gradient": accelerate_gradient}, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
