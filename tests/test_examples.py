@@ -1,7 +1,10 @@
 """Examples that are run as a user runs them: a command, and what it prints and leaves behind."""
 
+import copy
+import functools
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +49,71 @@ def test_from_a_prompt_to_the_loss_in_under_sixty_lines(tmp_path):
     assert metrics["student_branches"] == metrics["teacher_branches"] == "1.000"
     assert {path.name for path in tmp_path.iterdir()} == {"distances.png", "windows.png"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())
+
+
+@pytest.fixture
+def lines(monkeypatch, capsys):
+    """What a script prints; here and not as a command, so that model and tokenizer are read once for all of them."""
+    if reason := smollm2.missing():
+        pytest.skip(reason)
+    model, tokenizer = loaded()
+    monkeypatch.setattr(smollm2, "load_model", lambda: model)
+    monkeypatch.setattr(smollm2, "load_tokenizer", lambda: copy.deepcopy(tokenizer))
+    weights = [parameter.clone() for parameter in model.parameters()]
+
+    def run(name: str, *arguments: str) -> list[str]:
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+        assert all(map(torch.equal, model.parameters(), weights)), "the teacher changed"
+        return capsys.readouterr().out.splitlines()
+
+    return run
+
+
+@functools.cache
+def loaded():
+    return smollm2.load_model(), smollm2.load_tokenizer()
+
+
+def nats(lines: list[str]) -> list[float]:
+    return [float(found[1]) for line in lines if (found := re.search(r"([\d.]+) nats$", line))]
+
+
+def test_torchs_loop_and_accelerates_take_the_same_steps(lines):
+    pytest.importorskip("accelerate")
+    found = nats(lines("torch_loop.py", "2"))
+    assert 0 < found[1] < found[0]
+    assert nats(lines("accelerate_loop.py", "2")) == pytest.approx(found, rel=1e-3)
+
+
+def test_transformers_trainer(lines):
+    pytest.importorskip("accelerate")
+    evaluation, *steps = nats(lines("transformers_trainer.py", "2"))
+    assert 0 < steps[1] < steps[0]
+    assert 0 < evaluation < steps[0]
+
+
+def test_trl_trainer(lines):
+    pytest.importorskip("trl")
+    (line,) = (line for line in lines("trl_trainer.py", "1") if line.startswith("step 1"))
+    opd, guidance, candidates, loss = map(float, re.findall(r"[\d.]+", line)[1:])
+    assert loss == pytest.approx(opd + 0.1 * guidance, abs=2e-3)
+    assert guidance > 0
+    assert candidates == 2
+
+
+def test_peft_lora(lines):
+    pytest.importorskip("peft")
+    printed = lines("peft_lora.py", "2")
+    first, second = nats(printed)
+    assert 0 < second < first
+    assert printed[-1] == "base weights unchanged: True"
+
+
+def test_packed_rollouts(lines):
+    padded, packed = (line.split(", ") for line in lines("packed_rollouts.py"))
+    assert padded[-1] == packed[-1]
+    assert padded[-2] == packed[-2]
 
 
 def test_the_topd_page_runs_as_printed():

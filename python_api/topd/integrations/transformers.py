@@ -112,7 +112,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
             if callable(self.rollout):
                 sampled = self.rollout(student, batch)
             else:
-                sampled = batch | sample_rollouts(student, batch["input_ids"], batch["attention_mask"], **self.rollout)
+                sampled = {**batch, **sample_rollouts(student, batch["input_ids"], batch["attention_mask"], **self.rollout)}
         if not isinstance(sampled, Mapping) or "response_mask" not in sampled:
             found = sorted(sampled) if isinstance(sampled, Mapping) else type(sampled).__name__
             raise ValueError(f"rollout must return a batch with response_mask, got {found}; see sample_rollouts for its form")
