@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from topd.head import Head, shape_logits
-from topd.integrations.model_head import head_from_model, unwrapped_model
+from topd.integrations.model_head import head_from_model, refuse_prompt_learning, unwrapped_model
 
 FULL, SLIDING = "full_attention", "sliding_attention"
-FEW = range(8, 65)
+FEW = range(8, 65)  # rows of logits that a CPU computes faster from the head's side
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,12 +113,7 @@ def decoder_of(model: Any) -> Decoder:
     Raises:
         TypeError, ValueError: as `topd.Head.from_model`; a PEFT prompt, which lives outside the base model.
     """
-    config = getattr(model, "active_peft_config", None)
-    if getattr(config, "is_prompt_learning", False):
-        raise ValueError(
-            f"model must compute its states from input_ids alone, got PEFT's {type(config).__name__}, which puts a prompt "
-            "before them; take an adapter of the layers (LoRA)"
-        )
+    refuse_prompt_learning(model)
     head = head_from_model(model)
     inner = unwrapped_model(model)
     base = inner.base_model

@@ -132,6 +132,16 @@ def unwrapped_model(model: Any) -> Any:
     return inner
 
 
+def refuse_prompt_learning(model: Any) -> None:
+    """A PEFT prompt lives outside the model's own layers, where its forward alone adds it."""
+    config = getattr(model, "active_peft_config", None)
+    if getattr(config, "is_prompt_learning", False):
+        raise ValueError(
+            f"model must continue from input_ids alone, got PEFT's {type(config).__name__}, which puts a prompt before them; "
+            "take an adapter of the layers (LoRA)"
+        )
+
+
 def _parts(model: Any, layer: nn.Module, name: str) -> Iterator[Any]:
     """The model and, where the head belongs to a language model inside it, that one."""
     yield model

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from topd.branching.inputs import check_rollouts, end_tokens
 from topd.checks import positive_int, real
-from topd.integrations.model_head import unwrapped_model
+from topd.integrations.model_head import refuse_prompt_learning, unwrapped_model
 from topd.objectives.rollouts import check_batch
 
 
@@ -91,12 +91,7 @@ def pack_rollouts(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _generating(model: Any) -> Any:
-    prompt = getattr(model, "active_peft_config", None)
-    if getattr(prompt, "is_prompt_learning", False):
-        raise ValueError(
-            f"model must continue from input_ids alone, got PEFT's {type(prompt).__name__}, which puts a prompt before them; "
-            "take an adapter of the layers (LoRA)"
-        )
+    refuse_prompt_learning(model)
     inner = unwrapped_model(model)
     if not hasattr(inner, "generate"):
         raise TypeError(f"model must have generate, got {type(inner).__name__}; pass the causal language model")
