@@ -352,3 +352,8 @@ def test_the_widest_line_fits_eighty_columns():
     display.latest = {"step": 100, "loss": 10.24, "tokens_a_second": 120.0, "memory_mib": 12.1 * 1024}
     text = display._numbers().rpartition("in ")[0] + "12:34 left"
     assert len(f"TOPD {'-' * 6} {text}") <= 80
+
+
+def test_the_learning_rate_rises_and_falls():
+    assert [training.schedule(i, 6, 2) for i in range(6)] == pytest.approx([0.5, 1.0, 1.0, 0.7, 0.4, 0.1])
+    assert training.schedule(0, 1, 0) == 1.0

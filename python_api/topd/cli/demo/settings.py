@@ -16,7 +16,7 @@ class Settings:
         batch: rollouts a step, one of each prompt.
         tokens: the most tokens of a response.
         horizon: tokens of a window (TOPD).
-        learning_rate: of AdamW, reached after warmup steps.
+        learning_rate: of AdamW, reached after the warm-up; then it falls linearly, to a tenth at the end.
         warmup: steps of linear warm-up.
         clip: the gradient's largest norm.
         evaluate_every: steps between two evaluations on the held-out prompts; a checkpoint is written with each.
@@ -33,7 +33,7 @@ class Settings:
     batch: int = 4
     tokens: int = 24
     horizon: int = 16
-    learning_rate: float = 1e-4
+    learning_rate: float = 2e-4
     warmup: int = 2
     clip: float = 1.0
     evaluate_every: int = 10

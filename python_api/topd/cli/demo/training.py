@@ -45,6 +45,13 @@ class Run:
     pair: WindowPair | None = None
 
 
+def schedule(index: int, steps: int, warmup: int) -> float:
+    """Of the learning rate at a step: a linear warm-up, then a linear fall to a tenth."""
+    if index < warmup:
+        return (index + 1) / warmup
+    return 1.0 - 0.9 * (index - warmup) / max(steps - 1 - warmup, 1)
+
+
 class Trainer:
     """Trains the student of `models` by one method.
 
@@ -139,7 +146,7 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), settings.clip)
         backward = time.perf_counter()
         for group in self.optimizer.param_groups:
-            group["lr"] = settings.learning_rate * min(1.0, (index + 1) / max(settings.warmup, 1))
+            group["lr"] = settings.learning_rate * schedule(index, settings.steps, settings.warmup)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if found.near_future is not None:
