@@ -76,7 +76,7 @@ def moved_bytes(launch: Any) -> int:
         targets = given["Out"].shape[0] if name == "gather" else int(given[ids].unique().numel())
         sums: int = 2 * targets * given["width"] * given["Out"].itemsize
         return rows + sums + _bytes(given[ids]) + _bytes(given["Weights"])
-    if name == "transport":
+    if name in ("transport", "transport_panels"):
         entries = given["StudentIds"].numel() + given["TeacherIds"].numel()
         return int(entries * (given["width"] * given["StudentTable"].itemsize + 8) + _bytes(given["Plan"]))
     if name not in TILES:

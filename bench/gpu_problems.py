@@ -26,7 +26,7 @@ class Sizes:
     beyond: int = 70
     ids: int = 50
     problems: int = 12
-    windows: tuple[tuple[int, int, float], ...] = ((50, 50, 1e-6), (50, 37, 1e-6), (100, 80, 1e-4))
+    windows: tuple[tuple[int, int, float], ...] = ((50, 50, 1e-6), (50, 37, 1e-6), (100, 80, 1e-6))
     counts: tuple[int, ...] = (24, 1, 2, 7, 16, 33, 64, 100, 255, 256)
 
     @property

@@ -15,7 +15,7 @@ HEADER = ("op", "kernel", "default", "time_ms", "best", "time_ms", "default / be
 BLOCKS, WARPS = (512, 1024, 2048, 4096), (2, 4, 8)
 SCORE_TILES = ((64, 64, 32, 4), (64, 128, 64, 4), (128, 64, 32, 8), (128, 64, 64, 4), (128, 64, 64, 8), (128, 128, 64, 8))
 # Kernels whose blocks are of the vocabulary or of the hidden width; the others' time is that of a launch.
-TUNED = ("statistics", "sweep", "rest", "gradient", "gather", "scatter", "transport")
+TUNED = ("statistics", "sweep", "rest", "gradient", "gather", "scatter", "transport", "transport_panels")
 
 
 def setting(launch: Any) -> str:
@@ -42,7 +42,7 @@ def alternatives(launch: Any) -> list[Any]:
     """Other block sizes and warps; nothing for the kernels whose time is that of a launch."""
     if launch.name not in TUNED:
         return []
-    if launch.name == "transport":
+    if launch.name in ("transport", "transport_panels"):
         pieces = [(piece, warps) for piece in (2, 4, 8) for warps in (4, 8, 16)]
         found = [launch._replace(constants={**launch.constants, "PIECE": p}, num_warps=warps) for p, warps in pieces]
     else:

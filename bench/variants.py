@@ -88,7 +88,8 @@ def default_launches() -> Iterator[Launch]:
     yield from _weighted(single, torch.bfloat16, WIDTH)
     for dtype in (single, torch.bfloat16):
         yield from _score_tokens((dtype, dtype), equal, WIDTH, general=False)
-        yield from _transport(dtype, "cosine", (50, 50), WIDTH)
+        for window in (50, 100):
+            yield from _transport(dtype, "cosine", (window, window), WIDTH)
 
 
 def all_launches() -> Iterator[Launch]:
@@ -111,7 +112,7 @@ def all_launches() -> Iterator[Launch]:
         for dtypes in itertools.product(served, served):
             for vocabs in ((ODD, ODD), (ODD, ODD + 64), (ODD + 64, ODD)):
                 yield from _score_tokens(dtypes, vocabs, width, general=general)
-    for cost, dtype, window in itertools.product(transport.COSTS, (torch.float64, *served), (10, 30, 50)):
+    for cost, dtype, window in itertools.product(transport.COSTS, (torch.float64, *served), (10, 30, 50, 100)):
         yield from _transport(dtype, cost, (window, window), WIDTH)
 
 

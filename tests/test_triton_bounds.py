@@ -50,13 +50,17 @@ def score_launches(vocabs: tuple[int, int] = (70, 81)) -> list[Launch]:
     return score_tokens.launches(*sides, torch.tensor([0, 69, -1]), 0.7, splits=2)[0]
 
 
-def transport_launches(cost: str = "cosine") -> list[Launch]:
-    """Windows of 7 and 5, some shorter; what stands past a length names no row of the tables."""
+def transport_launches(cost: str = "cosine", windows: tuple[int, int] = (7, 5), steps: int = 20) -> list[Launch]:
+    """Two problems, one with shorter windows; what stands past a length names no row of the tables."""
     tables = [torch.randn(13, 6) for _ in range(2)]
-    ids, lengths = [torch.randint(13, (2, window)) for window in (7, 5)], torch.tensor([3, 5])
+    ids, lengths = [torch.randint(13, (2, window)) for window in windows], torch.tensor([3, min(windows)])
     for each in ids:
         each[0, 3:], each[1, 0] = 10**9, 12
-    return transport.launches(tables[0], ids[0], lengths, tables[1], ids[1], lengths, cost, 0.05, 20, 1e-4)[0]
+    return transport.launches(tables[0], ids[0], lengths, tables[1], ids[1], lengths, cost, 0.05, steps, 1e-4)[0]
+
+
+def panel_launches(cost: str = "cosine") -> list[Launch]:
+    return transport_launches(cost, (70, 66), 4)
 
 
 @pytest.mark.parametrize("vocabs", [(70, 70), (70, 81), (81, 70)])
@@ -67,6 +71,12 @@ def test_score_tokens_stays_within_its_tensors(vocabs):
 @pytest.mark.parametrize("cost", transport.COSTS)
 def test_transport_stays_within_its_tensors(cost):
     assert run_watched(transport_launches(cost)).written == 2 * (7 * 5 + 2) * 4
+
+
+@pytest.mark.parametrize("cost", transport.COSTS)
+def test_transport_by_panels_stays_within_its_tensors(cost):
+    counts = run_watched(panel_launches(cost))
+    assert counts.written >= 2 * (70 * 66 + 2) * 4 + 8 * 2 * 70 * 66  # and costs and plan into scratch
 
 
 @pytest.mark.parametrize("vocabs", [(1, 1), (VOCAB, VOCAB), (1030, VOCAB), (VOCAB, 1030)])
@@ -88,7 +98,7 @@ def test_weighted_rows_stay_within_their_tensors(width):
     assert run_watched(weighted_launches(width)).read > 0
 
 
-def planted(launches: list[Launch], kernel: str, **changed: int) -> list[Launch]:
+def planted(launches: list[Launch], kernel: str, **changed: object) -> list[Launch]:
     """The launches with a wrong number given to one kernel."""
     return [
         launch._replace(arguments={**launch.arguments, **changed}) if launch.name == kernel else launch for launch in launches
@@ -108,6 +118,9 @@ def planted(launches: list[Launch], kernel: str, **changed: int) -> list[Launch]
         (score_launches, "score_blocks", {"vocab": 71}, "reads"),
         (score_launches, "score_finish", {"rows": ROWS + 1}, "reads"),
         (transport_launches, "transport", {"student_window": 8}, "writes"),
+        (panel_launches, "transport_panels", {"student_window": 71}, "writes"),
+        (panel_launches, "transport_panels", {"problems": 3}, "reads"),
+        (panel_launches, "transport_panels", {"Scratch": torch.empty(1, 1, 128, 127, dtype=torch.float64)}, "writes"),
         (transport_launches, "transport", {"width": 7}, "reads"),
         (lambda: weighted_launches(600), "gather", {"width": 601}, "reads"),
         (lambda: weighted_launches(600), "scatter", {"vocab": 14}, "reads"),

@@ -14,6 +14,7 @@ from topd.reference.transport import Windows
 from topd.reference.transport import transport as reference
 
 pytest.importorskip("triton")
+from topd_kernels import transport as kernels
 from topd_kernels.launch import interpreted
 from topd_kernels.transport import _transport, launches, transport
 
@@ -100,8 +101,48 @@ def test_equals_the_reference_at_large_windows(device, window, cost, epsilon):
     assert_equals_the_reference(random_sides(window, window, m=1), device, cost, epsilon)
 
 
+@pytest.mark.parametrize(
+    ("k_student", "k_teacher", "ragged", "cost", "epsilon"),
+    [
+        (65, 65, False, "cosine", 0.05),
+        (65, 3, True, "mismatch", 0.01),
+        (100, 5, True, "sqeuclidean", 0.01),
+        (20, 128, True, "mismatch", 0.05),
+        (97, 100, True, "cosine", 0.01),
+        (128, 128, False, "cosine", 0.05),
+        (128, 128, False, "sqeuclidean", 0.01),
+    ],
+)
+def test_equals_the_reference_by_panels(device, k_student, k_teacher, ragged, cost, epsilon):
+    sides = random_sides(k_student, k_teacher, m=2 if ragged else 1, ragged=ragged)
+    assert_equals_the_reference(sides, device, cost, epsilon)
+
+
+@pytest.mark.parametrize(("window", "cost"), [(30, "cosine"), (40, "sqeuclidean"), (100, "sqeuclidean")])
+def test_equals_the_reference_where_costs_are_peaked(device, window, cost):
+    """Vectors of lengths from 0.01 to 100 in few directions, most tokens on both sides."""
+    table = torch.randn(3, D, dtype=torch.float64).repeat(10, 1)[:V] + 1e-3 * torch.randn(V, D, dtype=torch.float64)
+    table *= 10 ** torch.linspace(-2, 2, V, dtype=torch.float64).unsqueeze(1)
+    sides = random_sides(window, window, m=1)
+    sides[1].ids[:, 5:] = sides[0].ids.flip(1)[:, 5:]
+    sides = sides[0]._replace(table=table), sides[1]._replace(table=table)
+    assert_equals_the_reference(sides, device, cost, 0.01)
+
+
+def test_panels_agree_with_a_tile(device):
+    """The same windows, padded past the largest tile."""
+    sides = random_sides(40, 50, ragged=True)
+    padded = [side._replace(ids=torch.nn.functional.pad(side.ids, (0, 70 - side.ids.shape[1]), value=-1)) for side in sides]
+    assert [call(*each)[0][0].name for each in (sides, padded)] == ["transport", "transport_panels"]
+    found, other = solved(sides, device, tolerance=1e-9), solved(tuple(padded), device, tolerance=1e-9)
+    torch.testing.assert_close(other[0], found[0], rtol=0, atol=1e-10)
+    torch.testing.assert_close(other[1][:, :40, :50], found[1], rtol=0, atol=1e-10)
+    assert not other[1][:, 40:].any()
+    assert not other[1][:, :, 50:].any()
+
+
 def test_longer_windows_are_left_to_the_reference(device):
-    sides = random_sides(65, 70, m=1)
+    sides = random_sides(129, 130, m=1)
     numbers = {"max_iterations": 200, "tolerance": 1e-4}
     on_device = [Windows(*(part.to(device) for part in side)) for side in sides]
     found, true = run_transport("triton", *on_device, "cosine", 0.05, **numbers), reference(*sides, "cosine", 0.05, **numbers)
@@ -165,11 +206,12 @@ def test_cosines_at_any_scale(device):
 
 @pytest.mark.parametrize("cost", ["cosine", "sqeuclidean"])
 @pytest.mark.parametrize("side", [0, 1])
-def test_nan_stays_with_its_problem(device, cost, side):
-    sides = random_sides(5, 4, m=2)
+@pytest.mark.parametrize("windows", [(5, 4), (66, 70)])
+def test_nan_stays_with_its_problem(device, cost, side, windows):
+    sides = random_sides(*windows, m=2)
     table = sides[side].table.clone()
     table[0] = math.nan
-    ids = torch.arange(1, 1 + sides[side].ids.shape[1]).repeat(2, 1)
+    ids = torch.randint(1, V, sides[side].ids.shape)
     ids[0, -1] = 0
     sides = tuple(x._replace(table=table, ids=ids) if i == side else x for i, x in enumerate(sides))
     distance, plan, error = solved(sides, device, cost, max_iterations=20_000)
@@ -185,8 +227,9 @@ def test_equal_windows_are_no_distance_apart(device, cost):
     assert solved((one, other), device, cost, 0.01)[0].item() <= 1e-6
 
 
-def test_repeats_bit_for_bit_and_problems_do_not_touch(device):
-    sides = random_sides(7, 6, m=3, ragged=True, dtype=torch.float32)
+@pytest.mark.parametrize("windows", [(7, 6), (70, 65)])
+def test_repeats_bit_for_bit_and_problems_do_not_touch(device, windows):
+    sides = random_sides(*windows, m=3, ragged=True, dtype=torch.float32)
     found, again = solved(sides, device), solved(sides, device)
     alone = solved(tuple(Windows(x.table, x.ids[1:2], x.lengths[1:2]) for x in sides), device)
     for one, other, single in zip(found, again, alone, strict=True):
@@ -206,9 +249,23 @@ def test_strides(device):
         assert torch.equal(one, other)
 
 
-def test_no_problems(device):
-    distance, plan, error = solved(random_sides(5, 4, m=0), device)
-    assert [x.shape for x in (distance, plan, error)] == [(0,), (0, 5, 4), (0,)]
+@pytest.mark.parametrize("programs", [2, 7])
+def test_any_number_of_programs(device, programs, monkeypatch):
+    """A program by panels takes one problem after the other, in scratch that the last one has left."""
+    sides = random_sides(30, 67, m=5, ragged=True)
+    found = solved(sides, device)
+    monkeypatch.setattr(kernels, "processors", lambda like: programs)
+    (launch,), _ = call(*sides)
+    assert launch.grid == (min(programs, 5),)
+    assert launch.arguments["Scratch"].shape == (min(programs, 5), 2, 128, 128)
+    for one, other in zip(found, solved(sides, device), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("windows", [(5, 4), (65, 4)])
+def test_no_problems(device, windows):
+    distance, plan, error = solved(random_sides(*windows, m=0), device)
+    assert [x.shape for x in (distance, plan, error)] == [(0,), (0, *windows), (0,)]
 
 
 def call(*sides: Windows, cost: str = "cosine") -> Any:
@@ -216,19 +273,21 @@ def call(*sides: Windows, cost: str = "cosine") -> Any:
 
 
 def test_what_is_refused():
-    with pytest.raises(ValueError, match="1 to 64 tokens on a GPU, got 129"):
+    with pytest.raises(ValueError, match="1 to 128 tokens on a GPU, got 129"):
         call(*random_sides(129, 2))
     with pytest.raises(ValueError, match="cosine, sqeuclidean, mismatch, got 'dot'"):
         call(*random_sides(2, 2), cost="dot")
 
 
-def test_one_binary_for_any_number_of_problems_and_any_lengths():
+@pytest.mark.parametrize(("short", "long"), [((33, 40), (50, 64)), ((3, 65), (128, 128))])
+def test_one_binary_for_any_number_of_problems_and_any_lengths(short, long):
     """What may change from call to call is no constant of the kernel and not specialized."""
-    (one,), _ = call(*random_sides(33, 40, m=1))
-    (other,), _ = call(*random_sides(50, 64, m=16, ragged=True))
+    (one,), _ = call(*random_sides(*short, m=1))
+    (other,), _ = call(*random_sides(*long, m=16, ragged=True))
+    assert one.kernel is other.kernel
     assert one.constants == other.constants
     assert one.grid == (1,)
-    assert other.grid == (16,)
+    assert other.grid[0] == (16 if one.name == "transport" else min(16, kernels.processors(torch.empty(0))))
     if not interpreted(_transport):
-        free = {parameter.name for parameter in _transport.params if parameter.do_not_specialize}
+        free = {parameter.name for parameter in one.kernel.params if parameter.do_not_specialize}
         assert free >= {"student_window", "teacher_window", "max_iterations"}

@@ -16,21 +16,29 @@ MAX_GRID_YZ = 65_535
 
 
 class Launch(NamedTuple):
-    """`arguments` are the kernel's runtime arguments by name, `constants` its constexprs."""
+    """`arguments` are the kernel's runtime arguments by name, `constants` its constexprs. `registers`: how many a thread may
+    have on NVIDIA; ptxas, left alone, may rather spill some, so that two blocks fit onto a multiprocessor."""
 
     kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any]
     constants: dict[str, Any]
     num_warps: int = 4
+    registers: int | None = None
 
     @classmethod
     def of(
-        cls, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], constants: dict[str, Any], num_warps: int
+        cls,
+        kernel: Any,
+        grid: tuple[int, ...],
+        arguments: dict[str, Any],
+        constants: dict[str, Any],
+        num_warps: int,
+        registers: int | None = None,
     ) -> "Launch":
         """With those arguments and constants that the kernel knows."""
         known = ({name: each[name] for name in kernel.arg_names if name in each} for each in (arguments, constants))
-        return cls(kernel, grid, *known, num_warps)
+        return cls(kernel, grid, *known, num_warps, registers)
 
     @property
     def name(self) -> str:
@@ -38,7 +46,8 @@ class Launch(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        return {"num_warps": self.num_warps, "enable_fp_fusion": True}
+        options = {"num_warps": self.num_warps, "enable_fp_fusion": True}
+        return options if self.registers is None or torch.version.hip else {**options, "maxnreg": self.registers}
 
     def run(self) -> None:
         """Launch on the device of the arguments; on CPU tensors only through Triton's interpreter."""

@@ -3,18 +3,21 @@
 The definition of the math, and the names, are those of topd/reference/transport.py. What differs:
 
 - the Newton system H v = a - r, H = diag(r) - P diag(1/b) Pᵀ, is solved by conjugate gradients with H's diagonal as
-  preconditioner, so that the plan in registers is all that a product with H needs. H is singular along the ones, to which
-  a - r is orthogonal; the ridge can then be 1e-10 of a marginal, and a tolerance of 1e-9 takes tens of iterations rather than
+  preconditioner, so that the plan is all that a product with H needs. H is singular along the ones, to which a - r is
+  orthogonal; the ridge can then be 1e-10 of a marginal, and a tolerance of 1e-9 takes tens of iterations rather than
   hundreds. A system is solved to the error of its plan, at most 0.1: one to ten steps at usual tolerances;
 - the iteration is a loop of single passes, each an evaluation of the plan at f + size * step and what follows from it, so that
   the binary holds two copies of the evaluation (the other is the final one) and no plan lives from one pass to the next.
 
-Precision: vectors, plans, sums, potentials and costs in float64. Products of table entries in the tables' float (16-bit:
-float32), their sums in float64, in pieces of PIECE entries. A float64 plan of more than 64 x 64 does not fit into registers:
-longer windows are left to the reference.
+Windows up to 64: costs and plan in registers (transport_tile). Up to 128: in scratch, 256 KiB a program, through registers by
+panels of columns (transport_panels); a program takes one problem after the other, so that the scratch of all that run at a
+time, 33 MiB on 132 multiprocessors, stays in an L2 of that size.
 
-Read per problem: its ids, two lengths, and (K_S + K_T) rows of the tables, twice for the cosine. Written: K_S K_T entries of
-the plan, a distance, an error.
+Precision: vectors, plans, sums, potentials and costs in float64. Products of table entries in the tables' float (16-bit:
+float32), their sums in float64, in pieces of PIECE entries.
+
+Read per problem: its ids, two lengths, and (K_S + K_T) rows of the tables, twice for the cosine; by panels the student's rows
+once a panel. Written: K_S K_T entries of the plan, a distance, an error.
 """
 
 import torch
@@ -22,15 +25,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from topd_kernels.launch import Launch, run_all
+from topd_kernels.launch import Launch, processors, run_all
 from topd_kernels.row_math import number
+from topd_kernels.transport_costs import COSTS, SQEUCLIDEAN, costs, inverse_norms, side
+from topd_kernels.transport_panels import coupled_panels, curvatures_panels, evaluate_panels, store_costs, store_rounded
+from topd_kernels.transport_tile import coupled, curvatures, evaluate, rounded
 
-COSTS = ("cosine", "sqeuclidean", "mismatch")
-COSINE, SQEUCLIDEAN, MISMATCH = (tl.constexpr(i) for i in range(3))
-MAX_WINDOW = 64
+MAX_WINDOW = 128
+LARGEST_TILE = 64  # rows and columns of costs that registers hold in float64
+PANEL = 16  # columns of 128 rows that leave a thread some 40 of its registers
 STAGE_FACTOR, STAGE_TOLERANCE, STAGE_SINKHORN = tl.constexpr(4.0), tl.constexpr(0.1), tl.constexpr(2)
-RIDGE = tl.constexpr(1e-10)
-DUAL_FLOAT32 = tl.constexpr(1e-6)  # what D is known to from float32 tiles, in units of epsilon
+RIDGE = tl.constexpr(1e-10)  # of a marginal, on the Hessian
 ARMIJO, MAX_HALVINGS = tl.constexpr(1e-4), tl.constexpr(20)
 # What the pass evaluates: a plain step, a step of Newton's, the same f at a lower stage, f again after a search in vain.
 PLAIN, SEARCH, LOWERED, GAVE_UP = (tl.constexpr(i) for i in range(4))
@@ -39,72 +44,15 @@ COARSEST, FINEST = tl.constexpr(0.1), tl.constexpr(1e-6)
 
 
 @triton.jit
-def _vectors(Table, ids, valid, start, width, stride, PIECE: tl.constexpr):
-    """[PIECE, K]: entries start, start + 1, ... of the rows at ids; 0 past their end and past the lengths."""
-    at = start + tl.arange(0, PIECE)
-    return tl.load(Table + ids[None, :] * stride + at[:, None], mask=(at < width)[:, None] & valid[None, :], other=0.0)
-
-
-@triton.jit
-def _inverse_norms(Table, ids, valid, width, stride, K: tl.constexpr, PIECE: tl.constexpr):
-    """In float64: the squares of float32 may leave its range. 1 for a zero vector, which stays one."""
-    total = tl.zeros([PIECE, K], tl.float64)
-    for start in range(0, width, PIECE):
-        x = _vectors(Table, ids, valid, start, width, stride, PIECE).to(tl.float64)
-        total += x * x
-    norm = tl.sqrt(tl.sum(total, 0))
-    return 1 / tl.where(norm == 0, 1.0, norm)
-
-
-@triton.jit
-def _costs(
-    StudentTable, TeacherTable, student_ids, teacher_ids, is_row, is_column, width, student_stride, teacher_stride,
-    COST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIECE: tl.constexpr, FLOAT: tl.constexpr,
+def _newton_step(
+    plan, rows, is_row, a, b_inverse, unit_a, error, columns, ROWS: tl.constexpr, PANEL: tl.constexpr
 ):  # fmt: skip
-    """[ROWS, COLUMNS] in float64; 0 past the lengths."""
-    if COST == MISMATCH:
-        total = (student_ids[:, None] != teacher_ids[None, :]).to(tl.float64)
-    else:
-        if COST == COSINE:
-            x_scale = _inverse_norms(StudentTable, student_ids, is_row, width, student_stride, ROWS, PIECE)
-            y_scale = _inverse_norms(TeacherTable, teacher_ids, is_column, width, teacher_stride, COLUMNS, PIECE)
-        total = tl.zeros([ROWS, COLUMNS], tl.float64)
-        for start in range(0, width, PIECE):
-            x = _vectors(StudentTable, student_ids, is_row, start, width, student_stride, PIECE)
-            y = _vectors(TeacherTable, teacher_ids, is_column, start, width, teacher_stride, PIECE)
-            if COST == COSINE:
-                x = (x.to(tl.float64) * x_scale[None, :]).to(FLOAT)
-                y = (y.to(tl.float64) * y_scale[None, :]).to(FLOAT)
-                terms = x[:, :, None] * y[:, None, :]
-            else:
-                gaps = x.to(FLOAT)[:, :, None] - y.to(FLOAT)[:, None, :]
-                terms = gaps * gaps
-            total += tl.sum(terms, 0).to(tl.float64)
-        if COST == COSINE:
-            total = 1 - total
-            total = tl.where(total < 0, 0.0, total)
-    return tl.where(is_row[:, None] & is_column[None, :], total, 0.0)
-
-
-@triton.jit
-def _evaluate(f, cost, is_row, a, b, unit_a, unit_b, stage):
-    """P with exact columns at (f, stage), its row sums, D(f), and the largest |row sum - marginal| in units of it."""
-    scaled = tl.where(is_row[:, None], (f[:, None] - cost) * (1 / stage), float("-inf"))
-    top = tl.max(scaled, 0)
-    plan = tl.exp(scaled - top[None, :])
-    total = tl.sum(plan, 0)
-    plan = plan * (b / total)[None, :]
-    rows = tl.sum(plan, 1)
-    dual = tl.sum(a * f, 0) + stage * (tl.log(unit_b) - tl.sum(b * (top + tl.log(total)), 0))
-    error = tl.max(tl.abs(rows - a), 0) / unit_a
-    return plan, rows, dual, tl.where(dual == dual, error, dual)  # a maximum may drop a NaN
-
-
-@triton.jit
-def _newton_step(plan, rows, is_row, a, b_inverse, unit_a, error, STEPS: tl.constexpr):
     """H^-1 (a - rows) by conjugate gradients; what is reached so far where the steps run out or H does not curve upwards."""
     ridge = RIDGE * unit_a
-    diagonal = tl.sum(plan * (1 - plan * b_inverse[None, :]), 1) + ridge
+    if PANEL == 0:
+        diagonal = curvatures(plan, b_inverse) + ridge
+    else:
+        diagonal = curvatures_panels(plan, rows, b_inverse, columns, ROWS, PANEL) + ridge
     scale = tl.where(is_row, 1 / diagonal, 0.0)
     residual = a - rows
     found = residual * 0
@@ -112,10 +60,12 @@ def _newton_step(plan, rows, is_row, a, b_inverse, unit_a, error, STEPS: tl.cons
     size = tl.sum(residual * direction, 0)
     reduction = tl.minimum(tl.maximum(error, FINEST), COARSEST)
     goal = size * reduction * reduction
-    left = STEPS
+    left = 2 * ROWS
     while (left > 0) & (size > goal):
-        columns = tl.sum(plan * direction[:, None], 0) * b_inverse
-        product = (rows + ridge) * direction - tl.sum(plan * columns[None, :], 1)
+        if PANEL == 0:
+            product = (rows + ridge) * direction - coupled(plan, direction, b_inverse)
+        else:
+            product = (rows + ridge) * direction - coupled_panels(plan, direction, b_inverse, columns, ROWS, PANEL)
         curvature = tl.sum(direction * product, 0)
         left -= 1
         if curvature > 0:
@@ -131,9 +81,12 @@ def _newton_step(plan, rows, is_row, a, b_inverse, unit_a, error, STEPS: tl.cons
 
 
 @triton.jit
-def _solve(cost, is_row, a, b, unit_a, unit_b, spread, epsilon, max_iterations, tolerance, STEPS: tl.constexpr):
+def _solve(
+    cost, Plan, is_row, a, b, unit_a, unit_b, columns, spread, epsilon, max_iterations, tolerance,
+    ROWS: tl.constexpr, PANEL: tl.constexpr,
+):  # fmt: skip
     """The student's potential. A pass evaluates f + size * step and takes it; a step of Newton's that it does not take is
-    halved, or given up for a plain one."""
+    halved, or given up for a plain one. By panels (PANEL > 0) `cost` and `Plan` are scratch; else the cost is a tile."""
     b_inverse = tl.where(b > 0, 1 / unit_b, 0.0)
     f, step = a * 0, a * 0
     size, slope, before = unit_a * 0, unit_a * 0, unit_a * 0
@@ -142,11 +95,12 @@ def _solve(cost, is_row, a, b, unit_a, unit_b, spread, epsilon, max_iterations, 
     running = True
     while running:
         x = f + size * step
-        plan, rows, dual, error = _evaluate(x, cost, is_row, a, b, unit_a, unit_b, stage)
-        slack = 1e-15 * tl.abs(before)
-        if cost.dtype != tl.float64:
-            slack += DUAL_FLOAT32 * stage
-        risen = dual - before >= ARMIJO * size * slope - slack
+        if PANEL == 0:
+            plan, rows, dual, error = evaluate(x, cost, is_row, a, b, unit_a, unit_b, stage)
+        else:
+            plan = Plan
+            rows, dual, error = evaluate_panels(x, cost, Plan, is_row, a, unit_a, unit_b, columns, stage, ROWS, PANEL)
+        risen = dual - before >= ARMIJO * size * slope - 1e-15 * tl.abs(before)
         if (phase == SEARCH) & ~risen:
             halvings += 1
             size = tl.where(halvings < MAX_HALVINGS, size / 2, 0.0)
@@ -171,7 +125,7 @@ def _solve(cost, is_row, a, b, unit_a, unit_b, spread, epsilon, max_iterations, 
                 else:
                     phase = PLAIN
                     if tried >= STAGE_SINKHORN:
-                        step = stage * _newton_step(plan, rows, is_row, a, b_inverse, unit_a, error, STEPS)
+                        step = stage * _newton_step(plan, rows, is_row, a, b_inverse, unit_a, error, columns, ROWS, PANEL)
                         slope = tl.sum(step * (a - rows), 0)
                         before = dual
                         halvings = 0
@@ -181,60 +135,81 @@ def _solve(cost, is_row, a, b, unit_a, unit_b, spread, epsilon, max_iterations, 
     return f
 
 
-@triton.jit
-def _rounded(plan, rows, a, b):
-    """The plan moved onto its marginals: rows and columns scaled down where they hold too much, the rest spread evenly."""
-    plan = plan * tl.minimum(a / tl.maximum(rows, 1e-300), 1.0)[:, None]
-    plan = plan * tl.minimum(b / tl.maximum(tl.sum(plan, 0), 1e-300), 1.0)[None, :]
-    missing_a = tl.maximum(a - tl.sum(plan, 1), 0.0)
-    missing_b = tl.maximum(b - tl.sum(plan, 0), 0.0)
-    return plan + missing_a[:, None] * (missing_b / tl.maximum(tl.sum(missing_a, 0), 1e-300))[None, :]
+_BY_VALUE = ["student_window", "teacher_window", "max_iterations", "width", "student_stride", "teacher_stride"]
+_UNALIGNED = ["StudentIds", "TeacherIds", "StudentLengths", "TeacherLengths"]
 
 
-@triton.jit
-def _side(Ids, Lengths, problem, window, K: tl.constexpr):
-    """Ids, which of them count, the marginal, and its unit, 1 / length in float64."""
-    at = tl.arange(0, K)
-    length = tl.load(Lengths + problem)
-    valid = (at < length) & (at < window)
-    ids = tl.load(Ids + problem * window + at, mask=valid, other=0)
-    unit = 1 / length.to(tl.float64)
-    return ids, valid, tl.where(valid, unit, 0.0), unit
-
-
-@triton.jit(
-    do_not_specialize=["student_window", "teacher_window", "max_iterations", "width", "student_stride", "teacher_stride"],
-    do_not_specialize_on_alignment=["StudentIds", "TeacherIds", "StudentLengths", "TeacherLengths"],
-)
+@triton.jit(do_not_specialize=_BY_VALUE, do_not_specialize_on_alignment=_UNALIGNED)
 def _transport(
     StudentTable, StudentIds, StudentLengths, TeacherTable, TeacherIds, TeacherLengths, Distance, Plan, MarginalError,
     student_window, teacher_window, width, student_stride, teacher_stride,
     epsilon: tl.float64, max_iterations, tolerance: tl.float64,
     COST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
+    """One problem, the costs a tile."""
     problem = tl.program_id(0).to(tl.int64)
-    student_ids, is_row, a, unit_a = _side(StudentIds, StudentLengths, problem, student_window, ROWS)
-    teacher_ids, is_column, b, unit_b = _side(TeacherIds, TeacherLengths, problem, teacher_window, COLUMNS)
+    row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    student_ids, is_row, a, unit_a = side(StudentIds, StudentLengths, problem, student_window, row)
+    teacher_ids, is_column, b, unit_b = side(TeacherIds, TeacherLengths, problem, teacher_window, column)
     is_entry = is_row[:, None] & is_column[None, :]
-    cost = _costs(
-        StudentTable, TeacherTable, student_ids, teacher_ids, is_row, is_column, width, student_stride, teacher_stride,
-        COST, ROWS, COLUMNS, PIECE, Plan.dtype.element_ty,
+    x_scale = inverse_norms(StudentTable, student_ids, is_row, width, student_stride, COST, ROWS, PIECE)
+    y_scale = inverse_norms(TeacherTable, teacher_ids, is_column, width, teacher_stride, COST, COLUMNS, PIECE)
+    cost = costs(
+        StudentTable, TeacherTable, student_ids, teacher_ids, is_row, is_column, x_scale, y_scale, width, student_stride,
+        teacher_stride, COST, ROWS, COLUMNS, PIECE, Plan.dtype.element_ty,
     )  # fmt: skip
     spread = tl.max(tl.max(cost, 1), 0) - tl.min(tl.min(tl.where(is_entry, cost, float("inf")), 1), 0)
     epsilon = number(epsilon, tl.float64)
     if COST == SQEUCLIDEAN:
         epsilon *= tl.maximum(tl.sum(tl.sum(cost, 1), 0) * unit_a * unit_b, 1e-12)
+    tolerance = number(tolerance, tl.float64)
 
-    f = _solve(cost, is_row, a, b, unit_a, unit_b, spread, epsilon, max_iterations, number(tolerance, tl.float64), 2 * ROWS)
+    f = _solve(cost, Plan, is_row, a, b, unit_a, unit_b, COLUMNS, spread, epsilon, max_iterations, tolerance, ROWS, 0)
 
-    plan, rows, _, error = _evaluate(f, cost, is_row, a, b, unit_a, unit_b, epsilon)
-    plan = _rounded(plan, rows, a, b)
+    plan, rows, _, error = evaluate(f, cost, is_row, a, b, unit_a, unit_b, epsilon)
+    plan = rounded(plan, rows, a, b)
     plan = tl.where(is_entry & (cost + error != cost + error), error, plan)  # a problem without a solution has none anywhere
     tl.store(Distance + problem, tl.sum(tl.sum(plan * cost, 1), 0))
     tl.store(MarginalError + problem, error)
-    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
-    held = (row < student_window) & (column < teacher_window)
-    tl.store(Plan + (problem * student_window + row) * teacher_window + column, plan, mask=held)
+    held = (row < student_window)[:, None] & (column < teacher_window)[None, :]
+    tl.store(Plan + (problem * student_window + row[:, None]) * teacher_window + column[None, :], plan, mask=held)
+
+
+@triton.jit(do_not_specialize=[*_BY_VALUE, "problems"], do_not_specialize_on_alignment=_UNALIGNED)
+def _transport_panels(
+    StudentTable, StudentIds, StudentLengths, TeacherTable, TeacherIds, TeacherLengths, Distance, Plan, MarginalError, Scratch,
+    student_window, teacher_window, width, student_stride, teacher_stride,
+    epsilon: tl.float64, max_iterations, tolerance: tl.float64, problems,
+    COST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PANEL: tl.constexpr, PIECE: tl.constexpr,
+):  # fmt: skip
+    """Every num_programs-th problem, costs and plan in this program's two matrices of Scratch [programs, 2, COLUMNS, ROWS]."""
+    program = tl.program_id(0).to(tl.int64)
+    Cost = Scratch + program * (2 * ROWS * COLUMNS)
+    Entropic = Cost + ROWS * COLUMNS
+    tolerance = number(tolerance, tl.float64)
+    for later in range(0, problems - tl.program_id(0), tl.num_programs(0)):
+        problem = program + later
+        student_ids, is_row, a, unit_a = side(StudentIds, StudentLengths, problem, student_window, tl.arange(0, ROWS))
+        columns = tl.minimum(tl.load(TeacherLengths + problem), teacher_window).to(tl.int32)
+        unit_b = 1 / columns.to(tl.float64)
+        total, spread = store_costs(
+            Cost, StudentTable, TeacherTable, TeacherIds, TeacherLengths, problem, student_ids, is_row, teacher_window, columns,
+            width, student_stride, teacher_stride, COST, ROWS, PANEL, PIECE, Plan.dtype.element_ty,
+        )  # fmt: skip
+        least = number(epsilon, tl.float64)
+        if COST == SQEUCLIDEAN:
+            least *= tl.maximum(total * unit_a * unit_b, 1e-12)
+
+        f = _solve(
+            Cost, Entropic, is_row, a, unit_b, unit_a, unit_b, columns, spread, least, max_iterations, tolerance, ROWS, PANEL
+        )  # fmt: skip
+
+        rows, _, error = evaluate_panels(f, Cost, Entropic, is_row, a, unit_a, unit_b, columns, least, ROWS, PANEL)
+        distance = store_rounded(
+            Plan, problem, Entropic, Cost, is_row, rows, a, unit_b, error, columns, student_window, teacher_window, ROWS, PANEL,
+        )  # fmt: skip
+        tl.store(Distance + problem, distance)
+        tl.store(MarginalError + problem, error)
 
 
 def block_of(window: int) -> int:
@@ -245,8 +220,8 @@ def block_of(window: int) -> int:
 
 
 def warps_of(block: int) -> int:
-    """Sixteen entries of the largest plan a thread, which leaves its float64 tiles in registers."""
-    return max(2, block * block // 512)
+    """Sixteen entries of the largest tile or panel a thread, which leaves its float64 numbers in registers."""
+    return max(2, min(block, LARGEST_TILE) ** 2 // 512)
 
 
 def launches(
@@ -292,8 +267,13 @@ def launches(
         "max_iterations": max_iterations,
         "tolerance": tolerance,
     }
-    constants = {"COST": COSTS.index(cost), "ROWS": block, "COLUMNS": block, "PIECE": 4}
-    launch = Launch(_transport, (problems,), arguments, constants, warps_of(block))
+    constants = {"COST": COSTS.index(cost), "ROWS": block, "COLUMNS": block, "PIECE": 4, "PANEL": PANEL}
+    kernel, programs, registers = _transport, problems, None
+    if block > LARGEST_TILE:
+        kernel, programs, registers = _transport_panels, min(problems, processors(plan)), 255
+        arguments["Scratch"] = plan.new_empty(programs, 2, block, block, dtype=torch.float64)
+        arguments["problems"] = problems
+    launch = Launch.of(kernel, (programs,), arguments, constants, warps_of(block), registers)
     return [launch], (distance, plan, marginal_error)
 
 

@@ -1,8 +1,8 @@
 """topd::transport, optimal transport between m pairs of short windows: gather, cost, Sinkhorn, distance, plan in one launch.
 
 Read per problem: the K_S + K_T rows of the tables that its windows name. Written: a distance, an error, a plan. The costs and
-the iterates never go to memory. The math is that of `topd.reference.transport`, which runs wherever no compiled kernel does.
-Inputs are constants.
+the iterates stay in cache or registers. The math is that of `topd.reference.transport`, which runs wherever no compiled kernel
+does. Inputs are constants.
 """
 
 import torch
@@ -19,8 +19,8 @@ torch.library.define(
 )
 
 
-# The longest window whose problem fits on chip; the reference solves longer ones.
-TRITON_WINDOW = 64
+# The longest window of the Triton kernels; the reference solves longer ones.
+TRITON_WINDOW = 128
 
 
 @torch.library.register_fake("topd::transport")
