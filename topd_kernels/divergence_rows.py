@@ -17,8 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from topd_kernels.half_range import divergence_scale
 from topd_kernels.launch import Launch, processors, run_all, splits_of
-from topd_kernels.row_math import FAR, expm1, kl_term, logits_of, number, phi_pair, slope_of
+from topd_kernels.row_math import FAR, expm1, held, kl_term, logits_of, number, phi_pair, slope_of
 from topd_kernels.row_statistics import PARTS, ROW, constants, logits_pair, statistics
 from topd_kernels.terms import FORWARD_KL, REVERSE_KL, kind_of, log_ratio, term_of
 
@@ -33,7 +34,7 @@ def _sweep(
     Student, Teacher, student_stride, teacher_stride, StudentBias, TeacherBias, biases, Row, Tokens, has_tokens, Sums, Grad,
     grad_stride, rows, splits, block_count, vocab, student_width,
     student_inner: tl.float64, student_outer: tl.float64, teacher_inner: tl.float64, teacher_outer: tl.float64,
-    parameter: tl.float64, complement: tl.float64, hard_weight: tl.float64,
+    parameter: tl.float64, complement: tl.float64, hard_weight: tl.float64, grad_scale: tl.float64,
     KIND: tl.constexpr, VALUE: tl.constexpr, SCORES: tl.constexpr, GRAD: tl.constexpr, GENERAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -81,7 +82,7 @@ def _sweep(
             token_part = hard * expm1(tl.load(Row + 12 * rows))
     outer_s = number(student_outer, dtype)
     inner_s = number(student_inner, dtype)
-    steep = tl.where(outer_s > 0, inner_s * outer_s, inner_s)
+    steep = tl.where(outer_s > 0, inner_s * outer_s, inner_s) * number(grad_scale, dtype)
     unit = 1 / tl.where(outer_s > 0, outer_s, 1.0)
 
     lanes = tl.arange(0, BLOCK)
@@ -118,7 +119,7 @@ def _sweep(
                 grad = a - p_student * centre
             grad += tl.where(at == token, token_part, hard * p_student)
             grad *= slope_of(ys, steep, unit, outer_s > 0, GENERAL)
-            tl.store(Grad + row * grad_stride + at, tl.where(finite, grad, 0.0).to(Grad.dtype.element_ty), mask=mask)
+            tl.store(Grad + row * grad_stride + at, held(tl.where(finite, grad, 0.0), Grad.dtype.element_ty), mask=mask)
     if GRAD:
         if split == 0:
             for block in range(vocab, student_width, BLOCK):
@@ -244,10 +245,11 @@ def launches(
     grad: Tensor | None,
     scores: bool,
     *,
+    grad_scale: float = 1.0,
     splits: int | None = None,
 ) -> tuple[list[Launch], Outputs]:
-    """The launches of a chunk, and what they will have written. `grad` [C, V_s] is of any floating dtype; it may be the
-    student's tile."""
+    """The launches of a chunk, and what they will have written. `grad` [C, V_s], the gradient times grad_scale, is of any
+    floating dtype; it may be the student's tile."""
     rows, vocab = student.shape[0], min(student.shape[1], teacher.shape[1])
     if vocab >= MAX_VOCAB:
         raise ValueError(f"the common vocabulary must be below {MAX_VOCAB}, got {vocab}")
@@ -279,6 +281,7 @@ def launches(
         "parameter": min(spec.parameter, FAR.value),
         "complement": 1 - spec.parameter,
         "hard_weight": spec.hard_weight,
+        "grad_scale": grad_scale,
     }
     arguments = {**common, **token, **made, **numbers, "splits": splits}
     constant = {
@@ -340,8 +343,10 @@ def divergence_rows(
     *spec_grad_scores: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op `topd::divergence_rows`."""
-    *spec, grad, scores, grad_tile = spec_grad_scores
-    to = (student if grad_tile is None else grad_tile) if grad else None
-    order, out = launches(student, teacher, student_bias, teacher_bias, tokens, Spec(*spec), to, scores)
+    *numbers, grad, scores, grad_tile = spec_grad_scores
+    spec, to = Spec(*numbers), student if grad_tile is None else grad_tile
+    scale = divergence_scale(to.dtype, spec.divergence, spec.hard_weight, spec.student_scale / spec.temperature)
+    operands = (student, teacher, student_bias, teacher_bias, tokens)
+    order, out = launches(*operands, spec, to if grad else None, scores, grad_scale=scale)
     run_all(order)
     return tuple(out)

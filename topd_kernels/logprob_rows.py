@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from topd_kernels.half_range import logprob_scale
 from topd_kernels.launch import Launch, processors, run_all, splits_of
 from topd_kernels.row_math import LEFT_OUT, lane_update, log1p, logits_of, merge, number, over_lanes, slope_of
 
@@ -177,7 +178,8 @@ def _combine(
 @triton.jit(do_not_specialize=["biased", "rows", "block_count"])
 def _gradient(
     Product, stride, Bias, biased, Row, Grad, grad_stride, EntropyGrad, entropy_stride, rows, block_count, vocab,
-    inner: tl.float64, outer: tl.float64, ENTROPY: tl.constexpr, GENERAL: tl.constexpr, BLOCK: tl.constexpr,
+    inner: tl.float64, outer: tl.float64, grad_scale: tl.float64,
+    ENTROPY: tl.constexpr, GENERAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -185,7 +187,7 @@ def _gradient(
     Row += row
     dtype = Product.dtype.element_ty
     cap = number(outer, dtype)
-    steep = number(inner, dtype) * tl.where(cap > 0, cap, 1.0)
+    steep = number(inner, dtype) * tl.where(cap > 0, cap, 1.0) * number(grad_scale, dtype)
     unit = 1 / tl.where(cap > 0, cap, 1.0)
     rest_top = tl.load(Row)
     rest_share = tl.load(Row + rows)
@@ -212,14 +214,15 @@ def _gradient(
 
 @triton.jit(do_not_specialize=["rows", "count"], do_not_specialize_on_alignment=["Ids"])
 def _at_ids(
-    Ids, Chosen, First, Row, EntropyGrad, entropy_stride, rows, count, vocab, inner: tl.float64, outer: tl.float64,
+    Ids, Chosen, First, Row, EntropyGrad, entropy_stride, rows, count, vocab,
+    inner: tl.float64, outer: tl.float64, grad_scale: tl.float64,
     GENERAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     Row += row
     dtype = Chosen.dtype.element_ty
     cap = number(outer, dtype)
-    steep = number(inner, dtype) * tl.where(cap > 0, cap, 1.0)
+    steep = number(inner, dtype) * tl.where(cap > 0, cap, 1.0) * number(grad_scale, dtype)
     top = tl.load(Row + 2 * rows)
     share = tl.exp(-tl.load(Row + 3 * rows))
     finite = tl.load(Row + 5 * rows) != 0
@@ -277,9 +280,11 @@ def launches(
     grad: Tensor | None,
     entropy: bool,
     *,
+    grad_scale: float = 1.0,
     splits: int | None = None,
 ) -> tuple[list[Launch], Outputs]:
-    """The launches of a chunk, and what they will have written. `grad` [C, V] is of any floating dtype; it may be the tile."""
+    """The launches of a chunk, and what they will have written. `grad` [C, V] is of any floating dtype; it may be the tile.
+    Both gradients are multiplied by grad_scale."""
     (rows, vocab), count = product.shape, ids.shape[1]
     blocks = blocks_of(product.itemsize)
     entries = triton.cdiv(vocab, blocks.entries)
@@ -320,6 +325,7 @@ def launches(
         "vocab": vocab,
         "inner": spec.scale / (spec.temperature if spec.softcap is None else spec.softcap),
         "outer": 0.0 if spec.softcap is None else spec.softcap / spec.temperature,
+        "grad_scale": grad_scale,
     }
     return _order(arguments, blocks, general, grad is not None, entropy, entropy_tile is not None), out
 
@@ -360,8 +366,9 @@ def logprob_rows(
     grad_tile: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """The op `topd::logprob_rows`."""
-    to = (product if grad_tile is None else grad_tile) if grad else None
+    to = product if grad_tile is None else grad_tile
     second = entropy_tile if grad and entropy else None
-    order, out = launches(product, bias, ids, Spec(scale, softcap, temperature), second, to, entropy)
+    spec, grad_scale = Spec(scale, softcap, temperature), logprob_scale(to.dtype, scale / temperature)
+    order, out = launches(product, bias, ids, spec, second, to if grad else None, entropy, grad_scale=grad_scale)
     run_all(order)
     return tuple(out)

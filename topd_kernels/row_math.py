@@ -17,6 +17,14 @@ def number(value, dtype: tl.constexpr):
 
 
 @triton.jit
+def held(x, dtype: tl.constexpr):
+    """x in dtype, float16 within its range."""
+    if dtype == tl.float16:
+        x = tl.minimum(tl.maximum(x, -65504.0), 65504.0)
+    return x.to(dtype)
+
+
+@triton.jit
 def log1p(x):
     """x >= -0.5, with the digits of a small x: 2 atanh(x / (2 + x)) as a series where |x| <= 0.5."""
     s = x / (2 + x)

@@ -14,6 +14,7 @@ from topd.ops.score_tokens import run_scores, serves
 from topd.ops.tiles import Side, product_dtype
 from topd.plan import EAGER_TEMPORARIES, ChunkPlan, Products, plan_chunks
 from topd.reference.linear_divergence import Rows, RowSpec
+from topd_kernels.half_range import divergence_scale
 
 # Divergences with their parameters that are scores themselves.
 FUSED_VALUES = (("forward_kl", float("inf")), ("reverse_kl", 0.0))
@@ -58,6 +59,9 @@ class TileLoop:
     ) -> None:
         self.vocab = min(widths)
         self.student = student.widened(widths[0], dtype, backend)
+        slope = spec.student_scale / spec.temperature
+        scale = divergence_scale(self.student.weight.dtype, spec.divergence, spec.hard_weight, slope)
+        self.student = self.student._replace(grad_scale=scale)
         self.teacher = teacher.widened(widths[1], dtype, backend)
         self.tokens, self.spec, self.chosen = tokens, spec, chosen
         self.plan, self.backend, self.dtype = plan, backend, dtype

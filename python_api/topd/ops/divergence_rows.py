@@ -2,8 +2,8 @@
 
 Read per token: both tiles' rows once from memory. Written: the student's row, which becomes the gradient to the product,
 where `grad` asks for it (the teacher's row is scratch), a value, a flag, nine scores. On a GPU the gradient may go into a tile
-of 16 bits instead, as the matrix products after it take it. The math is that of `topd.reference.linear_divergence`. Compiled
-backends register it for their device; "eager" calls the reference itself.
+of 16 bits instead, as the matrix products after it take it, in float16 times `divergence_scale`. The math is that of
+`topd.reference.linear_divergence`. Compiled backends register it for their device; "eager" calls the reference itself.
 """
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from topd.backends import kernel
 from topd.reference.linear_divergence import Rows, RowSpec, divergence_rows
 from topd.scores import FIELDS
+from topd_kernels.half_range import divergence_scale, scaled_into
 
 torch.library.define(
     "topd::divergence_rows",
@@ -51,7 +52,8 @@ def run_rows(
         rows = divergence_rows(*operands, spec, grad=grad, scores=scores)
         if grad_tile is None or rows.grad_logits is None:
             return rows
-        return rows._replace(grad_logits=grad_tile.copy_(rows.grad_logits))
+        scale = divergence_scale(grad_tile.dtype, spec.divergence, spec.hard_weight, spec.student_scale / spec.temperature)
+        return rows._replace(grad_logits=scaled_into(grad_tile, rows.grad_logits, scale))
     run = kernel("divergence_rows", backend, student_product.device)
     value, found, finite = run(*operands, *spec, grad, scores, grad_tile)
     return Rows(value, found, finite, (student_product if grad_tile is None else grad_tile) if grad else None)

@@ -86,7 +86,7 @@ def _forward(*flat: Any) -> tuple[Tensor, ...]:
         chosen = chosen_rows(call.mask)
         ids = call.ids if chosen is None else call.ids[chosen]
         in_vocabulary("ids", ids, call.vocab, HEAD_VOCABULARY, low=-1 if call.padded else 0)
-        side = call.side.widened(call.vocab, call.dtype, call.backend)
+        side = call.widened()
         if ids.shape[0] == 0:
             grads.zero()
         for chunk in call.run(side, chosen, grad=hidden_grad or grads.wanted, entropy=entropy):

@@ -12,6 +12,7 @@ from topd.ops.one_pass import workspace
 from topd.ops.tiles import HeadGrads, Side, product_dtype
 from topd.plan import EAGER_LOGPROB_TEMPORARIES, plan_chunks
 from topd.reference.linear_logprobs import LogprobRows, LogprobSpec
+from topd_kernels.half_range import logprob_scale
 
 
 class Chunk(NamedTuple):
@@ -51,6 +52,11 @@ class Call(NamedTuple):
 
     def head_grads(self, *, weight: bool, bias: bool, adapter: bool) -> HeadGrads:
         return HeadGrads.empty(self.side, self.vocab, self.dtype, self.backend, weight=weight, bias=bias, adapter=adapter)
+
+    def widened(self) -> Side:
+        """The side as `run` and the products after it take it."""
+        side = self.side.widened(self.vocab, self.dtype, self.backend)
+        return side._replace(grad_scale=logprob_scale(side.weight.dtype, self.spec.scale / self.spec.temperature))
 
     @property
     def narrow(self) -> bool:

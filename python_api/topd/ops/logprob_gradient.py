@@ -94,7 +94,7 @@ def add_rows(call: Call, upstream: Upstream, found: Correction) -> None:
     """Compute the rows of a correction again and add them."""
     if found.rows.numel() == 0:
         return
-    side, entropy = call.side.widened(call.vocab, call.dtype, call.backend), upstream.entropy
+    side, entropy = call.widened(), upstream.entropy
     for chunk in call.run(side, found.rows, grad=True, entropy=entropy is not None):
         rows, first = chunk.rows, found.anew and chunk.start == 0
         assert rows.outside_grad is not None

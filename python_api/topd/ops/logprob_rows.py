@@ -3,7 +3,8 @@ log-probabilities out.
 
 Read per token: its row of the tile once from memory. Written: the row, which becomes the gradient of the mass outside the ids
 where `grad` asks for it; the entropy's gradient into a second tile where `entropy_tile` is given; M log-probabilities and
-flags. On a GPU the gradients may go into tiles of 16 bits, as the matrix products after them take them. The math is that of
+flags. On a GPU the gradients may go into tiles of 16 bits, as the matrix products after them take them, in
+float16 times `logprob_scale`. The math is that of
 `topd.reference.linear_logprobs`. Compiled backends register it for their device; "eager" calls the reference itself.
 """
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from topd.backends import kernel
 from topd.reference.linear_logprobs import LogprobRows, LogprobSpec, logprob_rows
+from topd_kernels.half_range import logprob_scale, scaled_into
 
 torch.library.define(
     "topd::logprob_rows",
@@ -50,7 +52,9 @@ def run_rows(
     in its own."""
     if backend == "eager":
         rows = logprob_rows(product, bias, ids, spec, grad=grad, entropy=entropy)
-        return rows if grad_tile is None else _stored(rows, grad_tile, entropy_tile)
+        if grad_tile is None:
+            return rows
+        return _stored(rows, grad_tile, entropy_tile, logprob_scale(grad_tile.dtype, spec.scale / spec.temperature))
     run = kernel("logprob_rows", backend, product.device)
     found: list[Tensor] = run(product, bias, ids, *spec, entropy_tile, grad, entropy, grad_tile)
     logprobs, entropies, outside, first, slope, finite = found
@@ -58,8 +62,11 @@ def run_rows(
     return LogprobRows(logprobs, entropies, outside, first, slope, finite, *gradients)
 
 
-def _stored(rows: LogprobRows, grad_tile: Tensor, entropy_tile: Tensor | None) -> LogprobRows:
+def _stored(rows: LogprobRows, grad_tile: Tensor, entropy_tile: Tensor | None, scale: float) -> LogprobRows:
     """Gradients in the tiles that were given for them."""
-    outside = None if rows.outside_grad is None else grad_tile.copy_(rows.outside_grad)
-    entropy = rows.entropy_grad if entropy_tile is None or rows.entropy_grad is None else entropy_tile.copy_(rows.entropy_grad)
+    outside, entropy = rows.outside_grad, rows.entropy_grad
+    if outside is not None:
+        outside = scaled_into(grad_tile, outside, scale)
+    if entropy is not None and entropy_tile is not None:
+        entropy = scaled_into(entropy_tile, entropy, scale)
     return rows._replace(outside_grad=outside, entropy_grad=entropy)

@@ -1,7 +1,7 @@
 """The matrix products around a tile: into it, tile = hidden weightᵀ, and out of it, u = dlogits weight and
 d weight += dlogitsᵀ (w ⊙ hidden). Tiles of logits, u and the sums are float32. On a CPU float16 and bfloat16 are widened to
 float32: hidden states a chunk at a time, weights once a call. On a GPU the products take them as they are, with float32 out,
-and dlogits and w ⊙ hidden are rounded to them.
+and dlogits and w ⊙ hidden are rounded to them, dlogits in float16 times a power of two.
 """
 
 import math
@@ -42,7 +42,8 @@ def addmm(out: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0, alpha: float 
 
 
 class Side(NamedTuple):
-    """One model's operands in the order of the ops' arguments: hidden [N, H], weight [V, H], bias [V], a [r, H], b [V, r]."""
+    """One model's operands in the order of the ops' arguments: hidden [N, H], weight [V, H], bias [V], a [r, H], b [V, r].
+    `grad_scale`: a power of two, what tiles of dlogits hold is that times dlogits."""
 
     hidden: Tensor
     weight: Tensor
@@ -50,6 +51,7 @@ class Side(NamedTuple):
     a: Tensor | None
     b: Tensor | None
     scaling: float
+    grad_scale: float = 1.0
 
     def widened(self, vocab: int, dtype: torch.dtype, backend: str = "eager") -> "Side":
         """The first `vocab` entries of the head: the weight in the dtype of its products, the small tensors in the tile's
@@ -58,7 +60,7 @@ class Side(NamedTuple):
         a = None if self.a is None else self.a.to(dtype)
         b = None if self.b is None else self.b[:vocab].to(dtype)
         weight = self.weight[:vocab].to(product_dtype(self.weight.dtype, dtype, self.weight.device, backend))
-        return Side(self.hidden, weight, bias, a, b, self.scaling)
+        return Side(self.hidden, weight, bias, a, b, self.scaling, self.grad_scale)
 
     def multiply(self, hidden: Tensor, tile: Tensor) -> None:
         """tile = hidden weightᵀ + scaling (hidden aᵀ) bᵀ; the rows op adds the bias."""
@@ -71,7 +73,8 @@ class Side(NamedTuple):
         if self.b is None:
             return None
         b = self.b[: grad_logits.shape[1]]
-        return mm(b.new_empty(grad_logits.shape[0], b.shape[1]), grad_logits, b.to(grad_logits.dtype))
+        out = b.new_empty(grad_logits.shape[0], b.shape[1])
+        return addmm(out, grad_logits, b.to(grad_logits.dtype), beta=0.0, alpha=1 / self.grad_scale)
 
     def hidden_grad(
         self, grad_logits: Tensor, through_adapter: Tensor | None, finite: Tensor, out: Tensor | None = None
@@ -80,7 +83,7 @@ class Side(NamedTuple):
         if out is None:
             dtype = torch.promote_types(grad_logits.dtype, torch.float32)
             out = grad_logits.new_empty(grad_logits.shape[0], self.weight.shape[1], dtype=dtype)
-        u = mm(out, grad_logits, self.weight[: grad_logits.shape[1]])
+        u = addmm(out, grad_logits, self.weight[: grad_logits.shape[1]], beta=0.0, alpha=1 / self.grad_scale)
         if through_adapter is not None and self.a is not None:
             u.addmm_(through_adapter, self.a, alpha=self.scaling)
         return u.masked_fill_(~finite.unsqueeze(-1), torch.nan)
@@ -140,7 +143,7 @@ class HeadGrads(NamedTuple):
 
         def summed(out: Tensor, values: Tensor, factor: float = 1.0) -> None:
             narrow, scale = _narrowed(values, grad_logits.dtype, normalised)
-            addmm(out, grad_logits.T, narrow, beta=beta, alpha=alpha * factor * scale)
+            addmm(out, grad_logits.T, narrow, beta=beta, alpha=alpha * factor * scale / side.grad_scale)
 
         if self.weight.numel():
             summed(self.weight, weighted)
