@@ -15,11 +15,14 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 pytest.importorskip("reasoning_gym")
 
+from rich.cells import cell_len  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 
+import topd  # noqa: E402
 from topd.cli.demo import command, files, prompts, smollm2, training  # noqa: E402
-from topd.cli.demo.display import Display  # noqa: E402
+from topd.cli.demo.display import Display, one_line  # noqa: E402
 from topd.cli.demo.settings import Settings  # noqa: E402
+from topd.cli.demo.window_pair import furthest_pair  # noqa: E402
 from topd.cli.main import main  # noqa: E402
 
 TIMES = ("seconds_", "tokens_a_second", "memory_mib")
@@ -187,7 +190,7 @@ def test_plain_output_fits_eighty_columns(tmp_path, pair, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert demo(pair, Path("run")) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 80
+    assert max(map(cell_len, lines)) <= 80
     assert any(line.startswith("TOPD   4/4") for line in lines)
 
 
@@ -357,3 +360,28 @@ def test_the_widest_line_fits_eighty_columns():
 def test_the_learning_rate_rises_and_falls():
     assert [training.schedule(i, 6, 2) for i in range(6)] == pytest.approx([0.5, 1.0, 1.0, 0.7, 0.4, 0.1])
     assert training.schedule(0, 1, 0) == 1.0
+
+
+def test_a_window_pair_names_its_prefix_and_its_heaviest_links():
+    words = tokenizer()
+    ids = torch.tensor([words("abcdef")["input_ids"]])
+    windows = topd.Windows(
+        torch.tensor([[0, 2], [0, 4]]),
+        torch.tensor([words("xy")["input_ids"]] * 2),
+        torch.tensor([words("uv")["input_ids"]] * 2),
+        torch.tensor([2, 1]),
+        torch.tensor([2, 2]),
+    )
+    plan = torch.tensor([[[0.5, 0.0], [0.0, 0.5]], [[0.3, 0.7], [0.0, 0.0]]])
+    transport = topd.Transport(torch.tensor([0.1, 0.4]), plan, torch.zeros(2))
+    found = furthest_pair(topd.NearFuture(windows, transport, torch.tensor([False, True]), torch.zeros(1, 6)), ids, words)
+    assert (found.prefix, found.student_tokens, found.teacher_tokens, found.divergent) == ("abcd", ["x"], ["u", "v"], True)
+    assert found.heaviest(5) == [("x", "v", pytest.approx(0.7)), ("x", "u", pytest.approx(0.3))]
+    assert (
+        furthest_pair(topd.NearFuture(windows, transport, torch.zeros(0, dtype=torch.bool), torch.zeros(1, 6)), ids, words)
+        is None
+    )
+
+
+def test_a_models_text_cannot_steer_the_terminal():
+    assert one_line("a\n b\t\x1b[31mc\x07") == "a b ·[31mc·"

@@ -214,6 +214,9 @@ class _Demo:
         display.summary(summarise(self.runs, cost))
         first = next((each.before.samples for each in self.runs if each.before), None)
         display.samples(first, {each.method: each.after.samples for each in self.runs if each.after})
+        for each in self.runs:
+            if each.pair is not None:
+                display.window_pair(each.pair)
         display.say(f"\nThe report: {page}")
         return finished
 

@@ -13,8 +13,10 @@ from topd.cli.demo.settings import Settings
 from topd.cli.demo.summary import Summary
 from topd.cli.demo.summary import Table as Numbers
 from topd.cli.demo.training import Record
+from topd.cli.demo.window_pair import WindowPair
 
 BAR = 6  # columns
+LINKS = 4  # of a transport plan
 PLAIN_EVERY = 5  # steps between two lines where the output is no terminal
 
 
@@ -116,10 +118,23 @@ class Display:
                 grid.add_row(Text(name, style="dim"), Text(one_line(found[0][1])))
         self.console.print(Text("\nThe student's answer to a held-out prompt", style="bold"), grid)
 
+    def window_pair(self, pair: WindowPair) -> None:
+        """The two continuations, and which of their tokens the plan moves the most mass between."""
+        grid = Table.grid(padding=(0, 2, 0, 0))
+        grid.add_row(Text("prefix", style="dim"), Text(f"... {one_line(pair.prefix)}"))
+        for name, tokens in (("student", pair.student_tokens), ("teacher", pair.teacher_tokens)):
+            grid.add_row(Text(name, style="dim"), Text(one_line("".join(tokens))))
+        links = ", ".join(f"{a!r} to {b!r} {share:.1%}" for a, b, share in pair.heaviest(LINKS))
+        grid.add_row(Text("plan", style="dim"), Text(f"{links}, ..."))
+        kind = "a divergent point" if pair.divergent else "a false alarm"
+        title = f"\nTwo near futures, {kind}: distance {pair.distance:.2f}"
+        self.console.print(Text(title, style="bold"), grid)
+
 
 def _clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 def one_line(text: str) -> str:
-    return " ".join(text.split())
+    """As a terminal may print it: whatever a model wrote, no control character."""
+    return "".join(c if c.isprintable() else "·" for c in " ".join(text.split()))

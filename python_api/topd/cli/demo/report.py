@@ -49,7 +49,6 @@ def build(runs: list[Run], cost: LossCost | None, settings: Settings, descriptio
     """The page."""
     found = summarise(runs, cost)
     pair = next((run for run in reversed(runs) if run.pair is not None), None)
-    drawn = None if pair is None else figures.windows(pair)
     panels = [inline(figures.panel(name, runs)) for name in figures.PANELS]
     done = all(run.done == settings.steps for run in runs)
     return Template(PAGE.read_text(encoding="utf-8")).substitute(
@@ -62,7 +61,7 @@ def build(runs: list[Run], cost: LossCost | None, settings: Settings, descriptio
         agreement=f"The two values differ by {cost.difference:.0e} of their size." if cost else "",
         stages=_table(found.stages),
         samples=_samples(runs),
-        windows=f'<div class="wide">{inline(drawn)}</div>' if drawn else "<p class='note'>TOPD did not run.</p>",
+        windows=_windows(pair),
         settings=_table((("option", "value"), [(name, _shown(value)) for name, value in settings.to_json().items()])),
     )
 
@@ -102,6 +101,15 @@ def _table(numbers: Table) -> str:
 
 def _shown(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, tuple | list) else "-" if value is None else str(value)
+
+
+def _windows(run: Run | None) -> str:
+    if run is None or run.pair is None:
+        return "<p class='note'>TOPD did not run.</p>"
+    drawn = figures.windows(run)
+    assert drawn is not None
+    prefix = html.escape(" ".join(run.pair.prefix.split()))
+    return f'<p class="note">… {prefix} …</p><div class="wide">{inline(drawn)}</div>'
 
 
 def _samples(runs: list[Run]) -> str:

@@ -150,7 +150,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if found.near_future is not None:
-            self.run.pair = furthest_pair(found.near_future, self.models.tokenizer) or self.run.pair
+            self.run.pair = furthest_pair(found.near_future, batch["input_ids"], self.models.tokenizer) or self.run.pair
         end = time.perf_counter()
         metrics = {name: value.item() for name, value in found.metrics.items()}
         seconds = {"rollouts": sampled - start, "objective": losses - sampled, "backward": backward - losses}

@@ -8,6 +8,8 @@ import torch
 from topd.near_future import Transport
 from topd.objectives.objective import NearFuture
 
+PREFIX = 24  # tokens of the prefix that are kept
+
 
 @dataclass
 class WindowPair:
@@ -32,12 +34,23 @@ class WindowPair:
         plan = torch.tensor([self.plan])
         return Transport(torch.tensor([self.distance]), plan, torch.zeros(1))
 
+    def heaviest(self, count: int) -> list[tuple[str, str, float]]:
+        """The links with the most mass: student token, teacher token, share of all mass."""
+        plan = torch.tensor(self.plan)
+        shares, places = (plan / plan.sum()).flatten().topk(min(count, plan.numel()))
+        rows, columns = places // plan.shape[1], places % plan.shape[1]
+        return [
+            (self.student_tokens[row], self.teacher_tokens[column], share)
+            for row, column, share in zip(rows.tolist(), columns.tolist(), shares.tolist(), strict=True)
+        ]
 
-def furthest_pair(found: NearFuture, tokenizer: Any) -> WindowPair | None:
-    """Of a step's windows the two that are furthest apart; None where there are none."""
+
+def furthest_pair(found: NearFuture, input_ids: torch.Tensor, tokenizer: Any) -> WindowPair | None:
+    """Of a step's windows the two that are furthest apart; None where there are none. input_ids [B, T]: its rollouts."""
     if not found.divergent.numel():
         return None
     index, windows = int(found.transport.distance.argmax()), found.windows
+    row, column = windows.positions[index].tolist()
 
     def texts(tokens: torch.Tensor, lengths: torch.Tensor) -> list[str]:
         return [tokenizer.decode(token) for token in tokens[index, : int(lengths[index])]]
@@ -45,6 +58,7 @@ def furthest_pair(found: NearFuture, tokenizer: Any) -> WindowPair | None:
     students = texts(windows.student_tokens, windows.student_lengths)
     teachers = texts(windows.teacher_tokens, windows.teacher_lengths)
     plan = found.transport.plan[index, : len(students), : len(teachers)]
+    prefix = tokenizer.decode(input_ids[row, max(column - PREFIX, 0) : column], skip_special_tokens=True)
     return WindowPair(
-        "", students, teachers, found.transport.distance[index].item(), plan.tolist(), bool(found.divergent[index])
+        prefix, students, teachers, found.transport.distance[index].item(), plan.tolist(), bool(found.divergent[index])
     )
