@@ -296,3 +296,19 @@ def test_the_plan_covers_the_vocabulary_within_the_grid(processors, monkeypatch)
         assert finish.arguments["splits"] == blocks.grid[1]
         constants.add(repr([launch.constants for launch in found]))
     assert len(constants) == 1
+
+
+def test_rows_that_are_not_aligned_take_smaller_tiles():
+    """Rows that do not begin on 16 entries are loaded one entry at a time: with the same tiles the kernel would spill."""
+    wide, narrow = torch.float32, torch.bfloat16
+    for student, teacher in ((narrow, torch.float16), (wide, wide), (wide, narrow)):
+        tiles = []
+        for width in (32, 33):
+            sides = [
+                kernels.Operands(torch.empty(3, width, dtype=d), torch.empty(70, width, dtype=d), None, 1.0, None)
+                for d in (student, teacher)
+            ]
+            launch = kernels.launches(*sides, None, 1.0)[0][0]
+            tiles.append((*(launch.constants[name] for name in ("BM", "BN", "BK")), launch.num_warps))
+        aligned, other = tiles
+        assert math.prod(other[:3]) / other[3] < math.prod(aligned[:3]) / aligned[3]

@@ -231,13 +231,14 @@ class Operands(NamedTuple):
         return self._replace(hidden=self.hidden.contiguous(), weight=self.weight.contiguous(), bias=bias)
 
 
-def blocks_of(student: torch.dtype, teacher: torch.dtype) -> Blocks:
-    """Tiles of which no kernel spills on any target that `bench.binaries` knows: 16 entries of a tile to a thread, or 8."""
+def blocks_of(student: torch.dtype, teacher: torch.dtype, *, aligned: bool) -> Blocks:
+    """Tiles of which no kernel spills on any target that `bench.binaries` knows: 16 entries of a tile to a thread, or fewer.
+    `aligned`: the widths are multiples of 16; other rows are loaded entry by entry, which takes registers."""
     if student.itemsize != teacher.itemsize:
-        return Blocks(32, 32, 32, 4)
+        return Blocks(32, 32, 32, 4 if aligned else 8)
     if student.itemsize > 2:
-        return Blocks(64, 32, 32, 8)
-    return Blocks(64, 64, 64, 8)
+        return Blocks(64, 32, 32 if aligned else 16, 8)
+    return Blocks(64, 64, 64, 8) if aligned else Blocks(64, 32, 32, 8)
 
 
 def splits_of(row_blocks: int, vocab_blocks: int, multiprocessors: int) -> int:
@@ -270,7 +271,7 @@ def _tail(side: Operands, arguments: dict[str, Any], vocab: int, constants: dict
     run = per_split * blocks.entries
     numbers = {name.capitalize() if name in ("hidden", "weight", "bias") else name: value for name, value in arguments.items()}
     numbers |= {"Masses": masses, "rows": rows, "vocab": vocab, "full_vocab": full_vocab, "run": run}
-    return Launch(_score_tail, (row_blocks, splits), numbers, constants, blocks.warps)
+    return Launch(_score_tail, (row_blocks, splits), numbers, constants, blocks.warps, 255)
 
 
 def launches(
@@ -287,7 +288,8 @@ def launches(
     student, teacher = student.contiguous(), teacher.contiguous()
     rows = student.hidden.shape[0]
     vocab = min(student.weight.shape[0], teacher.weight.shape[0])
-    blocks = blocks or blocks_of(student.weight.dtype, teacher.weight.dtype)
+    aligned = student.hidden.shape[1] % 16 == teacher.hidden.shape[1] % 16 == 0
+    blocks = blocks or blocks_of(student.weight.dtype, teacher.weight.dtype, aligned=aligned)
     row_blocks, vocab_blocks = triton.cdiv(rows, blocks.rows), triton.cdiv(vocab, blocks.entries)
     splits = splits or splits_of(row_blocks, vocab_blocks, processors(student.hidden))
     run = triton.cdiv(vocab_blocks, splits) * blocks.entries
