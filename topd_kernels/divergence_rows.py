@@ -323,8 +323,9 @@ def _order(
         block = blocks.rows if over_rows else blocks.statistics if kernel is statistics else blocks.sweep
         grid = (triton.cdiv(rows, blocks.rows),) if over_rows else (rows, splits)
         given = {**arguments, "block_count": triton.cdiv(triton.cdiv(arguments["vocab"], block), splits)}
-        registers = 255 if kernel is statistics and arguments["Student"].itemsize == 8 else None
-        return Launch.of(kernel, grid, given, {**constant, **chosen, "BLOCK": block}, blocks.num_warps, registers)
+        constants_of = {**constant, **chosen, "BLOCK": block}
+        wide = arguments["Student"].itemsize == 8 if kernel is statistics else kernel is _sweep and constants_of["SCORES"]
+        return Launch.of(kernel, grid, given, constants_of, blocks.num_warps, 255 if wide else None)
 
     early = grad and constant["KIND"] in (FORWARD_KL.value, REVERSE_KL.value)
     order = [launch(statistics), launch(constants), launch(_sweep, VALUE=True, GRAD=early)]
