@@ -33,7 +33,7 @@ class Settings:
     batch: int = 4
     tokens: int = 24
     horizon: int = 16
-    learning_rate: float = 2e-4
+    learning_rate: float = 1e-4
     warmup: int = 2
     clip: float = 1.0
     evaluate_every: int = 10
