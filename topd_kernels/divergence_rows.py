@@ -324,7 +324,8 @@ def _order(
         grid = (triton.cdiv(rows, blocks.rows),) if over_rows else (rows, splits)
         given = {**arguments, "block_count": triton.cdiv(triton.cdiv(arguments["vocab"], block), splits)}
         constants_of = {**constant, **chosen, "BLOCK": block}
-        wide = arguments["Student"].itemsize == 8 if kernel is statistics else kernel is _sweep and constants_of["SCORES"]
+        scored = kernel is _sweep and constants_of["SCORES"]
+        wide = scored or (kernel in (statistics, _sweep) and arguments["Student"].itemsize == 8)
         return Launch.of(kernel, grid, given, constants_of, blocks.num_warps, 255 if wide else None)
 
     early = grad and constant["KIND"] in (FORWARD_KL.value, REVERSE_KL.value)
