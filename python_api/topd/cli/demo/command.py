@@ -41,8 +41,8 @@ folder with
 EPILOG = """\
 examples:
   topd demo                          both methods, about 8 minutes on two cores
-  topd demo --quick                  ten steps of each, about 2 minutes
-  topd demo --method topd --steps 80
+  topd demo --quick                  eight steps of each, about 2 minutes
+  topd demo --method topd --steps 60
   topd demo --resume                 go on with the latest run that was stopped"""
 
 
@@ -51,8 +51,8 @@ def add_to(commands: Any) -> None:
     found = commands.add_parser(
         "demo", help=HELP, description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    found.add_argument("--quick", action="store_true", help="ten steps of each method, fewer held-out prompts")
-    found.add_argument("--steps", type=_positive, metavar="N", help="steps of each method (default 40)")
+    found.add_argument("--quick", action="store_true", help="eight steps of each method, fewer held-out prompts")
+    found.add_argument("--steps", type=_positive, metavar="N", help="steps of each method (default 30)")
     found.add_argument("--method", choices=METHODS, help="one method instead of both")
     found.add_argument("--batch", type=_positive, metavar="N", help="rollouts a step (default 4)")
     found.add_argument("--tokens", type=_positive, metavar="N", help="the most tokens of a rollout (default 24)")

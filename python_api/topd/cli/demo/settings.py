@@ -29,7 +29,7 @@ class Settings:
     """
 
     methods: tuple[str, ...] = METHODS
-    steps: int = 40
+    steps: int = 30
     batch: int = 4
     tokens: int = 24
     horizon: int = 16
@@ -58,4 +58,4 @@ class Settings:
         return cls(**found | {name: tuple(found[name]) for name in ("methods", "layers")})
 
 
-QUICK: dict[str, Any] = {"steps": 10, "evaluate_every": 5, "held_out": 8}
+QUICK: dict[str, Any] = {"steps": 8, "evaluate_every": 4, "held_out": 8}
