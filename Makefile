@@ -16,7 +16,7 @@ BUILT := $(VENV)/built-$(TOPD_BUILD_CPP)
 .PHONY: test lint bench demo clean
 
 test: $(BUILT)
-	$(RUN) -m pytest -n 2 --dist loadfile $(TESTS)
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 lint: $(BUILT)
 	$(BIN)/ruff check .
