@@ -268,12 +268,12 @@ def launches(
         "tolerance": tolerance,
     }
     constants = {"COST": COSTS.index(cost), "ROWS": block, "COLUMNS": block, "PIECE": 4, "PANEL": PANEL}
-    kernel, programs, registers = _transport, problems, None
+    kernel, programs = _transport, problems
     if block > LARGEST_TILE:
-        kernel, programs, registers = _transport_panels, min(problems, processors(plan)), 255
+        kernel, programs = _transport_panels, min(problems, processors(plan))
         arguments["Scratch"] = plan.new_empty(programs, 2, block, block, dtype=torch.float64)
         arguments["problems"] = problems
-    launch = Launch.of(kernel, (programs,), arguments, constants, warps_of(block), registers)
+    launch = Launch.of(kernel, (programs,), arguments, constants, warps_of(block), 255)
     return [launch], (distance, plan, marginal_error)
 
 
