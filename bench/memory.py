@@ -14,8 +14,6 @@ blocks above 32 MiB, which are all that matters at 1,024 tokens and more, are ma
 """
 
 import argparse
-import ctypes
-import gc
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -30,6 +28,7 @@ from bench.peers import LOSSES, differentiable
 from bench.process import INTERRUPTED, options, positive, run_worker
 from bench.report import machine_line, markdown_table, note, write_json
 from topd.backends import NAMES, choose_backend
+from topd.cli.memory import resident_mib, settled_mib
 from topd.plan import MIB, default_workspace
 
 PEERS = ("ours", "eager", "trl", "liger")
@@ -68,23 +67,20 @@ def budget_mib(inputs: Inputs) -> float:
     return (gradients + workspace) / MIB + SLACK_MIB
 
 
-def resident_mib(field: str) -> float:
-    """VmRSS or VmHWM of this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError(f"/proc/self/status has no {field}: this benchmark needs Linux")
+def high_water_mib() -> float:
+    """VmHWM of this process."""
+    found = resident_mib("VmHWM")
+    if found is None:
+        raise RuntimeError("/proc/self/status has no VmHWM: this benchmark needs Linux")
+    return found
 
 
 def settle() -> float:
-    """Return free heap pages, reset the high-water mark to what is resident now, and read it: the baseline."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    baseline_mib, high_mib = resident_mib("VmRSS"), resident_mib("VmHWM")
-    if high_mib - baseline_mib > 1:
-        raise RuntimeError(f"the kernel did not reset VmHWM: {high_mib:.0f} MiB above a resident {baseline_mib:.0f} MiB")
-    return baseline_mib
+    """The baseline: what is resident once free pages went back and the high-water mark was reset to it."""
+    found = settled_mib()
+    if found is None:
+        raise RuntimeError("the kernel did not reset VmHWM (/proc/self/clear_refs): this benchmark needs Linux")
+    return found
 
 
 def measure(case_name: str, peer: str, head: str, n: int, loss: str, backend: str) -> MemoryRow:
@@ -97,7 +93,7 @@ def measure(case_name: str, peer: str, head: str, n: int, loss: str, backend: st
     contender = differentiable(inputs, loss, backend)[peer]
     baseline_mib = settle()
     result = contender()
-    peak_mib = resident_mib("VmHWM") - baseline_mib
+    peak_mib = high_water_mib() - baseline_mib
     gradients_mib = sum(grad.nbytes for grad in (result.hidden, result.weight) if grad is not None) / MIB
     return MemoryRow(
         peer=peer,

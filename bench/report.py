@@ -1,10 +1,9 @@
 """Markdown tables, and JSON that is either whole or absent."""
 
-import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+
+from topd.cli.files import write_json as write_json
 
 
 def note(text: str) -> None:
@@ -30,13 +29,3 @@ def machine_line(machine: Mapping[str, object]) -> str:
 def scientific(value: float | None) -> str:
     """Two digits, or a dash for what was not measured."""
     return "-" if value is None else f"{value:.1e}"
-
-
-def write_json(path: Path, data: object) -> None:
-    """Write to a neighbour and move it into place, so that no reader ever sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(data, indent=1) + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bench.measure import Sample, Spread, machine, ratio, sample
-from bench.memory import resident_mib, settle
+from bench.memory import high_water_mib, settle
 from bench.process import INTERRUPTED, positive
 from bench.report import machine_line, markdown_table, note, write_json
 from topd.backends import choose_backend
@@ -45,7 +45,7 @@ class Watched:
             return self.run()
         baseline = settle()
         self.tokens = self.run()
-        self.peak_mib = resident_mib("VmHWM") - baseline
+        self.peak_mib = high_water_mib() - baseline
         return self.tokens
 
 

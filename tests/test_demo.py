@@ -19,7 +19,8 @@ from rich.cells import cell_len  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 
 import topd  # noqa: E402
-from topd.cli.demo import command, files, prompts, smollm2, training  # noqa: E402
+from topd.cli import files  # noqa: E402
+from topd.cli.demo import command, prompts, smollm2, training  # noqa: E402
 from topd.cli.demo.display import Display, one_line  # noqa: E402
 from topd.cli.demo.settings import Settings  # noqa: E402
 from topd.cli.demo.window_pair import furthest_pair  # noqa: E402

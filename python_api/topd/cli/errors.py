@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
+INTERRUPTED = 130  # the exit status after Ctrl-C
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 

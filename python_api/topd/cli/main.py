@@ -7,9 +7,8 @@ from typing import NoReturn
 
 from topd.cli import doctor
 from topd.cli.demo import command as demo
-from topd.cli.errors import explained
+from topd.cli.errors import INTERRUPTED, explained
 
-INTERRUPTED = 130
 DESCRIPTION = """\
 topd distils language models on-policy: a student learns from its own text,
 token by token, under a teacher's distributions. This command shows it at work

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-MIB = 1024**2
+from topd.plan import MIB
+
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -38,14 +39,14 @@ def total_mib() -> float | None:
 @contextmanager
 def peak_mib(device: torch.device) -> Iterator[Callable[[], float | None]]:
     """What is used at the peak beyond what is used now, read by calling what it gives; None where it cannot be measured."""
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         yield lambda: (torch.cuda.max_memory_allocated(device) - before) / MIB
         return
-    baseline = _settled_mib()
+    baseline = settled_mib()
 
     def read() -> float | None:
         peak = resident_mib("VmHWM")
@@ -54,11 +55,13 @@ def peak_mib(device: torch.device) -> Iterator[Callable[[], float | None]]:
     yield read
 
 
-def _settled_mib() -> float | None:
-    """Resident now, free pages of the heap given back and the high-water mark reset."""
+def settled_mib() -> float | None:
+    """Resident now, with free pages of the heap given back and the high-water mark reset to it; None where it cannot be."""
+    gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)
         CLEAR.write_text("5")
     except (OSError, AttributeError):
         return None
-    return resident_mib()
+    resident, high = resident_mib(), resident_mib("VmHWM")
+    return None if resident is None or high is None or high - resident > 1 else resident

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from topd.cli.demo import files
+from topd.cli import files
 from topd.cli.demo.settings import METHODS, QUICK, Settings
-from topd.cli.errors import CommandError, require
+from topd.cli.errors import INTERRUPTED, CommandError, require
+from topd.plan import MIB
 
 if TYPE_CHECKING:
     from topd.cli.demo.training import Run, Trainer
@@ -23,8 +24,7 @@ if TYPE_CHECKING:
 DEFAULT_FOLDER = "topd-demo"
 CONFIG, METRICS = "config.json", "metrics.jsonl"
 PACKAGES = ("transformers", "rich", "matplotlib", "gguf")
-SPARE_BYTES = 50 * 1024**2
-INTERRUPTED = 130
+SPARE_BYTES = 50 * MIB
 HELP = "distil a real model and write a report (about 6 minutes on two cores)"
 DESCRIPTION = """\
 A real on-policy distillation. SmolLM2-135M-Instruct (from the package
@@ -149,7 +149,7 @@ def check_space(folder: Path, checkpoint_bytes: int) -> None:
     """
     free, needed = shutil.disk_usage(folder).free, 2 * checkpoint_bytes + SPARE_BYTES
     if free < needed:
-        have, want = (f"{size / 1024**2:,.0f} MiB" for size in (free, needed))
+        have, want = (f"{size / MIB:,.0f} MiB" for size in (free, needed))
         raise CommandError(
             f"not enough disk space in {folder}: {have} free, checkpoints need {want}; take another place with --out"
         )

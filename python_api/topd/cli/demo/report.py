@@ -7,7 +7,8 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING
 
-from topd.cli.demo import figures, files
+from topd.cli import files
+from topd.cli.demo import figures
 from topd.cli.demo.loss_cost import LossCost
 from topd.cli.demo.settings import Settings
 from topd.cli.demo.summary import Table, summarise

@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from topd.cli.demo.smollm2 import SLICE
+
 METHODS = ("opd", "topd")
 
 
@@ -42,7 +44,7 @@ class Settings:
     seed: int = 0
     teacher: str | None = None
     student: str | None = None
-    layers: tuple[int, ...] = (0, 1, 2, 14, 28, 29)
+    layers: tuple[int, ...] = SLICE
     device: str = "cpu"
 
     def to_json(self) -> dict[str, Any]:

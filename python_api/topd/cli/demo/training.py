@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import topd
-from topd.cli.demo import files
+from topd.cli import files
 from topd.cli.demo.evaluation import Evaluation, evaluate
 from topd.cli.demo.models import Models
 from topd.cli.demo.prompts import Prompts, encode
