@@ -10,5 +10,6 @@ TORCH_LIBRARY_IMPL(topd, CPU, m) {
   m.impl("weighted_gather", &topd::weighted_gather);
   m.impl("weighted_scatter", &topd::weighted_scatter);
   m.impl("transport", &topd::transport);
+  m.impl("bf16_addmm", &topd::bf16_addmm);
   m.impl("advise_huge_pages", &topd::advise_huge_pages);
 }

@@ -30,6 +30,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> transport(
     const at::Tensor& teacher_table, const at::Tensor& teacher_ids, const at::Tensor& teacher_lengths, c10::string_view cost,
     double epsilon, int64_t max_iterations, double tolerance);
 
+void bf16_addmm(at::Tensor& out, const at::Tensor& a, const at::Tensor& b, const std::optional<at::Tensor>& factors, double beta,
+                double alpha);
+
 void advise_huge_pages(at::Tensor& buffer);
 
 }  // namespace CPU_CAPABILITY

@@ -63,6 +63,22 @@ _CPP = _load_cpp()
 _HAS_CPP = _CPP.available
 
 
+def multiplies_bf16() -> bool:
+    """Whether the C++ extension can multiply bfloat16 with float32 out: the processor has AVX512_BF16 or AMX for it, and oneDNN,
+    whose kernels it takes, is not switched off."""
+    return _HAS_BF16 and torch.backends.mkldnn.enabled
+
+
+def _has_bf16() -> bool:
+    if not _CPP.available or not torch.backends.mkldnn.is_available() or "avx512" not in _CPP.detail:
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+_HAS_BF16 = _has_bf16()
+
+
 @functools.cache
 def _kernels() -> Any:
     """The Triton kernels; importing them registers them for CUDA and ROCm."""

@@ -11,7 +11,7 @@ from topd.ops.advise_huge_pages import buffer
 from topd.ops.divergence_rows import run_rows
 from topd.ops.one_pass import workspace
 from topd.ops.score_tokens import run_scores, serves
-from topd.ops.tiles import Side, product_dtype
+from topd.ops.tiles import Side, grad_dtype, product_dtype
 from topd.plan import EAGER_TEMPORARIES, ChunkPlan, Products, plan_chunks
 from topd.reference.linear_divergence import Rows, RowSpec
 from topd_kernels.half_range import divergence_scale
@@ -72,7 +72,8 @@ class TileLoop:
             buffer((self.plan.rows, side.weight.shape[0]), side.weight, self.dtype, self.backend)
             for side in (self.student, self.teacher)
         ]
-        narrow = self.student.weight.dtype
+        weight = self.student.weight
+        narrow = grad_dtype(weight.dtype, self.dtype, weight.device, self.backend)
         piled = None
         if grad and narrow != self.dtype:
             width = -(-tiles[0].shape[1] // 8) * 8  # each row begins on 16 bytes, as its stores and products like it
@@ -135,10 +136,11 @@ class Call(NamedTuple):
         """What the plan must know where gradients have a tile of their own."""
         sides = (self.student.weight, self.teacher.weight)
         own, other = (product_dtype(weight.dtype, self.dtype, weight.device, self.backend) for weight in sides)
-        if own == self.dtype:
+        grad = grad_dtype(self.student.weight.dtype, self.dtype, self.student.weight.device, self.backend)
+        if grad == self.dtype:
             return None
         widths = (self.student.hidden.shape[1], self.teacher.hidden.shape[1])
-        return Products(*widths, own.itemsize, other.itemsize, own.itemsize, weight_grad=True)
+        return Products(*widths, own.itemsize, other.itemsize, grad.itemsize, weight_grad=True)
 
     @property
     def fused(self) -> bool:

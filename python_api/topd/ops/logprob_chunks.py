@@ -9,7 +9,7 @@ from torch import Tensor
 from topd.ops.advise_huge_pages import buffer
 from topd.ops.logprob_rows import run_rows
 from topd.ops.one_pass import workspace
-from topd.ops.tiles import HeadGrads, Side, product_dtype
+from topd.ops.tiles import HeadGrads, Side, grad_dtype
 from topd.plan import EAGER_LOGPROB_TEMPORARIES, plan_chunks
 from topd.reference.linear_logprobs import LogprobRows, LogprobSpec
 from topd_kernels.half_range import logprob_scale
@@ -62,7 +62,7 @@ class Call(NamedTuple):
     def narrow(self) -> bool:
         """Whether gradients to the products have 16 bits, in a tile of their own."""
         weight = self.side.weight
-        return product_dtype(weight.dtype, self.dtype, weight.device, self.backend) != self.dtype
+        return grad_dtype(weight.dtype, self.dtype, weight.device, self.backend) != self.dtype
 
     def run(self, side: Side, chosen: Tensor | None, *, grad: bool, entropy: bool) -> Iterator[Chunk]:
         """Each chunk of the chosen rows (None: all) of the widened side; its gradients live in tiles that the next chunk

@@ -1,7 +1,10 @@
 """The matrix products around a tile: into it, tile = hidden weightᵀ, and out of it, u = dlogits weight and
-d weight += dlogitsᵀ (w ⊙ hidden). Tiles of logits, u and the sums are float32. On a CPU float16 and bfloat16 are widened to
-float32: hidden states a chunk at a time, weights once a call. On a GPU the products take them as they are, with float32 out,
-and dlogits and w ⊙ hidden are rounded to them, dlogits in float16 times a power of two.
+d weight += dlogitsᵀ (w ⊙ hidden). Tiles of logits, u and the sums are float32.
+
+16-bit operands: on a GPU the products take them as they are, with float32 out, and dlogits and w ⊙ hidden are rounded to them,
+dlogits in float16 times a power of two. On a CPU with products of bfloat16 the compiled backend takes that dtype as it is, and
+dlogits, in float32, as two bfloat16 parts (`topd.ops.bf16_addmm`). Everywhere else they are widened to float32: hidden states a
+chunk at a time, weights once a call.
 """
 
 import math
@@ -10,35 +13,45 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+import topd.ops.bf16_addmm  # noqa: F401  (registers its op)
+from topd.backends import multiplies_bf16
 from topd.ops.advise_huge_pages import buffer
 
 
 def product_dtype(dtype: torch.dtype, tile: torch.dtype, device: torch.device, backend: str) -> torch.dtype:
-    """What the matrix products of a side take: its own 16 bits on a GPU, which multiplies them with float32 out; else the
-    tile's dtype."""
+    """The dtype in which the matrix products of a side take its weight: its own 16 bits where these can be multiplied with
+    float32 out, else the tile's."""
+    if tile != torch.float32 or dtype.itemsize != 2:
+        return tile
     on_gpu = device.type == "cuda" or backend == "triton"
-    return dtype if on_gpu and dtype.itemsize == 2 and tile == torch.float32 else tile
+    on_cpu = backend == "cpp" and dtype == torch.bfloat16 and multiplies_bf16()
+    return dtype if on_gpu or on_cpu else tile
+
+
+def grad_dtype(dtype: torch.dtype, tile: torch.dtype, device: torch.device, backend: str) -> torch.dtype:
+    """The dtype of dlogits: that of the products on a GPU, where 16 bits have a tile of their own; else the tile's."""
+    return tile if backend == "cpp" else product_dtype(dtype, tile, device, backend)
 
 
 def mm(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """out = a b, out in float32 where a and b have 16 bits."""
-    if a.dtype == out.dtype:
-        return torch.mm(a, b, out=out)
-    if out.device.type == "cuda":
-        torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
-        return out
-    # A CPU has no such product: the same numbers, for the interpreter.
-    return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+    return torch.mm(a, b, out=out) if a.dtype == out.dtype else addmm(out, a, b, beta=0.0)
 
 
-def addmm(out: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
-    """out = beta out + alpha a b, out in float32 where a and b have 16 bits."""
-    if a.dtype == out.dtype:
+def addmm(
+    out: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0, alpha: float = 1.0, factors: Tensor | None = None
+) -> Tensor:
+    """out = beta out + alpha a b, out in float32 where a and b have 16 bits, or b is bfloat16 and a float32; only then may
+    `factors` multiply the columns of a."""
+    if b.dtype == out.dtype:
         return out.addmm_(a, b, beta=beta, alpha=alpha)
     if out.device.type == "cuda":
         torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, beta=beta, alpha=alpha, out=out)
-        return out
-    return out.addmm_(a.to(out.dtype), b.to(out.dtype), beta=beta, alpha=alpha)
+    elif a.dtype == out.dtype or (b.dtype == torch.bfloat16 and alpha == 1 and a.stride(1) == 1 and multiplies_bf16()):
+        torch.ops.topd.bf16_addmm(out, a, b, factors, beta, alpha)
+    else:  # the same numbers, for the interpreter
+        out.addmm_(a.to(out.dtype), b.to(out.dtype), beta=beta, alpha=alpha)
+    return out
 
 
 class Side(NamedTuple):
@@ -135,17 +148,24 @@ class HeadGrads(NamedTuple):
         normalised: bool = False,
     ) -> None:
         """Add alpha sum_n row_weights[n] d value_n, or start with it. A weight of 0 keeps its row out even where hidden is not
-        finite. The weighted hidden states take the dtype of the gradient tile: where that has 16 bits they are rounded.
+        finite. The weighted hidden states take the dtype of the gradient tile: where that has 16 bits they are rounded. Where
+        the products alone have 16 bits, the weights multiply dlogits instead.
         `normalised`: the largest weight is 1 or 0, so that float16 has the range for them."""
         beta = 0.0 if first else 1.0
         weights = row_weights.unsqueeze(-1)
-        weighted = (hidden.to(row_weights.dtype) * weights).masked_fill_(weights == 0, 0.0)
+        split = grad_logits.dtype != side.weight.dtype and side.weight.dtype == torch.bfloat16
+        if self.weight.numel() and split:
+            kept = hidden.masked_fill(weights == 0, 0.0)
+            addmm(self.weight, grad_logits.T, kept, beta=beta, alpha=alpha, factors=row_weights)
+        weighted = hidden[:, :0]
+        if not split or self.a.numel():
+            weighted = (hidden.to(row_weights.dtype) * weights).masked_fill_(weights == 0, 0.0)
 
         def summed(out: Tensor, values: Tensor, factor: float = 1.0) -> None:
             narrow, scale = _narrowed(values, grad_logits.dtype, normalised)
             addmm(out, grad_logits.T, narrow, beta=beta, alpha=alpha * factor * scale / side.grad_scale)
 
-        if self.weight.numel():
+        if self.weight.numel() and not split:
             summed(self.weight, weighted)
         if self.bias.numel() and grad_logits.dtype == self.bias.dtype:
             self.bias.addmv_(grad_logits.T, row_weights, beta=beta, alpha=alpha)
