@@ -128,9 +128,6 @@ def test_rows_that_are_not_finite_and_have_no_upstream_gradient_leave_clean_grad
         grad = grad.to(device) * clean.mask
         found, truth = by_topd(problem, backend, grad), plain(clean, grad)
         assert found.value[4::11].isnan().all()
-        if backend == "reference" and side == "student":  # autograd's own product of a zero and a NaN state is NaN
-            assert found.grads["weight"].isnan().all()
-            continue
         assert_rows(replace(found, value=truth.value), truth, 1e-11)
 
 

@@ -140,6 +140,18 @@ def test_a_hint_changes_no_value_and_no_gradient(hint, upstream, backend, device
     torch.testing.assert_close(guess, copy, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("size", [1e4, 1e6, 1e8])
+def test_a_hint_of_one_row_leaves_bias_and_adapter_alone_where_hidden_states_are_zero(size, backend, device):
+    """d bias does not grow with the hidden state, nor d b with more of it than the adapter sees."""
+    problem = problem_of(FULL, torch.float32).to(device)
+    problem.model.hidden[:-2] = 0
+    upstream = torch.ones(problem.upstream().shape, device=device)
+    hint = torch.ones(N, device=device).index_fill(0, torch.zeros(1, dtype=torch.int64, device=device), size)
+    found, truth = by_topd(problem, backend, upstream, weights_hint=hint), plain(problem, upstream)
+    for name in TENSORS:
+        compare.assert_near(found.grads[name], truth.grads[name], 3e-6, name)
+
+
 def test_a_hint_beside_the_entropy(backend, device):
     problem = problem_of(MASKED, torch.float32, entropy=True).to(device)
     grad = problem.upstream()

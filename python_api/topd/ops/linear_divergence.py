@@ -3,7 +3,8 @@
 value_n = D(p_T, p_S)_n + hard_weight (-log p_S(token_n)); the gradient of sum_n g_n value_n is linear in g. Forward keeps
 u_n = d value_n / d hidden_n, and sums the head's gradients under the weights that the caller will probably use (the hint,
 or 1). Backward is d hidden = g ⊙ u, exact for every g; for the head it takes c = median(g / hint): rows with g = c hint are
-done, rows that deviate are computed again and corrected, or, where fewer rows have a gradient at all, the sums start anew.
+done, rows that deviate are computed again and corrected, or, where fewer rows have a gradient at all, or correcting would lose
+digits, the sums start anew. Masked rows have a gradient of 0 whatever g they get.
 
 Precision: tiles, u and the head's gradients are float32 (float64 for float64), cast once when returned; on a GPU the gradients
 to 16-bit products are rounded to 16 bits. Cost: 4 matrix
@@ -111,8 +112,8 @@ def _forward(*flat: Any) -> tuple[Tensor, ...]:
         return value, found, u, *grads, used_hint
 
 
-def _head_grads(call: Call, grad: Tensor, saved: HeadGrads, hint: Tensor, uniform_hint: bool) -> HeadGrads:
-    """Exact sums under grad, fresh tensors in the tile's dtype."""
+def _head_grads(call: Call, grad: Tensor, u: Tensor, saved: HeadGrads, hint: Tensor, uniform_hint: bool) -> HeadGrads:
+    """Exact sums under grad, which is 0 where masked; fresh tensors in the tile's dtype."""
     if uniform_hint and call.mask is None and grad.numel() and grad.stride(0) == 0:
         # An expanded scalar, as sum() and mean() send it: no row deviates and the host need not wait. A row without a
         # distribution (its hint was set to 0) still poisons the sums, as it would in eager code.
@@ -122,9 +123,8 @@ def _head_grads(call: Call, grad: Tensor, saved: HeadGrads, hint: Tensor, unifor
     expected = c * hint
     deviates, alive = (grad - expected).abs() <= 4 * torch.finfo(grad.dtype).eps * expected.abs(), grad != 0
     deviates.logical_not_()
-    if call.mask is not None:  # masked rows obey whatever comes
-        deviates, alive = deviates & call.mask, alive & call.mask
-    found = correction(saved, call.student, c, hint, grad, deviates, alive, call.backend, narrow=call.products is not None)
+    kinds = {"narrow": call.products is not None, "jumps": call.spec.jumps}
+    found = correction(saved, call.student, u, c, hint, grad, deviates, alive, call.backend, **kinds)
     loop = call.loop(found.rows)
     for chunk in loop.run(grad=True, scores=False):
         if (made := chunk.gradients) is None:
@@ -144,11 +144,13 @@ def _backward(grad_value: Tensor, *flat: Any) -> tuple[Tensor, ...]:
     student = call.student
     with torch.no_grad(), torch.autocast(grad_value.device.type, enabled=False):
         hidden = u.new_empty(0)
+        if call.mask is not None:  # masked rows have no gradient, whatever comes
+            grad_value = grad_value.masked_fill(~call.mask, 0.0)
         if hidden_grad:
             hidden = (u * grad_value.unsqueeze(-1)).masked_fill_(grad_value.unsqueeze(-1) == 0, 0.0).to(student.hidden.dtype)
         grads = HeadGrads(*saved)
         if grads.wanted:
-            grads = _head_grads(call, grad_value, grads, hint, uniform_hint)
+            grads = _head_grads(call, grad_value, u, grads, hint, uniform_hint)
         tensors = (student.weight, student.bias, student.a, student.b)
         return hidden, *(returned(total, like) for total, like in zip(grads, tensors, strict=True))
 

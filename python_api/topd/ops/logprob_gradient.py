@@ -83,7 +83,8 @@ def dense_correction(
     if call.mask is not None:  # masked rows obey whatever comes
         deviates = deviates & call.mask
     if call.dense:
-        return correction(saved, call.side, c, hinted, dense, deviates, alive, call.backend, narrow=call.narrow)
+        no_u = dense.new_empty(0)  # `hinted` holds each row's q, with which its gradient grows
+        return correction(saved, call.side, no_u, c, hinted, dense, deviates, alive, call.backend, narrow=call.narrow)
     rows = (alive & deviates).nonzero()[:, 0]
     if rows.numel() == 0:
         shapes.zero()

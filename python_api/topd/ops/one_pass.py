@@ -64,6 +64,7 @@ class Correction(NamedTuple):
 def correction(
     saved: HeadGrads,
     side: Side,
+    u: Tensor,
     c: Tensor,
     hinted: Tensor,
     weights: Tensor,
@@ -72,35 +73,65 @@ def correction(
     backend: str,
     *,
     narrow: bool = False,
+    jumps: bool = False,
 ) -> Correction:
     """What it takes to go from sums under `hinted` to c times them with the rows of `redo` exact.
 
     Args:
         saved: the sums under the hinted weights; never changed.
-        side: the student, for the norms of its hidden states.
+        side: the student, for the sizes of its hidden states.
+        u: [N, H] gradients to the hidden states, or empty.
         c: the common factor.
         hinted, weights: [N], what each row was summed with, and shall be summed with.
         redo, alive: [N] bool, the rows that deviate from c hinted, and those whose weight counts.
         backend: for the buffers.
         narrow: weighted hidden states were rounded to 16 bits: what is taken away must be what was added, rounded as it was.
+        jumps: the gradient to the logits jumps where two numbers are equal. A row computed again among other rows has other
+            rounding, may fall on the other side, and could not be taken away: then rows are only ever added.
     """
     # The host waits here for a count; on a GPU that costs microseconds, and spares the matrix products of the rows that obey.
     rows = redo.nonzero()[:, 0]
     if rows.numel() == 0:
         return Correction(saved.times(c, backend), rows, [], False)
     living = alive.nonzero()[:, 0]
-    if rows.numel() >= living.numel() or _cancels(side.hidden, c * hinted, weights, rows, living):
+    expected = c * hinted
+    anew = rows.numel() >= living.numel()
+    if not anew and jumps:
+        anew = bool(expected[rows].any())
+    elif not anew:
+        anew = _cancels(_sizes(side, saved), u, expected, weights, rows, living)
+    if anew:
         return Correction(saved.unfilled(backend), living, [(1.0, weights)], True)
-    terms = [(-c.item(), hinted), (1.0, weights)] if narrow else [(1.0, weights - c * hinted)]
+    terms = [(-c.item(), hinted), (1.0, weights)] if narrow else [(1.0, weights - expected)]
     return Correction(saved.times(c, backend), rows, terms, False)
 
 
-def _cancels(hidden: Tensor, expected: Tensor, weights: Tensor, redo: Tensor, alive: Tensor) -> bool:
-    """Whether correcting would subtract rows so much larger than what stays that digits are lost: a hint far off, or a row
-    with an outlying hidden state. What a row adds is measured by its weight times the norm of its hidden state."""
-    size = torch.linalg.vector_norm(hidden, dim=-1, dtype=weights.dtype).nan_to_num_()
-    removed, kept = expected.abs() * size, (weights.abs() * size).nan_to_num_()
-    return bool(removed[redo].max() > 4 * kept[alive].max())
+def _sizes(side: Side, grads: HeadGrads) -> list[Tensor]:
+    """For each of the head's gradients, a number [N] with which a row's share of it grows: d weight and d a grow with the
+    hidden state, d b with what the adapter makes of it, d bias with neither."""
+    sizes = [torch.linalg.vector_norm(side.hidden, dim=-1, dtype=grads.weight.dtype)]
+    if grads.bias.numel():
+        sizes.append(torch.ones_like(sizes[0]))
+    if grads.b.numel() and side.a is not None:
+        dtype = grads.b.dtype
+        sizes.append(torch.linalg.vector_norm(side.hidden.to(dtype) @ side.a.to(dtype).T, dim=-1))
+    return sizes
+
+
+def _cancels(sizes: list[Tensor], u: Tensor, expected: Tensor, weights: Tensor, redo: Tensor, alive: Tensor) -> bool:
+    """Whether correcting would subtract rows so much larger than what stays that digits are lost: a hint far off, a row with
+    an outlying hidden state, or one with a steep gradient among flat ones. What a row adds is measured by its weight times its
+    size, once more times the norm of its u where there is one; the largest rows are compared, and all of them together."""
+    measures = [(size, 4.0) for size in sizes]
+    if u.numel():
+        steepness = torch.linalg.vector_norm(u, dim=-1)
+        measures += [(size * steepness, 64.0) for size in sizes]
+    verdicts = []
+    for size, limit in measures:
+        removed, kept = ((each.abs() * size).nan_to_num_() for each in (expected, weights))
+        removed, kept = removed[redo].double(), kept[alive].double()
+        verdicts += [removed.max() > limit * kept.max(), removed.sum() > limit * kept.sum()]
+    return bool(torch.stack(verdicts).any())
 
 
 def returned(total: Tensor, like: Tensor | None) -> Tensor:

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from topd.checks import in_vocabulary, no_second_derivative
-from topd.head import Head, product, shape_logits
+from topd.head import Head, shape_logits
+from topd.reference.products import head_product
 from topd.row_math import Distribution, distribution, kl_terms, log_ratio, mixture
 from topd.scores import FIELDS
 
@@ -38,6 +39,12 @@ class RowSpec(NamedTuple):
     divergence: str
     parameter: float
     hard_weight: float
+
+    @property
+    def jumps(self) -> bool:
+        """Whether the gradient to the logits jumps: the total variation's where p_S = p_T, the entry clip's where an entry
+        reaches it."""
+        return self.divergence == "total_variation" or (self.divergence == "forward_kl" and self.parameter < float("inf"))
 
 
 class Rows(NamedTuple):
@@ -239,7 +246,9 @@ def linear_divergence(
         vocab = min(student.weight.shape[0], teacher.weight.shape[0])
         tokens = in_vocabulary("tokens", tokens[kept], vocab, COMMON_VOCABULARY)
     with torch.autocast(student_hidden.device.type, enabled=False):
-        products = product(student_hidden[kept], student, dtype), product(teacher_hidden[kept], teacher, dtype)
+        products = [
+            head_product(hidden[kept], head, dtype) for hidden, head in ((student_hidden, student), (teacher_hidden, teacher))
+        ]
         value, scores = _RowsFunction.apply(*products, tokens, spec)  # type: ignore[no-untyped-call]
     n = student_hidden.shape[0]
     return value.new_zeros(n).index_put((kept,), value), scores.new_zeros(len(FIELDS), n).index_copy(1, kept, scores)

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from topd.checks import in_vocabulary, no_second_derivative
-from topd.head import Head, product, shape_logits
+from topd.head import Head, shape_logits
+from topd.reference.products import head_product
 from topd.repeats import runs_of
 
 HEAD_VOCABULARY = "the rows of head.weight"
@@ -133,10 +134,11 @@ def logprob_rows(
 
 
 class _Rows(torch.autograd.Function):
-    """Log-probabilities, entropy and outside mass of logits z [N, V] by their textbook formulas."""
+    """Log-probabilities, entropy and outside mass of a product [N, V] (bias included) by their textbook formulas."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, product: Tensor, ids: Tensor, spec: LogprobSpec) -> tuple[Tensor, Tensor, Tensor]:
+        z = shape_logits(product, None, *spec)
         logprobs = z.log_softmax(-1)
         inside = (ids >= 0) & (ids < z.shape[-1])
         at = ids.clamp(0, z.shape[-1] - 1)
@@ -145,17 +147,23 @@ class _Rows(torch.autograd.Function):
         remove = torch.full_like(chosen, torch.inf).masked_fill_(inside, -torch.inf)
         rest = logprobs.scatter_reduce(-1, at, remove, "amin")
         outside = rest.logsumexp(-1)
-        ctx.save_for_backward(z, ids, entropy, outside, rest.isneginf() & ~logprobs.isneginf())
+        ctx.spec = spec
+        ctx.save_for_backward(product, ids, entropy, outside, rest.isneginf() & ~logprobs.isneginf())
         return chosen, entropy, outside
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return _RowsGradient.apply(*grads, *ctx.saved_tensors), None  # type: ignore[no-untyped-call]
+        return _RowsGradient.apply(*grads, ctx.spec, *ctx.saved_tensors), None, None  # type: ignore[no-untyped-call]
 
 
 class _RowsGradient(torch.autograd.Function):
+    """Its backward; a row without an upstream gradient has none, whatever it holds."""
+
     @staticmethod
-    def forward(ctx: Any, g: Tensor, h: Tensor, o: Tensor, z: Tensor, ids: Tensor, *rest: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, g: Tensor, h: Tensor, o: Tensor, spec: LogprobSpec, product: Tensor, ids: Tensor, *rest: Tensor
+    ) -> Tensor:
+        z, unused = shape_logits(product, None, *spec), ((g == 0).all(-1) & (h == 0) & (o == 0)).unsqueeze(-1)
         entropy, outside, is_chosen = (rest[0].unsqueeze(-1), rest[1].unsqueeze(-1), rest[2])
         h, o = h.unsqueeze(-1), o.unsqueeze(-1)
         logprobs = z.log_softmax(-1)
@@ -166,7 +174,8 @@ class _RowsGradient(torch.autograd.Function):
         share = (logprobs - outside.masked_fill(outside.isneginf(), 0.0)).exp()
         grad = grad + (o * share).masked_fill(is_chosen | (o == 0), 0.0)
         by_entropy = h * p * (logprobs.masked_fill(logprobs.isneginf(), 0.0) + entropy)
-        return grad - by_entropy.masked_fill(h == 0, 0.0)
+        grad = (grad - by_entropy.masked_fill(h == 0, 0.0)) * slope_of(z, spec)
+        return grad.masked_fill(unused, 0.0)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
@@ -182,6 +191,5 @@ def linear_logprobs(
     kept = torch.arange(n, device=hidden.device) if mask is None else mask.nonzero()[:, 0]
     chosen = in_vocabulary("ids", ids[kept], head.weight.shape[0], HEAD_VOCABULARY, low=-1 if padded else 0)
     with torch.autocast(hidden.device.type, enabled=False):
-        y = product(hidden[kept], head, dtype)
-        found = _Rows.apply(shape_logits(y, None, *spec), chosen)  # type: ignore[no-untyped-call]
+        found = _Rows.apply(head_product(hidden[kept], head, dtype), chosen, spec)  # type: ignore[no-untyped-call]
     return tuple(part.new_zeros(n, *part.shape[1:]).index_put((kept,), part) for part in found)
