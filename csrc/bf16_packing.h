@@ -1,5 +1,6 @@
 // Blocks of bf16_addmm's operands as brgemm reads them: a by rows, b with two rows side by side, [K/2][N][2]; both with an even
-// depth, filled up by a zero. float32 is split into hi + lo.
+// depth, filled up by a zero. A float32 a is split into hi + lo, side by side in one row of twice the depth, [hi | lo], and b stands
+// twice, [b; b], so that one product sums both.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -44,10 +45,10 @@ class Operand {
   int64_t rows_, columns_, ld_;
 };
 
-// A block of a: in two parts where it was float32, else `lo` is null.
-struct Rows {
-  const at::BFloat16 *hi, *lo;
-  int64_t ld;
+// A block as brgemm takes it: rows of a `ld` apart, and how deep it is.
+struct Block {
+  const at::BFloat16* data;
+  int64_t ld, depth;
 };
 
 // Rounded to nearest, ties to even; infinities stay, NaNs stay NaNs.
@@ -78,26 +79,32 @@ inline void split(const float* from, const float* factors, int64_t n, uint16_t* 
 // The blocks of one thread, packed into buffers that it uses again.
 class Packing {
  public:
+  // For blocks of at most rows x depth and depth x columns.
   Packing(int64_t rows, int64_t columns, int64_t depth)
-      : hi_(new uint16_t[rows * (depth + 1)]), lo_(new uint16_t[rows * (depth + 1)]), b_(new uint16_t[columns * (depth + 1)]) {}
+      : a_(new uint16_t[rows * 2 * (depth + 1)]), b_(new uint16_t[columns * 2 * (depth + 1)]) {}
 
   // factors[0 .. depth) multiply the columns of a float32 block.
-  Rows a(const Operand& from, int64_t row, int64_t rows, int64_t column, int64_t depth, const float* factors) {
-    if (from.in_place(depth)) return {from.at<at::BFloat16>(row, column), nullptr, from.ld()};
-    const int64_t ld = depth + depth % 2;
+  Block a(const Operand& from, int64_t row, int64_t rows, int64_t column, int64_t depth, const float* factors) {
+    if (from.in_place(depth)) return {from.at<at::BFloat16>(row, column), from.ld(), depth};
+    const int64_t even = depth + depth % 2, ld = from.wide() ? 2 * even : even;
     if (from.wide() && from.transposed()) {
       split_transposed(from, row, rows, column, depth, factors);
     } else {
       for (int64_t i = 0; i < rows; ++i) {
-        if (from.wide()) split(from.at<float>(row + i, column), factors, depth, hi_.get() + i * ld, lo_.get() + i * ld);
-        else std::memcpy(hi_.get() + i * ld, from.at<uint16_t>(row + i, column), sizeof(uint16_t) * depth);
+        uint16_t* const to = a_.get() + i * ld;
+        if (from.wide()) split(from.at<float>(row + i, column), factors, depth, to, to + even);
+        else std::memcpy(to, from.at<uint16_t>(row + i, column), sizeof(uint16_t) * depth);
       }
     }
-    for (int64_t i = 0; i < (ld != depth ? rows : 0); ++i) hi_[i * ld + depth] = lo_[i * ld + depth] = 0;
-    return {as_bf16(hi_), from.wide() ? as_bf16(lo_) : nullptr, ld};
+    for (int64_t i = 0; i < (even != depth ? rows : 0); ++i) a_[i * ld + depth] = a_[i * ld + ld - 1] = 0;
+    return {reinterpret_cast<const at::BFloat16*>(a_.get()), ld, ld};
   }
 
-  const at::BFloat16* b(const Operand& from, int64_t row, int64_t depth, int64_t column, int64_t columns) {
+  // The block packed last is not packed again.
+  const at::BFloat16* b(const Operand& from, int64_t row, int64_t depth, int64_t column, int64_t columns, bool twice) {
+    const bool packed_last = row == last_row_ && column == last_column_;
+    last_row_ = row, last_column_ = column;
+    if (packed_last) return reinterpret_cast<const at::BFloat16*>(b_.get());
     if (from.transposed()) {
       transpose(from, row, depth, column, columns);
     } else {
@@ -105,14 +112,12 @@ class Packing {
         interleave(from.at<uint16_t>(row + k, column), k + 1 < depth ? from.at<uint16_t>(row + k + 1, column) : nullptr, columns,
                    b_.get() + k * columns);
     }
-    return as_bf16(b_);
+    const int64_t packed = (depth + depth % 2) * columns;
+    if (twice) std::memcpy(b_.get() + packed, b_.get(), sizeof(uint16_t) * packed);
+    return reinterpret_cast<const at::BFloat16*>(b_.get());
   }
 
  private:
-  using Part = std::unique_ptr<uint16_t[]>;
-
-  static const at::BFloat16* as_bf16(const Part& part) { return reinterpret_cast<const at::BFloat16*>(part.get()); }
-
   // Two rows of b side by side; zeros where there is no second one.
   static void interleave(const uint16_t* even, const uint16_t* odd, int64_t n, uint16_t* __restrict to) {
     for (int64_t j = 0; j < n; ++j) {
@@ -123,14 +128,14 @@ class Packing {
 
   void split_transposed(const Operand& from, int64_t row, int64_t rows, int64_t column, int64_t depth, const float* factors) {
     constexpr int64_t kSide = 16;
-    const int64_t ld = depth + depth % 2;
+    const int64_t even = depth + depth % 2;
     float piece[kSide * kSide];
     for (int64_t k = 0; k < depth; k += kSide) {
       for (int64_t i = 0; i < rows; i += kSide) {
         const int64_t down = std::min(kSide, depth - k), across = std::min(kSide, rows - i);
         at::vec::transpose_mxn<float>(from.at<float>(row + i, column + k), from.ld(), piece, kSide, down, across);
         for (int64_t j = 0; j < across; ++j) {
-          uint16_t *const hi = hi_.get() + (i + j) * ld + k, *const lo = lo_.get() + (i + j) * ld + k;
+          uint16_t *const hi = a_.get() + (i + j) * 2 * even + k, *const lo = hi + even;
           if (down == kSide) split(piece + kSide * j, factors + k, kSide, hi, lo);  // a constant count: one register
           else split(piece + kSide * j, factors + k, down, hi, lo);
         }
@@ -149,7 +154,8 @@ class Packing {
         b_[k / 2 * 2 * columns + 2 * j + k % 2] = k < depth ? *from.at<uint16_t>(row + k, column + j) : 0;
   }
 
-  Part hi_, lo_, b_;
+  std::unique_ptr<uint16_t[]> a_, b_;
+  int64_t last_row_ = -1, last_column_ = -1;
 };
 
 }  // namespace CPU_CAPABILITY

@@ -1,5 +1,6 @@
-// topd::bf16_addmm on the CPU: out = beta out + alpha (a factors) b with out in float32, b in bfloat16 and a in either, by torch's
-// brgemm (oneDNN's kernel for one block: AVX512_BF16 or AMX). torch.mm has no such product on a CPU.
+// topd::bf16_addmm on the CPU: out = beta out + alpha (a factors) b, summed in float32, b in bfloat16 and a in either, by torch's
+// brgemm (oneDNN's kernel for one block: AVX512_BF16 or AMX). torch.mm has no such product on a CPU. An out in bfloat16 is rounded
+// once, block by block: no float32 sums of its size are written.
 //
 // A float32 a is split into two bfloat16 parts as it is packed, x = hi + lo with |x - hi - lo| <= 2^-18 |x|, and multiplied as
 // both: a b = hi b + lo b. The blocks and the order of every sum depend on the shapes alone, not on the threads.
@@ -11,6 +12,11 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 
+#include <ATen/cpu/vec/functional.h>
+
+#include <type_traits>
+#include <vector>
+
 #include "../bf16_packing.h"
 
 namespace topd {
@@ -19,59 +25,84 @@ inline namespace CPU_CAPABILITY {
 namespace {
 
 // Depth of a block, in rows of b; even, since two of them are packed side by side.
-constexpr int64_t kDepth = 512;
-// Rows of a block: more where a is read in place, so that a packed block of b serves more of them.
-constexpr int64_t kRowsInPlace = 512, kRowsPacked = 128;
+constexpr int64_t kDepthInPlace = 1024, kDepthSplit = 256;
+// Rows of a block: more where a is read in place, so that a packed block of b serves more of them, and fewer where the depth is
+// small, so that the sums stay in the first cache.
+constexpr int64_t kRowsInPlace = 512, kRowsPacked = 128, kRowsShallow = 32, kShallow = 64;
 // Columns of a block: fewer where b is transposed as it is packed.
-constexpr int64_t kColumns = 256, kColumnsTransposed = 64;
-// Below this many tasks the depth is shared out too.
-constexpr int64_t kTasks = 32;
+constexpr int64_t kColumns = 384, kColumnsTransposed = 64;
+// Below this many tasks the depth is shared out too, in slices that are worth a task.
+constexpr int64_t kTasks = 32, kSlice = 2048;
 
 int64_t blocks(int64_t size, int64_t most) { return (size + most - 1) / most; }
 int64_t evenly(int64_t size, int64_t most) { return blocks(size, blocks(size, most)); }
 
+// A task: a block of the product, summed over a slice of the depth.
+struct Task {
+  int64_t slice, row, rows, column, columns, first, last;
+};
+
 // How a product is cut into tasks.
 struct Tasks {
-  int64_t rows, columns, depth;        // of the whole product
-  int64_t block_rows, block_columns;   // of a task
-  int64_t slices, slice_depth;         // parts of the depth, each summed by tasks of its own
+  int64_t rows, columns, depth;       // of the whole product
+  int64_t block_depth;                // of what is packed at once
+  int64_t block_rows, block_columns;  // of a task
+  int64_t slices, slice_depth;        // parts of the depth, each summed by tasks of its own
 
   Tasks(const Operand& a, const Operand& b)
-      : rows(a.rows()), columns(b.columns()), depth(a.columns()),
-        block_rows(evenly(rows, a.in_place(depth) ? kRowsInPlace : kRowsPacked)),
+      : rows(a.rows()), columns(b.columns()), depth(a.columns()), block_depth(a.wide() ? kDepthSplit : kDepthInPlace),
+        block_rows(evenly(rows, a.in_place(depth) ? kRowsInPlace : depth > kShallow ? kRowsPacked : kRowsShallow)),
         block_columns(evenly(columns, b.transposed() ? kColumnsTransposed : kColumns)) {
-    const int64_t tiles = across() * down();
-    const int64_t wanted = tiles < kTasks ? std::min(kTasks / tiles, blocks(depth, 4 * kDepth)) : 1;
-    slice_depth = blocks(blocks(depth, kDepth), wanted) * kDepth;
+    const int64_t wanted = tiles() < kTasks ? std::min(kTasks / tiles(), blocks(depth, kSlice)) : 1;
+    slice_depth = blocks(blocks(depth, block_depth), wanted) * block_depth;
     slices = blocks(depth, slice_depth);
   }
 
-  int64_t across() const { return blocks(columns, block_columns); }
   int64_t down() const { return blocks(rows, block_rows); }
+  int64_t tiles() const { return down() * blocks(columns, block_columns); }
+  Task task(int64_t i) const {
+    const int64_t slice = i / tiles(), tile = i % tiles(), first = slice * slice_depth;
+    const int64_t row = tile % down() * block_rows, column = tile / down() * block_columns;
+    return {slice, row, std::min(block_rows, rows - row), column, std::min(block_columns, columns - column),
+            first, std::min(depth, first + slice_depth)};
+  }
 };
 
-void multiply(const Rows& a, const at::BFloat16* b, int64_t rows, int64_t columns, int64_t depth, float* out, int64_t ld, bool add) {
-  at::native::cpublas::brgemm(rows, columns, depth, a.ld, columns, ld, add, a.hi, b, out);
-  if (a.lo) at::native::cpublas::brgemm(rows, columns, depth, a.ld, columns, ld, true, a.lo, b, out);
+// Where a product goes: rows `ld` apart; `add`: to what is there.
+template <typename Out>
+struct Target {
+  Out* data;
+  int64_t ld;
+  bool add;
+};
+
+void sum(const Task& task, int64_t block_depth, const Operand& a, const Operand& b, const float* factors, Packing& packing,
+         const Target<float>& to) {
+  for (int64_t k = task.first; k < task.last; k += block_depth) {
+    const int64_t depth = std::min(block_depth, task.last - k);
+    const at::BFloat16* const right = packing.b(b, k, depth, task.column, task.columns, a.wide());
+    const Block left = packing.a(a, task.row, task.rows, k, depth, factors ? factors + k : nullptr);
+    const bool add = to.add || k > task.first;
+    at::native::cpublas::brgemm(task.rows, task.columns, left.depth, left.ld, task.columns, to.ld, add, left.data, right, to.data);
+  }
 }
 
-// Sums each task into out [slices, rows, columns], whose rows are ld apart; `add`: to what is there.
-void run(const Tasks& tasks, const Operand& a, const Operand& b, const float* factors, float* out, int64_t ld, bool add) {
-  const int64_t tiles = tasks.across() * tasks.down();
-  at::parallel_for(0, tiles * tasks.slices, 1, [&](int64_t begin, int64_t end) {
-    Packing packing(tasks.block_rows, tasks.block_columns, std::min(tasks.depth, kDepth));
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t slice = task / tiles, tile = task % tiles;
-      const int64_t column = tile / tasks.down() * tasks.block_columns, row = tile % tasks.down() * tasks.block_rows;
-      const int64_t rows = std::min(tasks.block_rows, tasks.rows - row);
-      const int64_t columns = std::min(tasks.block_columns, tasks.columns - column);
-      const int64_t first = slice * tasks.slice_depth, last = std::min(tasks.depth, first + tasks.slice_depth);
-      float* const to = out + (slice * tasks.rows + row) * ld + column;
-      for (int64_t k = first; k < last; k += kDepth) {
-        const int64_t depth = std::min(kDepth, last - k);
-        const at::BFloat16* const block = packing.b(b, k, depth, column, columns);
-        const Rows left = packing.a(a, row, rows, k, depth, factors ? factors + k : nullptr);
-        multiply(left, block, rows, columns, depth + depth % 2, to, ld, add || k > first);
+// All tasks; each slice of the depth has an out of its own, rows * ld behind the one before.
+template <typename Out>
+void run(const Tasks& tasks, const Operand& a, const Operand& b, const float* factors, const Target<Out>& out) {
+  constexpr bool kRounds = !std::is_same_v<Out, float>;
+  at::parallel_for(0, tasks.tiles() * tasks.slices, 1, [&](int64_t begin, int64_t end) {
+    Packing packing(tasks.block_rows, tasks.block_columns, std::min(tasks.depth, tasks.block_depth));
+    std::vector<float> sums(kRounds ? tasks.block_rows * tasks.block_columns : 0);
+    for (int64_t i = begin; i < end; ++i) {
+      const Task task = tasks.task(i);
+      Out* const to = out.data + (task.slice * tasks.rows + task.row) * out.ld + task.column;
+      if constexpr (kRounds) {
+        sum(task, tasks.block_depth, a, b, factors, packing, {sums.data(), task.columns, false});
+        for (int64_t row = 0; row < task.rows; ++row)
+          at::vec::convert(sums.data() + row * task.columns, to + row * out.ld, task.columns);
+      } else {
+        sum(task, tasks.block_depth, a, b, factors, packing, {to, out.ld, out.add});
       }
     }
     at::native::cpublas::brgemm_release();
@@ -82,8 +113,9 @@ void run(const Tasks& tasks, const Operand& a, const Operand& b, const float* fa
 
 void bf16_addmm(at::Tensor& out, const at::Tensor& a, const at::Tensor& b, const std::optional<at::Tensor>& factors, double beta,
                 double alpha) {
-  TORCH_CHECK_VALUE(out.scalar_type() == at::kFloat && out.dim() == 2 && (out.stride(1) == 1 || out.size(1) <= 1),
-                    "out must be float32 [M, N], contiguous along N");
+  const bool rounds = out.scalar_type() == at::kBFloat16;
+  TORCH_CHECK_VALUE(out.dim() == 2 && (out.stride(1) == 1 || out.size(1) <= 1), "out must be [M, N], contiguous along N");
+  TORCH_CHECK_VALUE(out.scalar_type() == at::kFloat || (rounds && beta == 0.0), "out must be float32, or bfloat16 with beta 0");
   const Operand left("a", a), right("b", b);
   TORCH_CHECK_VALUE(left.wide() || (!left.transposed() && !factors && alpha == 1.0),
                     "a in bfloat16 must be contiguous along K, without factors and alpha");
@@ -99,16 +131,18 @@ void bf16_addmm(at::Tensor& out, const at::Tensor& a, const at::Tensor& b, const
   }
   if (out.numel() == 0 || a.size(1) == 0) return;
   at::Tensor scaled;
-  if (left.wide()) scaled = factors ? factors->mul(alpha) : at::full({a.size(1)}, alpha, out.options());
+  if (left.wide()) scaled = factors ? factors->mul(alpha) : at::full({a.size(1)}, alpha, out.options().dtype(at::kFloat));
   const float* const factor = left.wide() ? scaled.const_data_ptr<float>() : nullptr;
   const Tasks tasks(left, right);
-  if (tasks.slices == 1) return run(tasks, left, right, factor, out.data_ptr<float>(), out.stride(0), beta != 0.0);
-  const at::Tensor parts = at::empty({tasks.slices, tasks.rows, tasks.columns}, out.options());
-  run(tasks, left, right, factor, parts.data_ptr<float>(), tasks.columns, false);
-  for (int64_t slice = 0; slice < tasks.slices; ++slice) {
-    if (slice == 0 && beta == 0.0) out.copy_(parts[slice]);
-    else out.add_(parts[slice]);
-  }
+  if (tasks.slices == 1 && rounds)
+    return run<at::BFloat16>(tasks, left, right, factor, {out.data_ptr<at::BFloat16>(), out.stride(0), false});
+  if (tasks.slices == 1) return run<float>(tasks, left, right, factor, {out.data_ptr<float>(), out.stride(0), beta != 0.0});
+  const at::Tensor parts = at::empty({tasks.slices, tasks.rows, tasks.columns}, out.options().dtype(at::kFloat));
+  run<float>(tasks, left, right, factor, {parts.data_ptr<float>(), tasks.columns, false});
+  const at::Tensor total = parts[0];
+  for (int64_t slice = 1; slice < tasks.slices; ++slice) total.add_(parts[slice]);
+  if (beta == 0.0) out.copy_(total);
+  else out.add_(total);
 }
 
 }  // namespace CPU_CAPABILITY

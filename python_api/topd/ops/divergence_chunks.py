@@ -66,11 +66,11 @@ class TileLoop:
         self.tokens, self.spec, self.chosen = tokens, spec, chosen
         self.plan, self.backend, self.dtype = plan, backend, dtype
 
-    def run(self, *, grad: bool, scores: bool) -> Iterator[Chunk]:
-        """Each chunk's results."""
+    def run(self, *, grad: bool, scores: bool, student_tile: Tensor | None = None) -> Iterator[Chunk]:
+        """Each chunk's results. `student_tile`: where the student's tile shall be, at least as large."""
         tiles = [
-            buffer((self.plan.rows, side.weight.shape[0]), side.weight, self.dtype, self.backend)
-            for side in (self.student, self.teacher)
+            buffer((self.plan.rows, side.weight.shape[0]), side.weight, self.dtype, self.backend) if tile is None else tile
+            for side, tile in ((self.student, student_tile), (self.teacher, None))
         ]
         weight = self.student.weight
         narrow = grad_dtype(weight.dtype, self.dtype, weight.device, self.backend)
@@ -154,9 +154,8 @@ class Call(NamedTuple):
         run = kernel("score_tokens", self.backend, student.hidden.device)
         return run_scores(run, student, teacher, None if self.tokens is None else self.tokens[at], self.spec)
 
-    def loop(self, chosen: Tensor | None, *, full_width: bool = False) -> TileLoop:
-        """The chunk loop over the chosen rows (None: all)."""
-        n = self.student.hidden.shape[0] if chosen is None else chosen.numel()
+    def _plan(self, n: int, *, full_width: bool) -> tuple[ChunkPlan, tuple[int, int]]:
+        """The plan of n rows, and the widths of the student's and the teacher's tile."""
         widths = (self.student.weight.shape[0], self.teacher.weight.shape[0]) if full_width else (self.vocab, self.vocab)
         plan = plan_chunks(
             n,
@@ -166,6 +165,16 @@ class Call(NamedTuple):
             temporaries=EAGER_TEMPORARIES if self.backend == "eager" else 0,
             products=self.products,
         )
+        return plan, widths
+
+    def one_chunk(self, *, full_width: bool) -> bool:
+        """Whether all N rows, masked or not, are one chunk."""
+        return self._plan(self.student.hidden.shape[0], full_width=full_width)[0].chunks <= 1
+
+    def loop(self, chosen: Tensor | None, *, full_width: bool = False) -> TileLoop:
+        """The chunk loop over the chosen rows (None: all)."""
+        n = self.student.hidden.shape[0] if chosen is None else chosen.numel()
+        plan, widths = self._plan(n, full_width=full_width)
         return TileLoop(
             self.student,
             self.teacher,

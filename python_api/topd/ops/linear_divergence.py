@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from topd.checks import in_vocabulary
+from topd.ops.advise_huge_pages import buffer
 from topd.ops.divergence_chunks import Call
+from topd.ops.few_rows import keeps_dlogits, kept_gradients
 from topd.ops.one_pass import (
     at_inputs,
     chosen_rows,
@@ -60,11 +62,11 @@ N_COMMON = 24
 torch.library.define(
     "topd::linear_divergence",
     f"({_COMMON}Tensor? weights_hint, {_NEEDS}, bool scores) -> "
-    f"(Tensor value, Tensor scores, Tensor u, {_HEAD_GRADS}, Tensor hint)",
+    f"(Tensor value, Tensor scores, Tensor u, {_HEAD_GRADS}, Tensor hint, Tensor dlogits)",
 )
 torch.library.define(
     "topd::linear_divergence_backward",
-    f"(Tensor grad_value, {_COMMON}Tensor u, {_HEAD_GRADS}, Tensor hint, bool uniform_hint, {_NEEDS}) -> "
+    f"(Tensor grad_value, {_COMMON}Tensor u, {_HEAD_GRADS}, Tensor hint, Tensor dlogits, bool uniform_hint, {_NEEDS}) -> "
     f"(Tensor hidden, {_HEAD_GRADS})",
 )
 
@@ -78,22 +80,27 @@ def _forward(*flat: Any) -> tuple[Tensor, ...]:
         value = torch.zeros(n, dtype=call.dtype, device=device)
         found = value.new_zeros(len(FIELDS) if scores else 0, n)
         u = value.new_zeros((n, student.hidden.shape[1]) if hidden_grad else (0, 0))
-        grads = HeadGrads.empty(
-            student, call.vocab, call.dtype, call.backend, weight=weight_grad, bias=bias_grad, adapter=adapter_grad
-        )
-        used_hint = normalised_hint(hint, call.mask, value) if grads.wanted else value.new_empty(0)
+        keeps = keeps_dlogits(call, weight_grad=weight_grad, scores=scores)
+        dlogits = _dlogits(call, keeps=keeps, scores=scores)
+        kinds = {"weight": weight_grad and not keeps, "bias": bias_grad and not keeps, "adapter": adapter_grad and not keeps}
+        grads = HeadGrads.empty(student, call.vocab, call.dtype, call.backend, **kinds)
+        used_hint = value.new_zeros(n if keeps else 0)
+        if grads.wanted:
+            used_hint = normalised_hint(hint, call.mask, value)
         chosen = chosen_rows(call.mask)
         if call.tokens is not None:
             in_vocabulary("tokens", call.tokens if chosen is None else call.tokens[chosen], call.vocab, COMMON_VOCABULARY)
-        grad = hidden_grad or grads.wanted
+        grad = hidden_grad or grads.wanted or keeps
         loop = call.loop(chosen, full_width=scores)
         if scores and not grad and call.fused and prefers_fused(loop.plan):
             at = slice(None) if chosen is None else chosen
             found[:, at] = call.fused_scores(at)
-            return found[FIELDS.index(call.spec.divergence)].clone(), found, u, *grads, used_hint
+            return found[FIELDS.index(call.spec.divergence)].clone(), found, u, *grads, used_hint, dlogits
         if loop.plan.n == 0:
             grads.zero()
-        for chunk in loop.run(grad=grad, scores=scores):
+        if keeps:
+            dlogits[loop.plan.n :].zero_()
+        for chunk in loop.run(grad=grad, scores=scores, student_tile=dlogits if keeps else None):
             value[chunk.at] = chunk.rows.value
             if scores:
                 found[:, chunk.at] = chunk.rows.scores
@@ -104,12 +111,21 @@ def _forward(*flat: Any) -> tuple[Tensor, ...]:
                 loop.student.hidden_grad(made.grad_logits, through_adapter, made.finite, out=u[made.at])
             elif hidden_grad:
                 u[made.at] = loop.student.hidden_grad(made.grad_logits, through_adapter, made.finite)
+            if keeps:
+                used_hint[made.at] = made.finite.to(used_hint.dtype)
             if grads.wanted:
                 weights = used_hint[made.at].masked_fill(~made.finite, 0.0)
                 used_hint[made.at] = weights
                 sums = (loop.student, made.grad_logits, through_adapter, made.hidden, weights)
                 grads.add(*sums, first=made.first, normalised=True)
-        return value, found, u, *grads, used_hint
+        return value, found, u, *grads, used_hint, dlogits
+
+
+def _dlogits(call: Call, *, keeps: bool, scores: bool) -> Tensor:
+    """The tile that forward leaves for backward, uninitialised; empty where none is kept."""
+    weight = call.student.weight
+    shape = (call.student.hidden.shape[0], weight.shape[0] if scores else call.vocab) if keeps else (0, 0)
+    return buffer(shape, weight, call.dtype, call.backend)
 
 
 def _head_grads(call: Call, grad: Tensor, u: Tensor, saved: HeadGrads, hint: Tensor, uniform_hint: bool) -> HeadGrads:
@@ -140,7 +156,7 @@ def _head_grads(call: Call, grad: Tensor, u: Tensor, saved: HeadGrads, hint: Ten
 
 def _backward(grad_value: Tensor, *flat: Any) -> tuple[Tensor, ...]:
     call = Call.unpack(flat[:N_COMMON])
-    u, *saved, hint, uniform_hint, hidden_grad = flat[N_COMMON : N_COMMON + 8]
+    u, *saved, hint, dlogits, uniform_hint, hidden_grad, weight_grad, bias_grad, adapter_grad = flat[N_COMMON:]
     student = call.student
     with torch.no_grad(), torch.autocast(grad_value.device.type, enabled=False):
         hidden = u.new_empty(0)
@@ -149,7 +165,10 @@ def _backward(grad_value: Tensor, *flat: Any) -> tuple[Tensor, ...]:
         if hidden_grad:
             hidden = (u * grad_value.unsqueeze(-1)).masked_fill_(grad_value.unsqueeze(-1) == 0, 0.0).to(student.hidden.dtype)
         grads = HeadGrads(*saved)
-        if grads.wanted:
+        if dlogits.numel():
+            kinds = {"weight": weight_grad, "bias": bias_grad, "adapter": adapter_grad}
+            grads = kept_gradients(call, dlogits, hint, grad_value, **kinds)
+        elif grads.wanted:
             grads = _head_grads(call, grad_value, u, grads, hint, uniform_hint)
         tensors = (student.weight, student.bias, student.a, student.b)
         return hidden, *(returned(total, like) for total, like in zip(grads, tensors, strict=True))
@@ -165,13 +184,16 @@ def _forward_fake(*flat: Any) -> tuple[Tensor, ...]:
     _, hidden_grad, weight_grad, bias_grad, adapter_grad, scores = flat[N_COMMON:]
     student, n = call.student, call.student.hidden.shape[0]
     value = student.hidden.new_empty(n, dtype=call.dtype)
-    grads = HeadGrads.empty(student, call.vocab, call.dtype, "", weight=weight_grad, bias=bias_grad, adapter=adapter_grad)
+    keeps = keeps_dlogits(call, weight_grad=weight_grad, scores=scores)
+    kinds = {"weight": weight_grad and not keeps, "bias": bias_grad and not keeps, "adapter": adapter_grad and not keeps}
+    grads = HeadGrads.empty(student, call.vocab, call.dtype, "", **kinds)
     return (
         value,
         value.new_empty(len(FIELDS) if scores else 0, n),
         value.new_empty((n, student.hidden.shape[1]) if hidden_grad else (0, 0)),
         *grads,
         value.new_empty(n if weight_grad or bias_grad or adapter_grad else 0),
+        _dlogits(call._replace(backend=""), keeps=keeps, scores=scores),
     )
 
 

@@ -41,13 +41,13 @@ def mm(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
 def addmm(
     out: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0, alpha: float = 1.0, factors: Tensor | None = None
 ) -> Tensor:
-    """out = beta out + alpha a b, out in float32 where a and b have 16 bits, or b is bfloat16 and a float32; only then may
-    `factors` multiply the columns of a."""
-    if b.dtype == out.dtype:
+    """out = beta out + alpha a b, out in float32 where a and b have 16 bits. Where a is float32 and b bfloat16, `factors` may
+    multiply the columns of a, and with beta = 0 out may be bfloat16."""
+    if a.dtype == b.dtype == out.dtype:
         return out.addmm_(a, b, beta=beta, alpha=alpha)
     if out.device.type == "cuda":
         torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, beta=beta, alpha=alpha, out=out)
-    elif a.dtype == out.dtype or (b.dtype == torch.bfloat16 and alpha == 1 and a.stride(1) == 1 and multiplies_bf16()):
+    elif a.dtype != b.dtype or (b.dtype == torch.bfloat16 and alpha == 1 and a.stride(1) == 1 and multiplies_bf16()):
         torch.ops.topd.bf16_addmm(out, a, b, factors, beta, alpha)
     else:  # the same numbers, for the interpreter
         out.addmm_(a.to(out.dtype), b.to(out.dtype), beta=beta, alpha=alpha)
@@ -115,6 +115,7 @@ class HeadGrads(NamedTuple):
     def empty(
         cls, side: Side, vocab: int, dtype: torch.dtype, backend: str, *, weight: bool, bias: bool, adapter: bool
     ) -> "HeadGrads":
+        """Uninitialised sums for the head of `side`."""
         rank, width = (0 if side.a is None else side.a.shape[0]), side.weight.shape[1]
         shapes = ((vocab, width), weight), ((vocab,), bias), ((rank, width), adapter), ((vocab, rank), adapter)
         return cls(*(buffer(shape if asked else (0,), side.weight, dtype, backend) for shape, asked in shapes))
