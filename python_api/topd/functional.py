@@ -18,6 +18,7 @@ from topd.backends import choose_backend
 from topd.checks import flag, on_device, real, shaped, tensor
 from topd.divergences import Divergence, resolve_divergence
 from topd.head import Head
+from topd.ops.numbers import numbers_of
 from topd.reference import linear_divergence as reference
 from topd.reference.linear_divergence import RowSpec
 from topd.scores import TokenScores, unpack_scores
@@ -136,9 +137,12 @@ def linear_divergence(
         sides = (student_hidden, student, teacher_hidden, teacher)
         value, scores = reference.linear_divergence(*sides, flat_mask, flat_tokens, spec)
     else:
+        numbers = numbers_of(spec.temperature, spec.parameter, spec.hard_weight)
+        if numbers is not None:
+            spec = spec.with_numbers(1.0, 0.0, 0.0)
         common = (*op_side(student_hidden, student), *op_side(teacher_hidden, teacher), flat_mask, flat_tokens, *spec)
-        wanted = needs(student_hidden, student)
-        value, scores, *_ = torch.ops.topd.linear_divergence(*common, workspace_bytes, name, hint, *wanted, return_scores)
+        common = (*common, workspace_bytes, name, numbers)
+        value, scores, *_ = torch.ops.topd.linear_divergence(*common, hint, *needs(student_hidden, student), return_scores)
     value = value.reshape(shape)
     return (value, unpack_scores(scores, shape, has_tokens=tokens is not None)) if return_scores else value
 

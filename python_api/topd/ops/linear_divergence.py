@@ -48,13 +48,13 @@ _COMMON = (
     + _side_schema("teacher")
     + "Tensor? mask, Tensor? tokens, float student_scale, float? student_softcap, float teacher_scale, "
     "float? teacher_softcap, float temperature, str divergence, float parameter, float hard_weight, "
-    "int? workspace_bytes, str backend, "
+    "int? workspace_bytes, str backend, Tensor? numbers, "
 )
 _NEEDS = "bool hidden_grad, bool weight_grad, bool bias_grad, bool adapter_grad"
 _HEAD_GRADS = "Tensor weight, Tensor bias, Tensor a, Tensor b"
 
 
-N_COMMON = 24
+N_COMMON = 25
 
 
 torch.library.define(
@@ -70,7 +70,7 @@ torch.library.define(
 
 
 def _forward(*flat: Any) -> tuple[Tensor, ...]:
-    call = Call.unpack(flat[:N_COMMON])
+    call = Call.unpack(flat[:N_COMMON]).settled()
     hint, hidden_grad, weight_grad, bias_grad, adapter_grad, scores = flat[N_COMMON:]
     student = call.student
     n, device = student.hidden.shape[0], student.hidden.device
@@ -139,7 +139,7 @@ def _head_grads(call: Call, grad: Tensor, u: Tensor, saved: HeadGrads, hint: Ten
 
 
 def _backward(grad_value: Tensor, *flat: Any) -> tuple[Tensor, ...]:
-    call = Call.unpack(flat[:N_COMMON])
+    call = Call.unpack(flat[:N_COMMON]).settled()
     u, *saved, hint, uniform_hint, hidden_grad = flat[N_COMMON : N_COMMON + 8]
     student = call.student
     with torch.no_grad(), torch.autocast(grad_value.device.type, enabled=False):
