@@ -1,11 +1,15 @@
 """The public primitives: arguments checked, leading shapes flattened, then the op."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from topd.arguments import (
     autocast,
     check_head,
+    check_head_range,
+    check_range,
     check_side,
     check_temperature,
     check_workspace,
@@ -57,6 +61,18 @@ def _check_options(
             "hard_weight needs tokens, the sampled tokens [...] int64, got tokens=None; pass them or leave it at 0"
         )
     check_workspace(workspace_bytes)
+
+
+def _check_numbers(
+    student: Head, teacher: Head, temperature: float, divergence: Divergence, hard_weight: float, dtype: torch.dtype
+) -> None:
+    """Check that the tiles' dtype holds every number that the kernels compute with."""
+    check_range("temperature", temperature, dtype)
+    check_range("hard_weight", hard_weight, dtype)
+    if divergence.parameter != math.inf:
+        check_range(f"the parameter of {divergence!r}", divergence.parameter, dtype)
+    check_head_range("student", student, temperature, dtype)
+    check_head_range("teacher", teacher, temperature, dtype)
 
 
 def _spec(student: Head, teacher: Head, temperature: float, divergence: Divergence, hard_weight: float) -> RowSpec:
@@ -116,7 +132,8 @@ def linear_divergence(
         of it and `TokenScores`. -inf logits mean probability 0: a row is inf where its divergence is, never NaN.
 
     Raises:
-        TypeError, ValueError: a wrong type, shape, dtype, device, range or option, or a teacher tensor that requires grad.
+        TypeError, ValueError: a wrong type, shape, dtype, device, range or option, a number that overflows or vanishes in the
+            dtype of the result, or a teacher tensor that requires grad.
 
     Source: reverse KL: arXiv 2606.00305 (OPD); forward KL: arXiv 2606.08432, eq. 6; entry clip: arXiv 2601.18734.
     """
@@ -132,6 +149,8 @@ def linear_divergence(
 
     student_hidden, student = autocast(student_hidden.reshape(-1, student_hidden.shape[-1]), student)
     teacher_hidden, teacher = autocast(teacher_hidden.reshape(-1, teacher_hidden.shape[-1]), teacher)
+    dtype = torch.promote_types(torch.promote_types(student_hidden.dtype, teacher_hidden.dtype), torch.float32)
+    _check_numbers(student, teacher, temperature, chosen, hard_weight, dtype)
     spec = _spec(student, teacher, temperature, chosen, hard_weight)
     if name == "reference":
         sides = (student_hidden, student, teacher_hidden, teacher)

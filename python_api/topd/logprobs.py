@@ -5,6 +5,8 @@ from torch import Tensor
 
 from topd.arguments import (
     autocast,
+    check_head_range,
+    check_range,
     check_side,
     check_temperature,
     check_workspace,
@@ -88,6 +90,13 @@ def check_ids(name: str, ids: object, hidden: Tensor) -> Tensor:
     return on_device(name, checked, hidden.device, "hidden")
 
 
+def check_numbers(head: Head, temperature: float, dtype: torch.dtype) -> None:
+    """Check that the tile, float32 or wider, holds the numbers that the kernels compute with."""
+    dtype = torch.promote_types(dtype, torch.float32)
+    check_range("temperature", temperature, dtype)
+    check_head_range("head", head, temperature, dtype)
+
+
 def logprobs_and_outside(
     hidden: Tensor,
     head: Head,
@@ -122,6 +131,7 @@ def logprobs_and_outside(
     name = choose_backend(backend, hidden.device)
     shape, flat_ids = tuple(hidden.shape[:-1]), ids.reshape(hidden.shape[:-1].numel(), ids.shape[-1])
     states, head = autocast(hidden.reshape(-1, hidden.shape[-1]), head)
+    check_numbers(head, temperature, states.dtype)
     spec = LogprobSpec(float(head.scale), softcap_of(head), float(temperature))
     if name == "reference":
         logprobs, entropies, outside = reference.linear_logprobs(states, head, flat_ids, flat_mask, spec, padded=padded)
@@ -169,6 +179,7 @@ def topk_logprobs(
         raise ValueError(f"k must be at most the vocabulary's {vocab} entries, got {k}")
     flat_mask = None if mask is None else per_token("mask", mask, torch.bool, hidden, "hidden")
     states, head = autocast(hidden.reshape(-1, hidden.shape[-1]), head.detach())
+    check_numbers(head, temperature, states.dtype)
     numbers = numbers_of(temperature)
     spec = LogprobSpec(float(head.scale), softcap_of(head), float(temperature) if numbers is None else 1.0)
     common = (*op_side(states, head), flat_mask, *spec, numbers, k, workspace_bytes)
