@@ -2,9 +2,11 @@
 
 import math
 import sys
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 LARGEST = sys.float_info.max
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -106,3 +108,12 @@ def no_second_derivative(op: str) -> RuntimeError:
         f"topd.{op} has no second derivative, but its backward was differentiated (create_graph=True); differentiate once, or "
         "write the loss from topd.Head.logits and torch.log_softmax"
     )
+
+
+def no_forward_mode(op: str, tensors: Iterable[Tensor]) -> None:
+    """Check that no tensor carries a tangent of forward-mode AD, which the ops would lose in silence."""
+    if any(unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise RuntimeError(
+            f"topd.{op} has no forward-mode derivative, but a tensor carries a tangent (torch.func.jvp, jacfwd, "
+            "torch.autograd.forward_ad); use backward(), or write the loss from topd.Head.logits and torch.log_softmax"
+        )

@@ -19,7 +19,7 @@ from topd.arguments import (
     softcap_of,
 )
 from topd.backends import choose_backend
-from topd.checks import flag, on_device, real, shaped, tensor
+from topd.checks import flag, no_forward_mode, on_device, real, shaped, tensor
 from topd.divergences import Divergence, resolve_divergence
 from topd.head import Head
 from topd.ops.numbers import numbers_of
@@ -70,7 +70,7 @@ def _check_numbers(
     check_range("temperature", temperature, dtype)
     check_range("hard_weight", hard_weight, dtype)
     if divergence.parameter != math.inf:
-        check_range(f"the parameter of {divergence!r}", divergence.parameter, dtype)
+        check_range(f"{divergence.parameter_name} of {divergence.name!r}", divergence.parameter, dtype)
     check_head_range("student", student, temperature, dtype)
     check_head_range("teacher", teacher, temperature, dtype)
 
@@ -140,6 +140,8 @@ def linear_divergence(
     chosen = resolve_divergence(divergence)
     _check_pair(student_hidden, student, teacher_hidden, teacher)
     _check_options(temperature, hard_weight, tokens, return_scores, workspace_bytes)
+    heads = (*student.tensors().values(), *teacher.tensors().values())
+    no_forward_mode("linear_divergence", (student_hidden, teacher_hidden, *heads))
     shape = tuple(student_hidden.shape[:-1])
     like = (student_hidden, "student_hidden")
     flat_mask = None if mask is None else per_token("mask", mask, torch.bool, *like)

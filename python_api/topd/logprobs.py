@@ -17,7 +17,7 @@ from topd.arguments import (
     typed,
 )
 from topd.backends import choose_backend
-from topd.checks import flag, on_device, positive_int, shaped
+from topd.checks import flag, no_forward_mode, on_device, positive_int, shaped
 from topd.head import Head
 from topd.ops.numbers import numbers_of
 from topd.reference import linear_logprobs as reference
@@ -125,6 +125,7 @@ def logprobs_and_outside(
     check_ids("ids", ids, hidden)
     check_temperature(temperature)
     check_workspace(workspace_bytes)
+    no_forward_mode("linear_logprobs", (hidden, *head.tensors().values()))
     like = (hidden, "hidden")
     flat_mask = None if mask is None else per_token("mask", mask, torch.bool, *like)
     hint = None if weights_hint is None else per_token("weights_hint", weights_hint, None, *like).detach()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topd.checks import in_vocabulary
+from topd.checks import in_vocabulary, no_forward_mode
 from topd.ops.divergence_chunks import Call
 from topd.ops.one_pass import (
     at_inputs,
@@ -191,6 +191,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _gradient(ctx: Any, grad_value: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad_value is None:
         return at_inputs(ctx, None)
+    no_forward_mode("linear_divergence", [grad_value])
     common, kept = saved_call(ctx)
     return at_inputs(ctx, torch.ops.topd.linear_divergence_backward(grad_value, *common, *kept, ctx.uniform_hint, *ctx.needs))
 

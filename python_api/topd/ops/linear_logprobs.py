@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topd.checks import in_vocabulary
+from topd.checks import in_vocabulary, no_forward_mode
 from topd.ops.logprob_chunks import Call
 from topd.ops.logprob_gradient import (
     add_ids,
@@ -186,6 +186,7 @@ def _gradient(
     upstream = (grad_logprobs, grad_entropy if ctx.entropy else None, grad_outside)
     if all(grad is None for grad in upstream):
         return at_inputs(ctx, None)
+    no_forward_mode("linear_logprobs", [grad for grad in upstream if grad is not None])
     common, kept = saved_call(ctx)
     return at_inputs(ctx, torch.ops.topd.linear_logprobs_backward(*upstream, *common, *kept, ctx.uniform_hint, *ctx.needs))
 
