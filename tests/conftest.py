@@ -31,3 +31,14 @@ def backend(request: pytest.FixtureRequest, device: torch.device) -> str:
     if request.param == "cpp" and device.type != "cpu":
         pytest.skip("the cpp backend takes CPU tensors only")
     return request.param
+
+
+@pytest.fixture(params=["reference", "eager", "cpp", "triton"])
+def every_backend(request: pytest.FixtureRequest, device: torch.device) -> str:
+    """Triton too, where its kernels run: on a GPU, or in the interpreter."""
+    found = topd.backends()[request.param]
+    if not found or (request.param == "cpp" and device.type != "cpu"):
+        pytest.skip(str(found))
+    if request.param == "triton" and device.type == "cpu" and not found.interpreted:
+        pytest.skip("the kernels are not interpreted here")
+    return request.param

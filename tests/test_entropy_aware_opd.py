@@ -230,3 +230,23 @@ def test_refusals(changes, kind, words):
     with pytest.raises(kind) as caught:
         call(**changes)
     assert not [word for word in words if word not in str(caught.value)], caught.value
+
+
+@pytest.mark.parametrize("doubled", ["student", "teacher"])
+def test_one_side_of_float64_gives_all_parts_its_digits(doubled, backend, device):
+    """Both parts are computed from float32 states and weights of one side and float64 ones of the other."""
+    student, teacher = sides(device, bias=True, rank=2)
+    student, teacher = (
+        model if name == doubled else model.to(torch.float32).to(torch.float64)
+        for name, model in (("student", student), ("teacher", teacher))
+    )
+    options = {"top_k": 5, "entropy_threshold": 0.0, "backend": backend}
+    expected = truth(student, teacher, **{name: options[name] for name in ("top_k", "entropy_threshold")})
+    narrow = {"student": student, "teacher": teacher}
+    for name in narrow.keys() - {doubled}:
+        narrow[name] = narrow[name].to(torch.float32)
+    found = by_topd(narrow["student"], narrow["teacher"], **options)
+    torch.testing.assert_close(found.value, expected.value, rtol=1e-12, atol=1e-12)
+    rtol = 1e-10 if doubled == "student" else 1e-6  # gradients come back in the dtype of what they are of
+    for name, true in expected.grads.items():
+        torch.testing.assert_close(found.grads[name].double(), true, rtol=rtol, atol=rtol * true.abs().max().item())

@@ -91,6 +91,7 @@ CONSTRUCTION: dict[str, Refusal] = {
         ValueError,
         ["LowRank", "[r, H]", f"[2, {H}]", f"[{V}, 3]"],
     ),
+    "rank 0": (lambda: low_rank(rank=0), ValueError, ["LowRank.a", "r >= 1", f"[0, {H}]", "None"]),
     "low-rank 1-D": (lambda: topd.LowRank(f32(H), f32(V, 1), 1.0), ValueError, ["LowRank", "[r, H]", f"[{H}]"]),
     "low-rank dtype": (
         lambda: topd.LowRank(f32(2, H), f32(V, 2).double(), 1.0),

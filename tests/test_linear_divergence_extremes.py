@@ -219,3 +219,17 @@ def test_total_variation_takes_the_sign_of_zero_as_zero(backend, device):
 def test_a_row_without_a_distribution_is_nan_not_a_number_that_looks_right(logits, backend, device):
     found = by_topd(from_biases([0.0, 1.0], logits, topd.ReverseKL()).to(device), backend).value
     assert found.isnan().all()
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "scores alone"])
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_row_without_a_distribution_agrees_with_nothing(side, trained, every_backend, device):
+    """top1_agreement is False in row 1, where one side holds NaN, and True in the others, where both sides are one model. For
+    scores alone Triton has a kernel of its own."""
+    model = Model(torch.randn(3, 5), torch.randn(9, 5)).to(device)
+    hidden = {"student": model.hidden.clone(), "teacher": model.hidden.clone()}
+    hidden[side][1] = math.nan
+    sides = hidden["student"].requires_grad_(trained), model.head(), hidden["teacher"], model.head()
+    _, scores = topd.linear_divergence(*sides, return_scores=True, backend=every_backend)
+    assert scores.top1_agreement.tolist() == [True, False, True]
+    assert scores.forward_kl.isnan().tolist() == [False, True, False]

@@ -17,16 +17,6 @@ BAD = pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 FULL = {"student": {"bias": True, "rank": 2}, "teacher": {"bias": True}, "hard_weight": 0.3, "mask": True}
 
 
-@pytest.fixture(params=["reference", "eager", "cpp", "triton"])
-def every_backend(request: pytest.FixtureRequest, device: torch.device) -> str:
-    found = topd.backends()[request.param]
-    if not found or (request.param == "cpp" and device.type != "cpu"):
-        pytest.skip(str(found))
-    if request.param == "triton" and device.type == "cpu" and not found.interpreted:
-        pytest.skip("the kernels are not interpreted here")
-    return request.param
-
-
 def gradients(student: Model, compute: Callable[[Model], Tensor], upstream: Tensor) -> dict[str, Tensor]:
     leaves = student.leaves(TENSORS)
     compute(leaves).backward(upstream)

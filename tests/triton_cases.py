@@ -228,7 +228,7 @@ def plan_of(problem: Problem, workspace_bytes: int) -> ChunkPlan:
     call = [None] * N_COMMON
     call[:6] = student.hidden, student.weight, None, None, None, 1.0
     call[6:12] = teacher.hidden, teacher.weight, None, None, None, 1.0
-    call[14:] = 1.0, None, 1.0, None, 1.0, "reverse_kl", 0.0, 0.0, workspace_bytes, "triton"
+    call[14:24] = 1.0, None, 1.0, None, 1.0, "reverse_kl", 0.0, 0.0, workspace_bytes, "triton"
     return Call.unpack(tuple(call)).loop(None).plan
 
 

@@ -4,7 +4,8 @@ TOPD here is Trajectory-aware On-Policy Distillation (arXiv 2606.00305).
 """
 
 import topd.ops.linear_divergence
-import topd.ops.linear_logprobs  # noqa: F401  (both register their ops)
+import topd.ops.linear_logprobs
+import topd.ops.topk_logprobs  # noqa: F401  (all three register their ops)
 from topd.backends import Backend, backends
 from topd.divergences import JSD, Divergence, ForwardKL, ReverseKL, SkewKL, SkewReverseKL, TotalVariation
 from topd.entropy_aware import entropy_aware_opd

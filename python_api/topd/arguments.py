@@ -69,6 +69,28 @@ def check_workspace(workspace_bytes: object) -> None:
         positive_int("workspace_bytes", workspace_bytes, hint="None for the default")
 
 
+def check_range(name: str, value: float, dtype: torch.dtype) -> None:
+    """Check that a number neither overflows nor vanishes in the dtype in which a call computes."""
+    info = torch.finfo(dtype)
+    if value != 0 and not info.tiny <= abs(value) <= info.max:
+        raise ValueError(
+            f"{name} must be 0 or of magnitude {info.tiny:.3g} to {info.max:.3g}, which {dtype}, in which this call computes, "
+            f"can hold, got {value!r}; choose another one{'' if dtype == torch.float64 else ', or pass float64 tensors'}"
+        )
+
+
+def check_head_range(name: str, head: Head, temperature: float, dtype: torch.dtype) -> None:
+    """Check that a head's numbers, and those that the kernels make of them and the temperature, are held by dtype."""
+    check_range(f"{name}.scale", head.scale, dtype)
+    if head.adapter is not None:
+        check_range(f"{name}.adapter.scaling", head.adapter.scaling, dtype)
+    if head.softcap is not None:
+        check_range(f"{name}.softcap", head.softcap, dtype)
+        check_range(f"{name}.softcap / temperature", head.softcap / temperature, dtype)
+        check_range(f"{name}.scale / {name}.softcap", head.scale / head.softcap, dtype)
+    check_range(f"{name}.scale / temperature", head.scale / temperature, dtype)
+
+
 def softcap_of(head: Head) -> float | None:
     return None if head.softcap is None else float(head.softcap)
 
@@ -81,7 +103,11 @@ def autocast(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
     """Under torch.autocast, what F.linear would cast: everything floating but float64."""
     if not autocast_enabled(hidden.device) or torch.float64 in (hidden.dtype, head.weight.dtype):
         return hidden, head
-    dtype = torch.get_autocast_dtype(hidden.device.type)
+    return cast(hidden, head, torch.get_autocast_dtype(hidden.device.type))
+
+
+def cast(hidden: Tensor, head: Head, dtype: torch.dtype) -> tuple[Tensor, Head]:
+    """Return both in another dtype, differentiably; what has it is not copied."""
     bias = None if head.bias is None else head.bias.to(dtype)
     adapter = head.adapter
     if adapter is not None:

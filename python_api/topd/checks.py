@@ -1,10 +1,14 @@
 """Argument checks. Every message names the argument, the rule, what came and what to do."""
 
 import math
+import sys
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
+LARGEST = sys.float_info.max
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -18,20 +22,26 @@ def real(
     open_high: bool = False,
     hint: str = "",
 ) -> float:
-    """A finite Python number within the bounds, as a float."""
+    """Return a finite Python number within the bounds, as a float. Only comparisons: what comes in a region that torch.compile
+    traces with dynamic=True may be a symbol, which math.isfinite does not take."""
     tail = f"; {hint}" if hint else ""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}{tail}")
     below = value <= low if open_low else value < low
     above = value >= high if open_high else value > high
-    if not math.isfinite(value) or below or above:
+    if not -LARGEST <= value <= LARGEST or below or above:
         bounds = []
         if low > -math.inf:
             bounds.append(f"{'>' if open_low else '>='} {low:g}")
         if high < math.inf:
             bounds.append(f"{'<' if open_high else '<='} {high:g}")
-        raise ValueError(f"{name} must be finite{' and ' if bounds else ''}{' and '.join(bounds)}, got {value!r}{tail}")
+        raise ValueError(f"{name} must be finite{' and ' if bounds else ''}{' and '.join(bounds)}, got {_shown(value)}{tail}")
     return float(value)
+
+
+def _shown(value: float) -> str:
+    """A number as a message shows it: ints beyond float64's range by their length."""
+    return repr(value) if isinstance(value, float) or -LARGEST <= value <= LARGEST else f"an int of {value.bit_length()} bits"
 
 
 def flag(name: str, value: object) -> bool:
@@ -98,3 +108,12 @@ def no_second_derivative(op: str) -> RuntimeError:
         f"topd.{op} has no second derivative, but its backward was differentiated (create_graph=True); differentiate once, or "
         "write the loss from topd.Head.logits and torch.log_softmax"
     )
+
+
+def no_forward_mode(op: str, tensors: Iterable[Tensor]) -> None:
+    """Check that no tensor carries a tangent of forward-mode AD, which the ops would lose in silence."""
+    if any(unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise RuntimeError(
+            f"topd.{op} has no forward-mode derivative, but a tensor carries a tangent (torch.func.jvp, jacfwd, "
+            "torch.autograd.forward_ad); use backward(), or write the loss from topd.Head.logits and torch.log_softmax"
+        )

@@ -13,9 +13,11 @@ from topd.checks import real
 
 @dataclass(frozen=True)
 class Divergence:
-    """Base of the divergences: `name` is what the ops are told, `parameter` the one number that goes with it."""
+    """Base of the divergences: `name` is what the ops are told, `parameter` the one number that goes with it, and
+    `parameter_name` the field that holds it."""
 
     name: ClassVar[str] = ""
+    parameter_name: ClassVar[str] = ""
 
     @property
     def parameter(self) -> float:
@@ -34,6 +36,7 @@ class ForwardKL(Divergence):
     """
 
     name: ClassVar[str] = "forward_kl"
+    parameter_name: ClassVar[str] = "entry_clip"
     entry_clip: float | None = None
 
     def __post_init__(self) -> None:
@@ -61,6 +64,7 @@ class JSD(Divergence):
     """
 
     name: ClassVar[str] = "jsd"
+    parameter_name: ClassVar[str] = "beta"
     beta: float = 0.5
 
     def __post_init__(self) -> None:
@@ -81,6 +85,7 @@ class SkewKL(Divergence):
     """
 
     name: ClassVar[str] = "skew_kl"
+    parameter_name: ClassVar[str] = "alpha"
     alpha: float = 0.1
 
     def __post_init__(self) -> None:
@@ -101,6 +106,7 @@ class SkewReverseKL(Divergence):
     """
 
     name: ClassVar[str] = "skew_reverse_kl"
+    parameter_name: ClassVar[str] = "alpha"
     alpha: float = 0.1
 
     def __post_init__(self) -> None:

@@ -2,9 +2,10 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from topd.arguments import check_side
+from topd.arguments import autocast, cast, check_range, check_side
 from topd.checks import positive_int, real
 from topd.functional import linear_divergence
 from topd.head import Head
@@ -54,6 +55,8 @@ def entropy_aware_opd(
         raise ValueError(f"top_k must be at most the common vocabulary's {vocab} entries, got {top_k}")
     real("entropy_threshold", entropy_threshold, low=0.0)
     real("coef", coef, low=0.0)
+    dtype = torch.promote_types(torch.promote_types(student_hidden.dtype, teacher_hidden.dtype), torch.float32)
+    check_range("coef", coef, dtype)
     sides = (student_hidden, student, teacher_hidden, teacher)
     options: dict[str, Any] = {"temperature": temperature, "workspace_bytes": workspace_bytes}
     trained = options | {"weights_hint": weights_hint, "backend": backend}
@@ -65,6 +68,9 @@ def entropy_aware_opd(
     undecided = scores.teacher_entropy >= entropy_threshold
     if mask is not None:
         undecided = undecided & mask
+    if dtype == torch.float64:  # one side of fewer digits: the top-k's part is computed as the reverse KL's is
+        student_hidden, student = cast(*autocast(student_hidden, student), dtype)
+        teacher_hidden, teacher = cast(*autocast(teacher_hidden, teacher), dtype)
     ids, logprobs = topk_logprobs(teacher_hidden, teacher.first(vocab), top_k, mask=undecided, **options)
     guidance = soft_target_kl(
         student_hidden, student.first(vocab), ids, logprobs.exp(), normalize=True, mask=undecided, **trained

@@ -1,11 +1,15 @@
 """The public primitives: arguments checked, leading shapes flattened, then the op."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from topd.arguments import (
     autocast,
     check_head,
+    check_head_range,
+    check_range,
     check_side,
     check_temperature,
     check_workspace,
@@ -15,9 +19,10 @@ from topd.arguments import (
     softcap_of,
 )
 from topd.backends import choose_backend
-from topd.checks import flag, on_device, real, shaped, tensor
+from topd.checks import flag, no_forward_mode, on_device, real, shaped, tensor
 from topd.divergences import Divergence, resolve_divergence
 from topd.head import Head
+from topd.ops.numbers import numbers_of
 from topd.reference import linear_divergence as reference
 from topd.reference.linear_divergence import RowSpec
 from topd.scores import TokenScores, unpack_scores
@@ -56,6 +61,18 @@ def _check_options(
             "hard_weight needs tokens, the sampled tokens [...] int64, got tokens=None; pass them or leave it at 0"
         )
     check_workspace(workspace_bytes)
+
+
+def _check_numbers(
+    student: Head, teacher: Head, temperature: float, divergence: Divergence, hard_weight: float, dtype: torch.dtype
+) -> None:
+    """Check that the tiles' dtype holds every number that the kernels compute with."""
+    check_range("temperature", temperature, dtype)
+    check_range("hard_weight", hard_weight, dtype)
+    if divergence.parameter != math.inf:
+        check_range(f"{divergence.parameter_name} of {divergence.name!r}", divergence.parameter, dtype)
+    check_head_range("student", student, temperature, dtype)
+    check_head_range("teacher", teacher, temperature, dtype)
 
 
 def _spec(student: Head, teacher: Head, temperature: float, divergence: Divergence, hard_weight: float) -> RowSpec:
@@ -115,13 +132,16 @@ def linear_divergence(
         of it and `TokenScores`. -inf logits mean probability 0: a row is inf where its divergence is, never NaN.
 
     Raises:
-        TypeError, ValueError: a wrong type, shape, dtype, device, range or option, or a teacher tensor that requires grad.
+        TypeError, ValueError: a wrong type, shape, dtype, device, range or option, a number that overflows or vanishes in the
+            dtype of the result, or a teacher tensor that requires grad.
 
     Source: reverse KL: arXiv 2606.00305 (OPD); forward KL: arXiv 2606.08432, eq. 6; entry clip: arXiv 2601.18734.
     """
     chosen = resolve_divergence(divergence)
     _check_pair(student_hidden, student, teacher_hidden, teacher)
     _check_options(temperature, hard_weight, tokens, return_scores, workspace_bytes)
+    heads = (*student.tensors().values(), *teacher.tensors().values())
+    no_forward_mode("linear_divergence", (student_hidden, teacher_hidden, *heads))
     shape = tuple(student_hidden.shape[:-1])
     like = (student_hidden, "student_hidden")
     flat_mask = None if mask is None else per_token("mask", mask, torch.bool, *like)
@@ -131,14 +151,19 @@ def linear_divergence(
 
     student_hidden, student = autocast(student_hidden.reshape(-1, student_hidden.shape[-1]), student)
     teacher_hidden, teacher = autocast(teacher_hidden.reshape(-1, teacher_hidden.shape[-1]), teacher)
+    dtype = torch.promote_types(torch.promote_types(student_hidden.dtype, teacher_hidden.dtype), torch.float32)
+    _check_numbers(student, teacher, temperature, chosen, hard_weight, dtype)
     spec = _spec(student, teacher, temperature, chosen, hard_weight)
     if name == "reference":
         sides = (student_hidden, student, teacher_hidden, teacher)
         value, scores = reference.linear_divergence(*sides, flat_mask, flat_tokens, spec)
     else:
+        numbers = numbers_of(spec.temperature, spec.parameter, spec.hard_weight)
+        if numbers is not None:
+            spec = spec.with_numbers(1.0, 0.0, 0.0)
         common = (*op_side(student_hidden, student), *op_side(teacher_hidden, teacher), flat_mask, flat_tokens, *spec)
-        wanted = needs(student_hidden, student)
-        value, scores, *_ = torch.ops.topd.linear_divergence(*common, workspace_bytes, name, hint, *wanted, return_scores)
+        common = (*common, workspace_bytes, name, numbers)
+        value, scores, *_ = torch.ops.topd.linear_divergence(*common, hint, *needs(student_hidden, student), return_scores)
     value = value.reshape(shape)
     return (value, unpack_scores(scores, shape, has_tokens=tokens is not None)) if return_scores else value
 

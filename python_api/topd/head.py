@@ -19,7 +19,7 @@ class LowRank:
     """A low-rank adapter on a head: logits += scaling * (h aᵀ) bᵀ.
 
     Args:
-        a: [r, H] floating; its dtype may differ from the head's (PEFT keeps adapters in float32).
+        a: [r, H] floating, r >= 1; its dtype may differ from the head's (PEFT keeps adapters in float32).
         b: [V, r], dtype of `a`.
         scaling: a number; LoRA's alpha / r.
 
@@ -37,6 +37,8 @@ class LowRank:
         real("LowRank.scaling", self.scaling)
         if self.a.dim() != 2 or self.b.dim() != 2 or self.a.shape[0] != self.b.shape[1]:
             raise ValueError(f"LowRank takes a [r, H] and b [V, r], got a {list(self.a.shape)} and b {list(self.b.shape)}")
+        if self.a.shape[0] == 0:
+            raise ValueError(f"LowRank.a must have a rank r >= 1, got a {list(self.a.shape)}; leave the adapter None for none")
         if self.a.dtype != self.b.dtype:
             raise ValueError(f"LowRank.a and LowRank.b must share a dtype, got {self.a.dtype} and {self.b.dtype}")
         on_device("LowRank.b", self.b, self.a.device, "LowRank.a")

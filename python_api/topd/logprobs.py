@@ -5,6 +5,8 @@ from torch import Tensor
 
 from topd.arguments import (
     autocast,
+    check_head_range,
+    check_range,
     check_side,
     check_temperature,
     check_workspace,
@@ -15,11 +17,9 @@ from topd.arguments import (
     typed,
 )
 from topd.backends import choose_backend
-from topd.checks import flag, on_device, positive_int, shaped
-from topd.head import Head, shape_logits
-from topd.ops.one_pass import chosen_rows, workspace
-from topd.ops.tiles import Side
-from topd.plan import plan_chunks
+from topd.checks import flag, no_forward_mode, on_device, positive_int, shaped
+from topd.head import Head
+from topd.ops.numbers import numbers_of
 from topd.reference import linear_logprobs as reference
 from topd.reference.linear_logprobs import LogprobSpec
 
@@ -90,6 +90,13 @@ def check_ids(name: str, ids: object, hidden: Tensor) -> Tensor:
     return on_device(name, checked, hidden.device, "hidden")
 
 
+def check_numbers(head: Head, temperature: float, dtype: torch.dtype) -> None:
+    """Check that the tile, float32 or wider, holds the numbers that the kernels compute with."""
+    dtype = torch.promote_types(dtype, torch.float32)
+    check_range("temperature", temperature, dtype)
+    check_head_range("head", head, temperature, dtype)
+
+
 def logprobs_and_outside(
     hidden: Tensor,
     head: Head,
@@ -118,17 +125,22 @@ def logprobs_and_outside(
     check_ids("ids", ids, hidden)
     check_temperature(temperature)
     check_workspace(workspace_bytes)
+    no_forward_mode("linear_logprobs", (hidden, *head.tensors().values()))
     like = (hidden, "hidden")
     flat_mask = None if mask is None else per_token("mask", mask, torch.bool, *like)
     hint = None if weights_hint is None else per_token("weights_hint", weights_hint, None, *like).detach()
     name = choose_backend(backend, hidden.device)
     shape, flat_ids = tuple(hidden.shape[:-1]), ids.reshape(hidden.shape[:-1].numel(), ids.shape[-1])
     states, head = autocast(hidden.reshape(-1, hidden.shape[-1]), head)
+    check_numbers(head, temperature, states.dtype)
     spec = LogprobSpec(float(head.scale), softcap_of(head), float(temperature))
     if name == "reference":
         logprobs, entropies, outside = reference.linear_logprobs(states, head, flat_ids, flat_mask, spec, padded=padded)
     else:
-        common = (*op_side(states, head), flat_mask, flat_ids, *spec, workspace_bytes, name, padded, dense)
+        numbers = numbers_of(spec.temperature)
+        if numbers is not None:
+            spec = spec._replace(temperature=1.0)
+        common = (*op_side(states, head), flat_mask, flat_ids, *spec, workspace_bytes, name, padded, dense, numbers)
         found = torch.ops.topd.linear_logprobs(*common, hint, *needs(states, head), entropy)
         logprobs, entropies, outside = found[:3]
     return logprobs.reshape(ids.shape), entropies.reshape(shape) if entropy else entropies, outside.reshape(shape)
@@ -168,27 +180,10 @@ def topk_logprobs(
         raise ValueError(f"k must be at most the vocabulary's {vocab} entries, got {k}")
     flat_mask = None if mask is None else per_token("mask", mask, torch.bool, hidden, "hidden")
     states, head = autocast(hidden.reshape(-1, hidden.shape[-1]), head.detach())
-    dtype = torch.promote_types(states.dtype, torch.float32)
-    ids = torch.zeros(states.shape[0], k, dtype=torch.int64, device=states.device)
-    logprobs = torch.full((states.shape[0], k), -torch.inf, dtype=dtype, device=states.device)
-    chosen = chosen_rows(flat_mask)
-    plan = plan_chunks(
-        states.shape[0] if chosen is None else chosen.numel(),
-        vocab,
-        itemsize=dtype.itemsize,
-        workspace_bytes=workspace(states.device, workspace_bytes),
-        temporaries=2,
-    )
-    with torch.autocast(states.device.type, enabled=False):
-        side = Side(*op_side(states, head)).widened(vocab, dtype)
-        tile = states.new_empty((plan.rows, vocab), dtype=dtype)
-        for start, stop in plan.bounds():
-            at = slice(start, stop) if chosen is None else chosen[start:stop]
-            logits = tile[: stop - start]
-            side.multiply(states[at].to(dtype), logits)
-            logits = shape_logits(logits, side.bias, head.scale, softcap_of(head), temperature)
-            top, ids[at] = logits.topk(k, dim=-1)
-            rest = (logits - top[:, :1]).exp_().scatter_(-1, ids[at][:, :1], 0.0).sum(-1, keepdim=True)
-            logprobs[at] = (top - top[:, :1]) - rest.log1p()
+    check_numbers(head, temperature, states.dtype)
+    numbers = numbers_of(temperature)
+    spec = LogprobSpec(float(head.scale), softcap_of(head), float(temperature) if numbers is None else 1.0)
+    common = (*op_side(states, head), flat_mask, *spec, numbers, k, workspace_bytes)
+    ids, logprobs = torch.ops.topd.topk_logprobs(*common)
     shape = (*hidden.shape[:-1], k)
     return ids.reshape(shape), logprobs.reshape(shape)

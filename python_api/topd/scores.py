@@ -26,7 +26,8 @@ class TokenScores:
         forward_kl, reverse_kl: KL(p_T || p_S) and KL(p_S || p_T), nats, never clipped.
         student_entropy, teacher_entropy: nats.
         student_logprob, teacher_logprob: log-probability of the given token, nats; None where no tokens were given.
-        top1_agreement: bool, whether both sides' most likely entry is the same (ties go to the smaller id).
+        top1_agreement: bool, whether both sides' most likely entry is the same (ties go to the smaller id); False where a
+            side has no distribution.
         student_lost_mass, teacher_lost_mass: probability of the entries beyond the common vocabulary, of that side's own
             full distribution; 0 where the vocabularies are equal.
     """
@@ -52,7 +53,7 @@ def unpack_scores(scores: Tensor, shape: tuple[int, ...], *, has_tokens: bool) -
         teacher_entropy=field["teacher_entropy"],
         student_logprob=field["student_logprob"] if has_tokens else None,
         teacher_logprob=field["teacher_logprob"] if has_tokens else None,
-        top1_agreement=field["top1_agreement"] != 0,
+        top1_agreement=field["top1_agreement"] == 1,  # NaN where a row has no distribution
         student_lost_mass=field["student_lost_mass"],
         teacher_lost_mass=field["teacher_lost_mass"],
     )

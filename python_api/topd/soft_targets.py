@@ -208,7 +208,8 @@ def topk_divergence(
 
     Returns:
         [...] float32 (float64 for float64), nats. Where the teacher's k tokens hold all of its mass, its tail is 0 and the
-        reverse KL with "tail" is inf (without a gradient), unless the student's tail is 0 too.
+        reverse KL with "tail" is inf (without a gradient), unless the student's tail is 0 too. "renormalised" is inf (without
+        a gradient) in both directions where the student's mass on the k tokens is 0: it has no distribution over them.
 
     Raises:
         TypeError, ValueError: a wrong type, shape, dtype, range or option; repeated ids, too much mass. Values are checked on
@@ -250,11 +251,14 @@ def topk_divergence(
     )
     log_s = logprobs.double()
     if support == "renormalised":
+        nowhere = log_s.isneginf().all(-1) & ~log_t.isneginf().all(-1)
         log_t, log_s = _renormalised(log_t), _renormalised(log_s)
     elif support == "tail":
         log_t, log_s = _with_bucket(log_t, _log_tail(log_t, vocab)), _with_bucket(log_s, outside.double())
     log_p, log_q = (log_t, log_s) if direction == "forward" else (log_s, log_t)
     value = _plain_kl(log_p, log_q) if support == "raw" else _entries_kl(log_p, log_q)
+    if support == "renormalised":
+        value = value.masked_fill(nowhere, torch.inf)
     return _finish(value, mask, logprobs.dtype)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from topd.backends import kernel
 from topd.ops.advise_huge_pages import buffer
 from topd.ops.divergence_rows import run_rows
+from topd.ops.numbers import numbers_in
 from topd.ops.one_pass import workspace
 from topd.ops.score_tokens import run_scores, serves
 from topd.ops.tiles import Side, grad_dtype, product_dtype
@@ -117,10 +118,17 @@ class Call(NamedTuple):
     spec: RowSpec
     workspace_bytes: int | None
     backend: str
+    numbers: Tensor | None
 
     @classmethod
     def unpack(cls, flat: tuple[Any, ...]) -> "Call":
-        return cls(Side(*flat[:6]), Side(*flat[6:12]), flat[12], flat[13], RowSpec(*flat[14:22]), flat[22], flat[23])
+        return cls(Side(*flat[:6]), Side(*flat[6:12]), flat[12], flat[13], RowSpec(*flat[14:22]), *flat[22:25])
+
+    def settled(self) -> "Call":
+        """The same with its spec's numbers read from the tensor that holds them inside torch.compile."""
+        spec = self.spec
+        values = numbers_in(self.numbers, spec.temperature, spec.parameter, spec.hard_weight)
+        return self._replace(spec=spec.with_numbers(*values))
 
     @property
     def dtype(self) -> torch.dtype:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topd.checks import in_vocabulary
+from topd.checks import in_vocabulary, no_forward_mode
 from topd.ops.advise_huge_pages import buffer
 from topd.ops.divergence_chunks import Call
 from topd.ops.few_rows import keeps_dlogits, kept_gradients
@@ -50,13 +50,13 @@ _COMMON = (
     + _side_schema("teacher")
     + "Tensor? mask, Tensor? tokens, float student_scale, float? student_softcap, float teacher_scale, "
     "float? teacher_softcap, float temperature, str divergence, float parameter, float hard_weight, "
-    "int? workspace_bytes, str backend, "
+    "int? workspace_bytes, str backend, Tensor? numbers, "
 )
 _NEEDS = "bool hidden_grad, bool weight_grad, bool bias_grad, bool adapter_grad"
 _HEAD_GRADS = "Tensor weight, Tensor bias, Tensor a, Tensor b"
 
 
-N_COMMON = 24
+N_COMMON = 25
 
 
 torch.library.define(
@@ -72,7 +72,7 @@ torch.library.define(
 
 
 def _forward(*flat: Any) -> tuple[Tensor, ...]:
-    call = Call.unpack(flat[:N_COMMON])
+    call = Call.unpack(flat[:N_COMMON]).settled()
     hint, hidden_grad, weight_grad, bias_grad, adapter_grad, scores = flat[N_COMMON:]
     student = call.student
     n, device = student.hidden.shape[0], student.hidden.device
@@ -155,7 +155,7 @@ def _head_grads(call: Call, grad: Tensor, u: Tensor, saved: HeadGrads, hint: Ten
 
 
 def _backward(grad_value: Tensor, *flat: Any) -> tuple[Tensor, ...]:
-    call = Call.unpack(flat[:N_COMMON])
+    call = Call.unpack(flat[:N_COMMON]).settled()
     u, *saved, hint, dlogits, uniform_hint, hidden_grad, weight_grad, bias_grad, adapter_grad = flat[N_COMMON:]
     student = call.student
     with torch.no_grad(), torch.autocast(grad_value.device.type, enabled=False):
@@ -213,6 +213,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _gradient(ctx: Any, grad_value: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad_value is None:
         return at_inputs(ctx, None)
+    no_forward_mode("linear_divergence", [grad_value])
     common, kept = saved_call(ctx)
     return at_inputs(ctx, torch.ops.topd.linear_divergence_backward(grad_value, *common, *kept, ctx.uniform_hint, *ctx.needs))
 

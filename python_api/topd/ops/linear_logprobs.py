@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topd.checks import in_vocabulary
+from topd.checks import in_vocabulary, no_forward_mode
 from topd.ops.logprob_chunks import Call
 from topd.ops.logprob_gradient import (
     add_ids,
@@ -43,6 +43,7 @@ from topd.reference.linear_logprobs import HEAD_VOCABULARY
 _COMMON = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor? a, Tensor? b, float scaling, Tensor? mask, Tensor ids, "
     "float scale, float? softcap, float temperature, int? workspace_bytes, str backend, bool padded, bool dense, "
+    "Tensor? numbers, "
 )
 _NEEDS = "bool hidden_grad, bool weight_grad, bool bias_grad, bool adapter_grad"
 _HEAD_GRADS = "Tensor weight, Tensor bias, Tensor a, Tensor b"
@@ -50,7 +51,7 @@ _KEPT = (
     "Tensor logprobs, Tensor outside, Tensor u, Tensor weight_sum, Tensor bias_sum, Tensor a_sum, Tensor b_sum, "
     "Tensor u_entropy, Tensor first, Tensor slope, Tensor hint"
 )
-N_COMMON = 15
+N_COMMON = 16
 
 torch.library.define(
     "topd::linear_logprobs",
@@ -66,7 +67,7 @@ torch.library.define(
 
 
 def _forward(*flat: Any) -> tuple[Tensor, ...]:
-    call = Call.unpack(flat[:N_COMMON])
+    call = Call.unpack(flat[:N_COMMON]).settled()
     hint, hidden_grad, weight_grad, bias_grad, adapter_grad, entropy = flat[N_COMMON:]
     (n, width), device = call.side.hidden.shape, call.side.hidden.device
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
@@ -111,7 +112,7 @@ def _forward(*flat: Any) -> tuple[Tensor, ...]:
 
 
 def _backward(*flat: Any) -> tuple[Tensor, ...]:
-    call = Call.unpack(flat[3 : 3 + N_COMMON])
+    call = Call.unpack(flat[3 : 3 + N_COMMON]).settled()
     logprobs, outside, u, *saved_grads, u_entropy, first, slope, hint = flat[3 + N_COMMON : 14 + N_COMMON]
     uniform_hint, hidden_grad, *head_needs = flat[14 + N_COMMON :]
     saved, side = HeadGrads(*saved_grads), call.side
@@ -185,6 +186,7 @@ def _gradient(
     upstream = (grad_logprobs, grad_entropy if ctx.entropy else None, grad_outside)
     if all(grad is None for grad in upstream):
         return at_inputs(ctx, None)
+    no_forward_mode("linear_logprobs", [grad for grad in upstream if grad is not None])
     common, kept = saved_call(ctx)
     return at_inputs(ctx, torch.ops.topd.linear_logprobs_backward(*upstream, *common, *kept, ctx.uniform_hint, *ctx.needs))
 

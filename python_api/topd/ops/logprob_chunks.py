@@ -8,6 +8,7 @@ from torch import Tensor
 
 from topd.ops.advise_huge_pages import buffer
 from topd.ops.logprob_rows import run_rows
+from topd.ops.numbers import numbers_in
 from topd.ops.one_pass import workspace
 from topd.ops.tiles import HeadGrads, Side, grad_dtype
 from topd.plan import EAGER_LOGPROB_TEMPORARIES, plan_chunks
@@ -37,10 +38,16 @@ class Call(NamedTuple):
     backend: str
     padded: bool
     dense: bool
+    numbers: Tensor | None
 
     @classmethod
     def unpack(cls, flat: tuple[Any, ...]) -> "Call":
-        return cls(Side(*flat[:6]), flat[6], flat[7], LogprobSpec(*flat[8:11]), *flat[11:15])
+        return cls(Side(*flat[:6]), flat[6], flat[7], LogprobSpec(*flat[8:11]), *flat[11:16])
+
+    def settled(self) -> "Call":
+        """The same with its temperature read from the tensor that holds it inside torch.compile."""
+        (temperature,) = numbers_in(self.numbers, self.spec.temperature)
+        return self._replace(spec=self.spec._replace(temperature=temperature))
 
     @property
     def dtype(self) -> torch.dtype:

@@ -40,6 +40,10 @@ class RowSpec(NamedTuple):
     parameter: float
     hard_weight: float
 
+    def with_numbers(self, temperature: float, parameter: float, hard_weight: float) -> "RowSpec":
+        """The same with other values of what may change from call to call."""
+        return self._replace(temperature=temperature, parameter=parameter, hard_weight=hard_weight)
+
     @property
     def jumps(self) -> bool:
         """Whether the gradient to the logits jumps: the total variation's where p_S = p_T, the entry clip's where an entry
