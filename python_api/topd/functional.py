@@ -9,6 +9,7 @@ from topd.arguments import (
     check_side,
     check_temperature,
     check_workspace,
+    kept_side,
     needs,
     op_side,
     per_token,
@@ -122,6 +123,8 @@ def linear_divergence(
     chosen = resolve_divergence(divergence)
     _check_pair(student_hidden, student, teacher_hidden, teacher)
     _check_options(temperature, hard_weight, tokens, return_scores, workspace_bytes)
+    student_hidden, student = kept_side("student_hidden", student_hidden, "student", student)
+    teacher_hidden, teacher = kept_side("teacher_hidden", teacher_hidden, "teacher", teacher)
     shape = tuple(student_hidden.shape[:-1])
     like = (student_hidden, "student_hidden")
     flat_mask = None if mask is None else per_token("mask", mask, torch.bool, *like)

@@ -8,6 +8,7 @@ from topd.arguments import (
     check_side,
     check_temperature,
     check_workspace,
+    kept_side,
     needs,
     op_side,
     per_token,
@@ -115,7 +116,8 @@ def logprobs_and_outside(
         logprobs [..., M], entropy [...] (or [0]), outside [...].
     """
     check_side("hidden", hidden, "head", head)
-    check_ids("ids", ids, hidden)
+    hidden, head = kept_side("hidden", hidden, "head", head)
+    ids = check_ids("ids", ids, hidden)
     check_temperature(temperature)
     check_workspace(workspace_bytes)
     like = (hidden, "hidden")

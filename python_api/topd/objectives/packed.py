@@ -13,7 +13,7 @@ from torch import Tensor
 
 from topd.arguments import check_offsets, typed
 from topd.branching.decoders import Decoder, decoder_of
-from topd.branching.inputs import binary
+from topd.branching.inputs import binary, check_differentiable
 from topd.objectives.config import OPDConfig
 from topd.objectives.rollouts import Stages, at_token, compare_states, scores_at_token
 from topd.scores import TokenScores
@@ -83,6 +83,7 @@ def packed_pass(
 ) -> tuple[Tensor, TokenScores]:
     """The loss of each response token [N], 0 elsewhere, and its scores."""
     student, teacher = _packing("student", student_model), _packing("teacher", teacher_model)
+    check_differentiable("student", student.model)
     given = packed.input_ids, packed.position_ids, packed.bounds
     with stages.stage("student_forward"):
         student_hidden = student.packed_states(*given)
