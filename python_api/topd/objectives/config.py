@@ -1,5 +1,6 @@
 """Options of the objectives; refused when they are made, not when a step runs."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -23,8 +24,11 @@ EMBEDDINGS = ("student", "teacher", "student_hidden")
 class OPDConfig:
     """Options of on-policy distillation.
 
+    `OPDConfig(**dataclasses.asdict(config))` is the same again, also by way of YAML or JSON.
+
     Args:
-        divergence: a name or a `topd` divergence, per response token.
+        divergence: per response token: a name, a `topd` divergence, or a mapping of its name and parameters such as
+            {"name": "jsd", "beta": 0.3}, which becomes the divergence.
         temperature: > 0, of both models in every score and loss.
         reduction: "token", the mean over all response tokens of the batch; "sequence", the mean over each response, then over
             the responses that are not empty.
@@ -36,13 +40,15 @@ class OPDConfig:
     Source: arXiv 2606.00305: reverse KL over the full vocabulary. The reductions and hard_weight are our options.
     """
 
-    divergence: str | Divergence = "reverse_kl"
+    divergence: str | Divergence | Mapping[str, object] = "reverse_kl"
     temperature: float = 1.0
     reduction: str = "token"
     hard_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        resolve_divergence(self.divergence)
+        divergence = resolve_divergence(self.divergence)
+        if isinstance(self.divergence, Mapping):
+            object.__setattr__(self, "divergence", divergence)
         check_temperature(self.temperature)
         choice("reduction", self.reduction, REDUCTIONS)
         real("hard_weight", self.hard_weight, low=0.0)
