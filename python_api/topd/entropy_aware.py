@@ -65,7 +65,7 @@ def entropy_aware_opd(
     undecided = scores.teacher_entropy >= entropy_threshold
     if mask is not None:
         undecided = undecided & mask
-    ids, logprobs = topk_logprobs(teacher_hidden, teacher.first(vocab), top_k, mask=undecided, **options)
+    logprobs, ids = topk_logprobs(teacher_hidden, teacher.first(vocab), top_k, mask=undecided, **options)
     guidance = soft_target_kl(
         student_hidden, student.first(vocab), ids, logprobs.exp(), normalize=True, mask=undecided, **trained
     )

@@ -1,5 +1,7 @@
 """`linear_logprobs`, the second primitive, and `topk_logprobs`, which makes an offline teacher's targets."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,21 @@ from topd.ops.tiles import Side
 from topd.plan import plan_chunks
 from topd.reference import linear_logprobs as reference
 from topd.reference.linear_logprobs import LogprobSpec
+
+# For who unpacks topk_logprobs in the order that it had before 0.2.
+TOPK_ORDER = "topd.topk_logprobs returns (logprobs, ids), as torch.topk does, no longer (ids, logprobs)"
+
+
+class TopK(NamedTuple):
+    """The k most likely tokens of each row, the largest first.
+
+    Attributes:
+        logprobs: [..., k] floating, nats; -inf where there is no token.
+        ids: [..., k] int64; 0 where there is no token.
+    """
+
+    logprobs: Tensor
+    ids: Tensor
 
 
 def linear_logprobs(
@@ -82,6 +99,8 @@ def linear_logprobs(
 
 def check_ids(name: str, ids: object, hidden: Tensor) -> Tensor:
     """ids [..., M] for hidden [..., H]."""
+    if isinstance(ids, Tensor) and ids.is_floating_point():
+        raise TypeError(f"{name} must be torch.int64, got {ids.dtype}; cast ids with .to(torch.int64); {TOPK_ORDER}")
     checked = typed(name, ids, torch.int64)
     if checked.dim() != hidden.dim():
         raise ValueError(
@@ -145,7 +164,7 @@ def topk_logprobs(
     temperature: float = 1.0,
     mask: Tensor | None = None,
     workspace_bytes: int | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> TopK:
     """The k most likely tokens of each row and their log-probabilities, in chunks, without gradients: an offline teacher.
 
     Args:
@@ -157,7 +176,8 @@ def topk_logprobs(
         workspace_bytes: bound for the tile of logits, as in `linear_logprobs`.
 
     Returns:
-        ids [..., k] int64 and log-probabilities [..., k] float32 (float64 for float64), nats, the largest first.
+        (logprobs, ids), in the order of torch.topk, with these names: log-probabilities [..., k] float32 (float64 for
+        float64), nats, the largest first, and ids [..., k] int64.
 
     Raises:
         TypeError, ValueError: a wrong type, shape, dtype, device, range or option.
@@ -193,4 +213,4 @@ def topk_logprobs(
             rest = (logits - top[:, :1]).exp_().scatter_(-1, ids[at][:, :1], 0.0).sum(-1, keepdim=True)
             logprobs[at] = (top - top[:, :1]) - rest.log1p()
     shape = (*hidden.shape[:-1], k)
-    return ids.reshape(shape), logprobs.reshape(shape)
+    return TopK(logprobs.reshape(shape), ids.reshape(shape))

@@ -11,7 +11,7 @@ from torch import Tensor
 from topd.arguments import check_side, per_token
 from topd.checks import choice, flag, floating, on_device, shaped
 from topd.head import Head
-from topd.logprobs import check_ids, logprobs_and_outside
+from topd.logprobs import TOPK_ORDER, check_ids, logprobs_and_outside
 from topd.repeats import runs_of
 from topd.row_math import phi
 
@@ -26,6 +26,8 @@ def checks_values(where: Tensor) -> bool:
 
 
 def _like_ids(name: str, value: object, ids: Tensor) -> Tensor:
+    if isinstance(value, Tensor) and value.dtype == torch.int64:
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {value.dtype}; {TOPK_ORDER}")
     checked = floating(name, value)
     shaped(name, checked, tuple(ids.shape), "an entry for each id")
     on_device(name, checked, ids.device, "the ids")
