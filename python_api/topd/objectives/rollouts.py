@@ -98,9 +98,7 @@ def token_pass(
         student_states = states(student)
     with stages.stage("teacher_forward"), torch.no_grad():
         teacher_states = states(teacher)
-    hint = None
-    if config.reduction == "sequence":
-        hint = (1.0 / response.sum(-1, keepdim=True).clamp_min(1)).expand(response.shape)[:, 1:]
+    hint = reduction_hint(response, config.reduction)
     with stages.stage("divergence"):
         loss, scores = compare_states(
             (student_states.hidden[:, :-1], student.head),
@@ -111,6 +109,14 @@ def token_pass(
             config,
         )
     return TokenPass(student, teacher, student_states, teacher_states, at_token(loss), scores_at_token(scores))
+
+
+def reduction_hint(response: Tensor, reduction: str) -> Tensor | None:
+    """What `reduce_tokens` will multiply each of the states [B, T - 1] by, up to one factor; None where that is the same for
+    all."""
+    if reduction == "token":
+        return None
+    return (1.0 / response.sum(-1, keepdim=True).clamp_min(1)).expand(response.shape)[:, 1:]
 
 
 def compare_states(
