@@ -16,7 +16,7 @@ SUPPORTS = [("forward_kl", "tail"), ("reverse_kl", "tail"), ("forward_kl", "reno
 @torch.no_grad()
 def own_logprobs(model, ids, mask, temperature=1.0):
     """[B, T, V]: column t is the distribution of the token in column t; -inf where there is none."""
-    found = torch.full((*ids.shape, model.config.vocab_size), -torch.inf)
+    found = torch.full((*ids.shape, model.config.vocab_size), -torch.inf, dtype=model.dtype)
     for row in range(ids.shape[0]):
         columns = mask[row].nonzero()[:, 0]
         logits = model(ids[row, columns].unsqueeze(0)).logits[0, :-1] / temperature
@@ -119,6 +119,25 @@ def test_a_packed_batch_is_the_padded_one(reduction):
     assert_near(backward(student, objective.loss), gradient.double(), 1e-5)
     kept = batch["attention_mask"] > 0
     assert_near(objective.scores.student_logprob, expected.scores.student_logprob[kept].double(), 1e-5)
+
+
+def test_a_sure_teacher_is_infinite_in_the_reverse_direction_and_is_counted():
+    """A tail of 0 at two tokens, as rounding leaves it; the other tokens' gradient stays."""
+    student, teacher = models()
+    batch, rows, columns = with_topk(batch_of(), teacher), [0, 1], [12, 8]
+    batch["teacher_topk_logprobs"][rows, columns, 1:] = -torch.inf
+    batch["teacher_topk_logprobs"][rows, columns, 0] = 0.0
+    without = batch | {"response_mask": batch["response_mask"].clone()}
+    without["response_mask"][rows, columns] = 0
+    count = batch["response_mask"].sum()
+    reverse = topd.OPD(student, None)(batch)
+    assert reverse.loss.isinf()
+    assert reverse.metrics["infinite_tokens"] == 2
+    expected = backward(student, topd.OPD(student, None)(without, num_items=count).loss)
+    assert_near(backward(student, reverse.loss), expected.double(), 1e-6)
+    forward = topd.OPD(student, None, topd.OPDConfig("forward_kl"))(batch)
+    assert forward.loss.isfinite()
+    assert forward.metrics["infinite_tokens"] == 0
 
 
 def test_no_response_at_all_gives_zeros_and_padding_is_never_read():

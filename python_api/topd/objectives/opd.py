@@ -75,8 +75,8 @@ class OPD:
         Returns:
             Objective; metrics loss, opd_loss, tokens, sequence_reduction (1 or 0), student_entropy, teacher_entropy (means over
             response tokens, nats), seconds_student_forward, seconds_teacher_forward, seconds_divergence. Of a teacher's top-k:
-            no teacher_entropy and no seconds_teacher_forward, but teacher_topk_mass, the mean mass of its k tokens; in the
-            scores top1_agreement is None, and NaN at response tokens what a top-k does not say: both KLs, teacher_entropy, both
+            no teacher_entropy and no seconds_teacher_forward, but teacher_topk_mass, the mean mass of its k tokens, and
+            infinite_tokens, how many have an infinite loss (which passes no gradient); in the scores top1_agreement is None, and NaN at response tokens what a top-k does not say: both KLs, teacher_entropy, both
             lost masses, and teacher_logprob where the token is not among the k.
 
         Raises:
@@ -117,6 +117,7 @@ class OPD:
         means = {
             "student_entropy": tokens.scores.student_entropy.sum() / count,
             "teacher_topk_mass": tokens.mass.sum() / count,
+            "infinite_tokens": tokens.loss.isinf().sum(),
         }
         return self._objective(loss, tokens.scores, response, stages, means)
 
