@@ -3,10 +3,12 @@
 import pytest
 import torch
 from compare import assert_near
+from test_linear_divergence_cost import H, N, V, matrix_products
 from test_opd import backward, batch_of, models, reduced
 
 import topd
 from topd.integrations.rollouts import pack_rollouts
+from topd.objectives.topk_teacher import compare_topk
 
 K = 5
 KEYS = ("teacher_topk_logprobs", "teacher_topk_ids")
@@ -157,6 +159,22 @@ def test_a_topk_of_inference_mode_changes_nothing():
     with torch.inference_mode():
         constants = {key: value.clone() for key, value in batch.items()}
     assert torch.equal(backward(student, topd.OPD(student, None)(constants).loss), expected)
+
+
+@pytest.mark.parametrize(
+    ("frozen", "hard_weight", "products"), [(False, 0.0, 5), (True, 0.0, 3), (False, 0.3, 8), (True, 0.3, 5)]
+)
+def test_a_step_costs_the_divergence_and_one_product_for_the_scores(frozen, hard_weight, products):
+    hidden = torch.randn(1, N + 1, H, requires_grad=True)
+    head = topd.Head(torch.randn(V, H, requires_grad=not frozen))
+    tokens, response = torch.randint(V, (1, N + 1)), torch.ones(1, N + 1, dtype=torch.bool)
+    topk = topd.topk_logprobs(torch.randn(1, N + 1, H), topd.Head(torch.randn(V, H)), K)
+    config = topd.OPDConfig("forward_kl", hard_weight=hard_weight)
+
+    def step():
+        compare_topk(hidden, head, tokens, response, topk, None, config).loss.mean().backward()
+
+    assert matrix_products(step) == products
 
 
 def wrong(key, change):

@@ -71,6 +71,9 @@ def keepable(constant: Tensor) -> Tensor:
     # torch.compile cannot trace is_inference.
     if torch.compiler.is_compiling() or not constant.is_inference() or constant.requires_grad or not torch.is_grad_enabled():
         return constant
+    if constant.layout != torch.strided:  # refused elsewhere, or its own business
+        return constant
+    constant = constant.resolve_neg()  # a view with a negative bit has a storage of the other sign
     empty = torch.empty(0, dtype=constant.dtype, device=constant.device)
     return empty.set_(constant.untyped_storage(), constant.storage_offset(), constant.shape, constant.stride())
 

@@ -26,8 +26,6 @@ def checks_values(where: Tensor) -> bool:
 
 
 def _like_ids(name: str, value: object, ids: Tensor) -> Tensor:
-    if isinstance(value, Tensor) and value.dtype == torch.int64:
-        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {value.dtype}; {TOPK_ORDER}")
     checked = floating(name, value)
     shaped(name, checked, tuple(ids.shape), "an entry for each id")
     on_device(name, checked, ids.device, "the ids")
@@ -224,6 +222,8 @@ def topk_divergence(
     vocab, k = head.weight.shape[0], teacher_ids.shape[-1]
     if k > vocab:
         raise ValueError(f"teacher_ids must hold at most the head's {vocab} tokens in a row, got k = {k}")
+    if isinstance(teacher_logprobs, Tensor) and teacher_logprobs.dtype == torch.int64:
+        raise TypeError(f"teacher_logprobs must be float32, float64, bfloat16 or float16, got torch.int64; {TOPK_ORDER}")
     log_t = _like_ids("teacher_logprobs", teacher_logprobs, teacher_ids).double()
     if weights_hint is not None:
         per_token("weights_hint", weights_hint, None, hidden, "hidden")

@@ -76,8 +76,9 @@ class OPD:
             Objective; metrics loss, opd_loss, tokens, sequence_reduction (1 or 0), student_entropy, teacher_entropy (means over
             response tokens, nats), seconds_student_forward, seconds_teacher_forward, seconds_divergence. Of a teacher's top-k:
             no teacher_entropy and no seconds_teacher_forward, but teacher_topk_mass, the mean mass of its k tokens, and
-            infinite_tokens, how many have an infinite loss (which passes no gradient); in the scores top1_agreement is None, and NaN at response tokens what a top-k does not say: both KLs, teacher_entropy, both
-            lost masses, and teacher_logprob where the token is not among the k.
+            infinite_tokens, how many have an infinite loss (which passes no gradient). In its scores top1_agreement is None,
+            and what a top-k does not say is NaN at response tokens: both KLs, teacher_entropy, both lost masses, and
+            teacher_logprob where the token is not among the k.
 
         Raises:
             TypeError, ValueError: a wrong type, shape, dtype, device or range; a packed batch and a model that cannot keep its

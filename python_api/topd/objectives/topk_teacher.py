@@ -113,7 +113,7 @@ def padded_topk_pass(student_model: Any, rollouts: Rollouts, topk: TopK, config:
         hidden = prefill(student, rollouts.input_ids, rollouts.attended, cache=False).hidden
     hint = reduction_hint(rollouts.response, config.reduction)
     with stages.stage("divergence"):
-        return _compare(hidden, student.head, rollouts.input_ids, rollouts.response, topk, hint, config)
+        return compare_topk(hidden, student.head, rollouts.input_ids, rollouts.response, topk, hint, config)
 
 
 def packed_topk_pass(student_model: Any, packed: Packed, topk: TopK, config: OPDConfig, stages: Stages) -> TopKPass:
@@ -125,13 +125,14 @@ def packed_topk_pass(student_model: Any, packed: Packed, topk: TopK, config: OPD
         hidden = student.packed_states(packed.input_ids, packed.position_ids, packed.bounds)
     hint = 1.0 / packed.siblings()[1:] if config.reduction == "sequence" else None
     with stages.stage("divergence"):
-        return _compare(hidden, student.head, packed.input_ids, packed.response, topk, hint, config)
+        return compare_topk(hidden, student.head, packed.input_ids, packed.response, topk, hint, config)
 
 
-def _compare(
+def compare_topk(
     hidden: Tensor, head: Head, tokens: Tensor, response: Tensor, topk: TopK, hint: Tensor | None, config: OPDConfig
 ) -> TopKPass:
-    """States [..., T, H] against the tokens one column later."""
+    """Compare states [..., T, H] with the tokens one column later. Costs `topk_divergence`, one matrix product for the scores,
+    and for hard_weight three more (two with a frozen head)."""
     states, mask, next_tokens = hidden[..., :-1, :], response[..., 1:], tokens[..., 1:]
     logprobs, ids = topk.logprobs[..., 1:, :], topk.ids[..., 1:, :]
     options: dict[str, Any] = {"temperature": config.temperature, "mask": mask, "weights_hint": hint}
@@ -154,14 +155,8 @@ def _scores(logprob: Tensor, entropy: Tensor, tokens: Tensor, mask: Tensor, topk
     same = (topk.ids == tokens.unsqueeze(-1)) & ~topk.logprobs.isneginf()
     known = topk.logprobs.masked_fill(~same, -torch.inf).amax(-1).to(logprob.dtype)
     teacher_logprob = torch.where(mask & same.any(-1), known, unknown)
+    names = ("forward_kl", "reverse_kl", "teacher_entropy", "student_lost_mass", "teacher_lost_mass")
+    known_of_student = {"student_entropy": entropy, "student_logprob": logprob}
     return TokenScores(
-        forward_kl=unknown,
-        reverse_kl=unknown,
-        student_entropy=entropy,
-        teacher_entropy=unknown,
-        student_logprob=logprob,
-        teacher_logprob=teacher_logprob,
-        top1_agreement=None,
-        student_lost_mass=unknown,
-        teacher_lost_mass=unknown,
+        **dict.fromkeys(names, unknown), **known_of_student, teacher_logprob=teacher_logprob, top1_agreement=None
     )
