@@ -23,7 +23,7 @@ def write_teacher(path: Path) -> None:
     """One pass of the teacher over its data. The file appears under its name only when it is whole."""
     input_ids = torch.randint(CONTEXTS, (SEQUENCES, LENGTH))
     hidden = torch.randn(CONTEXTS, TEACHER_WIDTH)[input_ids]  # a real teacher's last_hidden_state
-    ids, logprobs = topd.topk_logprobs(hidden, topd.Head(torch.randn(VOCAB, TEACHER_WIDTH) * 0.5), TOP_K)
+    logprobs, ids = topd.topk_logprobs(hidden, topd.Head(torch.randn(VOCAB, TEACHER_WIDTH) * 0.5), TOP_K)
     unfinished = path.with_suffix(".unfinished")
     save_file({"input_ids": input_ids, "teacher_ids": ids.int(), "teacher_logprobs": logprobs}, unfinished)
     os.replace(unfinished, path)

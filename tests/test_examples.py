@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 import os
 import re
 import runpy
@@ -139,10 +140,14 @@ def test_the_trainers_page_runs_as_printed(tmp_path):
 def test_the_topd_page_runs_as_printed():
     from test_opd import batch_of, models
 
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "topd.md").read_text(), re.DOTALL)
+    whole, server = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "topd.md").read_text(), re.DOTALL)
     student, teacher = models()
-    names: dict[str, object] = {"student": student, "teacher": teacher, "batch": batch_of()}
-    exec(compile(block, "topd.md", "exec"), names)
+    batch = batch_of()
+    names: dict[str, object] = {"student": student, "teacher": teacher, "batch": batch}
+    exec(compile(whole, "topd.md", "exec"), names)
     assert names["found"].near_future.windows.teacher_tokens.shape[1] == 50
     assert any(parameter.grad is not None and (parameter.grad != 0).any() for parameter in student.parameters())
     assert torch.isfinite(names["found"].loss)
+    names["answers"] = [[{3: -0.5, 7: -1.5}] * int(count) for count in batch["attention_mask"].sum(-1)]
+    exec(compile(server, "topd.md", "exec"), names)
+    assert names["step"].metrics["teacher_topk_mass"] == pytest.approx(math.exp(-0.5) + math.exp(-1.5))

@@ -321,7 +321,7 @@ def test_topk_is_that_of_the_log_softmax(options, device):
     kept = torch.ones(11, dtype=torch.bool, device=device) if problem.mask is None else problem.mask
     for workspace_bytes in (None, 41 * 8 * 3 * 2):  # the second holds two rows
         settings = {"temperature": problem.temperature, "mask": problem.mask, "workspace_bytes": workspace_bytes}
-        ids, logprobs = topd.topk_logprobs(problem.model.hidden, problem.model.head(), 5, **settings)
+        logprobs, ids = topd.topk_logprobs(problem.model.hidden, problem.model.head(), 5, **settings)
         torch.testing.assert_close(logprobs[kept], expected[kept], rtol=1e-11, atol=1e-11)
         assert torch.equal(ids[kept], expected_ids[kept])
         assert not ids[~kept].any()
@@ -335,7 +335,7 @@ def test_topk_is_no_worse_than_eager_log_softmax(size, dtype, device):
     logits = size * torch.eye(6, 40)[:, :6].repeat(1, 7).to(dtype)
     logits[3:] = size + torch.arange(42) % 5 / 4
     model = Model(torch.eye(6), logits.T.contiguous().float()).to(device).to(dtype)
-    ids, logprobs = topd.topk_logprobs(model.hidden, model.head(), 4)
+    logprobs, ids = topd.topk_logprobs(model.hidden, model.head(), 4)
     truth, yardstick = (plain(Problem(model, ids, entropy=False), dtype=dtype).value for dtype in (torch.float64, None))
     for found, eager, true in zip(logprobs, yardstick, truth, strict=True):
         compare.assert_no_worse(found, eager, true, 1e-7, "log-probabilities")
@@ -344,7 +344,7 @@ def test_topk_is_no_worse_than_eager_log_softmax(size, dtype, device):
 def test_topk_of_a_batch_and_of_the_whole_vocabulary(device):
     """Shapes, dtypes and order; k = V gives all the probability; nothing requires grad."""
     model = random_model((2, 3), 9, 4).to(device).to(torch.bfloat16).leaves(TENSORS)
-    ids, logprobs = topd.topk_logprobs(model.hidden, model.head(), 9)
+    logprobs, ids = topd.topk_logprobs(model.hidden, model.head(), 9)
     assert ids.shape == logprobs.shape == (2, 3, 9)
     assert (ids.dtype, logprobs.dtype) == (torch.int64, torch.float32)
     assert torch.equal(ids.sort(-1).values, torch.arange(9, device=device).expand(2, 3, 9))
@@ -355,11 +355,11 @@ def test_topk_of_a_batch_and_of_the_whole_vocabulary(device):
 
 def test_topk_of_one_token_and_of_none(device):
     model = random_model(4, 9, 4).to(device)
-    ids, logprobs = topd.topk_logprobs(model.hidden[0], model.head(), 1)
+    logprobs, ids = topd.topk_logprobs(model.hidden[0], model.head(), 1)
     assert ids.tolist() == [model.logits()[0].argmax().item()]
     assert logprobs.shape == (1,)
     for hidden, mask in ((model.hidden[:0], None), (model.hidden, torch.zeros(4, dtype=torch.bool, device=device))):
-        ids, logprobs = topd.topk_logprobs(hidden, model.head(), 3, mask=mask)
+        logprobs, ids = topd.topk_logprobs(hidden, model.head(), 3, mask=mask)
         assert ids.shape == logprobs.shape == (len(hidden), 3)
         assert not ids.any()
         assert logprobs.isneginf().all()
@@ -368,8 +368,8 @@ def test_topk_of_one_token_and_of_none(device):
 def test_topk_under_autocast_is_that_of_the_cast_operands(device):
     model = random_model(6, 30, 4, bias=True, rank=2).to(device).to(torch.float32)
     with torch.autocast(device.type, dtype=torch.bfloat16):
-        ids, logprobs = topd.topk_logprobs(model.hidden, model.head(), 3)
+        logprobs, ids = topd.topk_logprobs(model.hidden, model.head(), 3)
     cast = model.to(torch.bfloat16)
-    expected_ids, expected = topd.topk_logprobs(cast.hidden, cast.head(), 3)
+    expected, expected_ids = topd.topk_logprobs(cast.hidden, cast.head(), 3)
     assert torch.equal(ids, expected_ids)
     assert torch.equal(logprobs, expected)

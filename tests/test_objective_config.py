@@ -12,6 +12,7 @@ DEFAULTS = {
     "temperature": 1.0,
     "reduction": "token",
     "hard_weight": 0.0,
+    "topk_support": "tail",
     "score": "teacher_nll",
     "candidates": "top_fraction",
     "candidate_value": 0.0225,
@@ -32,7 +33,7 @@ DEFAULTS = {
 
 def test_the_defaults_are_the_contracts():
     assert dataclasses.asdict(topd.TOPDConfig()) == DEFAULTS
-    assert dataclasses.asdict(topd.OPDConfig()) == dict(list(DEFAULTS.items())[:4])
+    assert dataclasses.asdict(topd.OPDConfig()) == dict(list(DEFAULTS.items())[:5])
     with pytest.raises(dataclasses.FrozenInstanceError):
         topd.TOPDConfig().horizon = 3
 

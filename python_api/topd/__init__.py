@@ -20,6 +20,7 @@ from topd.objectives.topd import TOPD
 from topd.sampled import sampled_kl
 from topd.scores import TokenScores
 from topd.selection import divergent, false_alarm_weights, select_candidates
+from topd.server_answers import pad_topk
 from topd.soft_targets import soft_target_kl, topk_divergence
 from topd.windows import Windows, sample_windows, window_hidden
 
@@ -51,6 +52,7 @@ __all__ = [
     "linear_divergence",
     "linear_logprobs",
     "near_future_divergence",
+    "pad_topk",
     "sample_windows",
     "sampled_kl",
     "score_tokens",

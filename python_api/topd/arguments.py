@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topd.checks import floating, on_device, positive_int, real, shaped, tensor
+from topd.checks import differentiable, floating, on_device, positive_int, real, shaped, tensor
 from topd.head import Head, LowRank
 
 
@@ -113,6 +113,18 @@ def cast(hidden: Tensor, head: Head, dtype: torch.dtype) -> tuple[Tensor, Head]:
     if adapter is not None:
         adapter = LowRank(adapter.a.to(dtype), adapter.b.to(dtype), adapter.scaling)
     return hidden.to(dtype), Head(head.weight.to(dtype), bias, scale=head.scale, softcap=head.softcap, adapter=adapter)
+
+
+def kept_side(hidden_name: str, hidden: Tensor, head_name: str, head: Head) -> tuple[Tensor, Head]:
+    """Hidden states and head as autograd can keep them; what it can neither keep nor differentiate is refused by name."""
+    hidden = differentiable(hidden_name, hidden)
+    tensors = {name: differentiable(f"{head_name}.{name}", value) for name, value in head.tensors().items()}
+    if all(tensors[name] is value for name, value in head.tensors().items()):
+        return hidden, head
+    adapter = head.adapter
+    if adapter is not None:
+        adapter = LowRank(tensors["adapter.a"], tensors["adapter.b"], adapter.scaling)
+    return hidden, Head(tensors["weight"], tensors.get("bias"), scale=head.scale, softcap=head.softcap, adapter=adapter)
 
 
 def op_side(hidden: Tensor, head: Head) -> tuple[Any, ...]:

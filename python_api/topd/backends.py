@@ -64,8 +64,8 @@ _HAS_CPP = _CPP.available
 
 
 def multiplies_bf16() -> bool:
-    """Whether the C++ extension can multiply bfloat16 with float32 out: the processor has AVX512_BF16 or AMX for it, and oneDNN,
-    whose kernels it takes, is not switched off."""
+    """Tell whether the C++ extension can multiply bfloat16 with float32 out: the processor has AVX512_BF16 or AMX, and oneDNN,
+    whose kernels do it, is not switched off."""
     return _HAS_BF16 and torch.backends.mkldnn.enabled
 
 

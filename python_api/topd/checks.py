@@ -66,9 +66,37 @@ def positive_int(name: str, value: object, *, hint: str = "") -> int:
 
 
 def tensor(name: str, value: object) -> Tensor:
+    """A tensor, in a form that autograd may keep (`keepable`)."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    return value
+    return keepable(value)
+
+
+def keepable(constant: Tensor) -> Tensor:
+    """Return the tensor in a form that autograd may keep for a backward pass.
+
+    Autograd keeps no inference tensor: one is returned as an ordinary tensor on the same storage. Any other tensor is returned
+    itself, and so is one that requires grad, which a tensor without a history cannot stand for.
+    """
+    # torch.compile cannot trace is_inference.
+    if torch.compiler.is_compiling() or not constant.is_inference() or constant.requires_grad or not torch.is_grad_enabled():
+        return constant
+    if constant.layout != torch.strided:  # refused elsewhere, or its own business
+        return constant
+    constant = constant.resolve_neg()  # a view with a negative bit has a storage of the other sign
+    empty = torch.empty(0, dtype=constant.dtype, device=constant.device)
+    return empty.set_(constant.untyped_storage(), constant.storage_offset(), constant.shape, constant.stride())
+
+
+def differentiable(name: str, value: Tensor) -> Tensor:
+    """`keepable`, of a tensor that is differentiated where it requires grad."""
+    value = keepable(value)
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not value.requires_grad or not value.is_inference():
+        return value
+    raise ValueError(
+        f"{name} must be made outside torch.inference_mode() to be differentiated, got an inference tensor that requires grad; "
+        f"make or load it outside, or pass {name}.detach() where it is a constant"
+    )
 
 
 def floating(name: str, value: object) -> Tensor:

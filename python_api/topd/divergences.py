@@ -1,11 +1,13 @@
 """The divergences between a student's and a teacher's next-token distribution.
 
-Each is a frozen dataclass that refuses bad parameters at creation; a name stands for the defaults. p_S is the student, p_T
+Each is a frozen dataclass that refuses bad parameters at creation; a name stands for the defaults, and the mapping that
+dataclasses.asdict makes of one, {"name": "jsd", "beta": 0.3}, for the divergence itself. p_S is the student, p_T
 the teacher, both at the call's temperature; every value is in nats except the total variation, which is a probability.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
 from topd.checks import real
@@ -16,7 +18,7 @@ class Divergence:
     """Base of the divergences: `name` is what the ops are told, `parameter` the one number that goes with it, and
     `parameter_name` the field that holds it."""
 
-    name: ClassVar[str] = ""
+    name: str = field(default="", init=False, repr=False)
     parameter_name: ClassVar[str] = ""
 
     @property
@@ -35,7 +37,7 @@ class ForwardKL(Divergence):
     Source: arXiv 2606.08432, eq. 6; the clip: arXiv 2601.18734.
     """
 
-    name: ClassVar[str] = "forward_kl"
+    name: str = field(default="forward_kl", init=False, repr=False)
     parameter_name: ClassVar[str] = "entry_clip"
     entry_clip: float | None = None
 
@@ -52,7 +54,7 @@ class ForwardKL(Divergence):
 class ReverseKL(Divergence):
     """KL(p_S || p_T), the loss of plain on-policy distillation (arXiv 2606.00305, the OPD baseline)."""
 
-    name: ClassVar[str] = "reverse_kl"
+    name: str = field(default="reverse_kl", init=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class JSD(Divergence):
         beta: 0 < beta < 1. The ends, which other libraries give to the two KLs, are refused.
     """
 
-    name: ClassVar[str] = "jsd"
+    name: str = field(default="jsd", init=False, repr=False)
     parameter_name: ClassVar[str] = "beta"
     beta: float = 0.5
 
@@ -84,7 +86,7 @@ class SkewKL(Divergence):
         alpha: 0 < alpha < 1; alpha = 0 would be the forward KL, alpha = 1 is identically 0.
     """
 
-    name: ClassVar[str] = "skew_kl"
+    name: str = field(default="skew_kl", init=False, repr=False)
     parameter_name: ClassVar[str] = "alpha"
     alpha: float = 0.1
 
@@ -105,7 +107,7 @@ class SkewReverseKL(Divergence):
         alpha: 0 < alpha < 1; alpha = 0 would be the reverse KL, alpha = 1 is identically 0.
     """
 
-    name: ClassVar[str] = "skew_reverse_kl"
+    name: str = field(default="skew_reverse_kl", init=False, repr=False)
     parameter_name: ClassVar[str] = "alpha"
     alpha: float = 0.1
 
@@ -122,7 +124,7 @@ class SkewReverseKL(Divergence):
 class TotalVariation(Divergence):
     """1/2 sum_v |p_S - p_T|, a probability in [0, 1]."""
 
-    name: ClassVar[str] = "total_variation"
+    name: str = field(default="total_variation", init=False, repr=False)
 
 
 BY_NAME: dict[str, Divergence] = {
@@ -130,14 +132,33 @@ BY_NAME: dict[str, Divergence] = {
 }
 
 
-def resolve_divergence(divergence: str | Divergence) -> Divergence:
-    """The divergence that a name stands for, or the divergence itself."""
+def resolve_divergence(divergence: str | Divergence | Mapping[str, object]) -> Divergence:
+    """Return the divergence that a name or a mapping stands for, or the divergence itself."""
     if isinstance(divergence, Divergence):
         return divergence
+    if isinstance(divergence, Mapping):
+        return _from_mapping(divergence)
     if not isinstance(divergence, str):
         raise TypeError(
-            f"divergence must be a name or one of topd's divergences such as topd.JSD(0.5), got {type(divergence).__name__}"
+            "divergence must be a name, one of topd's divergences such as topd.JSD(0.5), or a mapping such as "
+            f'{{"name": "jsd", "beta": 0.5}}, got {type(divergence).__name__}'
         )
     if divergence not in BY_NAME:
         raise ValueError(f"divergence must be one of {', '.join(map(repr, BY_NAME))} or an instance, got {divergence!r}")
     return BY_NAME[divergence]
+
+
+def _from_mapping(divergence: Mapping[str, object]) -> Divergence:
+    """The divergence of a name and its parameters."""
+    parameters = dict(divergence)
+    name = parameters.pop("name", None)
+    if not isinstance(name, str):
+        raise ValueError(
+            f'divergence must have its "name" where it is a mapping, as in {{"name": "jsd", "beta": 0.5}}, got {divergence!r}'
+        )
+    default = resolve_divergence(name)
+    known = [each.name for each in fields(default) if each.init]
+    if unknown := [key for key in parameters if key not in known]:
+        takes = f"takes {', '.join(known)}" if known else "takes no parameter"
+        raise ValueError(f"divergence {name!r} {takes}, got the unknown key {unknown[0]!r}; leave it out")
+    return type(default)(**parameters)

@@ -71,7 +71,7 @@ def entropy_aware_opd(
     if dtype == torch.float64:  # one side of fewer digits: the top-k's part is computed as the reverse KL's is
         student_hidden, student = cast(*autocast(student_hidden, student), dtype)
         teacher_hidden, teacher = cast(*autocast(teacher_hidden, teacher), dtype)
-    ids, logprobs = topk_logprobs(teacher_hidden, teacher.first(vocab), top_k, mask=undecided, **options)
+    logprobs, ids = topk_logprobs(teacher_hidden, teacher.first(vocab), top_k, mask=undecided, **options)
     guidance = soft_target_kl(
         student_hidden, student.first(vocab), ids, logprobs.exp(), normalize=True, mask=undecided, **trained
     )

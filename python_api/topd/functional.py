@@ -1,6 +1,7 @@
 """The public primitives: arguments checked, leading shapes flattened, then the op."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from topd.arguments import (
     check_side,
     check_temperature,
     check_workspace,
+    kept_side,
     needs,
     op_side,
     per_token,
@@ -94,7 +96,7 @@ def linear_divergence(
     teacher_hidden: Tensor,
     teacher: Head,
     *,
-    divergence: str | Divergence = "reverse_kl",
+    divergence: str | Divergence | Mapping[str, object] = "reverse_kl",
     temperature: float = 1.0,
     mask: Tensor | None = None,
     tokens: Tensor | None = None,
@@ -113,7 +115,8 @@ def linear_divergence(
         student: Head; weight, bias and adapter are differentiated where they require grad.
         teacher_hidden: [..., H_t], the same leading shape, dtype of `teacher.weight`; constant.
         teacher: Head; constant. Vocabularies that differ are compared on their first min(V_s, V_t) entries.
-        divergence: a name or a `topd` divergence, e.g. "reverse_kl", topd.JSD(0.3), topd.ForwardKL(entry_clip=0.05).
+        divergence: a name, a `topd` divergence or a mapping of its name and parameters, e.g. "reverse_kl", topd.JSD(0.3),
+            {"name": "jsd", "beta": 0.3}, topd.ForwardKL(entry_clip=0.05).
         temperature: > 0; both sides' logits are divided by it, after the softcap; no factor temperature².
         mask: [...] bool; False rows cost nothing, are exactly 0 and get exactly 0 gradient, whatever they hold.
         tokens: [...] int64, the sampled tokens; read for hard_weight and the scores' log-probabilities. Unmasked tokens lie
@@ -142,6 +145,8 @@ def linear_divergence(
     _check_options(temperature, hard_weight, tokens, return_scores, workspace_bytes)
     heads = (*student.tensors().values(), *teacher.tensors().values())
     no_forward_mode("linear_divergence", (student_hidden, teacher_hidden, *heads))
+    student_hidden, student = kept_side("student_hidden", student_hidden, "student", student)
+    teacher_hidden, teacher = kept_side("teacher_hidden", teacher_hidden, "teacher", teacher)
     shape = tuple(student_hidden.shape[:-1])
     like = (student_hidden, "student_hidden")
     flat_mask = None if mask is None else per_token("mask", mask, torch.bool, *like)

@@ -1,5 +1,7 @@
 """`linear_logprobs`, the second primitive, and `topk_logprobs`, which makes an offline teacher's targets."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from topd.arguments import (
     check_side,
     check_temperature,
     check_workspace,
+    kept_side,
     needs,
     op_side,
     per_token,
@@ -22,6 +25,21 @@ from topd.head import Head
 from topd.ops.numbers import numbers_of
 from topd.reference import linear_logprobs as reference
 from topd.reference.linear_logprobs import LogprobSpec
+
+# For who unpacks topk_logprobs in the order that it had before 0.2.
+TOPK_ORDER = "topd.topk_logprobs returns (logprobs, ids), as torch.topk does, no longer (ids, logprobs)"
+
+
+class TopK(NamedTuple):
+    """The k most likely tokens of each row, the largest first.
+
+    Attributes:
+        logprobs: [..., k] floating, nats; -inf where there is no token.
+        ids: [..., k] int64; 0 where there is no token.
+    """
+
+    logprobs: Tensor
+    ids: Tensor
 
 
 def linear_logprobs(
@@ -81,6 +99,8 @@ def linear_logprobs(
 
 def check_ids(name: str, ids: object, hidden: Tensor) -> Tensor:
     """ids [..., M] for hidden [..., H]."""
+    if isinstance(ids, Tensor) and ids.is_floating_point():
+        raise TypeError(f"{name} must be torch.int64, got {ids.dtype}; cast ids with .to(torch.int64); {TOPK_ORDER}")
     checked = typed(name, ids, torch.int64)
     if checked.dim() != hidden.dim():
         raise ValueError(
@@ -122,7 +142,8 @@ def logprobs_and_outside(
         logprobs [..., M], entropy [...] (or [0]), outside [...].
     """
     check_side("hidden", hidden, "head", head)
-    check_ids("ids", ids, hidden)
+    hidden, head = kept_side("hidden", hidden, "head", head)
+    ids = check_ids("ids", ids, hidden)
     check_temperature(temperature)
     check_workspace(workspace_bytes)
     no_forward_mode("linear_logprobs", (hidden, *head.tensors().values()))
@@ -155,7 +176,7 @@ def topk_logprobs(
     temperature: float = 1.0,
     mask: Tensor | None = None,
     workspace_bytes: int | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> TopK:
     """The k most likely tokens of each row and their log-probabilities, in chunks, without gradients: an offline teacher.
 
     Args:
@@ -167,7 +188,8 @@ def topk_logprobs(
         workspace_bytes: bound for the tile of logits, as in `linear_logprobs`.
 
     Returns:
-        ids [..., k] int64 and log-probabilities [..., k] float32 (float64 for float64), nats, the largest first.
+        (logprobs, ids), in the order of torch.topk, with these names: log-probabilities [..., k] float32 (float64 for
+        float64), nats, the largest first, and ids [..., k] int64.
 
     Raises:
         TypeError, ValueError: a wrong type, shape, dtype, device, range or option.
@@ -186,4 +208,4 @@ def topk_logprobs(
     common = (*op_side(states, head), flat_mask, *spec, numbers, k, workspace_bytes)
     ids, logprobs = torch.ops.topd.topk_logprobs(*common)
     shape = (*hidden.shape[:-1], k)
-    return ids.reshape(shape), logprobs.reshape(shape)
+    return TopK(logprobs.reshape(shape), ids.reshape(shape))

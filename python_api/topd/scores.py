@@ -27,7 +27,7 @@ class TokenScores:
         student_entropy, teacher_entropy: nats.
         student_logprob, teacher_logprob: log-probability of the given token, nats; None where no tokens were given.
         top1_agreement: bool, whether both sides' most likely entry is the same (ties go to the smaller id); False where a
-            side has no distribution.
+            side has no distribution; None where an objective's teacher is known by his top-k alone.
         student_lost_mass, teacher_lost_mass: probability of the entries beyond the common vocabulary, of that side's own
             full distribution; 0 where the vocabularies are equal.
     """
@@ -38,7 +38,7 @@ class TokenScores:
     teacher_entropy: Tensor
     student_logprob: Tensor | None
     teacher_logprob: Tensor | None
-    top1_agreement: Tensor
+    top1_agreement: Tensor | None
     student_lost_mass: Tensor
     teacher_lost_mass: Tensor
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from topd.arguments import check_side, per_token
 from topd.checks import choice, flag, floating, on_device, shaped
 from topd.head import Head
-from topd.logprobs import check_ids, logprobs_and_outside
+from topd.logprobs import TOPK_ORDER, check_ids, logprobs_and_outside
 from topd.repeats import runs_of
 from topd.row_math import phi
 
@@ -223,6 +223,8 @@ def topk_divergence(
     vocab, k = head.weight.shape[0], teacher_ids.shape[-1]
     if k > vocab:
         raise ValueError(f"teacher_ids must hold at most the head's {vocab} tokens in a row, got k = {k}")
+    if isinstance(teacher_logprobs, Tensor) and teacher_logprobs.dtype == torch.int64:
+        raise TypeError(f"teacher_logprobs must be float32, float64, bfloat16 or float16, got torch.int64; {TOPK_ORDER}")
     log_t = _like_ids("teacher_logprobs", teacher_logprobs, teacher_ids).double()
     if weights_hint is not None:
         per_token("weights_hint", weights_hint, None, hidden, "hidden")
@@ -231,7 +233,7 @@ def topk_divergence(
         log_t = log_t.masked_fill(~mask.unsqueeze(-1), -torch.inf)
     if checks_values(hidden):
         check_ids_in_vocabulary("teacher_ids", teacher_ids, ~log_t.isneginf(), vocab)
-        _check_topk(teacher_ids, log_t)
+        check_topk_values("teacher_ids", teacher_ids, "teacher_logprobs", log_t)
     ids = teacher_ids.masked_fill(log_t.isneginf(), -1)
     raw_forward = support == "raw" and direction == "forward"
     if raw_forward:  # each row's upstream gradients add up to minus the teacher's mass
@@ -279,16 +281,17 @@ def _log_tail(logprobs: Tensor, vocab: int) -> Tensor:
     return (-top[..., 0].expm1() - others).clamp_min(0.0).masked_fill(whole, 0.0).log()
 
 
-def _check_topk(ids: Tensor, logprobs: Tensor) -> None:
+def check_topk_values(ids_name: str, ids: Tensor, logprobs_name: str, logprobs: Tensor) -> None:
+    """Rows of a top-k, -inf where masked: no NaN, no more mass than 1, no token twice."""
     if (bad := logprobs.isnan()).any():
-        raise ValueError(f"teacher_logprobs must not be NaN, got {_first_bad(bad, of=logprobs)}")
+        raise ValueError(f"{logprobs_name} must not be NaN, got {_first_bad(bad, of=logprobs)}")
     mass = logprobs.exp().sum(-1)
     if (bad := mass > 1 + SUM_TOLERANCE).any():
         raise ValueError(
-            f"teacher_logprobs must be log-probabilities whose exponentials sum to at most 1 + {SUM_TOLERANCE:g} in each "
+            f"{logprobs_name} must be log-probabilities whose exponentials sum to at most 1 + {SUM_TOLERANCE:g} in each "
             f"row, got "
             f"{_first_bad(bad, of=mass)}; are they logits?"
         )
     padding = logprobs.isneginf()
     if (bad := ~runs_of(ids.masked_fill(padding, -1)).first() & ~padding).any():
-        raise ValueError(f"teacher_ids must be distinct in each row, got a repeated {_first_bad(bad, of=ids)}")
+        raise ValueError(f"{ids_name} must be distinct in each row, got a repeated {_first_bad(bad, of=ids)}")

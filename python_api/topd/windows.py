@@ -16,7 +16,7 @@ from torch import Tensor
 from topd.arguments import typed
 from topd.branching.continuations import BRANCHES, continue_from, from_rollout
 from topd.branching.decoders import Decoder, decoder_of
-from topd.branching.inputs import check_positions, check_rollouts, end_tokens
+from topd.branching.inputs import check_differentiable, check_positions, check_rollouts, end_tokens
 from topd.branching.prefill import Prefill, prefill
 from topd.branching.replay import replay_in_one_pass, replay_over_cache, replay_separately
 from topd.checks import choice, on_device, positive_int, real, shaped, tensor
@@ -127,6 +127,7 @@ def window_hidden(student_model: Any, input_ids: Tensor, attention_mask: Tensor,
     at = check_positions(windows.positions, attended)
     tokens, lengths = _check_side(windows, ids)
     decoder = decoder_of(student_model)
+    check_differentiable("student_model", decoder.model)
     found = prefill(decoder, ids, attended, cache=not (decoder.obstacle or decoder.forbids_cache))
     return found.hidden, replay(decoder, found, ids, attended, at, tokens, lengths)
 

@@ -9,6 +9,18 @@ from topd.arguments import typed
 from topd.checks import on_device, shaped, tensor
 
 
+def check_differentiable(name: str, model: Any) -> None:
+    """Refuse a model that was loaded under torch.inference_mode where gradients go through it."""
+    if not torch.is_grad_enabled():
+        return
+    bad = next((parameter for parameter, value in model.named_parameters() if value.is_inference()), None)
+    if bad is not None:
+        raise ValueError(
+            f"{name} must be loaded outside torch.inference_mode() to be trained, got an inference tensor as {bad}; load it "
+            "outside (a teacher may be loaded under it)"
+        )
+
+
 def binary(name: str, value: object, like: Tensor, like_name: str) -> Tensor:
     """A [B, T] mask of bools or of the integers 0 and 1, as bool."""
     checked = tensor(name, value)

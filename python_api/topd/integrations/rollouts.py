@@ -15,6 +15,7 @@ from topd.branching.inputs import check_rollouts, end_tokens
 from topd.checks import positive_int, real
 from topd.integrations.model_head import refuse_prompt_learning, unwrapped_model
 from topd.objectives.rollouts import check_batch
+from topd.objectives.topk_teacher import TOPK_KEYS, take_topk
 
 
 @torch.no_grad()
@@ -72,22 +73,27 @@ def pack_rollouts(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A padded batch, as `sample_rollouts` makes it, without its padding: the packed form that `topd.OPD` takes too.
 
     Args:
-        batch: input_ids [B, T] int64, attention_mask and response_mask [B, T] bool, or integers 0 and 1.
+        batch: input_ids [B, T] int64, attention_mask and response_mask [B, T] bool, or integers 0 and 1; it may hold a
+            teacher's top-k, teacher_topk_logprobs and teacher_topk_ids [B, T, k].
 
     Returns:
-        input_ids [N] int64, response_mask [N] bool, cu_seqlens [B + 1] int32, with N the attended tokens.
+        input_ids [N] int64, response_mask [N] bool, cu_seqlens [B + 1] int32, with N the attended tokens; the top-k [N, k].
 
     Raises:
         TypeError, ValueError: as of `topd.OPD`.
     """
-    rollouts = check_batch(batch)
+    topk, rest = take_topk(batch) if any(key in batch for key in TOPK_KEYS) else (None, batch)
+    rollouts = check_batch(rest)
     kept = rollouts.attended
     bounds = torch.nn.functional.pad(kept.sum(-1).cumsum(0), (1, 0))
-    return {
+    packed = {
         "input_ids": rollouts.input_ids[kept],
         "response_mask": rollouts.response[kept],
         "cu_seqlens": bounds.to(torch.int32),
     }
+    if topk is not None:
+        packed |= {"teacher_topk_logprobs": topk.logprobs[kept], "teacher_topk_ids": topk.ids[kept]}
+    return packed
 
 
 def _generating(model: Any) -> Any:

@@ -26,7 +26,8 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
     """transformers.Trainer that trains an objective's student on its own rollouts.
 
     Args:
-        objective: topd.OPD or topd.TOPD. Its student is trained; its teacher is put in eval mode and on the student's device.
+        objective: topd.OPD or topd.TOPD. Its student is trained; its teacher is put in eval mode and on the student's device. A
+            topd.OPD without a teacher model wants the teacher's top-k in its batches, from the data or from `rollout`.
         args: transformers.TrainingArguments; no column is removed, whatever remove_unused_columns says.
         data_collator: makes batches of prompts, input_ids and attention_mask [B, P] padded on the left; or of finished
             rollouts, which have a response_mask too.
@@ -51,6 +52,11 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         if not isinstance(objective, OPD | TOPD):
             raise TypeError(f"objective must be a topd.OPD or topd.TOPD, got {type(objective).__name__}")
         self.objective, self.rollout = objective, check_rollout(rollout)
+        if objective.teacher is None and isinstance(rollout, Mapping):
+            raise ValueError(
+                "rollout must be a function, or None, where objective.teacher is None, got options of sample_rollouts; a "
+                "function (student, batch) -> batch adds the teacher_topk_logprobs and teacher_topk_ids of what it sampled"
+            )
         args = copy.copy(args) if args is not None else transformers.TrainingArguments("tmp_trainer")
         _check_options(args, options)
         args.remove_unused_columns = False
@@ -72,7 +78,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
 
     def _place_teacher(self) -> None:
         teacher = self.objective.teacher
-        if teacher is self.objective.student:
+        if teacher is None or teacher is self.objective.student:
             return
         teacher.eval()
         if getattr(teacher, "hf_device_map", None) is None and getattr(teacher, "quantization_method", None) is None:

@@ -3,7 +3,7 @@
 TRL flattens a batch to its completion tokens; trajectories need their columns, so here it stays [B, T].
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,9 @@ from topd.integrations.running_means import SHARES
 from topd.objectives.config import OPDConfig, TOPDConfig
 from topd.objectives.opd import OPD
 from topd.objectives.topd import TOPD
+from topd.objectives.topk_teacher import TOPK_KEYS, direction_of
 
+TeacherTopK = Callable[[dict[str, Tensor]], tuple[Tensor, Tensor]]
 MULTIMODAL = (
     "pixel_values",
     "image_grid_thw",
@@ -35,32 +37,60 @@ class TOPDTrainer(trl.DistillationTrainer):  # type: ignore[misc]
         arguments, options: TRL's own; `args` is a trl.DistillationConfig.
         objective_config: OPDConfig for OPD, TOPDConfig for TOPD. None: a TOPDConfig with the divergence that args.beta names
             and args.temperature for the loss and the windows. A given one must agree with args.temperature, at which TRL
-            samples, and with args.beta where that is not TRL's default.
+            samples, and with args.beta where that is not TRL's default. None with teacher_topk: an OPDConfig of these two.
+        teacher_topk: in place of a teacher_model, a function batch -> (logprobs, ids), called once for each micro-batch, that
+            asks for the teacher's top-k of finished rollouts. The batch holds input_ids, attention_mask and response_mask, all
+            [B, T]; the result, floating and int64 [B, T, k], speaks in column t of the token input_ids[:, t], at
+            args.temperature. `topd.pad_topk` makes it from a server's answers.
 
     Raises:
         TypeError, ValueError: TRL's own; an objective_config of another type, one that contradicts args or reduces by
-            "sequence" (TRL counts tokens), a processor of images, no teacher_model.
+            "sequence" (TRL counts tokens), a processor of images; no teacher_model and no teacher_topk, or both; a teacher_topk
+            with a TOPDConfig or a divergence that a top-k does not determine.
     """
 
-    def __init__(self, *arguments: Any, objective_config: OPDConfig | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        *arguments: Any,
+        objective_config: OPDConfig | None = None,
+        teacher_topk: TeacherTopK | None = None,
+        **options: Any,
+    ) -> None:
         if objective_config is not None and not isinstance(objective_config, OPDConfig):
             came = type(objective_config).__name__
             raise TypeError(f"objective_config must be a topd.OPDConfig, a topd.TOPDConfig or None, got {came}")
+        if teacher_topk is not None and not callable(teacher_topk):
+            raise TypeError(f"teacher_topk must be a function batch -> (logprobs, ids), got {type(teacher_topk).__name__}")
         super().__init__(*arguments, **options)
         if self._is_vlm:
             raise ValueError("processing_class must be a tokenizer, got a processor; topd's objectives read text alone")
-        if self.teacher_model is None:
-            raise ValueError("teacher_model must be a model or its name, got None; the objective compares with it")
+        if self.teacher_model is None and teacher_topk is None:
+            raise ValueError(
+                "teacher_model must be a model or its name, got None; the objective compares with it; or give teacher_topk, "
+                "which asks a server"
+            )
+        if self.teacher_model is not None and teacher_topk is not None:
+            raise ValueError(
+                "teacher_model must be left out where teacher_topk is given, got both; the objective has one teacher"
+            )
+        self.teacher_topk = teacher_topk
+        if teacher_topk is not None and objective_config is None:
+            objective_config = OPDConfig(divergence=divergence_of(self.args.beta), temperature=self.args.temperature)
         self.objective_config = resolve_config(objective_config, self.args.beta, self.args.temperature)
+        if teacher_topk is not None:
+            _check_topk_config(self.objective_config)
 
     def _compute_loss(
         self, unwrapped_student: Any, inputs: Mapping[str, Any], num_items_in_batch: Tensor | int | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The loss, the sum of the student's entropies, and how many completion tokens they are over."""
-        batch = to_batch(inputs)
-        self.teacher_model.eval()
-        teacher = self.accelerator.unwrap_model(self.teacher_model)
-        config = self.objective_config
+        batch, config = to_batch(inputs), self.objective_config
+        teacher = None
+        if self.teacher_topk is not None:
+            batch |= asked_topk(self.teacher_topk, batch)
+        else:
+            self.teacher_model.eval()
+            teacher = self.accelerator.unwrap_model(self.teacher_model)
         models = unwrapped_student, teacher
         objective = TOPD(*models, config) if isinstance(config, TOPDConfig) else OPD(*models, config)
         found = objective(batch, num_items=num_items_in_batch)
@@ -83,6 +113,26 @@ def to_batch(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         "attention_mask": torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
         "response_mask": torch.cat([torch.zeros_like(inputs["prompt_mask"]), response], dim=1),
     }
+
+
+def asked_topk(teacher_topk: TeacherTopK, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The batch keys of a top-k teacher from the user's function, on the batch's device; OPD checks the tensors."""
+    answer = teacher_topk(dict(batch))
+    if not isinstance(answer, tuple) or len(answer) != 2 or not all(isinstance(each, Tensor) for each in answer):
+        raise TypeError(
+            f"teacher_topk must return (logprobs, ids), two tensors, got {type(answer).__name__}; topd.pad_topk makes them "
+            "from a server's answers"
+        )
+    return {key: value.to(batch["input_ids"].device) for key, value in zip(TOPK_KEYS, answer, strict=True)}
+
+
+def _check_topk_config(config: OPDConfig) -> None:
+    if isinstance(config, TOPDConfig):
+        raise ValueError(
+            "objective_config must be a topd.OPDConfig where teacher_topk is given, got a TOPDConfig, whose method continues a "
+            "teacher model; take OPDConfig, or teacher_model"
+        )
+    direction_of(config)
 
 
 def divergence_of(beta: float) -> Divergence:

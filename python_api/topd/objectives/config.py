@@ -1,6 +1,7 @@
 """Options of the objectives; refused when they are made, not when a step runs."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from torch import Tensor
@@ -11,6 +12,7 @@ from topd.divergences import Divergence, resolve_divergence
 from topd.near_future import MAX_WINDOW, SOLVERS
 from topd.reference.transport import COSTS
 from topd.selection import CANDIDATE_RULES, FALSE_ALARM_MODES, GATE_VALUES
+from topd.soft_targets import SUPPORTS
 from topd.windows import STUDENT_WINDOWS
 
 Config = TypeVar("Config")
@@ -23,12 +25,16 @@ EMBEDDINGS = ("student", "teacher", "student_hidden")
 class OPDConfig:
     """Options of on-policy distillation.
 
+    `OPDConfig(**dataclasses.asdict(config))` is the same again, also by way of YAML or JSON.
+
     Args:
-        divergence: a name or a `topd` divergence, per response token.
+        divergence: per response token: a name, a `topd` divergence, or a mapping of its name and parameters such as
+            {"name": "jsd", "beta": 0.3}, which becomes the divergence.
         temperature: > 0, of both models in every score and loss.
         reduction: "token", the mean over all response tokens of the batch; "sequence", the mean over each response, then over
             the responses that are not empty.
         hard_weight: >= 0, weight of -log p_S of the rollout's own tokens.
+        topk_support: as support of `topk_divergence`, where the teacher is known by his top-k alone (`OPD` with teacher=None).
 
     Raises:
         TypeError, ValueError: an option of the wrong type or range.
@@ -36,16 +42,20 @@ class OPDConfig:
     Source: arXiv 2606.00305: reverse KL over the full vocabulary. The reductions and hard_weight are our options.
     """
 
-    divergence: str | Divergence = "reverse_kl"
+    divergence: str | Divergence | Mapping[str, object] = "reverse_kl"
     temperature: float = 1.0
     reduction: str = "token"
     hard_weight: float = 0.0
+    topk_support: str = field(default="tail", kw_only=True)
 
     def __post_init__(self) -> None:
-        resolve_divergence(self.divergence)
+        divergence = resolve_divergence(self.divergence)
+        if isinstance(self.divergence, Mapping):
+            object.__setattr__(self, "divergence", divergence)
         check_temperature(self.temperature)
         choice("reduction", self.reduction, REDUCTIONS)
         real("hard_weight", self.hard_weight, low=0.0)
+        choice("topk_support", self.topk_support, SUPPORTS)
 
 
 @dataclass(frozen=True)
@@ -108,6 +118,11 @@ class TOPDConfig(OPDConfig):
         self._check_embedding()
         choice("gate", self.gate, tuple(GATE_VALUES))
         _check_gate_value(self.gate, GATE_VALUES[self.gate] if self.gate_value is None else self.gate_value)
+        if self.topk_support != "tail":
+            raise ValueError(
+                f"topk_support is of topd.OPD with teacher=None, got {self.topk_support!r} for topd.TOPD, whose teacher is a "
+                "model; leave it out"
+            )
         real("guidance_weight", self.guidance_weight, low=0.0)
         choice("false_alarms", self.false_alarms, FALSE_ALARM_MODES)
         if self.false_alarms == "cap" and self.score == "gap":

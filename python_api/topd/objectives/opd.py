@@ -2,7 +2,8 @@
 
     L = mean over response tokens of KL(p_S(. | x, y_<t) || p_T(. | x, y_<t))
 
-One forward of each model and one `linear_divergence`, which gives the loss and every score.
+One forward of each model and one `linear_divergence`, which gives the loss and every score; or, where the teacher is known by
+his top-k alone, the student's forward and `topd.objectives.topk_teacher`.
 """
 
 from collections.abc import Mapping
@@ -23,6 +24,8 @@ from topd.objectives.rollouts import (
     reduce_tokens,
     token_pass,
 )
+from topd.objectives.topk_teacher import direction_of, packed_topk_pass, padded_topk_pass, refuse_topk, take_topk
+from topd.scores import TokenScores
 
 
 class OPD:
@@ -30,17 +33,25 @@ class OPD:
 
     Args:
         student: a causal language model of transformers, wrapped or not; its parameters that require grad are trained.
-        teacher: likewise; constant.
-        config: OPDConfig; None: its defaults.
+        teacher: likewise; constant. None: batches hold the teacher's top-k.
+        config: OPDConfig; None: its defaults. Without a teacher model its divergence is "forward_kl" or "reverse_kl".
 
     Raises:
-        TypeError: config of another type.
+        TypeError, ValueError: config of another type; a divergence that a top-k does not determine, or a topk_support beside a
+            teacher model.
 
     Source: arXiv 2606.00305, L_OPD.
     """
 
     def __init__(self, student: Any, teacher: Any, config: OPDConfig | None = None) -> None:
         self.student, self.teacher, self.config = student, teacher, config_of(config, OPDConfig)
+        if teacher is None:
+            direction_of(self.config)
+        elif self.config.topk_support != "tail":
+            raise ValueError(
+                "config.topk_support is for a teacher known by his top-k, got "
+                f"{self.config.topk_support!r} and a teacher model; leave it out, or pass teacher=None"
+            )
 
     def __call__(
         self,
@@ -54,21 +65,30 @@ class OPD:
         Args:
             batch: input_ids [B, T] int64; attention_mask and response_mask [B, T] bool, or integers 0 and 1. A response token
                 and the one before it are attended. A response may be empty. Or packed, without padding: input_ids [N] int64,
-                cu_seqlens [B + 1] int32, from 0 to N, and response_mask [N], False at the first token of each sequence.
+                cu_seqlens [B + 1] int32, from 0 to N, and response_mask [N], False at the first token of each sequence. Without
+                a teacher model also teacher_topk_logprobs, floating, nats, at config.temperature, and teacher_topk_ids, int64,
+                both [B, T, k] or [N, k]: the teacher's likely tokens in place of the token in that column, -inf for padding.
             num_items: the denominator of a larger batch of which this is a part (gradient accumulation): its response tokens,
                 or with reduction "sequence" its responses. None: this batch's own.
             generator: not used; OPD draws nothing.
 
         Returns:
             Objective; metrics loss, opd_loss, tokens, sequence_reduction (1 or 0), student_entropy, teacher_entropy (means over
-            response tokens, nats), seconds_student_forward, seconds_teacher_forward, seconds_divergence.
+            response tokens, nats), seconds_student_forward, seconds_teacher_forward, seconds_divergence. Of a teacher's top-k:
+            no teacher_entropy and no seconds_teacher_forward, but teacher_topk_mass, the mean mass of its k tokens, and
+            infinite_tokens, how many have an infinite loss (which passes no gradient). In its scores top1_agreement is None,
+            and what a top-k does not say is NaN at response tokens: both KLs, teacher_entropy, both lost masses, and
+            teacher_logprob where the token is not among the k.
 
         Raises:
             TypeError, ValueError: a wrong type, shape, dtype, device or range; a packed batch and a model that cannot keep its
-                sequences apart.
+                sequences apart; a top-k beside a teacher model, or neither.
         """
         config, stages = self.config, Stages()
         items = check_items(num_items)
+        if self.teacher is None:
+            return self._from_topk(batch, items, stages)
+        refuse_topk(batch, "OPD")
         if is_packed(batch):
             packed = check_packed(batch)
             response = packed.response
@@ -80,12 +100,37 @@ class OPD:
             found = token_pass(self.student, self.teacher, rollouts, config, stages, cache=False)
             scores = found.scores
             loss = reduce_tokens(found.loss, response, config.reduction, items).loss
+        return self._objective(loss, scores, response, stages, mean_entropies(scores, response))
+
+    def _from_topk(self, batch: Mapping[str, Tensor], items: float | Tensor | None, stages: Stages) -> Objective:
+        topk, rest = take_topk(batch)
+        if is_packed(rest):
+            packed = check_packed(rest)
+            response = packed.response
+            tokens = packed_topk_pass(self.student, packed, topk, self.config, stages)
+            loss = reduce_packed(tokens.loss, packed, self.config.reduction, items)
+        else:
+            rollouts = check_batch(rest)
+            response = rollouts.response
+            tokens = padded_topk_pass(self.student, rollouts, topk, self.config, stages)
+            loss = reduce_tokens(tokens.loss, response, self.config.reduction, items).loss
+        count = response.sum().clamp_min(1)
+        means = {
+            "student_entropy": tokens.scores.student_entropy.sum() / count,
+            "teacher_topk_mass": tokens.mass.sum() / count,
+            "infinite_tokens": tokens.loss.isinf().sum(),
+        }
+        return self._objective(loss, tokens.scores, response, stages, means)
+
+    def _objective(
+        self, loss: Tensor, scores: TokenScores, response: Tensor, stages: Stages, means: Mapping[str, Tensor]
+    ) -> Objective:
         metrics: dict[str, Tensor | float] = {
             "loss": loss,
             "opd_loss": loss,
             "tokens": response.sum(),
-            "sequence_reduction": float(config.reduction == "sequence"),
-            **mean_entropies(scores, response),
+            "sequence_reduction": float(self.config.reduction == "sequence"),
+            **means,
             **stages.seconds,
         }
         return Objective(loss, as_metrics(metrics), scores)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from topd.arguments import check_offsets, typed
 from topd.branching.decoders import Decoder, decoder_of
-from topd.branching.inputs import binary
+from topd.branching.inputs import binary, check_differentiable
 from topd.objectives.config import OPDConfig
 from topd.objectives.rollouts import Stages, at_token, compare_states, scores_at_token
 from topd.scores import TokenScores
@@ -82,7 +82,8 @@ def packed_pass(
     student_model: Any, teacher_model: Any, packed: Packed, config: OPDConfig, stages: Stages
 ) -> tuple[Tensor, TokenScores]:
     """The loss of each response token [N], 0 elsewhere, and its scores."""
-    student, teacher = _packing("student", student_model), _packing("teacher", teacher_model)
+    student, teacher = packing_decoder("student", student_model), packing_decoder("teacher", teacher_model)
+    check_differentiable("student", student.model)
     given = packed.input_ids, packed.position_ids, packed.bounds
     with stages.stage("student_forward"):
         student_hidden = student.packed_states(*given)
@@ -101,7 +102,8 @@ def packed_pass(
     return at_token(loss), scores_at_token(scores)
 
 
-def _packing(name: str, model: Any) -> Decoder:
+def packing_decoder(name: str, model: Any) -> Decoder:
+    """The model opened up, refused where it cannot keep packed sequences apart."""
     decoder = decoder_of(model)
     if decoder.unpackable:
         raise ValueError(

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from topd.branching.decoders import Decoder, decoder_of
-from topd.branching.inputs import binary, check_rollouts
+from topd.branching.inputs import binary, check_differentiable, check_rollouts
 from topd.branching.prefill import Prefill, prefill
-from topd.checks import real
+from topd.checks import keepable, real
 from topd.functional import linear_divergence
 from topd.head import Head
 from topd.objectives.config import OPDConfig
@@ -88,6 +88,7 @@ def token_pass(
         cache: keep both models' caches for windows, where they allow it.
     """
     student, teacher = decoder_of(student_model), decoder_of(teacher_model)
+    check_differentiable("student", student.model)
     ids, attended, response = rollouts.input_ids, rollouts.attended, rollouts.response
 
     def states(decoder: Decoder) -> Prefill:
@@ -97,9 +98,7 @@ def token_pass(
         student_states = states(student)
     with stages.stage("teacher_forward"), torch.no_grad():
         teacher_states = states(teacher)
-    hint = None
-    if config.reduction == "sequence":
-        hint = (1.0 / response.sum(-1, keepdim=True).clamp_min(1)).expand(response.shape)[:, 1:]
+    hint = reduction_hint(response, config.reduction)
     with stages.stage("divergence"):
         loss, scores = compare_states(
             (student_states.hidden[:, :-1], student.head),
@@ -110,6 +109,14 @@ def token_pass(
             config,
         )
     return TokenPass(student, teacher, student_states, teacher_states, at_token(loss), scores_at_token(scores))
+
+
+def reduction_hint(response: Tensor, reduction: str) -> Tensor | None:
+    """What `reduce_tokens` will multiply each of the states [B, T - 1] by, up to one factor; None where that is the same for
+    all."""
+    if reduction == "token":
+        return None
+    return (1.0 / response.sum(-1, keepdim=True).clamp_min(1)).expand(response.shape)[:, 1:]
 
 
 def compare_states(
@@ -155,7 +162,7 @@ def check_items(num_items: object) -> float | Tensor | None:
             raise ValueError(f"num_items must be one number, got {list(num_items.shape)}; sum it over the batch")
         if num_items.device.type == "cpu":
             real("num_items", num_items.item(), low=0.0, open_low=True)
-        return num_items.reshape(())
+        return keepable(num_items.reshape(()))
     return None if num_items is None else real("num_items", num_items, low=0.0, open_low=True)
 
 

@@ -31,6 +31,7 @@ from topd.objectives.rollouts import (
     reduce_tokens,
     token_pass,
 )
+from topd.objectives.topk_teacher import refuse_topk
 from topd.scores import TokenScores
 from topd.selection import divergent, false_alarm_weights, select_candidates
 from topd.windows import Windows, replay
@@ -45,13 +46,18 @@ class TOPD:
         config: TOPDConfig; None: its defaults.
 
     Raises:
-        TypeError: config of another type.
+        TypeError, ValueError: config of another type; no teacher.
 
     Source: arXiv 2606.00305.
     """
 
     def __init__(self, student: Any, teacher: Any, config: TOPDConfig | None = None) -> None:
         self.student, self.teacher, self.config = student, teacher, config_of(config, TOPDConfig)
+        if teacher is None:
+            raise ValueError(
+                "teacher must be a model, which continues from prefixes of the rollouts, got None; a teacher of whom only the "
+                "top-k is known serves topd.OPD"
+            )
 
     def __call__(
         self,
@@ -81,6 +87,7 @@ class TOPD:
         Raises:
             TypeError, ValueError: a wrong type, shape, dtype, device or range.
         """
+        refuse_topk(batch, "TOPD")
         rollouts, items, config = check_batch(batch), check_items(num_items), self.config
         stages = Stages("window_forward", "guidance")
         found = token_pass(self.student, self.teacher, rollouts, config, stages, cache=True)

@@ -26,6 +26,7 @@ from topd.ops.one_pass import (
     common_factor,
     correction,
     normalised_hint,
+    refuse_inference_tensors,
     refuse_second_derivative,
     returned,
     save_call,
@@ -74,6 +75,8 @@ torch.library.define(
 def _forward(*flat: Any) -> tuple[Tensor, ...]:
     call = Call.unpack(flat[:N_COMMON]).settled()
     hint, hidden_grad, weight_grad, bias_grad, adapter_grad, scores = flat[N_COMMON:]
+    if hidden_grad or weight_grad or bias_grad or adapter_grad:
+        refuse_inference_tensors("linear_divergence", flat[:N_COMMON])
     student = call.student
     n, device = student.hidden.shape[0], student.hidden.device
     with torch.no_grad(), torch.autocast(device.type, enabled=False):

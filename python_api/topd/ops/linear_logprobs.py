@@ -31,6 +31,7 @@ from topd.ops.one_pass import (
     at_inputs,
     chosen_rows,
     normalised_hint,
+    refuse_inference_tensors,
     refuse_second_derivative,
     returned,
     save_call,
@@ -69,6 +70,8 @@ torch.library.define(
 def _forward(*flat: Any) -> tuple[Tensor, ...]:
     call = Call.unpack(flat[:N_COMMON]).settled()
     hint, hidden_grad, weight_grad, bias_grad, adapter_grad, entropy = flat[N_COMMON:]
+    if hidden_grad or weight_grad or bias_grad or adapter_grad:
+        refuse_inference_tensors("linear_logprobs", flat[:N_COMMON])
     (n, width), device = call.side.hidden.shape, call.side.hidden.device
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         logprobs = torch.zeros(call.ids.shape, dtype=call.dtype, device=device)

@@ -143,6 +143,18 @@ def returned(total: Tensor, like: Tensor | None) -> Tensor:
     return out
 
 
+def refuse_inference_tensors(op: str, inputs: Sequence[Any]) -> None:
+    """Refuse by name an input that autograd cannot keep for the op's backward. The public functions pass none; torch.compile
+    does, which takes its graph's inputs as they are and would fail later without saying which."""
+    bad = next((i for i, value in enumerate(inputs) if isinstance(value, Tensor) and value.is_inference()), None)
+    if bad is not None:
+        name = getattr(torch.ops.topd, op).default._schema.arguments[bad].name
+        raise ValueError(
+            f"{name} must be no inference tensor in a function under torch.compile, whose backward cannot keep it, got one; "
+            "make it under torch.no_grad() instead of torch.inference_mode(), or take the loss out of the compiled function"
+        )
+
+
 def save_call(ctx: Any, inputs: Sequence[Any], count: int, kept: Sequence[Tensor]) -> None:
     """Keep the first `count` inputs and the tensors `kept` for `saved_call`."""
     ctx.tensors_at = [i for i in range(count) if isinstance(inputs[i], Tensor)]

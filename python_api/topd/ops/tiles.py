@@ -38,9 +38,7 @@ def mm(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out=out) if a.dtype == out.dtype else addmm(out, a, b, beta=0.0)
 
 
-def addmm(
-    out: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0, alpha: float = 1.0, factors: Tensor | None = None
-) -> Tensor:
+def addmm(out: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0, alpha: float = 1.0, factors: Tensor | None = None) -> Tensor:
     """out = beta out + alpha a b, out in float32 where a and b have 16 bits. Where a is float32 and b bfloat16, `factors` may
     multiply the columns of a, and with beta = 0 out may be bfloat16."""
     if a.dtype == b.dtype == out.dtype:

@@ -1,0 +1,162 @@
+"""A teacher of whom only the k most likely tokens of each position are known, as a server returns them, in a model's place.
+
+    L = mean over response tokens of KL between the student and the teacher's k tokens, with `topk_divergence`
+
+The student's one forward, the divergence, and one pass without gradients for the scores. Everything is indexed by the token:
+teacher_topk_ids[:, t] are the likely tokens in place of input_ids[:, t].
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from topd.arguments import typed
+from topd.branching.decoders import decoder_of
+from topd.branching.inputs import check_differentiable
+from topd.branching.prefill import prefill
+from topd.checks import floating, on_device, shaped
+from topd.divergences import ForwardKL, ReverseKL, resolve_divergence
+from topd.head import Head
+from topd.logprobs import TOPK_ORDER, TopK, linear_logprobs
+from topd.objectives.config import OPDConfig
+from topd.objectives.packed import Packed, packing_decoder
+from topd.objectives.rollouts import Rollouts, Stages, at_token, reduction_hint, scores_at_token
+from topd.scores import TokenScores
+from topd.soft_targets import check_ids_in_vocabulary, check_topk_values, checks_values, topk_divergence
+
+TOPK_KEYS = ("teacher_topk_logprobs", "teacher_topk_ids")
+
+
+class TopKPass(NamedTuple):
+    """The loss of each response token, [B, T] or [N], 0 elsewhere; its scores; and the teacher's mass on its k tokens."""
+
+    loss: Tensor
+    scores: TokenScores
+    mass: Tensor
+
+
+def direction_of(config: OPDConfig) -> str:
+    """Return the `topk_divergence` direction of a configuration; refuse what a top-k does not determine."""
+    divergence = resolve_divergence(config.divergence)
+    if divergence == ForwardKL():
+        return "forward"
+    if divergence == ReverseKL():
+        return "reverse"
+    raise ValueError(
+        'config.divergence must be "forward_kl" (without an entry_clip) or "reverse_kl" where only the teacher\'s top-k is '
+        f"known (teacher=None), got {divergence}; take one of these, or a teacher model"
+    )
+
+
+def refuse_topk(batch: object, method: str) -> None:
+    """Refuse a teacher's top-k where a model is asked."""
+    for key in TOPK_KEYS:
+        if isinstance(batch, Mapping) and key in batch:
+            raise ValueError(
+                f"batch must hold no {key} where topd.{method} has a teacher model, got it; leave it out, or give "
+                "topd.OPD(student, None, config) the top-k in the model's place"
+            )
+
+
+def take_topk(batch: Mapping[str, Any]) -> tuple[TopK, dict[str, Any]]:
+    """The teacher's top-k of a batch, not yet checked, and the rest of the batch."""
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"batch must be a mapping of tensors, got {type(batch).__name__}")
+    rest = dict(batch)
+    for key in TOPK_KEYS:
+        if key not in rest:
+            raise ValueError(
+                f"batch must hold {' and '.join(TOPK_KEYS)} where teacher is None, got no {key}; it has {sorted(batch)}; "
+                "add the teacher's top-k (topd.pad_topk makes it from a server's answers), or give a teacher model"
+            )
+    return TopK(*(rest.pop(key) for key in TOPK_KEYS)), rest
+
+
+def check_topk(topk: TopK, input_ids: Tensor, response: Tensor, vocab: int) -> TopK:
+    """The top-k [..., k] for tokens [...]; values are checked on the CPU, where response is True."""
+    ids = topk.ids
+    if isinstance(ids, Tensor) and ids.is_floating_point():
+        raise TypeError(f"teacher_topk_ids must be torch.int64, got {ids.dtype}; {TOPK_ORDER}")
+    ids = typed("teacher_topk_ids", ids, torch.int64)
+    expected = (*input_ids.shape, ids.shape[-1] if ids.dim() == input_ids.dim() + 1 else "k")
+    if tuple(ids.shape) != expected or not ids.shape[-1]:
+        raise ValueError(
+            f"teacher_topk_ids must be [{', '.join(map(str, input_ids.shape))}, k], k >= 1 tokens for each of input_ids, got "
+            f"{list(ids.shape)}; column t speaks of the token input_ids[:, t]"
+        )
+    on_device("teacher_topk_ids", ids, input_ids.device, "input_ids")
+    logprobs = shaped("teacher_topk_logprobs", floating(TOPK_KEYS[0], topk.logprobs), tuple(ids.shape), "as teacher_topk_ids")
+    on_device("teacher_topk_logprobs", logprobs, input_ids.device, "input_ids")
+    if logprobs.requires_grad:
+        raise ValueError("teacher_topk_logprobs must not require grad: the teacher is a constant; pass it detached")
+    if not checks_values(response):
+        return TopK(logprobs, ids)
+    counted = logprobs.masked_fill(~response.unsqueeze(-1), -torch.inf)
+    if (bad := response & logprobs.isneginf().all(-1)).any():
+        raise ValueError(
+            "teacher_topk_logprobs must hold a token wherever response_mask is True, got -inf alone at "
+            f"{bad.nonzero()[0].tolist()}; does column t speak of the token input_ids[:, t]? Else take it out of response_mask"
+        )
+    check_ids_in_vocabulary("teacher_topk_ids", ids, ~counted.isneginf(), vocab)
+    check_topk_values("teacher_topk_ids", ids, "teacher_topk_logprobs", counted)
+    return TopK(logprobs, ids)
+
+
+def padded_topk_pass(student_model: Any, rollouts: Rollouts, topk: TopK, config: OPDConfig, stages: Stages) -> TopKPass:
+    """One forward of the student over rollouts [B, T], and what each token costs."""
+    student = decoder_of(student_model)
+    check_differentiable("student", student.model)
+    topk = check_topk(topk, rollouts.input_ids, rollouts.response, student.head.weight.shape[0])
+    with stages.stage("student_forward"):
+        hidden = prefill(student, rollouts.input_ids, rollouts.attended, cache=False).hidden
+    hint = reduction_hint(rollouts.response, config.reduction)
+    with stages.stage("divergence"):
+        return compare_topk(hidden, student.head, rollouts.input_ids, rollouts.response, topk, hint, config)
+
+
+def packed_topk_pass(student_model: Any, packed: Packed, topk: TopK, config: OPDConfig, stages: Stages) -> TopKPass:
+    """The same over packed rollouts [N]."""
+    student = packing_decoder("student", student_model)
+    check_differentiable("student", student.model)
+    topk = check_topk(topk, packed.input_ids, packed.response, student.head.weight.shape[0])
+    with stages.stage("student_forward"):
+        hidden = student.packed_states(packed.input_ids, packed.position_ids, packed.bounds)
+    hint = 1.0 / packed.siblings()[1:] if config.reduction == "sequence" else None
+    with stages.stage("divergence"):
+        return compare_topk(hidden, student.head, packed.input_ids, packed.response, topk, hint, config)
+
+
+def compare_topk(
+    hidden: Tensor, head: Head, tokens: Tensor, response: Tensor, topk: TopK, hint: Tensor | None, config: OPDConfig
+) -> TopKPass:
+    """Compare states [..., T, H] with the tokens one column later. Costs `topk_divergence`, one matrix product for the scores,
+    and for hard_weight three more (two with a frozen head)."""
+    states, mask, next_tokens = hidden[..., :-1, :], response[..., 1:], tokens[..., 1:]
+    logprobs, ids = topk.logprobs[..., 1:, :], topk.ids[..., 1:, :]
+    options: dict[str, Any] = {"temperature": config.temperature, "mask": mask, "weights_hint": hint}
+    direction = direction_of(config)
+    loss = topk_divergence(states, head, ids, logprobs, direction=direction, support=config.topk_support, **options)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and config.hard_weight > 0):
+        own = linear_logprobs(states, head, next_tokens.unsqueeze(-1), return_entropy=True, **options)
+    assert isinstance(own, tuple)
+    student_logprob, student_entropy = own[0][..., 0], own[1]
+    if config.hard_weight:
+        loss = loss - config.hard_weight * student_logprob
+    scores = _scores(student_logprob.detach(), student_entropy.detach(), next_tokens, mask, TopK(logprobs, ids))
+    mass = logprobs.double().exp().sum(-1).masked_fill(~mask, 0.0)
+    return TopKPass(at_token(loss), scores_at_token(scores), at_token(mass))
+
+
+def _scores(logprob: Tensor, entropy: Tensor, tokens: Tensor, mask: Tensor, topk: TopK) -> TokenScores:
+    """What is known of each token; NaN or None what a top-k does not say."""
+    unknown = torch.zeros_like(logprob).masked_fill(mask, torch.nan)
+    same = (topk.ids == tokens.unsqueeze(-1)) & ~topk.logprobs.isneginf()
+    known = topk.logprobs.masked_fill(~same, -torch.inf).amax(-1).to(logprob.dtype)
+    teacher_logprob = torch.where(mask & same.any(-1), known, unknown)
+    names = ("forward_kl", "reverse_kl", "teacher_entropy", "student_lost_mass", "teacher_lost_mass")
+    known_of_student = {"student_entropy": entropy, "student_logprob": logprob}
+    return TokenScores(
+        **dict.fromkeys(names, unknown), **known_of_student, teacher_logprob=teacher_logprob, top1_agreement=None
+    )
