@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from topd.checks import real
+from topd.options import DivergenceName
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ BY_NAME: dict[str, Divergence] = {
 }
 
 
-def resolve_divergence(divergence: str | Divergence) -> Divergence:
+def resolve_divergence(divergence: DivergenceName | Divergence) -> Divergence:
     """The divergence that a name stands for, or the divergence itself."""
     if isinstance(divergence, Divergence):
         return divergence

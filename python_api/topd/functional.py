@@ -1,5 +1,7 @@
 """The public primitives: arguments checked, leading shapes flattened, then the op."""
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ from topd.backends import choose_backend
 from topd.checks import flag, on_device, real, shaped, tensor
 from topd.divergences import Divergence, resolve_divergence
 from topd.head import Head
+from topd.options import BackendName, DivergenceName
 from topd.reference import linear_divergence as reference
 from topd.reference.linear_divergence import RowSpec
 from topd.scores import TokenScores, unpack_scores
@@ -71,13 +74,70 @@ def _spec(student: Head, teacher: Head, temperature: float, divergence: Divergen
     )
 
 
+@overload
 def linear_divergence(
     student_hidden: Tensor,
     student: Head,
     teacher_hidden: Tensor,
     teacher: Head,
     *,
-    divergence: str | Divergence = "reverse_kl",
+    divergence: DivergenceName | Divergence = "reverse_kl",
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    tokens: Tensor | None = None,
+    hard_weight: float = 0.0,
+    weights_hint: Tensor | None = None,
+    return_scores: Literal[False] = False,
+    workspace_bytes: int | None = None,
+    backend: BackendName | None = None,
+) -> Tensor: ...
+
+
+@overload
+def linear_divergence(
+    student_hidden: Tensor,
+    student: Head,
+    teacher_hidden: Tensor,
+    teacher: Head,
+    *,
+    divergence: DivergenceName | Divergence = "reverse_kl",
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    tokens: Tensor | None = None,
+    hard_weight: float = 0.0,
+    weights_hint: Tensor | None = None,
+    return_scores: Literal[True],
+    workspace_bytes: int | None = None,
+    backend: BackendName | None = None,
+) -> tuple[Tensor, TokenScores]: ...
+
+
+@overload
+def linear_divergence(
+    student_hidden: Tensor,
+    student: Head,
+    teacher_hidden: Tensor,
+    teacher: Head,
+    *,
+    divergence: DivergenceName | Divergence = "reverse_kl",
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    tokens: Tensor | None = None,
+    hard_weight: float = 0.0,
+    weights_hint: Tensor | None = None,
+    return_scores: bool,
+    workspace_bytes: int | None = None,
+    backend: BackendName | None = None,
+) -> Tensor | tuple[Tensor, TokenScores]: ...
+
+
+def linear_divergence(
+    student_hidden: Tensor,
+    student: Head,
+    teacher_hidden: Tensor,
+    teacher: Head,
+    *,
+    divergence: DivergenceName | Divergence = "reverse_kl",
     temperature: float = 1.0,
     mask: Tensor | None = None,
     tokens: Tensor | None = None,
@@ -85,7 +145,7 @@ def linear_divergence(
     weights_hint: Tensor | None = None,
     return_scores: bool = False,
     workspace_bytes: int | None = None,
-    backend: str | None = None,
+    backend: BackendName | None = None,
 ) -> Tensor | tuple[Tensor, TokenScores]:
     """Per-token divergence between a student and a teacher, from hidden states, without [N, V] logits.
 

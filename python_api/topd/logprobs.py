@@ -1,5 +1,7 @@
 """`linear_logprobs`, the second primitive, and `topk_logprobs`, which makes an offline teacher's targets."""
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -19,9 +21,55 @@ from topd.checks import flag, on_device, positive_int, shaped
 from topd.head import Head, shape_logits
 from topd.ops.one_pass import chosen_rows, workspace
 from topd.ops.tiles import Side
+from topd.options import BackendName
 from topd.plan import plan_chunks
 from topd.reference import linear_logprobs as reference
 from topd.reference.linear_logprobs import LogprobSpec
+
+
+@overload
+def linear_logprobs(
+    hidden: Tensor,
+    head: Head,
+    ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    weights_hint: Tensor | None = None,
+    return_entropy: Literal[False] = False,
+    workspace_bytes: int | None = None,
+    backend: BackendName | None = None,
+) -> Tensor: ...
+
+
+@overload
+def linear_logprobs(
+    hidden: Tensor,
+    head: Head,
+    ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    weights_hint: Tensor | None = None,
+    return_entropy: Literal[True],
+    workspace_bytes: int | None = None,
+    backend: BackendName | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def linear_logprobs(
+    hidden: Tensor,
+    head: Head,
+    ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    weights_hint: Tensor | None = None,
+    return_entropy: bool,
+    workspace_bytes: int | None = None,
+    backend: BackendName | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def linear_logprobs(
@@ -34,7 +82,7 @@ def linear_logprobs(
     weights_hint: Tensor | None = None,
     return_entropy: bool = False,
     workspace_bytes: int | None = None,
-    backend: str | None = None,
+    backend: BackendName | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probabilities of chosen tokens, and the entropy, from hidden states, without [N, V] logits.
 
@@ -100,7 +148,7 @@ def logprobs_and_outside(
     weights_hint: Tensor | None = None,
     entropy: bool = False,
     workspace_bytes: int | None = None,
-    backend: str | None = None,
+    backend: BackendName | None = None,
     padded: bool = False,
     dense: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
