@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import topd
 from tests.tiny_models import KINDS, VOCAB, bloom, flat_gradient, ragged, tiny
 
+transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 
@@ -43,6 +44,22 @@ def test_a_state_predicts_the_token_after_its_own() -> None:
     logprob = topd.linear_logprobs(hidden, head.detach(), ids.roll(-1, 1).unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(logprob[0, 3], expected[0, 3, 11])
     torch.testing.assert_close(logprob[1, 3], expected[1, 3, 30])
+
+
+def test_a_model_whose_class_names_no_base_model_has_one() -> None:
+    sizes = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 16,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+    }
+    config = transformers.Llama4TextConfig(**sizes, intermediate_size_mlp=16, num_hidden_layers=2, num_local_experts=2)
+    model, ids = transformers.Llama4ForCausalLM(config).eval(), ragged()[0]
+    assert model.base_model is model
+    with torch.no_grad():
+        hidden, head = topd.hidden_states(model, ids)
+        torch.testing.assert_close(head.logits(hidden), logits_of(model, ids), atol=1e-5, rtol=1e-5)
 
 
 def test_padding_on_the_left_shifts_no_position() -> None:

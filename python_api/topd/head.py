@@ -131,7 +131,7 @@ class Head:
 
     @classmethod
     def from_model(cls, model: Any, *, verify: bool = True) -> "Head":
-        """The head of a transformers causal language model, with its bias, scale, softcap and LoRA.
+        """Return the head of a transformers causal language model, with its bias, scale, softcap and LoRA.
 
         It holds the live parameters, so gradients reach them. What it reads besides (adapter state, scale, softcap) is read
         once: build it anew after an adapter was switched, merged or disabled, or a head resized or replaced.
@@ -140,9 +140,9 @@ class Head:
             model: a decoder-only transformers model with a language model head, also inside PEFT, torch.compile or a
                 data-parallel wrapper. A class of your own counts as the transformers class that it derives from; one that
                 derives from none counts as plain unless its config has a scale or softcap set.
-            verify: once for each model, run its forward on a few random states in the place of its base model's, and compare
-                its logits with the head's. No layer runs, and nothing of the model changes. A class that shows
-                no base model is not compared; hooks on the model are not looked at. False: do not compare.
+            verify: compare the logits that the model's own forward makes of a few random states with the head's, once for each
+                model. No layer runs, and nothing of the model changes. Not looked at: a model that shows no base model, hooks,
+                a forward put on the object in the place of its class's. False: do not compare.
 
         Returns:
             A Head in the dtype of the model's output embeddings. A LoRA on them becomes its adapter.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from topd.head import Head, shape_logits
-from topd.integrations.model_head import innermost, refuse_prompt_learning, unwrapped_model
+from topd.integrations.model_head import base_of, innermost, refuse_prompt_learning, unwrapped_model
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 FEW = range(8, 65)  # rows of logits that a CPU computes faster from the head's side
@@ -124,8 +124,8 @@ def decoder_of(model: Any) -> Decoder:
     refuse_prompt_learning(model)
     head = Head.from_model(model)
     inner = unwrapped_model(model)
-    base = inner.base_model
-    if base is inner:
+    base = base_of(inner)
+    if base is None:
         name = type(inner).__name__
         raise ValueError(f"model must have a base model that ends in last_hidden_state, got none in {name}")
     sliding, obstacle = _layer_kinds(inner.config)

@@ -73,11 +73,7 @@ class _Shaping:
 
 
 def head_from_model(model: Any) -> Head:
-    """The head that the model's class names, read off the model; `topd.Head.from_model` is its public form and verifies it.
-
-    A class from elsewhere counts as the transformers class that it derives from; one that derives from none counts as plain
-    unless its config has a scale or softcap set.
-    """
+    """Read the head off a model as its class says, without verifying it; see `topd.Head.from_model`."""
     inner = unwrapped_model(model)
     name = type(inner).__name__
     layer = inner.get_output_embeddings()
@@ -137,14 +133,23 @@ def refuse_prompt_learning(model: Any) -> None:
 
 def parts_of(model: Any, layer: nn.Module) -> list[Any]:
     """The model and, where the head belongs to a language model inside it, that one."""
-    name = type(model).__name__
     owner = next((part for part in model.modules() if any(child is layer for child in part.children())), None)
     if owner is model:
         return [model]
     if owner is None or not hasattr(type(owner), "get_output_embeddings"):
         place = "outside its modules" if owner is None else f"inside a {type(owner).__name__}"
-        refuse(name, "must apply its output embeddings to last_hidden_state itself", f"them {place}", BUILD_BY_HAND)
+        rule = "must apply its output embeddings to last_hidden_state itself"
+        refuse(type(model).__name__, rule, f"them {place}", BUILD_BY_HAND)
     return [model, owner]
+
+
+def base_of(model: Any) -> Any:
+    """The base model that the head reads, also where its class names another; None where there is not just one."""
+    owner = parts_of(model, model.get_output_embeddings())[-1]
+    if (base := getattr(owner, "base_model", owner)) is not owner:
+        return base
+    models = [child for child in owner.children() if hasattr(type(child), "base_model_prefix")]
+    return models[0] if len(models) == 1 else None
 
 
 def _shaped_by(model: Any, shaping: _Shaping) -> _Shaping:

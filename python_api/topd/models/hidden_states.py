@@ -19,6 +19,7 @@ OWN = {
     "use_cache": "no cache is kept",
     "past_key_values": "no cache is kept",
     "cache_params": "no cache is kept",
+    "cache_position": "no cache is kept",
     "output_hidden_states": "the last states alone are returned",
     "output_attentions": "the last states alone are returned",
     "return_dict": "states and a Head are returned",
