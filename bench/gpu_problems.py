@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import topd
+from topd.options import BackendName
 from topd.plan import FUSED_BLOCK
 from topd.reference.transport import Windows
 from topd.scores import FIELDS
@@ -142,10 +143,10 @@ def scores_of(scores: topd.TokenScores) -> dict[str, Tensor]:
     return {name: value.double() for name, value in found.items() if value is not None}
 
 
-def divergence(problem: Problem, chosen: topd.Divergence, backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
+def divergence(problem: Problem, chosen: topd.Divergence, backend: BackendName, dtype: torch.dtype) -> dict[str, Tensor]:
     """Value, gradients and, where asked for, scores by `topd.linear_divergence`."""
     hidden, student = problem.side(0, dtype, trainable=True)
-    options = {"mask": problem.mask, "tokens": problem.tokens[:, 0], **problem.options.get("call", {})}
+    options: dict[str, Any] = {"mask": problem.mask, "tokens": problem.tokens[:, 0], **problem.options.get("call", {})}
     wanted = bool(problem.options.get("scores"))
     if backend != "reference":
         options["workspace_bytes"] = problem.workspace_bytes
@@ -159,10 +160,10 @@ def divergence(problem: Problem, chosen: topd.Divergence, backend: str, dtype: t
     return parts | _gradients(loss, hidden, student)
 
 
-def logprobs(problem: Problem, backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
+def logprobs(problem: Problem, backend: BackendName, dtype: torch.dtype) -> dict[str, Tensor]:
     """Log-probabilities, gradients and, where asked for, entropy by `topd.linear_logprobs`."""
     hidden, head = problem.side(0, dtype, trainable=True)
-    options = {"mask": problem.mask, **problem.options.get("call", {})}
+    options: dict[str, Any] = {"mask": problem.mask, **problem.options.get("call", {})}
     wanted = bool(problem.options.get("entropy"))
     if backend != "reference":
         options["workspace_bytes"] = problem.workspace_bytes
@@ -177,10 +178,10 @@ def logprobs(problem: Problem, backend: str, dtype: torch.dtype) -> dict[str, Te
     return parts | _gradients(loss, hidden, head)
 
 
-def scores(problem: Problem, backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
+def scores(problem: Problem, backend: BackendName, dtype: torch.dtype) -> dict[str, Tensor]:
     """All scores without gradients: on triton by the fused kernels, which a workspace for few rows asks for."""
     call = {name: value for name, value in problem.options.get("call", {}).items() if name != "hard_weight"}
-    options = {"mask": problem.mask, "tokens": problem.tokens[:, 0], "return_scores": True, **call}
+    options: dict[str, Any] = {"mask": problem.mask, "tokens": problem.tokens[:, 0], "return_scores": True, **call}
     with torch.no_grad():
         sides = (*problem.side(0, dtype), *problem.side(1, dtype))
         itemsize = torch.promote_types(dtype, torch.float32).itemsize

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import topd
 from bench.cases import Inputs
+from topd.options import BackendName
 
 CHOSEN = {"logprobs_1": 1, "logprobs_50": 50}
 LIGER_VOCAB_CHUNK = 4096  # its own default
@@ -28,7 +29,7 @@ def targets(inputs: Inputs, loss: str) -> tuple[Tensor, Tensor]:
     return ids, torch.randn(shape, generator=generator).softmax(-1)
 
 
-def ours(inputs: Inputs, ids: Tensor, probs: Tensor, backend: str | None) -> Tensor:
+def ours(inputs: Inputs, ids: Tensor, probs: Tensor, backend: BackendName | None) -> Tensor:
     """topd.linear_logprobs."""
     head = topd.Head(inputs.student_weight)
     options: dict[str, Any] = {"workspace_bytes": inputs.workspace_bytes, "backend": backend}
@@ -74,7 +75,7 @@ def liger(inputs: Inputs, ids: Tensor) -> Tensor:
     return -torch.as_tensor(found)
 
 
-def losses(inputs: Inputs, loss: str, backend: str | None) -> dict[str, Callable[[], Tensor]]:
+def losses(inputs: Inputs, loss: str, backend: BackendName | None) -> dict[str, Callable[[], Tensor]]:
     """The contenders' per-token losses, by name."""
     ids, probs = targets(inputs, loss)
     found: dict[str, Callable[[], Tensor]] = {

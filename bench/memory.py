@@ -29,6 +29,7 @@ from bench.process import INTERRUPTED, options, positive, run_worker
 from bench.report import machine_line, markdown_table, note, write_json
 from topd.backends import NAMES, choose_backend
 from topd.cli.memory import resident_mib, settled_mib
+from topd.options import BackendName
 from topd.plan import MIB, default_workspace
 
 PEERS = ("ours", "eager", "trl", "liger")
@@ -83,7 +84,7 @@ def settle() -> float:
     return found
 
 
-def measure(case_name: str, peer: str, head: str, n: int, loss: str, backend: str) -> MemoryRow:
+def measure(case_name: str, peer: str, head: str, n: int, loss: str, backend: BackendName) -> MemoryRow:
     """One measurement in this process, which should be fresh."""
     trainable = head == "trainable"
     warm_up = make_inputs(CASES["tiny"], trainable_head=trainable)

@@ -18,6 +18,8 @@ from torch import Tensor
 import topd
 from bench import logprob_peers
 from bench.cases import Inputs
+from topd.divergences import BY_NAME
+from topd.options import BackendName
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 LOSSES = (*DIVERGENCES, *logprob_peers.CHOSEN)
@@ -56,14 +58,14 @@ def divergence_of_logprobs(student: Tensor, teacher: Tensor, divergence: str) ->
     raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, got {divergence!r}")
 
 
-def ours(inputs: Inputs, divergence: str, backend: str | None) -> Gradients:
+def ours(inputs: Inputs, divergence: str, backend: BackendName | None) -> Gradients:
     """topd.linear_divergence."""
     value = topd.linear_divergence(
         inputs.student_hidden,
         topd.Head(inputs.student_weight),
         inputs.teacher_hidden,
         topd.Head(inputs.teacher_weight),
-        divergence=divergence,
+        divergence=BY_NAME[divergence],
         workspace_bytes=inputs.workspace_bytes,
         backend=backend,
     )
@@ -145,7 +147,7 @@ def warm_floor(inputs: Inputs, loss: str) -> Contender:
     return run
 
 
-def differentiable(inputs: Inputs, loss: str, backend: str | None) -> dict[str, Differentiable]:
+def differentiable(inputs: Inputs, loss: str, backend: BackendName | None) -> dict[str, Differentiable]:
     """The contenders that compute a loss and its gradients, by name; without TRL or Liger where they are not installed."""
     if not has_teacher(loss):
         return {

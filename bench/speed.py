@@ -21,6 +21,7 @@ from bench.peers import LOSSES, Contender, differentiable, floor, has_teacher, w
 from bench.process import INTERRUPTED, MALLOC_MODES, Outcome, options, positive, run_worker
 from bench.report import machine_line, markdown_table, note, scientific, write_json
 from topd.backends import NAMES, choose_backend
+from topd.options import BackendName
 
 HEADS = ("trainable", "frozen")
 TIMED = ("floor", "warm_floor", "ours", "eager", "trl", "liger")
@@ -86,7 +87,7 @@ class SpeedRow:
         return [self.case, self.head, self.loss, *map(scientific, parts), *faults]
 
 
-def measure_row(case_name: str, head: str, loss: str, *, backend: str, rounds: int, label: str) -> SpeedRow:
+def measure_row(case_name: str, head: str, loss: str, *, backend: BackendName, rounds: int, label: str) -> SpeedRow:
     """Check one shape, head and loss, then time it."""
     case, trainable = CASES[case_name], head == "trainable"
     inputs = make_inputs(case, trainable_head=trainable)

@@ -56,6 +56,11 @@ Refusal = tuple[Callable[[], Any], type[Exception], list[str]]
 
 CONSTRUCTION: dict[str, Refusal] = {
     "weight no tensor": (lambda: topd.Head([[1.0]]), TypeError, ["Head.weight", "Tensor", "list"]),
+    "weight a module": (
+        lambda: topd.Head(torch.nn.Linear(H, V)),
+        TypeError,
+        ["Head.weight", "Tensor", "module Linear", "use topd.Head.from_model(model)"],
+    ),
     "weight int": (
         lambda: topd.Head(torch.ones(V, H, dtype=torch.int8)),
         TypeError,

@@ -12,6 +12,7 @@ from topd.entropy_aware import entropy_aware_opd
 from topd.functional import linear_divergence, score_tokens
 from topd.head import Head, LowRank
 from topd.logprobs import linear_logprobs, topk_logprobs
+from topd.models.hidden_states import hidden_states
 from topd.near_future import Transport, guidance_kl, near_future_divergence
 from topd.objectives.config import OPDConfig, TOPDConfig
 from topd.objectives.objective import NearFuture, Objective
@@ -21,6 +22,7 @@ from topd.sampled import sampled_kl
 from topd.scores import TokenScores
 from topd.selection import divergent, false_alarm_weights, select_candidates
 from topd.server_answers import pad_topk
+from topd.shift import next_token_mask
 from topd.soft_targets import soft_target_kl, topk_divergence
 from topd.windows import Windows, sample_windows, window_hidden
 
@@ -49,9 +51,11 @@ __all__ = [
     "entropy_aware_opd",
     "false_alarm_weights",
     "guidance_kl",
+    "hidden_states",
     "linear_divergence",
     "linear_logprobs",
     "near_future_divergence",
+    "next_token_mask",
     "pad_topk",
     "sample_windows",
     "sampled_kl",

@@ -8,11 +8,13 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
-NAMES = ("reference", "eager", "cpp", "triton")
+from topd.options import BackendName
+
+NAMES: tuple[str, ...] = get_args(BackendName)
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Backend:
     """One backend: whether it can run here and what it is, or why it cannot. True in a condition where it can. `interpreted`:
     it runs in Triton's interpreter, on CPU tensors."""
 
-    name: str
+    name: BackendName
     available: bool
     detail: str
     interpreted: bool = False
@@ -66,7 +68,7 @@ _HAS_CPP = _CPP.available
 def multiplies_bf16() -> bool:
     """Tell whether the C++ extension can multiply bfloat16 with float32 out: the processor has AVX512_BF16 or AMX, and oneDNN,
     whose kernels do it, is not switched off."""
-    return _HAS_BF16 and torch.backends.mkldnn.enabled
+    return _HAS_BF16 and bool(torch.backends.mkldnn.enabled)
 
 
 def _has_bf16() -> bool:
@@ -131,7 +133,7 @@ def backends() -> dict[str, Backend]:
     return {**_FOUND, "triton": _load_triton()}
 
 
-def choose_backend(backend: str | None, device: torch.device) -> str:
+def choose_backend(backend: BackendName | None, device: torch.device) -> BackendName:
     """The backend to run on this device. A backend asked for by name never falls back.
 
     Raises:

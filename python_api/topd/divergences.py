@@ -8,9 +8,10 @@ the teacher, both at the call's temperature; every value is in nats except the t
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 from topd.checks import real
+from topd.options import DivergenceName
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,11 @@ BY_NAME: dict[str, Divergence] = {
     d.name: d for d in (ForwardKL(), ReverseKL(), JSD(), SkewKL(), SkewReverseKL(), TotalVariation())
 }
 
+# What a divergence may be given as: a name, an instance, or the mapping that dataclasses.asdict makes of one.
+DivergenceLike: TypeAlias = DivergenceName | Divergence | Mapping[str, object]
 
-def resolve_divergence(divergence: str | Divergence | Mapping[str, object]) -> Divergence:
+
+def resolve_divergence(divergence: DivergenceLike) -> Divergence:
     """Return the divergence that a name or a mapping stands for, or the divergence itself."""
     if isinstance(divergence, Divergence):
         return divergence
@@ -143,9 +147,13 @@ def resolve_divergence(divergence: str | Divergence | Mapping[str, object]) -> D
             "divergence must be a name, one of topd's divergences such as topd.JSD(0.5), or a mapping such as "
             f'{{"name": "jsd", "beta": 0.5}}, got {type(divergence).__name__}'
         )
-    if divergence not in BY_NAME:
-        raise ValueError(f"divergence must be one of {', '.join(map(repr, BY_NAME))} or an instance, got {divergence!r}")
-    return BY_NAME[divergence]
+    return _of_name(divergence)
+
+
+def _of_name(name: str) -> Divergence:
+    if name not in BY_NAME:
+        raise ValueError(f"divergence must be one of {', '.join(map(repr, BY_NAME))} or an instance, got {name!r}")
+    return BY_NAME[name]
 
 
 def _from_mapping(divergence: Mapping[str, object]) -> Divergence:
@@ -156,7 +164,7 @@ def _from_mapping(divergence: Mapping[str, object]) -> Divergence:
         raise ValueError(
             f'divergence must have its "name" where it is a mapping, as in {{"name": "jsd", "beta": 0.5}}, got {divergence!r}'
         )
-    default = resolve_divergence(name)
+    default = _of_name(name)
     known = [each.name for each in fields(default) if each.init]
     if unknown := [key for key in parameters if key not in known]:
         takes = f"takes {', '.join(known)}" if known else "takes no parameter"

@@ -10,6 +10,8 @@ from topd.checks import positive_int, real
 from topd.functional import linear_divergence
 from topd.head import Head
 from topd.logprobs import topk_logprobs
+from topd.options import BackendName
+from topd.scores import TokenScores
 from topd.soft_targets import soft_target_kl
 
 
@@ -26,7 +28,7 @@ def entropy_aware_opd(
     mask: Tensor | None = None,
     weights_hint: Tensor | None = None,
     workspace_bytes: int | None = None,
-    backend: str | None = None,
+    backend: BackendName | None = None,
 ) -> Tensor:
     """Reverse KL, and where the teacher is undecided also the forward KL to its most likely tokens:
 
@@ -60,9 +62,10 @@ def entropy_aware_opd(
     sides = (student_hidden, student, teacher_hidden, teacher)
     options: dict[str, Any] = {"temperature": temperature, "workspace_bytes": workspace_bytes}
     trained = options | {"weights_hint": weights_hint, "backend": backend}
-    found = linear_divergence(*sides, divergence="reverse_kl", mask=mask, return_scores=True, **trained)
-    assert isinstance(found, tuple)
-    value, scores = found
+    pair: tuple[Tensor, TokenScores] = linear_divergence(
+        *sides, divergence="reverse_kl", mask=mask, return_scores=True, **trained
+    )
+    value, scores = pair
     if coef == 0:
         return value
     undecided = scores.teacher_entropy >= entropy_threshold
@@ -72,7 +75,7 @@ def entropy_aware_opd(
         student_hidden, student = cast(*autocast(student_hidden, student), dtype)
         teacher_hidden, teacher = cast(*autocast(teacher_hidden, teacher), dtype)
     logprobs, ids = topk_logprobs(teacher_hidden, teacher.first(vocab), top_k, mask=undecided, **options)
-    guidance = soft_target_kl(
+    guidance: Tensor = soft_target_kl(
         student_hidden, student.first(vocab), ids, logprobs.exp(), normalize=True, mask=undecided, **trained
     )
     return value + coef * guidance

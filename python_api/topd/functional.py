@@ -1,7 +1,7 @@
 """The public primitives: arguments checked, leading shapes flattened, then the op."""
 
 import math
-from collections.abc import Mapping
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -22,9 +22,10 @@ from topd.arguments import (
 )
 from topd.backends import choose_backend
 from topd.checks import flag, no_forward_mode, on_device, real, shaped, tensor
-from topd.divergences import Divergence, resolve_divergence
+from topd.divergences import Divergence, DivergenceLike, resolve_divergence
 from topd.head import Head
 from topd.ops.numbers import numbers_of
+from topd.options import BackendName
 from topd.reference import linear_divergence as reference
 from topd.reference.linear_divergence import RowSpec
 from topd.scores import TokenScores, unpack_scores
@@ -90,13 +91,70 @@ def _spec(student: Head, teacher: Head, temperature: float, divergence: Divergen
     )
 
 
+@overload
 def linear_divergence(
     student_hidden: Tensor,
     student: Head,
     teacher_hidden: Tensor,
     teacher: Head,
     *,
-    divergence: str | Divergence | Mapping[str, object] = "reverse_kl",
+    divergence: DivergenceLike = "reverse_kl",
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    tokens: Tensor | None = None,
+    hard_weight: float = 0.0,
+    weights_hint: Tensor | None = None,
+    return_scores: Literal[False] = False,
+    workspace_bytes: int | None = None,
+    backend: BackendName | None = None,
+) -> Tensor: ...
+
+
+@overload
+def linear_divergence(
+    student_hidden: Tensor,
+    student: Head,
+    teacher_hidden: Tensor,
+    teacher: Head,
+    *,
+    divergence: DivergenceLike = "reverse_kl",
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    tokens: Tensor | None = None,
+    hard_weight: float = 0.0,
+    weights_hint: Tensor | None = None,
+    return_scores: Literal[True],
+    workspace_bytes: int | None = None,
+    backend: BackendName | None = None,
+) -> tuple[Tensor, TokenScores]: ...
+
+
+@overload
+def linear_divergence(
+    student_hidden: Tensor,
+    student: Head,
+    teacher_hidden: Tensor,
+    teacher: Head,
+    *,
+    divergence: DivergenceLike = "reverse_kl",
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    tokens: Tensor | None = None,
+    hard_weight: float = 0.0,
+    weights_hint: Tensor | None = None,
+    return_scores: bool,
+    workspace_bytes: int | None = None,
+    backend: BackendName | None = None,
+) -> Tensor | tuple[Tensor, TokenScores]: ...
+
+
+def linear_divergence(
+    student_hidden: Tensor,
+    student: Head,
+    teacher_hidden: Tensor,
+    teacher: Head,
+    *,
+    divergence: DivergenceLike = "reverse_kl",
     temperature: float = 1.0,
     mask: Tensor | None = None,
     tokens: Tensor | None = None,
@@ -104,7 +162,7 @@ def linear_divergence(
     weights_hint: Tensor | None = None,
     return_scores: bool = False,
     workspace_bytes: int | None = None,
-    backend: str | None = None,
+    backend: BackendName | None = None,
 ) -> Tensor | tuple[Tensor, TokenScores]:
     """Per-token divergence between a student and a teacher, from hidden states, without [N, V] logits.
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topd.checks import floating, on_device, real, shaped
+from topd.checks import flag, floating, on_device, real, shaped
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +67,11 @@ class Head:
     adapter: LowRank | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.weight, torch.nn.Module):
+            raise TypeError(
+                f"Head.weight must be a torch.Tensor, got the module {type(self.weight).__name__}; use "
+                "topd.Head.from_model(model), which also reads bias, scale, softcap and adapter, or pass its weight"
+            )
         weight = floating("Head.weight", self.weight)
         if weight.dim() != 2 or weight.numel() == 0:
             raise ValueError(
@@ -127,12 +132,37 @@ class Head:
         )
 
     @classmethod
-    def from_model(cls, model: Any) -> "Head":
-        """The head of a transformers causal language model, with its bias, scale, softcap and LoRA; see
-        `topd.integrations.model_head.head_from_model`."""
+    def from_model(cls, model: Any, *, verify: bool = True) -> "Head":
+        """Return the head of a transformers causal language model, with its bias, scale, softcap and LoRA.
+
+        It holds the live parameters, so gradients reach them. What it reads besides (adapter state, scale, softcap) is read
+        once: build it anew after an adapter was switched, merged or disabled, or a head resized or replaced.
+
+        Args:
+            model: a decoder-only transformers model with a language model head, also inside PEFT, torch.compile or a
+                data-parallel wrapper. A class of your own counts as the transformers class that it derives from; one that
+                derives from none counts as plain unless its config has a scale or softcap set.
+            verify: compare the logits that the model's own forward makes of a few random states with the head's, once for each
+                model. No layer runs, and nothing of the model changes. Not looked at: a model that shows no base model, hooks,
+                a forward put on the object in the place of its class's. False: do not compare.
+
+        Returns:
+            A Head in the dtype of the model's output embeddings. A LoRA on them becomes its adapter.
+
+        Raises:
+            TypeError: `model` is not a language model of transformers.
+            ValueError: the logits are not those of a Head, or not from one plain floating weight on this rank (quantised,
+                sharded, offloaded), or the model's own logits are others than the head's by more than rounding.
+        """
         from topd.integrations.model_head import head_from_model
 
-        return head_from_model(model)
+        flag("verify", verify)
+        head = head_from_model(model)
+        if verify:
+            from topd.models.verify_head import verify_head
+
+            verify_head(model, head)
+        return head
 
 
 def shape_logits(product: Tensor, bias: Tensor | None, scale: float, softcap: float | None, temperature: float = 1.0) -> Tensor:

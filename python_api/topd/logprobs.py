@@ -1,6 +1,6 @@
 """`linear_logprobs`, the second primitive, and `topk_logprobs`, which makes an offline teacher's targets."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from topd.backends import choose_backend
 from topd.checks import flag, no_forward_mode, on_device, positive_int, shaped
 from topd.head import Head
 from topd.ops.numbers import numbers_of
+from topd.options import BackendName
 from topd.reference import linear_logprobs as reference
 from topd.reference.linear_logprobs import LogprobSpec
 
@@ -42,6 +43,51 @@ class TopK(NamedTuple):
     ids: Tensor
 
 
+@overload
+def linear_logprobs(
+    hidden: Tensor,
+    head: Head,
+    ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    weights_hint: Tensor | None = None,
+    return_entropy: Literal[False] = False,
+    workspace_bytes: int | None = None,
+    backend: BackendName | None = None,
+) -> Tensor: ...
+
+
+@overload
+def linear_logprobs(
+    hidden: Tensor,
+    head: Head,
+    ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    weights_hint: Tensor | None = None,
+    return_entropy: Literal[True],
+    workspace_bytes: int | None = None,
+    backend: BackendName | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def linear_logprobs(
+    hidden: Tensor,
+    head: Head,
+    ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    weights_hint: Tensor | None = None,
+    return_entropy: bool,
+    workspace_bytes: int | None = None,
+    backend: BackendName | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
 def linear_logprobs(
     hidden: Tensor,
     head: Head,
@@ -52,7 +98,7 @@ def linear_logprobs(
     weights_hint: Tensor | None = None,
     return_entropy: bool = False,
     workspace_bytes: int | None = None,
-    backend: str | None = None,
+    backend: BackendName | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probabilities of chosen tokens, and the entropy, from hidden states, without [N, V] logits.
 
@@ -127,7 +173,7 @@ def logprobs_and_outside(
     weights_hint: Tensor | None = None,
     entropy: bool = False,
     workspace_bytes: int | None = None,
-    backend: str | None = None,
+    backend: BackendName | None = None,
     padded: bool = False,
     dense: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:

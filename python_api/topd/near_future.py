@@ -5,6 +5,7 @@ plan's rows are student positions, its columns teacher positions.
 """
 
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -15,10 +16,11 @@ from topd.checks import choice, floating, on_device, positive_int, real, shaped,
 from topd.exact_transport import exact_transport
 from topd.head import Head
 from topd.ops.transport import run_transport
+from topd.options import BackendName, Cost, Solver
 from topd.reference.transport import COSTS, Windows
 from topd.soft_targets import check_ids_in_vocabulary, check_targets, checks_values, soft_target_kl
 
-SOLVERS = ("sinkhorn", "exact")
+SOLVERS: tuple[str, ...] = get_args(Solver)
 MAX_WINDOW = 128
 
 
@@ -49,8 +51,8 @@ def near_future_divergence(
     teacher_vectors: Tensor | None = None,
     student_lengths: Tensor | None = None,
     teacher_lengths: Tensor | None = None,
-    cost: str = "cosine",
-    solver: str = "sinkhorn",
+    cost: Cost = "cosine",
+    solver: Solver = "sinkhorn",
     epsilon: float = 0.05,
     max_iterations: int = 200,
     tolerance: float = 1e-4,
@@ -186,7 +188,7 @@ def guidance_kl(
     temperature: float = 1.0,
     weights_hint: Tensor | None = None,
     workspace_bytes: int | None = None,
-    backend: str | None = None,
+    backend: BackendName | None = None,
 ) -> Tensor:
     """The multi-token guidance of a divergent point: the mean over the student's window of KL(target_i || p_S), where target_i
     spreads row i of the plan, normalised, over the teacher's tokens. A token that stands at several places counts once.

@@ -1,16 +1,19 @@
 """Estimates of the reverse KL from sampled tokens."""
 
+from typing import get_args
+
 import torch
 from torch import Tensor
 
 from topd.checks import choice, floating, on_device, real, shaped
+from topd.options import Estimator
 from topd.row_math import phi
 
-ESTIMATORS = ("k1", "k2", "k3")
+ESTIMATORS: tuple[str, ...] = get_args(Estimator)
 
 
 def sampled_kl(
-    student_logprob: Tensor, teacher_logprob: Tensor, *, estimator: str = "k1", clamp: float | None = None
+    student_logprob: Tensor, teacher_logprob: Tensor, *, estimator: Estimator = "k1", clamp: float | None = None
 ) -> Tensor:
     """Estimates of the reverse KL from the log-probabilities of sampled tokens, r = log p_S - log p_T.
 

@@ -5,17 +5,19 @@ or packed. One ranking (by trajectory, highest score first, ties to the smaller 
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from topd.arguments import check_offsets, per_token, typed
 from topd.checks import choice, floating, on_device, positive_int, real, shaped
+from topd.options import CandidateRule, FalseAlarmMode, GateRule
 
-CANDIDATE_RULES = ("top_fraction", "top_k", "quantile", "threshold")
-GATE_VALUES = {"lowest_fraction_out": 0.3, "threshold": None, "mean_plus_std": 1.0}
-FALSE_ALARM_MODES = ("keep", "cap", "mask")
+CANDIDATE_RULES: tuple[str, ...] = get_args(CandidateRule)
+GATE_RULES: tuple[str, ...] = get_args(GateRule)
+GATE_VALUES: dict[GateRule, float | None] = {"lowest_fraction_out": 0.3, "threshold": None, "mean_plus_std": 1.0}
+FALSE_ALARM_MODES: tuple[str, ...] = get_args(FalseAlarmMode)
 
 
 class _Batch(NamedTuple):
@@ -43,7 +45,7 @@ def select_candidates(
     *,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    rule: str = "top_fraction",
+    rule: CandidateRule = "top_fraction",
     value: float = 0.0225,
     min_separation: int = 0,
 ) -> Tensor:
@@ -96,7 +98,7 @@ def select_candidates(
 
 
 @torch.no_grad()
-def divergent(distance: Tensor, *, rule: str = "lowest_fraction_out", value: float | None = None) -> Tensor:
+def divergent(distance: Tensor, *, rule: GateRule = "lowest_fraction_out", value: float | None = None) -> Tensor:
     """Which candidates really diverge: those whose near-future distance is high too. The others are false alarms.
 
     Args:
@@ -117,7 +119,7 @@ def divergent(distance: Tensor, *, rule: str = "lowest_fraction_out", value: flo
     Source: arXiv 2606.00305, which asks for a high distance and gives no rule: all three are our choice; 0.3 follows its
     29.23 % of high-loss tokens whose distance is under the upper quartile of the low-loss ones.
     """
-    choice("rule", rule, tuple(GATE_VALUES))
+    choice("rule", rule, GATE_RULES)
     bound = _check_value(rule, GATE_VALUES[rule] if value is None else value)
     if floating("distance", distance).dim() != 1:
         raise ValueError(f"distance must be [m], one for each candidate, got {list(distance.shape)}; flatten it")
@@ -142,7 +144,7 @@ def false_alarm_weights(
     *,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    mode: str = "keep",
+    mode: FalseAlarmMode = "keep",
 ) -> Tensor:
     """What each token weighs in the on-policy loss: 1, but for the false alarms, the candidates that do not diverge.
 

@@ -5,6 +5,8 @@ chosen tokens and, where it is due, one more bucket with the mass outside them: 
 log-probabilities then count only to second order, and no value is negative.
 """
 
+from typing import get_args
+
 import torch
 from torch import Tensor
 
@@ -12,12 +14,13 @@ from topd.arguments import check_side, per_token
 from topd.checks import choice, flag, floating, on_device, shaped
 from topd.head import Head
 from topd.logprobs import TOPK_ORDER, check_ids, logprobs_and_outside
+from topd.options import BackendName, Direction, Support
 from topd.repeats import runs_of
 from topd.row_math import phi
 
 SUM_TOLERANCE = 1e-3
-DIRECTIONS = ("forward", "reverse")
-SUPPORTS = ("raw", "renormalised", "tail")
+DIRECTIONS: tuple[str, ...] = get_args(Direction)
+SUPPORTS: tuple[str, ...] = get_args(Support)
 
 
 def checks_values(where: Tensor) -> bool:
@@ -104,7 +107,7 @@ def soft_target_kl(
     mask: Tensor | None = None,
     weights_hint: Tensor | None = None,
     workspace_bytes: int | None = None,
-    backend: str | None = None,
+    backend: BackendName | None = None,
 ) -> Tensor:
     """KL(q || p_S) of a target distribution q over a few tokens of each row, from hidden states; see `linear_logprobs`.
 
@@ -181,13 +184,13 @@ def topk_divergence(
     teacher_ids: Tensor,
     teacher_logprobs: Tensor,
     *,
-    direction: str = "forward",
-    support: str = "tail",
+    direction: Direction = "forward",
+    support: Support = "tail",
     temperature: float = 1.0,
     mask: Tensor | None = None,
     weights_hint: Tensor | None = None,
     workspace_bytes: int | None = None,
-    backend: str | None = None,
+    backend: BackendName | None = None,
 ) -> Tensor:
     """A KL between the student and a teacher of whom only the k most likely tokens are known, as a server returns them.
 

@@ -8,7 +8,7 @@ one token a step. Models are used in the mode that they are in: dropout that is 
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -20,8 +20,9 @@ from topd.branching.inputs import check_differentiable, check_positions, check_r
 from topd.branching.prefill import Prefill, prefill
 from topd.branching.replay import replay_in_one_pass, replay_over_cache, replay_separately
 from topd.checks import choice, on_device, positive_int, real, shaped, tensor
+from topd.options import StudentWindow
 
-STUDENT_WINDOWS = ("regenerate", "rollout")
+STUDENT_WINDOWS: tuple[str, ...] = get_args(StudentWindow)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +55,7 @@ def sample_windows(
     *,
     horizon: int = 50,
     temperature: float = 1.0,
-    student_window: str = "regenerate",
+    student_window: StudentWindow = "regenerate",
     generator: torch.Generator | None = None,
     eos_token_id: int | list[int] | None = None,
 ) -> Windows:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from topd.head import Head, shape_logits
-from topd.integrations.model_head import head_from_model, refuse_prompt_learning, unwrapped_model
+from topd.integrations.model_head import base_of, innermost, refuse_prompt_learning, unwrapped_model
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 FEW = range(8, 65)  # rows of logits that a CPU computes faster from the head's side
@@ -41,15 +41,23 @@ class Decoder:
     unpackable: str
 
     def states(
-        self, input_ids: Tensor, attention_mask: Tensor | dict[str, Tensor], position_ids: Tensor, cache: Any = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | dict[str, Tensor] | None,
+        position_ids: Tensor | None,
+        cache: Any = None,
+        **inputs: Any,
     ) -> Tensor:
-        """last_hidden_state [B, T, H] by the base model's public forward."""
-        given = {"attention_mask": attention_mask, "position_ids": position_ids}
-        if cache is not None:
-            given["past_key_values"] = cache
-        accepted = _parameters(self.base)
-        given = {name: value for name, value in given.items() if name in accepted}
-        return self.base(input_ids=input_ids, use_cache=cache is not None, **given).last_hidden_state  # type: ignore[no-any-return]
+        """last_hidden_state [B, T, H] by the base model's public forward, which may leave out what it does not take."""
+        given = {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": cache}
+        given = {name: value for name, value in given.items() if value is not None and name in self.parameters}
+        found = self.base(input_ids=input_ids, use_cache=cache is not None, **given, **inputs)
+        return found.last_hidden_state  # type: ignore[no-any-return]
+
+    @property
+    def parameters(self) -> set[str]:
+        """The names that the base model's forward takes."""
+        return _parameters(self.base)
 
     def packed_states(self, input_ids: Tensor, position_ids: Tensor, bounds: Tensor) -> Tensor:
         """last_hidden_state [N, H] of sequences one after the other, each of which sees itself alone.
@@ -114,10 +122,10 @@ def decoder_of(model: Any) -> Decoder:
         TypeError, ValueError: as `topd.Head.from_model`; a PEFT prompt, which lives outside the base model.
     """
     refuse_prompt_learning(model)
-    head = head_from_model(model)
+    head = Head.from_model(model)
     inner = unwrapped_model(model)
-    base = inner.base_model
-    if base is inner:
+    base = base_of(inner)
+    if base is None:
         name = type(inner).__name__
         raise ValueError(f"model must have a base model that ends in last_hidden_state, got none in {name}")
     sliding, obstacle = _layer_kinds(inner.config)
@@ -135,8 +143,8 @@ def decoder_of(model: Any) -> Decoder:
 
 
 def _parameters(base: Any) -> set[str]:
-    """The names that a forward takes; decorators of transformers keep its signature."""
-    return set(inspect.signature(base.forward).parameters)
+    """The names that a forward takes; decorators of transformers keep its signature, wrappers (torch.compile, FSDP) do not."""
+    return set(inspect.signature(innermost(base).forward).parameters)
 
 
 def _layer_kinds(config: Any) -> tuple[dict[str, int | None], str]:

@@ -13,6 +13,8 @@ import torch
 
 import topd
 from topd.cli.memory import resident_mib, total_mib
+from topd.divergences import BY_NAME
+from topd.options import BackendName
 
 HELP = "print what is installed and check that it computes what it should (seconds)"
 DESCRIPTION = """\
@@ -97,7 +99,7 @@ def checks() -> Iterator[Check]:
     """Every backend that runs here against float64, and a transport whose result is known."""
     for name, found in topd.backends().items():
         for device in _devices(found):
-            yield _checked(f"{name}, {device}", functools.partial(loss_error, name, device))
+            yield _checked(f"{name}, {device}", functools.partial(loss_error, found.name, device))
     yield _checked("transport", transport_error)
 
 
@@ -118,13 +120,13 @@ def _checked(name: str, error: Callable[[], float]) -> Check:
     return Check(name, found <= TOLERANCE, f"largest relative error {found:.0e}")
 
 
-def loss_error(backend: str, device: str) -> float:
+def loss_error(backend: BackendName, device: str) -> float:
     """Of every divergence and its gradients beside float64 on full logits, relative to the largest element."""
     generator = torch.Generator().manual_seed(0)
     sizes = ((37, 24), (1001, 24), (37, 40), (1001, 40))
     given = [torch.randn(size, generator=generator) * 0.3 for size in sizes]
     worst = 0.0
-    for divergence in ("reverse_kl", "forward_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation"):
+    for divergence in BY_NAME.values():
         found = _loss([x.to(device) for x in given], divergence, backend)
         truth = _loss([x.double() for x in given], divergence, "reference")
         for ours, exact in zip(found, truth, strict=True):
@@ -132,12 +134,11 @@ def loss_error(backend: str, device: str) -> float:
     return worst
 
 
-def _loss(given: list[torch.Tensor], divergence: str, backend: str) -> list[torch.Tensor]:
+def _loss(given: list[torch.Tensor], divergence: topd.Divergence, backend: BackendName) -> list[torch.Tensor]:
     hidden, weight = (x.clone().requires_grad_() for x in given[:2])
     loss = topd.linear_divergence(
         hidden, topd.Head(weight), given[2], topd.Head(given[3]), divergence=divergence, backend=backend
     )
-    assert isinstance(loss, torch.Tensor)
     loss.sum().backward()
     assert hidden.grad is not None
     assert weight.grad is not None

@@ -8,7 +8,6 @@ tabled by class, and each entry names the very attribute that the class reads. N
 imported with this module.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -61,7 +60,7 @@ _TELLTALE = frozenset(path.rstrip("?").split(".")[-1] for _, path, *_ in _POSTPR
     "output_logits_scale",
     "output_multiplier_scale",
 }
-_BY_HAND = "build topd.Head(weight, bias, scale=..., softcap=...) from what the model does"
+BUILD_BY_HAND = "build topd.Head(weight, bias, scale=..., softcap=...) from what the model does"
 
 
 @dataclass(frozen=True)
@@ -74,33 +73,16 @@ class _Shaping:
 
 
 def head_from_model(model: Any) -> Head:
-    """The head whose logits from `last_hidden_state` are the model's own.
-
-    It holds the live parameters, so gradients reach them. What it reads besides (adapter state, scale, softcap) is
-    read once: build it anew after an adapter was switched, merged or disabled, or a head resized or replaced.
-
-    Args:
-        model: a decoder-only transformers model with a language model head, also inside PEFT, torch.compile or a
-            data-parallel wrapper. A class from elsewhere counts as the transformers class that it derives from; one
-            that derives from none counts as plain unless its config has a scale or softcap set.
-
-    Returns:
-        A Head in the dtype of the model's output embeddings. A LoRA on them becomes its adapter.
-
-    Raises:
-        TypeError: `model` is not a language model of transformers.
-        ValueError: the logits are not those of a Head, or not from one plain floating weight on this rank: other
-            layers before the head, an adapter other than one plain LoRA, a quantised, sharded or offloaded weight.
-    """
+    """Read the head off a model as its class says, without verifying it; see `topd.Head.from_model`."""
     inner = unwrapped_model(model)
     name = type(inner).__name__
     layer = inner.get_output_embeddings()
     if not isinstance(layer, nn.Module):
-        _refuse(name, "must have output embeddings", repr(layer), "pass the causal language model, with its lm_head")
+        refuse(name, "must have output embeddings", repr(layer), "pass the causal language model, with its lm_head")
     shaping = _Shaping()
-    for part in _parts(inner, layer, name):
+    for part in parts_of(inner, layer):
         shaping = _shaped_by(part, shaping)
-    linear, adapter = _linear(layer, name)
+    linear, adapter = linear_and_adapter(layer, name)
     weight = _first(linear.weight, shaping.rows)
     bias = None if linear.bias is None else _first(_live("bias", linear.bias, name, 1), shaping.rows)
     if adapter is not None:
@@ -108,7 +90,7 @@ def head_from_model(model: Any) -> Head:
     return Head(weight, bias, scale=shaping.scale, softcap=shaping.softcap, adapter=adapter)
 
 
-def _refuse(name: str, rule: str, came: str, remedy: str) -> NoReturn:
+def refuse(name: str, rule: str, came: str, remedy: str) -> NoReturn:
     raise ValueError(f"model {rule}, got {came} in {name}; {remedy}")
 
 
@@ -116,6 +98,13 @@ def _unwrapped(module: nn.Module) -> nn.Module | None:
     """What torch.compile, DDP, DeepSpeed or FSDP wraps, or None."""
     children = dict(module.named_children())
     return next((children[key] for key in ("_orig_mod", "module", "_fsdp_wrapped_module") if key in children), None)
+
+
+def innermost(module: nn.Module) -> nn.Module:
+    """The module under its wrappers."""
+    while (below := _unwrapped(module)) is not None:
+        module = below
+    return module
 
 
 def unwrapped_model(model: Any) -> Any:
@@ -127,7 +116,7 @@ def unwrapped_model(model: Any) -> Any:
     if inner is None or not isinstance(inner, nn.Module):
         raise TypeError(
             "model must be a transformers causal language model, one with get_output_embeddings, got "
-            f"{type(model).__name__}; for another model {_BY_HAND}"
+            f"{type(model).__name__}; for another model {BUILD_BY_HAND}"
         )
     return inner
 
@@ -142,30 +131,39 @@ def refuse_prompt_learning(model: Any) -> None:
         )
 
 
-def _parts(model: Any, layer: nn.Module, name: str) -> Iterator[Any]:
+def parts_of(model: Any, layer: nn.Module) -> list[Any]:
     """The model and, where the head belongs to a language model inside it, that one."""
-    yield model
     owner = next((part for part in model.modules() if any(child is layer for child in part.children())), None)
     if owner is model:
-        return
+        return [model]
     if owner is None or not hasattr(type(owner), "get_output_embeddings"):
         place = "outside its modules" if owner is None else f"inside a {type(owner).__name__}"
-        _refuse(name, "must apply its output embeddings to last_hidden_state itself", f"them {place}", _BY_HAND)
-    yield owner
+        rule = "must apply its output embeddings to last_hidden_state itself"
+        refuse(type(model).__name__, rule, f"them {place}", BUILD_BY_HAND)
+    return [model, owner]
+
+
+def base_of(model: Any) -> Any:
+    """The base model that the head reads, also where its class names another; None where there is not just one."""
+    owner = parts_of(model, model.get_output_embeddings())[-1]
+    if (base := getattr(owner, "base_model", owner)) is not owner:
+        return base
+    models = [child for child in owner.children() if hasattr(type(child), "base_model_prefix")]
+    return models[0] if len(models) == 1 else None
 
 
 def _shaped_by(model: Any, shaping: _Shaping) -> _Shaping:
     """`shaping` followed by what the model's class does to its logits."""
     name = type(model).__name__
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        _refuse(name, "must be decoder-only", "an encoder-decoder", "take a causal language model")
+        refuse(name, "must be decoder-only", "an encoder-decoder", "take a causal language model")
     known = _transformers_class(model)
     if known is None:
         _check_plain(model, name)
         return shaping
     if known in _REFUSED:
         came = f"a class that {_REFUSED[known]}"
-        _refuse(name, "must compute its logits as a topd.Head does", came, "take another model")
+        refuse(name, "must compute its logits as a topd.Head does", came, "take another model")
     for meaning, path in _postprocessing(known):
         value = _read(model, path, name)
         if value is None:
@@ -200,25 +198,24 @@ def _check_plain(model: Any, name: str) -> None:
             value = getattr(part, attribute, None)
             if value is not None and value != 1:
                 came = f"config.{attribute} = {value!r}, whose meaning there is unknown,"
-                _refuse(name, "must be of a class that transformers has, or leave its logits plain", came, _BY_HAND)
+                refuse(name, "must be of a class that transformers has, or leave its logits plain", came, BUILD_BY_HAND)
 
 
 def _read(model: Any, path: str, name: str) -> Any:
     value, optional = model, path.endswith("?")
     for key in path.rstrip("?").split("."):
         if not hasattr(value, key) and not optional:
-            _refuse(name, f"must have {path}", "none", f"this version of transformers is not known; {_BY_HAND}")
+            refuse(name, f"must have {path}", "none", f"this version of transformers is not known; {BUILD_BY_HAND}")
         value = getattr(value, key, None)
     return value
 
 
-def _linear(layer: nn.Module, name: str) -> tuple[nn.Linear, LowRank | None]:
+def linear_and_adapter(layer: nn.Module, name: str) -> tuple[nn.Linear, LowRank | None]:
     """The linear layer under wrappers and PEFT, its weight checked, and its LoRA."""
-    while (below := _unwrapped(layer)) is not None:
-        layer = below
+    layer = innermost(layer)
     children = dict(layer.named_children())
     if isinstance(getattr(layer, "original_module", None), nn.Module):
-        return _linear(_saved_copy(layer, children, name), name)
+        return linear_and_adapter(_saved_copy(layer, children, name), name)
     if "base_layer" in children:
         adapter = _lora(layer, name)
         return _plain(children["base_layer"], name), adapter
@@ -231,7 +228,7 @@ def _plain(layer: nn.Module, name: str) -> nn.Linear:
     if isinstance(weight, Tensor):
         _live("weight", weight, name, 2)
     if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
-        _refuse(name, "must have a torch.nn.Linear as its output embeddings", came, _BY_HAND)
+        refuse(name, "must have a torch.nn.Linear as its output embeddings", came, BUILD_BY_HAND)
     return layer
 
 
@@ -243,18 +240,18 @@ def _live(what: str, tensor: Tensor, name: str, rank: int) -> Tensor:
             f"gather it with {what}.full_tensor(grad_placements=[Partial('avg')] * mesh.ndim), so that gradients "
             "average over the ranks, and build topd.Head from the result"
         )
-        _refuse(name, rule, f"a DTensor with placements {tensor.placements}", remedy)
+        refuse(name, rule, f"a DTensor with placements {tensor.placements}", remedy)
     if tensor.dtype not in FLOATING or hasattr(type(tensor), "__tensor_flatten__"):
         came = f"a quantised {type(tensor).__name__} of {tensor.dtype}"
-        _refuse(name, rule, came, "leave lm_head out of the quantisation (skip modules), or dequantise it")
+        refuse(name, rule, came, "leave lm_head out of the quantisation (skip modules), or dequantise it")
     if tensor.numel() == 0 or tensor.dim() != rank:
         remedy = (
             "gather it: build and use the head within deepspeed.zero.GatheredParameters, or leave lm_head out of "
             "what FSDP shards"
         )
-        _refuse(name, rule, f"shape {list(tensor.shape)} (sharded by ZeRO-3 or FSDP?)", remedy)
+        refuse(name, rule, f"shape {list(tensor.shape)} (sharded by ZeRO-3 or FSDP?)", remedy)
     if tensor.device.type == "meta":
-        _refuse(name, rule, "a meta tensor (offloaded?)", "keep lm_head on a device in device_map")
+        refuse(name, rule, "a meta tensor (offloaded?)", "keep lm_head on a device in device_map")
     return tensor
 
 
@@ -274,7 +271,7 @@ def _saved_copy(wrapper: Any, children: dict[str, nn.Module], name: str) -> nn.M
         return original
     if not isinstance(copies, nn.ModuleDict):
         came = f"PEFT's {type(wrapper).__name__}"
-        _refuse(name, "may have one LoRA or modules_to_save on its head", came, "merge or disable the adapter")
+        refuse(name, "may have one LoRA or modules_to_save on its head", came, "merge or disable the adapter")
     return copies[active[0]] if all(key in copies for key in active) else original
 
 
@@ -283,26 +280,26 @@ def _lora(layer: Any, name: str) -> LowRank | None:
     rule = "may have one plain LoRA on its head"
     if layer.disable_adapters or layer.merged:
         if layer.disable_adapters and layer.merged:
-            _refuse(name, rule, "an adapter that is disabled and still merged", "call model.unmerge_adapter() first")
+            refuse(name, rule, "an adapter that is disabled and still merged", "call model.unmerge_adapter() first")
         return None
     from peft.tuners.lora import Linear
 
     if not isinstance(layer, Linear):
-        _refuse(name, rule, f"PEFT's {type(layer).__module__}.{type(layer).__name__}", "merge or disable the adapter")
+        refuse(name, rule, f"PEFT's {type(layer).__module__}.{type(layer).__name__}", "merge or disable the adapter")
     active = [key for key in layer.active_adapters if key in layer.lora_A]
     if not active:
         return None
     if len(active) > 1:
-        _refuse(name, rule, f"{len(active)} active adapters, {active}", "activate one with set_adapter, or merge them")
+        refuse(name, rule, f"{len(active)} active adapters, {active}", "activate one with set_adapter, or merge them")
     key = active[0]
     variant = layer.lora_variant.get(key)
     if variant is not None or layer.use_dora.get(key):
         came = "DoRA" if layer.use_dora.get(key) else f"the variant {type(variant).__name__}"
-        _refuse(name, rule, f"{came} in adapter {key!r}", "merge the adapter, or leave lm_head out of its targets")
+        refuse(name, rule, f"{came} in adapter {key!r}", "merge the adapter, or leave lm_head out of its targets")
     a, b, dropout = layer.lora_A[key], layer.lora_B[key], layer.lora_dropout[key]
     if b.bias is not None:
-        _refuse(name, rule, f"lora_bias in adapter {key!r}", "set lora_bias=False or merge the adapter")
+        refuse(name, rule, f"lora_bias in adapter {key!r}", "set lora_bias=False or merge the adapter")
     if dropout.training and getattr(dropout, "p", 0.0) > 0:
         remedy = "set lora_dropout=0 or leave lm_head out of the adapter's targets: the head has no dropout"
-        _refuse(name, rule, f"lora_dropout = {dropout.p} while training in adapter {key!r}", remedy)
+        refuse(name, rule, f"lora_dropout = {dropout.p} while training in adapter {key!r}", remedy)
     return LowRank(_live("lora_A", a.weight, name, 2), _live("lora_B", b.weight, name, 2), layer.scaling[key])

@@ -2,23 +2,35 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 from torch import Tensor
 
 from topd.arguments import check_temperature
 from topd.checks import choice, floating, positive_int, real
-from topd.divergences import Divergence, resolve_divergence
+from topd.divergences import DivergenceLike, resolve_divergence
 from topd.near_future import MAX_WINDOW, SOLVERS
+from topd.options import (
+    CandidateRule,
+    Cost,
+    EmbeddingName,
+    FalseAlarmMode,
+    GateRule,
+    Reduction,
+    ScoreName,
+    Solver,
+    StudentWindow,
+    Support,
+)
 from topd.reference.transport import COSTS
 from topd.selection import CANDIDATE_RULES, FALSE_ALARM_MODES, GATE_VALUES
 from topd.soft_targets import SUPPORTS
 from topd.windows import STUDENT_WINDOWS
 
 Config = TypeVar("Config")
-REDUCTIONS = ("token", "sequence")
-SCORES = ("teacher_nll", "reverse_kl", "student_nll", "gap")
-EMBEDDINGS = ("student", "teacher", "student_hidden")
+REDUCTIONS: tuple[str, ...] = get_args(Reduction)
+SCORES: tuple[str, ...] = get_args(ScoreName)
+EMBEDDINGS: tuple[str, ...] = get_args(EmbeddingName)
 
 
 @dataclass(frozen=True)
@@ -42,11 +54,11 @@ class OPDConfig:
     Source: arXiv 2606.00305: reverse KL over the full vocabulary. The reductions and hard_weight are our options.
     """
 
-    divergence: str | Divergence | Mapping[str, object] = "reverse_kl"
+    divergence: DivergenceLike = "reverse_kl"
     temperature: float = 1.0
-    reduction: str = "token"
+    reduction: Reduction = "token"
     hard_weight: float = 0.0
-    topk_support: str = field(default="tail", kw_only=True)
+    topk_support: Support = field(default="tail", kw_only=True)
 
     def __post_init__(self) -> None:
         divergence = resolve_divergence(self.divergence)
@@ -85,21 +97,21 @@ class TOPDConfig(OPDConfig):
     no score, decoding, cost, embedding, solver, gate rule or lambda: those defaults are ours.
     """
 
-    score: str = "teacher_nll"
-    candidates: str = "top_fraction"
+    score: ScoreName = "teacher_nll"
+    candidates: CandidateRule = "top_fraction"
     candidate_value: float = 0.0225
     min_separation: int = 0
     horizon: int = 50
-    student_window: str = "regenerate"
+    student_window: StudentWindow = "regenerate"
     window_temperature: float = 1.0
-    cost: str = "cosine"
-    embedding: str | Tensor = "student"
-    solver: str = "sinkhorn"
+    cost: Cost = "cosine"
+    embedding: EmbeddingName | Tensor = "student"
+    solver: Solver = "sinkhorn"
     epsilon: float = 0.05
-    gate: str = "lowest_fraction_out"
+    gate: GateRule = "lowest_fraction_out"
     gate_value: float | None = None
     guidance_weight: float = 0.1
-    false_alarms: str = "keep"
+    false_alarms: FalseAlarmMode = "keep"
 
     def __post_init__(self) -> None:
         super().__post_init__()

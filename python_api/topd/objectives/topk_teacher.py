@@ -23,6 +23,7 @@ from topd.logprobs import TOPK_ORDER, TopK, linear_logprobs
 from topd.objectives.config import OPDConfig
 from topd.objectives.packed import Packed, packing_decoder
 from topd.objectives.rollouts import Rollouts, Stages, at_token, reduction_hint, scores_at_token
+from topd.options import Direction
 from topd.scores import TokenScores
 from topd.soft_targets import check_ids_in_vocabulary, check_topk_values, checks_values, topk_divergence
 
@@ -37,7 +38,7 @@ class TopKPass(NamedTuple):
     mass: Tensor
 
 
-def direction_of(config: OPDConfig) -> str:
+def direction_of(config: OPDConfig) -> Direction:
     """Return the `topk_divergence` direction of a configuration; refuse what a top-k does not determine."""
     divergence = resolve_divergence(config.divergence)
     if divergence == ForwardKL():

@@ -11,12 +11,14 @@ the end the plan is rounded onto its marginals (Altschuler, Weed, Rigollet 2017)
 entropy, is never below the exact one.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-COSTS = ("cosine", "sqeuclidean", "mismatch")
+from topd.options import Cost
+
+COSTS: tuple[str, ...] = get_args(Cost)
 # From one epsilon to the next; what an intermediate one is solved to, in units of a marginal; the Sinkhorn iterations that it
 # gets before Newton steps.
 STAGE_FACTOR, STAGE_TOLERANCE, STAGE_SINKHORN = 4, 0.1, 2

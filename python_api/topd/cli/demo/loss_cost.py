@@ -49,7 +49,7 @@ def measure_loss(models: Models, batch: dict[str, Any]) -> LossCost:
     weight = student.head.weight.detach().clone().requires_grad_()
     teacher_head = teacher.head.detach()
     contenders: dict[str, Callable[[], Tensor]] = {
-        "topd": lambda: topd.linear_divergence(hidden, topd.Head(weight), teacher_hidden, teacher_head).mean(),  # type: ignore[union-attr]
+        "topd": lambda: topd.linear_divergence(hidden, topd.Head(weight), teacher_hidden, teacher_head).mean(),
         "eager": lambda: eager_loss(hidden, weight, teacher_hidden, teacher_head.weight),
     }
     values: dict[str, float] = {}

@@ -1,0 +1,1 @@
+"""What topd knows of transformers' models."""
