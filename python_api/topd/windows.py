@@ -16,7 +16,7 @@ from torch import Tensor
 from topd.arguments import typed
 from topd.branching.continuations import BRANCHES, continue_from, from_rollout
 from topd.branching.decoders import Decoder, decoder_of
-from topd.branching.inputs import check_positions, check_rollouts, end_tokens
+from topd.branching.inputs import check_ids, check_positions, check_rollouts, end_tokens
 from topd.branching.prefill import Prefill, prefill
 from topd.branching.replay import replay_in_one_pass, replay_over_cache, replay_separately
 from topd.checks import choice, on_device, positive_int, real, shaped, tensor
@@ -90,6 +90,7 @@ def sample_windows(
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
     student, teacher = decoder_of(student_model), decoder_of(teacher_model)
+    check_ids("input_ids", ids, student=student, teacher=teacher)
     ends = end_tokens(eos_token_id, student.model)
     own = student.head.weight.shape[0]
     options: dict[str, Any] = {"horizon": horizon, "temperature": temperature, "generator": generator, "ends": ends}
@@ -127,6 +128,9 @@ def window_hidden(student_model: Any, input_ids: Tensor, attention_mask: Tensor,
     at = check_positions(windows.positions, attended)
     tokens, lengths = _check_side(windows, ids)
     decoder = decoder_of(student_model)
+    check_ids("input_ids", ids, student=decoder)
+    counted = torch.arange(tokens.shape[1], device=tokens.device) < lengths.unsqueeze(-1)
+    check_ids("windows.student_tokens", tokens.masked_fill(~counted, 0), student=decoder)
     found = prefill(decoder, ids, attended, cache=not (decoder.obstacle or decoder.forbids_cache))
     return found.hidden, replay(decoder, found, ids, attended, at, tokens, lengths)
 

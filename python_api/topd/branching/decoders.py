@@ -76,6 +76,12 @@ class Decoder:
         return shape_logits(found, None, self.head.scale, self.head.softcap)[..., :vocab]
 
     @property
+    def embedded(self) -> int | None:
+        """How many tokens its input embeddings hold; None where their layer does not say."""
+        rows = getattr(self.model.get_input_embeddings(), "num_embeddings", None)
+        return rows if isinstance(rows, int) else None
+
+    @property
     def forbids_cache(self) -> bool:
         """Whether gradient checkpointing is at work, under which the layers drop every cache."""
         return bool(next(self._checkpointed(), None))
@@ -134,9 +140,35 @@ def decoder_of(model: Any) -> Decoder:
     )
 
 
+def vocabulary_of(model: Any) -> int:
+    """Return the entries of a model's logits; known also where its weights are sharded or offloaded."""
+    inner = unwrapped_model(model)
+    config = inner.config.get_text_config()
+    sizes = (
+        getattr(inner.get_output_embeddings(), "out_features", config.vocab_size),
+        getattr(config, "unpadded_vocab_size", None),
+    )
+    return min(size for size in sizes if isinstance(size, int))
+
+
+def runs_uncompiled(model: Any) -> bool:
+    """Return whether torch.compile was applied to the model, or a wrapper of it, alone: its base model then runs as it is."""
+    inner, compiled = unwrapped_model(model), False
+    for part in model.modules():  # wrappers first
+        compiled = compiled or _is_compiled(part)
+        if part is inner:
+            break
+    return compiled and not any(map(_is_compiled, inner.base_model.modules()))
+
+
+def _is_compiled(module: Any) -> bool:
+    """By torch.compile(module) or by module.compile()."""
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+
+
 def _parameters(base: Any) -> set[str]:
-    """The names that a forward takes; decorators of transformers keep its signature."""
-    return set(inspect.signature(base.forward).parameters)
+    """The names that a forward takes; decorators of transformers keep its signature, torch.compile does not."""
+    return set(inspect.signature(getattr(base, "_orig_mod", base).forward).parameters)
 
 
 def _layer_kinds(config: Any) -> tuple[dict[str, int | None], str]:

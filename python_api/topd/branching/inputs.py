@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from topd.arguments import typed
+from topd.branching.decoders import Decoder
 from topd.checks import on_device, shaped, tensor
 
 
@@ -30,6 +31,22 @@ def check_rollouts(input_ids: object, attention_mask: object) -> tuple[Tensor, T
     if ids.dim() != 2:
         raise ValueError(f"input_ids must be [B, T], a row for each rollout, got {list(ids.shape)}; unsqueeze a single one")
     return ids, binary("attention_mask", attention_mask, ids, "input_ids")
+
+
+def check_ids(name: str, ids: Tensor, **models: Decoder) -> None:
+    """Check on the CPU that each model, given by its name, has an input embedding for every id, padding included."""
+    if ids.device.type != "cpu" or not ids.numel():
+        return
+    for side, decoder in models.items():
+        rows = decoder.embedded
+        if rows is None or (int(ids.min()) >= 0 and int(ids.max()) < rows):
+            continue
+        place = ((ids < 0) | (ids >= rows)).nonzero()[0].tolist()
+        sizes = ", ".join(f"the {each}'s {decoder.embedded:,}" for each, decoder in models.items())
+        raise ValueError(
+            f"{name} must hold ids that every model can read, in [0, {rows}) for the {side}, got {int(ids[tuple(place)])} at "
+            f"{place}; input embeddings: {sizes}; draw rollouts from the tokens that all have, and pad with one of them"
+        )
 
 
 def check_positions(positions: object, attended: Tensor) -> Tensor:

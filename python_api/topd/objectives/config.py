@@ -147,9 +147,11 @@ def _check_gate_value(rule: str, value: object) -> None:
 
 
 def config_of(config: object, kind: type[Config]) -> Config:
-    """An objective's configuration: as given, or its kind's defaults."""
+    """An objective's configuration: as given, of its very kind, or that kind's defaults."""
     if config is None:
         return kind()
-    if not isinstance(config, kind):
-        raise TypeError(f"config must be a topd.{kind.__name__}, got {type(config).__name__}")
+    if type(config) is not kind:
+        came = type(config).__name__
+        other = f"; topd.{came.removesuffix('Config')} takes that one" if type(config).__module__ == __name__ else ""
+        raise TypeError(f"config must be a topd.{kind.__name__}, got {came}{other}")
     return config
