@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import topd
+from topd.integrations.transformers import through_wrapper
 
 TOPD = topd.TOPDConfig(window_temperature=0.0, **FEW)
 
@@ -64,17 +65,22 @@ def whole_gradient(student):
     return torch.cat([p.grad.reshape(-1) for p in student.parameters()])
 
 
-def refusals(rank):
-    batch, messages = part_of(four_rollouts(), rank), {}
-    student, teacher = models()
+def refusals_under_ddp(student, teacher, batch):
     wrapped = DistributedDataParallel(student)
-    messages["ddp"] = message_of(lambda: topd.OPD(wrapped, teacher)(batch))
-    messages["ddp topd"] = message_of(lambda: topd.TOPD(wrapped, teacher, TOPD)(batch))
-    messages["ddp compiled"] = message_of(lambda: topd.OPD(torch.compile(wrapped), teacher)(batch))
-    messages["ddp.module"] = message_of(lambda: topd.OPD(wrapped.module, teacher)(batch))
+    messages = {
+        "ddp": message_of(lambda: topd.OPD(wrapped, teacher)(batch)),
+        "ddp topd": message_of(lambda: topd.TOPD(wrapped, teacher, TOPD)(batch)),
+        "ddp compiled": message_of(lambda: topd.OPD(torch.compile(wrapped), teacher)(batch)),
+        "ddp.module": message_of(lambda: topd.OPD(wrapped.module, teacher)(batch)),
+    }
     with torch.no_grad():
-        values = [topd.OPD(model, teacher)(batch).loss for model in (wrapped, student)]
-    del wrapped
+        return messages, [topd.OPD(model, teacher)(batch).loss for model in (wrapped, student)]
+
+
+def refusals(rank):
+    batch = part_of(four_rollouts(), rank)
+    student, teacher = models()
+    messages, values = refusals_under_ddp(student, teacher, batch)
     messages["no ddp any more"] = message_of(lambda: topd.OPD(student, teacher)(batch))
     frozen = models()[0].requires_grad_(False)
     messages["frozen"] = message_of(lambda: topd.OPD(frozen, teacher)(batch))
@@ -129,6 +135,21 @@ def under_fsdp2(rank, method, config=None):
     return whole_gradient(student)
 
 
+def through_the_trainers_wrapper(rank):
+    """What accelerate makes of a model under FSDP2, in DistillationTrainer's hands: sharded in place."""
+    student, teacher = models()
+    for layer in student.model.layers:
+        fully_shard(layer)
+    fully_shard(student)
+    objective = topd.OPD(student, teacher)
+
+    def model(batch, num_items):
+        return through_wrapper(student, student, lambda given: objective(given, num_items=num_items).loss, batch)
+
+    scaled(model, rank)
+    return whole_gradient(student)
+
+
 def under_fsdp1(rank):
     student, teacher = models()
     layer = type(student.model.layers[0])
@@ -155,6 +176,7 @@ def run(rank: int, folder: Path) -> None:
         "ddp": under_ddp(rank, topd.OPD),
         "ddp with an empty part": under_ddp_with_an_empty_part(rank),
         "in the student's own forward": in_the_students_own_forward(rank),
+        "fsdp2 through the trainer's wrapper": through_the_trainers_wrapper(rank),
         "fsdp2": under_fsdp2(rank, topd.OPD),
         "ddp topd": under_ddp(rank, topd.TOPD, TOPD),
         "fsdp2 topd": under_fsdp2(rank, topd.TOPD, TOPD),

@@ -64,7 +64,17 @@ def test_without_gradients_a_wrapper_passes(results):
         assert torch.equal(wrapped, plain)
 
 
-@pytest.mark.parametrize("way", ["ddp", "ddp with an empty part", "in the student's own forward", "fsdp1", "fsdp2"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        "ddp",
+        "ddp with an empty part",
+        "in the student's own forward",
+        "fsdp1",
+        "fsdp2",
+        "fsdp2 through the trainer's wrapper",
+    ],
+)
 def test_inside_it_the_gradient_is_the_whole_batchs(results, way):
     from test_integrations_transformers import four_rollouts, models
 

@@ -45,7 +45,8 @@ def check_ids(name: str, ids: Tensor, **models: Decoder) -> None:
         sizes = ", ".join(f"the {each}'s {decoder.embedded:,}" for each, decoder in models.items())
         raise ValueError(
             f"{name} must hold ids that every model can read, in [0, {rows}) for the {side}, got {int(ids[tuple(place)])} at "
-            f"{place}; input embeddings: {sizes}; draw rollouts from the tokens that all have, and pad with one of them"
+            f"{place}; input embeddings: {sizes}; draw rollouts from the tokens that all have (sample_rollouts takes "
+            "vocabulary=...), and pad with one of them"
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from topd.branching.decoders import vocabulary_of
 from topd.branching.inputs import check_rollouts, end_tokens
 from topd.checks import positive_int, real
 from topd.integrations.model_head import refuse_prompt_learning, unwrapped_model
@@ -27,6 +28,7 @@ def sample_rollouts(
     temperature: float = 1.0,
     eos_token_id: int | list[int] | None = None,
     pad_token_id: int | None = None,
+    vocabulary: int | None = None,
 ) -> dict[str, Tensor]:
     """The model's own continuations of prompts, as the batch that an objective takes.
 
@@ -41,6 +43,8 @@ def sample_rollouts(
         temperature: >= 0; 0 is greedy.
         eos_token_id: an int or a list; None: those of the model's generation_config.
         pad_token_id: >= 0, what stands after a response; None: that of the generation_config, else 0.
+        vocabulary: > 0, draw from the tokens below it alone: the size of a teacher's smaller vocabulary, which could not read
+            others. None: the model's own.
 
     Returns:
         input_ids [B, P + n] int64, attention_mask and response_mask [B, P + n] bool; a response ends with its first
@@ -56,6 +60,8 @@ def sample_rollouts(
     ends = end_tokens(eos_token_id, inner)
     padding = _padding(pad_token_id, inner)
     settings = _plain_settings(max_new_tokens, temperature, ends, padding)
+    if vocabulary is not None:
+        settings.suppress_tokens = list(range(positive_int("vocabulary", vocabulary), vocabulary_of(inner))) or None
     with _eval_mode(inner), _configured(inner, settings):
         whole = inner.generate(ids, attention_mask=attended.long(), generation_config=settings)
     new = whole[:, ids.shape[1] :]
