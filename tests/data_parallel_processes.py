@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from test_integrations_transformers import FEW, four_rollouts, models
 from tiny_models import flat_gradient
+from torch.distributed._composable.replicate import replicate
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -94,6 +95,11 @@ def refusals(rank):
     messages["fsdp2"] = message_of(lambda: model.objective(batch))
     model(batch).backward()
     messages["fsdp2 after a step"] = message_of(lambda: model.objective(batch))
+    model = fully_shard(Loss(topd.OPD(*models())))
+    messages["fsdp2 root alone"] = message_of(lambda: model.objective(batch))
+    model = Loss(topd.OPD(*models()))
+    fully_shard(model.student)
+    messages["fsdp2 student inside"] = message_of(lambda: fully_shard(model)(batch))
     return messages, values
 
 
@@ -150,6 +156,17 @@ def through_the_trainers_wrapper(rank):
     return whole_gradient(student)
 
 
+def under_replicate(rank):
+    """Torch's composable DDP, a module without a wrapper; its second step, since the first one sets it up."""
+    student, teacher = models()
+    model = replicate(Loss(topd.OPD(student, teacher)))
+    scaled(model, rank)
+    model.objective = topd.OPD(student, teacher)
+    student.zero_grad()
+    scaled(model, rank)
+    return flat_gradient(student)
+
+
 def under_fsdp1(rank):
     student, teacher = models()
     layer = type(student.model.layers[0])
@@ -177,6 +194,7 @@ def run(rank: int, folder: Path) -> None:
         "ddp with an empty part": under_ddp_with_an_empty_part(rank),
         "in the student's own forward": in_the_students_own_forward(rank),
         "fsdp2 through the trainer's wrapper": through_the_trainers_wrapper(rank),
+        "replicate": under_replicate(rank),
         "fsdp2": under_fsdp2(rank, topd.OPD),
         "ddp topd": under_ddp(rank, topd.TOPD, TOPD),
         "fsdp2 topd": under_fsdp2(rank, topd.TOPD, TOPD),

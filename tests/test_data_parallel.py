@@ -53,6 +53,15 @@ def test_a_student_outside_its_wrappers_forward_is_refused(results, way, wrapper
         assert "return self.objective(batch).loss" in message
 
 
+@pytest.mark.parametrize(("way", "name"), [("fsdp2 root alone", "Llama"), ("fsdp2 student inside", "FSDPLlama")])
+def test_a_head_that_stays_sharded_is_refused_with_the_same_recipe(results, way, name):
+    for each in results:
+        message = each["messages"][way]
+        assert message.startswith(f"student must hold its whole head while the loss runs, got a DTensor in {name}ForCausalLM")
+        assert "shard its layers and the module around the loss, not the student itself" in message
+        assert "class Loss(torch.nn.Module):" in message
+
+
 @pytest.mark.parametrize("way", ["no ddp any more", "frozen", "a group of one"])
 def test_where_nothing_is_to_be_exchanged_it_passes(results, way):
     assert [each["messages"][way] for each in results] == ["", ""]
@@ -71,6 +80,7 @@ def test_without_gradients_a_wrapper_passes(results):
         "ddp with an empty part",
         "in the student's own forward",
         "fsdp1",
+        "replicate",
         "fsdp2",
         "fsdp2 through the trainer's wrapper",
     ],

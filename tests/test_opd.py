@@ -207,6 +207,9 @@ def test_bad_calls_are_refused():
         objective({key: batch[key] for key in ("input_ids", "attention_mask")})
     with pytest.raises(TypeError, match="batch must be a mapping of tensors, got list"):
         objective([1])
+    for method in (topd.OPD, topd.TOPD):
+        with pytest.raises(TypeError, match=r"generator must be a torch\.Generator or None, got int"):
+            method(student, teacher)(batch, generator=3)
     with pytest.raises(ValueError, match="num_items must be finite and > 0, got 0"):
         objective(batch, num_items=0)
     with pytest.raises(ValueError, match=r"num_items must be one number, got \[2\]"):

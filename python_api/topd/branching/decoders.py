@@ -151,6 +151,11 @@ def vocabulary_of(model: Any) -> int:
     return min(size for size in sizes if isinstance(size, int))
 
 
+def has_sharded_head(model: Any) -> bool:
+    """Return whether the weight of a model's output layer is a DTensor, as FSDP2 leaves it outside a forward."""
+    return hasattr(getattr(unwrapped_model(model).get_output_embeddings(), "weight", None), "placements")
+
+
 def runs_uncompiled(model: Any) -> bool:
     """Return whether torch.compile was applied to the model, or a wrapper of it, alone: its base model then runs as it is."""
     inner, compiled = unwrapped_model(model), False

@@ -73,6 +73,11 @@ def _refuse(bad: Tensor, positions: Tensor, rule: str) -> None:
         )
 
 
+def check_generator(generator: object) -> None:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
+
+
 def end_tokens(eos_token_id: object, model: Any) -> list[int]:
     """The end-of-sequence tokens: as given, or those of the model's generation_config; maybe none."""
     found = eos_token_id
@@ -85,5 +90,7 @@ def end_tokens(eos_token_id: object, model: Any) -> list[int]:
     for each in found if isinstance(found, list | tuple) else [found]:
         if isinstance(each, bool) or not isinstance(each, int):
             raise TypeError(f"eos_token_id must be an int, a list of ints or None, got {found!r}")
+        if each < 0 and eos_token_id is not None:
+            raise ValueError(f"eos_token_id must be >= 0, got {found!r}; None takes the student's generation_config's")
         listed.append(each)
     return listed

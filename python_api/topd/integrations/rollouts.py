@@ -36,7 +36,7 @@ def sample_rollouts(
     penalty. The model is in eval mode meanwhile; the modes of its modules come back. Draws come from torch's own generator.
 
     Args:
-        model: a causal language model of transformers, wrapped or not (PEFT, DDP).
+        model: a causal language model of transformers, also inside PEFT or DDP: nothing is trained here.
         input_ids: [B, P] int64, prompts padded on the left.
         attention_mask: [B, P] bool, or integers 0 and 1.
         max_new_tokens: > 0, the longest response.

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from topd.branching.decoders import has_sharded_head
+
 RECIPE = """\
 put the loss into a module around the plain student and wrap that:
 
@@ -39,7 +41,8 @@ def check_synchronised(student: Any, *, look_around: bool) -> None:
         look_around: search this process for a DDP module around the student too; that takes some tenths of a second.
 
     Raises:
-        ValueError: the student is, contains or is inside a wrapper of several processes, whose forward is not running.
+        ValueError: the student is, contains or is inside a wrapper of several processes, whose forward is not running; its head
+            is sharded.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
@@ -51,6 +54,11 @@ def check_synchronised(student: Any, *, look_around: bool) -> None:
     for part in student.modules():
         if _is_idle(part):
             _refuse(part)
+    if has_sharded_head(student):
+        raise ValueError(
+            f"student must hold its whole head while the loss runs, got a DTensor in {type(student).__name__}; with FSDP2 shard"
+            f" its layers and the module around the loss, not the student itself: {RECIPE}"
+        )
     if look_around and torch.distributed.get_world_size() > 1:
         around = _idle_around(trained)
         if around is not None:
@@ -102,8 +110,10 @@ def _idle_around(trained: set[int]) -> nn.Module | None:
 
 def _around(trained: set[int]) -> Iterator[nn.Module]:
     for each in gc.get_objects():
-        whole = issubclass(type(each), DistributedDataParallel) and hasattr(each, "reducer")  # its last attribute
-        if whole and _size(each.process_group) > 1 and _holds(each, trained):
+        if not issubclass(type(each), DistributedDataParallel) or not hasattr(each, "reducer"):  # its last attribute
+            continue
+        composed = isinstance(each.module, nn.ParameterList)  # torch's replicate(), which says nowhere whether a forward runs
+        if not composed and _size(each.process_group) > 1 and _holds(each, trained):
             yield each
 
 

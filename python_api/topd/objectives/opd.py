@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from topd.branching.inputs import check_generator
 from topd.objectives.config import OPDConfig, config_of
 from topd.objectives.model_checks import ModelChecks
 from topd.objectives.objective import Objective
@@ -84,6 +85,7 @@ class OPD:
                 that several processes would not exchange.
         """
         config, stages = self.config, Stages()
+        check_generator(generator)
         items = check_items(num_items)
         if is_packed(batch):
             packed = check_packed(batch)

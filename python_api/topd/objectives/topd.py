@@ -18,7 +18,7 @@ from torch import Tensor
 
 from topd.branching.continuations import BRANCHES, continue_from, from_rollout, rollout_states
 from topd.branching.decoders import Decoder, vocabulary_of
-from topd.branching.inputs import end_tokens
+from topd.branching.inputs import check_generator, end_tokens
 from topd.near_future import Transport, guidance_kl, near_future_divergence
 from topd.objectives.config import TOPDConfig, config_of
 from topd.objectives.model_checks import ModelChecks
@@ -96,6 +96,7 @@ class TOPD:
         """
         rollouts, items, config = check_batch(batch), check_items(num_items), self.config
         check_keys(batch, KEYS)
+        check_generator(generator)
         self._checks.before_step(self.student, self.teacher)
         stages = Stages("window_forward", "guidance")
         found = token_pass(self.student, self.teacher, rollouts, config, stages, cache=True)
