@@ -1,12 +1,7 @@
 """Two processes that wrap a student in every way; started by test_data_parallel.py as a process of its own.
 
-Each process saves what became of its part of the batch: gradients, or the error that was raised.
+Each saves what became of its part of the batch: gradients, or the error that was raised.
 """
-
-import multiprocessing
-import os
-import sys
-from pathlib import Path
 
 import torch
 from test_integrations_transformers import FEW, four_rollouts, models
@@ -14,6 +9,7 @@ from tiny_models import flat_gradient
 from torch.distributed._composable.replicate import replicate
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from two_ranks import fork
 
 import topd
 from topd.integrations.transformers import through_wrapper
@@ -183,10 +179,7 @@ def under_fsdp1(rank):
         return message, flat_gradient(student)
 
 
-def run(rank: int, folder: Path) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+def work(rank):
     torch.distributed.init_process_group("gloo")
     messages, values = refusals(rank)
     gradients = {
@@ -200,15 +193,8 @@ def run(rank: int, folder: Path) -> None:
         "fsdp2 topd": under_fsdp2(rank, topd.TOPD, TOPD),
     }
     messages["fsdp1"], gradients["fsdp1"] = under_fsdp1(rank)
-    torch.save({"messages": messages, "values": values, "gradients": gradients}, folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return {"messages": messages, "values": values, "gradients": gradients}
 
 
 if __name__ == "__main__":
-    context = multiprocessing.get_context("fork")
-    running = [context.Process(target=run, args=(rank, Path(sys.argv[1]))) for rank in range(2)]
-    for process in running:
-        process.start()
-    for process in running:
-        process.join()
-    sys.exit(any(process.exitcode for process in running))
+    fork(work)

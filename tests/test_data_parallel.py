@@ -1,34 +1,20 @@
 """Two processes: a student outside its wrapper's forward is refused, inside it the gradients are the whole batch's."""
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from compare import assert_near
 from tiny_models import flat_gradient
+from two_ranks import start
 
 import topd
 
 pytest.importorskip("transformers")
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """What each process saved."""
-    folder = tmp_path_factory.mktemp("processes")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    folders = os.pathsep.join(str(ROOT / name) for name in ("python_api", "tests", "."))
-    environment = os.environ | {"PYTHONPATH": folders, "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    command = [sys.executable, str(ROOT / "tests" / "data_parallel_processes.py"), str(folder)]
-    subprocess.run(command, env=environment, check=True, timeout=300)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return start("data_parallel_processes.py", tmp_path_factory.mktemp("processes"), timeout=300)
 
 
 @pytest.mark.parametrize(

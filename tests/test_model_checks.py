@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounter
 
 import topd
 from topd.integrations.rollouts import pack_rollouts
+from topd.objectives.model_checks import ModelChecks
 
 METHODS = pytest.mark.parametrize("method", [topd.OPD, topd.TOPD])
 
@@ -100,6 +101,15 @@ def test_a_teacher_with_dropout_is_warned_of_once(method, where):
     assert category is UserWarning
     assert message.startswith("teacher is in train mode with dropout")
     assert "call teacher.eval()" in message
+
+
+def test_without_a_teacher_the_student_alone_is_looked_at():
+    student = tiny("llama", attention_dropout=0.1, **MILD).train()
+    student.compile(backend="eager")
+    checks = ModelChecks(student, None, False)
+    with pytest.warns(UserWarning, match="student is compiled as a whole") as caught:
+        checks.before_step(student, None)
+    assert len(caught) == 1
 
 
 def test_a_teacher_in_train_mode_without_dropout_and_a_student_with_it_are_fine():

@@ -138,6 +138,8 @@ def test_rollouts_may_be_drawn_from_the_teachers_tokens_alone(tmp_path):
     student, teacher = larger_student()
     prefer_beyond(student)
     batch = prompts()
+    with pytest.raises(ValueError, match=r"input_ids must hold ids .* in \[0, 61\) for the model, got 61 at \[1, 5\]"):
+        sample_rollouts(teacher, torch.tensor([[0] * 6, [0] * 5 + [VOCAB]]), torch.ones(2, 6).long(), max_new_tokens=4)
     assert sample_rollouts(student, **batch, max_new_tokens=4)["input_ids"].max() >= VOCAB
     assert sample_rollouts(student, **batch, max_new_tokens=4, vocabulary=VOCAB)["input_ids"].max() < VOCAB
     with pytest.raises(ValueError, match="vocabulary must be > 0, got 0"):

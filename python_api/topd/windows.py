@@ -92,7 +92,7 @@ def sample_windows(
     choice("student_window", student_window, STUDENT_WINDOWS)
     check_generator(generator)
     student, teacher = decoder_of(student_model), decoder_of(teacher_model)
-    check_ids("input_ids", ids, student=student, teacher=teacher)
+    check_ids("input_ids", ids, student=student_model, teacher=teacher_model)
     ends = end_tokens(eos_token_id, student.model)
     own = student.head.weight.shape[0]
     options: dict[str, Any] = {"horizon": horizon, "temperature": temperature, "generator": generator, "ends": ends}
@@ -130,9 +130,9 @@ def window_hidden(student_model: Any, input_ids: Tensor, attention_mask: Tensor,
     at = check_positions(windows.positions, attended)
     tokens, lengths = _check_side(windows, ids)
     decoder = decoder_of(student_model)
-    check_ids("input_ids", ids, student=decoder)
+    check_ids("input_ids", ids, student=student_model)
     counted = torch.arange(tokens.shape[1], device=tokens.device) < lengths.unsqueeze(-1)
-    check_ids("windows.student_tokens", tokens.masked_fill(~counted, 0), student=decoder)
+    check_ids("windows.student_tokens", tokens.masked_fill(~counted, 0), student=student_model)
     found = prefill(decoder, ids, attended, cache=not (decoder.obstacle or decoder.forbids_cache))
     return found.hidden, replay(decoder, found, ids, attended, at, tokens, lengths)
 

@@ -76,12 +76,6 @@ class Decoder:
         return shape_logits(found, None, self.head.scale, self.head.softcap)[..., :vocab]
 
     @property
-    def embedded(self) -> int | None:
-        """How many tokens its input embeddings hold; None where their layer does not say."""
-        rows = getattr(self.model.get_input_embeddings(), "num_embeddings", None)
-        return rows if isinstance(rows, int) else None
-
-    @property
     def forbids_cache(self) -> bool:
         """Whether gradient checkpointing is at work, under which the layers drop every cache."""
         return bool(next(self._checkpointed(), None))
@@ -149,6 +143,12 @@ def vocabulary_of(model: Any) -> int:
         getattr(config, "unpadded_vocab_size", None),
     )
     return min(size for size in sizes if isinstance(size, int))
+
+
+def embedded_tokens(model: Any) -> int | None:
+    """Return how many tokens a model's input embeddings hold; None where their layer does not say."""
+    rows = getattr(unwrapped_model(model).get_input_embeddings(), "num_embeddings", None)
+    return rows if isinstance(rows, int) else None
 
 
 def has_sharded_head(model: Any) -> bool:

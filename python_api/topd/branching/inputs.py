@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from topd.arguments import typed
-from topd.branching.decoders import Decoder
+from topd.branching.decoders import embedded_tokens
 from topd.checks import on_device, shaped, tensor
 
 
@@ -33,19 +33,19 @@ def check_rollouts(input_ids: object, attention_mask: object) -> tuple[Tensor, T
     return ids, binary("attention_mask", attention_mask, ids, "input_ids")
 
 
-def check_ids(name: str, ids: Tensor, **models: Decoder) -> None:
+def check_ids(name: str, ids: Tensor, **models: Any) -> None:
     """Check on the CPU that each model, given by its name, has an input embedding for every id, padding included."""
     if ids.device.type != "cpu" or not ids.numel():
         return
-    for side, decoder in models.items():
-        rows = decoder.embedded
+    sizes = {side: embedded_tokens(model) for side, model in models.items()}
+    for side, rows in sizes.items():
         if rows is None or (int(ids.min()) >= 0 and int(ids.max()) < rows):
             continue
         place = ((ids < 0) | (ids >= rows)).nonzero()[0].tolist()
-        sizes = ", ".join(f"the {each}'s {decoder.embedded:,}" for each, decoder in models.items())
+        all_sizes = ", ".join(f"the {each}'s {size:,}" for each, size in sizes.items() if size is not None)
         raise ValueError(
             f"{name} must hold ids that every model can read, in [0, {rows}) for the {side}, got {int(ids[tuple(place)])} at "
-            f"{place}; input embeddings: {sizes}; draw rollouts from the tokens that all have (sample_rollouts takes "
+            f"{place}; input embeddings: {all_sizes}; draw rollouts from the tokens that all have (sample_rollouts takes "
             "vocabulary=...), and pad with one of them"
         )
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from topd.branching.decoders import vocabulary_of
-from topd.branching.inputs import check_rollouts, end_tokens
+from topd.branching.inputs import check_ids, check_rollouts, end_tokens
 from topd.checks import positive_int, real
 from topd.integrations.model_head import refuse_prompt_learning, unwrapped_model
 from topd.objectives.rollouts import check_batch
@@ -57,6 +57,7 @@ def sample_rollouts(
     positive_int("max_new_tokens", max_new_tokens)
     temperature = real("temperature", temperature, low=0.0, hint="0 is greedy")
     ids, attended = _check_prompts(input_ids, attention_mask)
+    check_ids("input_ids", ids, model=inner)
     ends = end_tokens(eos_token_id, inner)
     padding = _padding(pad_token_id, inner)
     settings = _plain_settings(max_new_tokens, temperature, ends, padding)

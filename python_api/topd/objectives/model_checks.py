@@ -15,7 +15,7 @@ class ModelChecks:
     """The checks of one objective, which remember what they have said.
 
     Args:
-        student, teacher: as the objective got them.
+        student, teacher: as the objective got them; no teacher where its answers come in the batch.
         allow_unequal_vocabularies: as of the objective.
 
     Raises:
@@ -25,7 +25,8 @@ class ModelChecks:
 
     def __init__(self, student: Any, teacher: Any, allow_unequal_vocabularies: bool) -> None:
         flag("allow_unequal_vocabularies", allow_unequal_vocabularies)
-        check_vocabularies(vocabulary_of(student), vocabulary_of(teacher), allow_unequal_vocabularies)
+        if teacher is not None:
+            check_vocabularies(vocabulary_of(student), vocabulary_of(teacher), allow_unequal_vocabularies)
         self._said: set[str] = set()
         self._looked_around = False
 
@@ -34,13 +35,13 @@ class ModelChecks:
         check_synchronised(student, look_around=not self._looked_around)
         self._looked_around = True
         for name, model in (("student", student), ("teacher", teacher)):
-            if name not in self._said and runs_uncompiled(model):
+            if model is not None and name not in self._said and runs_uncompiled(model):
                 self._warn(
                     name,
                     f"{name} is compiled as a whole, but topd runs its base model and its output layer apart, which are not "
                     "compiled: compile the base model instead, model.base_model.compile()",
                 )
-        if "dropout" not in self._said and has_active_dropout(teacher):
+        if teacher is not None and "dropout" not in self._said and has_active_dropout(teacher):
             self._warn(
                 "dropout",
                 "teacher is in train mode with dropout, so that its distributions are drawn anew in every step: call "

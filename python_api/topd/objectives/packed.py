@@ -83,7 +83,7 @@ def packed_pass(
 ) -> tuple[Tensor, TokenScores]:
     """The loss of each response token [N], 0 elsewhere, and its scores."""
     student, teacher = _packing("student", student_model), _packing("teacher", teacher_model)
-    check_ids("input_ids", packed.input_ids, student=student, teacher=teacher)
+    check_ids("input_ids", packed.input_ids, student=student_model, teacher=teacher_model)
     shape, packed = packed.input_ids.shape, _never_empty(packed)
     given = packed.input_ids, packed.position_ids, packed.bounds
     with stages.stage("student_forward"):

@@ -115,7 +115,7 @@ def token_pass(
         cache: keep both models' caches for windows, where they allow it.
     """
     student, teacher = decoder_of(student_model), decoder_of(teacher_model)
-    check_ids("input_ids", rollouts.input_ids, student=student, teacher=teacher)
+    check_ids("input_ids", rollouts.input_ids, student=student_model, teacher=teacher_model)
     shape, rollouts = rollouts.input_ids.shape, never_empty(rollouts)
     ids, attended, response = rollouts.input_ids, rollouts.attended, rollouts.response
 
