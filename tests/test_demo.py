@@ -251,8 +251,11 @@ def test_another_vocabulary(capsys, tmp_path):
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-def test_padded_vocabularies_may_differ(tmp_path):
-    words = ["--teacher", saved(tmp_path / "a", 1, 0, vocab=264), "--student", saved(tmp_path / "b", 1, 0)]
+@pytest.mark.parametrize("padded", ["teacher", "student"])
+def test_padded_vocabularies_may_differ(tmp_path, padded):
+    sizes = {"teacher": None, "student": None} | {padded: 264}
+    words = ["--teacher", saved(tmp_path / "a", 1, 0, vocab=sizes["teacher"])]
+    words += ["--student", saved(tmp_path / "b", 1, 0, vocab=sizes["student"])]
     assert demo(words, tmp_path / "run", "--method", "topd") == 0
 
 

@@ -130,7 +130,7 @@ def test_the_trainers_page_runs_as_printed(tmp_path):
     names |= {"prompts": prompts(), "objective": topd.OPD(names["student"], names["teacher"]), "left_padded": None}
     names |= {"arguments": arguments(tmp_path), "dataset": rows_of(prompts()), "accelerator": accelerate.Accelerator(cpu=True)}
     run = [block for block in blocks if "integrations.trl" not in block]
-    assert len(run) == len(blocks) - 1 == 6
+    assert len(run) == len(blocks) - 1 == 7
     for block in run:
         exec(compile(block, "trainers.md", "exec"), names)
     assert names["trainer"].state.global_step == 1

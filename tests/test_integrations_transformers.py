@@ -1,17 +1,13 @@
 """DistillationTrainer: the large batch's step under accumulation and DDP, its rollouts, logs, evaluation and refusals."""
 
-import os
 import re
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from compare import assert_near
 from test_opd import batch_of
 from tiny_models import tiny
+from two_ranks import start
 
 import topd
 from topd.integrations.rollouts import pack_rollouts, sample_rollouts
@@ -22,7 +18,6 @@ transformers = pytest.importorskip("transformers")
 MILD = {"initializer_range": 0.2}
 LR = 0.5
 FEW = {"candidates": "top_k", "candidate_value": 2, "horizon": 4}
-ROOT = Path(__file__).parents[1]
 
 
 def models():
@@ -202,14 +197,7 @@ def test_two_processes_take_the_large_batchs_step(tmp_path):
     objective, batch = topd.OPD(*models()), four_rollouts()
     expected, loss = after_one_step(objective, batch)
     gradient = (flat(objective.student) - expected) / LR
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    folders = os.pathsep.join(str(ROOT / name) for name in ("python_api", "tests", "."))
-    environment = os.environ | {"PYTHONPATH": folders, "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    command = [sys.executable, str(ROOT / "tests" / "two_processes.py"), str(tmp_path)]
-    subprocess.run(command, env=environment, check=True, timeout=180)
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    found = start("two_processes.py", tmp_path, timeout=180)
     for each in found:
         assert_near(each["parameters"], expected, 1e-9)
         assert_near(each["accelerate_gradient"], gradient, 1e-9, "under accelerate")

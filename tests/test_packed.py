@@ -140,6 +140,11 @@ def test_flash_attention_is_told_where_sequences_begin(monkeypatch):
         ),
         ({"cu_seqlens": torch.tensor([0, 32], dtype=torch.int32)}, ValueError, "end at N = 33"),
         ({"response_mask": torch.ones(32, dtype=torch.bool)}, ValueError, "response_mask must have shape"),
+        (
+            {"position_ids": torch.arange(33)},
+            ValueError,
+            "batch may hold .*cu_seqlens.*, got 'position_ids', which is not read",
+        ),
         ({"response_mask": torch.arange(33) == 20}, ValueError, "response_mask must be False at the first token .* True at 20"),
     ],
 )

@@ -31,7 +31,15 @@ def test_with_no_divergent_point_and_keep_it_equals_opd(options):
     assert found.loss.item() == expected.loss.item()
     assert torch.equal(backward(student, found.loss), backward(student, expected.loss))
     assert (found.metrics["divergent_points"], found.metrics["guidance_loss"]) == (0, 0)
-    assert all(value.isfinite() for value in found.metrics.values())
+    assert {name for name, value in found.metrics.items() if not value.isfinite()} == {"distance_divergent"}
+    assert found.metrics["distance_divergent"].isnan()
+
+
+def test_with_no_false_alarm_there_is_no_distance_of_one():
+    found = step(*models(), batch_of(), gate="threshold", gate_value=-1.0)
+    assert found.metrics["false_alarms"] == 0
+    assert found.metrics["distance_divergent"] > 0
+    assert found.metrics["distance_false_alarm"].isnan()
 
 
 def test_with_no_candidate_it_equals_opd():
@@ -40,7 +48,8 @@ def test_with_no_candidate_it_equals_opd():
     found = step(student, teacher, batch, candidates="threshold", candidate_value=1e9)
     assert found.loss.item() == topd.OPD(student, teacher)(batch).loss.item()
     assert found.near_future.windows.student_tokens.shape == (0, 6)
-    assert all(value.isfinite() for value in found.metrics.values())
+    unmeasured = {name for name, value in found.metrics.items() if not value.isfinite()}
+    assert unmeasured == {"distance_divergent", "distance_false_alarm"}
 
 
 def test_an_empty_response_trains_on():
@@ -77,8 +86,8 @@ def test_every_metric_is_there_and_a_float():
     stages = "student_forward teacher_forward divergence student_windows teacher_windows transport window_forward guidance"
     losses = "loss opd_loss guidance_loss tokens sequence_reduction second_forward"
     points = "candidates divergent_points false_alarms low_divergence_share distance_divergent distance_false_alarm"
-    others = "student_entropy teacher_entropy marginal_error window_length student_branches teacher_branches"
-    named = f"{losses} {points} {others}".split()
+    others = "student_entropy teacher_entropy student_lost_mass teacher_lost_mass marginal_error window_length"
+    named = f"{losses} {points} {others} student_branches teacher_branches".split()
     assert set(metrics) == {*named, *(f"seconds_{stage}" for stage in stages.split())}
     assert all(value.dtype == torch.float32 and value.dim() == 0 and not value.requires_grad for value in metrics.values())
     assert metrics["window_length"] == 6

@@ -1,10 +1,5 @@
-"""Two processes that train one step together; started by test_integrations_transformers.py as a process of its own.
+"""Two processes that train one step together; started by test_integrations_transformers.py as a process of its own."""
 
-The imports take longer than the step: they run once, before the fork.
-"""
-
-import multiprocessing
-import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,6 +9,7 @@ import torch
 from test_accumulation import Loss
 from test_integrations_transformers import arguments, flat, four_rollouts, models, rows_of
 from tiny_models import flat_gradient
+from two_ranks import fork
 
 import topd
 from topd.integrations.transformers import DistillationTrainer
@@ -32,27 +28,17 @@ def gradient_under_accelerate(rank: int) -> torch.Tensor:
     return flat_gradient(objective.student)
 
 
-def train(rank: int, folder: Path) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+def train(rank):
     objective = topd.OPD(*models())
     accelerate_gradient = gradient_under_accelerate(rank)
-    options = arguments(folder, ddp_backend="gloo", per_device_train_batch_size=1)
+    options = arguments(Path(sys.argv[1]), ddp_backend="gloo", per_device_train_batch_size=1)
     trainer = DistillationTrainer(objective, options, train_dataset=rows_of(four_rollouts()))
     trainer.train()
     assert "forward" not in vars(objective.student)
     assert trainer.args.world_size == 2
     found = {"parameters": flat(objective.student), "log": trainer.state.log_history[0], "draws": torch.rand(4)}
-    torch.save(found | {"accelerate_gradient": accelerate_gradient}, folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return found | {"accelerate_gradient": accelerate_gradient}
 
 
 if __name__ == "__main__":
-    context = multiprocessing.get_context("fork")
-    running = [context.Process(target=train, args=(rank, Path(sys.argv[1]))) for rank in range(2)]
-    for process in running:
-        process.start()
-    for process in running:
-        process.join()
-    sys.exit(any(process.exitcode for process in running))
+    fork(train)

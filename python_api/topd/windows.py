@@ -16,7 +16,14 @@ from torch import Tensor
 from topd.arguments import typed
 from topd.branching.continuations import BRANCHES, continue_from, from_rollout
 from topd.branching.decoders import Decoder, decoder_of
-from topd.branching.inputs import check_differentiable, check_positions, check_rollouts, end_tokens
+from topd.branching.inputs import (
+    check_differentiable,
+    check_generator,
+    check_ids,
+    check_positions,
+    check_rollouts,
+    end_tokens,
+)
 from topd.branching.prefill import Prefill, prefill
 from topd.branching.replay import replay_in_one_pass, replay_over_cache, replay_separately
 from topd.checks import choice, on_device, positive_int, real, shaped, tensor
@@ -62,9 +69,11 @@ def sample_windows(
     """Student and teacher each continue from the prefix before every position.
 
     Args:
-        student_model, teacher_model: causal language models of transformers, wrapped (PEFT, torch.compile) or not. One that
-            cannot branch is continued in batches of left-padded prefixes instead; the result says so and why.
-        input_ids: [B, T] int64, rollouts with their prompts, padded on either side.
+        student_model, teacher_model: causal language models of transformers, also inside PEFT. One that cannot branch is
+            continued in batches of left-padded prefixes instead; the result says so and why. torch.compile goes around the base
+            model or its layers: topd does not call the forward of the whole.
+        input_ids: [B, T] int64, rollouts with their prompts, padded on either side. Both models have every token: checked on
+            the CPU.
         attention_mask: [B, T] bool, or integers 0 and 1. position_ids are its cumsum - 1 and go on from there in a window.
         positions: [m, 2] int64 (row, column), as `select_candidates` returns them; a column and the one before it are attended:
             checked on the CPU.
@@ -79,7 +88,8 @@ def sample_windows(
         Windows. A teacher with more tokens than the student draws from those that both have.
 
     Raises:
-        TypeError, ValueError: a wrong type, shape, dtype, device, range or option; a position that is not attended.
+        TypeError, ValueError: a wrong type, shape, dtype, device, range or option; a position that is not attended; a token
+            that one of the models does not have.
 
     Source: arXiv 2606.00305: windows of 50 tokens of both models from one prefix of the student's. Decoding is our choice.
     """
@@ -88,9 +98,9 @@ def sample_windows(
     positive_int("horizon", horizon)
     real("temperature", temperature, low=0.0)
     choice("student_window", student_window, STUDENT_WINDOWS)
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
+    check_generator(generator)
     student, teacher = decoder_of(student_model), decoder_of(teacher_model)
+    check_ids("input_ids", ids, student=student_model, teacher=teacher_model)
     ends = end_tokens(eos_token_id, student.model)
     own = student.head.weight.shape[0]
     options: dict[str, Any] = {"horizon": horizon, "temperature": temperature, "generator": generator, "ends": ends}
@@ -120,7 +130,7 @@ def window_hidden(student_model: Any, input_ids: Tensor, attention_mask: Tensor,
         [:, i] predicts window token i, so that [:, 0] is the state of the last prefix token; 0 past a window's length.
 
     Raises:
-        TypeError, ValueError: a wrong type, shape, dtype, device or range.
+        TypeError, ValueError: a wrong type, shape, dtype, device or range; a token that the student does not have.
     """
     ids, attended = check_rollouts(input_ids, attention_mask)
     if not isinstance(windows, Windows):
@@ -129,6 +139,9 @@ def window_hidden(student_model: Any, input_ids: Tensor, attention_mask: Tensor,
     tokens, lengths = _check_side(windows, ids)
     decoder = decoder_of(student_model)
     check_differentiable("student_model", decoder.model)
+    check_ids("input_ids", ids, student=student_model)
+    counted = torch.arange(tokens.shape[1], device=tokens.device) < lengths.unsqueeze(-1)
+    check_ids("windows.student_tokens", tokens.masked_fill(~counted, 0), student=student_model)
     found = prefill(decoder, ids, attended, cache=not (decoder.obstacle or decoder.forbids_cache))
     return found.hidden, replay(decoder, found, ids, attended, at, tokens, lengths)
 

@@ -142,6 +142,43 @@ def decoder_of(model: Any) -> Decoder:
     )
 
 
+def vocabulary_of(model: Any) -> int:
+    """Return the entries of a model's logits; known also where its weights are sharded or offloaded."""
+    inner = unwrapped_model(model)
+    config = inner.config.get_text_config()
+    sizes = (
+        getattr(inner.get_output_embeddings(), "out_features", config.vocab_size),
+        getattr(config, "unpadded_vocab_size", None),
+    )
+    return min(size for size in sizes if isinstance(size, int))
+
+
+def embedded_tokens(model: Any) -> int | None:
+    """Return how many tokens a model's input embeddings hold; None where their layer does not say."""
+    rows = getattr(unwrapped_model(model).get_input_embeddings(), "num_embeddings", None)
+    return rows if isinstance(rows, int) else None
+
+
+def has_sharded_head(model: Any) -> bool:
+    """Return whether the weight of a model's output layer is a DTensor, as FSDP2 leaves it outside a forward."""
+    return hasattr(getattr(unwrapped_model(model).get_output_embeddings(), "weight", None), "placements")
+
+
+def runs_uncompiled(model: Any) -> bool:
+    """Return whether torch.compile was applied to the model, or a wrapper of it, alone: its base model then runs as it is."""
+    inner, compiled = unwrapped_model(model), False
+    for part in model.modules():  # wrappers first
+        compiled = compiled or _is_compiled(part)
+        if part is inner:
+            break
+    return compiled and not any(map(_is_compiled, inner.base_model.modules()))
+
+
+def _is_compiled(module: Any) -> bool:
+    """By torch.compile(module) or by module.compile()."""
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+
+
 def _parameters(base: Any) -> set[str]:
     """The names that a forward takes; decorators of transformers keep its signature, wrappers (torch.compile, FSDP) do not."""
     return set(inspect.signature(innermost(base).forward).parameters)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from topd.arguments import typed
+from topd.branching.decoders import embedded_tokens
 from topd.checks import on_device, shaped, tensor
 
 
@@ -44,6 +45,23 @@ def check_rollouts(input_ids: object, attention_mask: object) -> tuple[Tensor, T
     return ids, binary("attention_mask", attention_mask, ids, "input_ids")
 
 
+def check_ids(name: str, ids: Tensor, **models: Any) -> None:
+    """Check on the CPU that each model, given by its name, has an input embedding for every id, padding included."""
+    if ids.device.type != "cpu" or not ids.numel():
+        return
+    sizes = {side: embedded_tokens(model) for side, model in models.items()}
+    for side, rows in sizes.items():
+        if rows is None or (int(ids.min()) >= 0 and int(ids.max()) < rows):
+            continue
+        place = ((ids < 0) | (ids >= rows)).nonzero()[0].tolist()
+        all_sizes = ", ".join(f"the {each}'s {size:,}" for each, size in sizes.items() if size is not None)
+        raise ValueError(
+            f"{name} must hold ids that every model can read, in [0, {rows}) for the {side}, got {int(ids[tuple(place)])} at "
+            f"{place}; input embeddings: {all_sizes}; draw rollouts from the tokens that all have (sample_rollouts takes "
+            "vocabulary=...), and pad with one of them"
+        )
+
+
 def check_positions(positions: object, attended: Tensor) -> Tensor:
     """[m, 2] int64 (row, column), both the column's token and the one before it attended; checked on the CPU."""
     checked = on_device("positions", typed("positions", positions, torch.int64), attended.device, "input_ids")
@@ -67,6 +85,11 @@ def _refuse(bad: Tensor, positions: Tensor, rule: str) -> None:
         )
 
 
+def check_generator(generator: object) -> None:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
+
+
 def end_tokens(eos_token_id: object, model: Any) -> list[int]:
     """The end-of-sequence tokens: as given, or those of the model's generation_config; maybe none."""
     found = eos_token_id
@@ -79,5 +102,7 @@ def end_tokens(eos_token_id: object, model: Any) -> list[int]:
     for each in found if isinstance(found, list | tuple) else [found]:
         if isinstance(each, bool) or not isinstance(each, int):
             raise TypeError(f"eos_token_id must be an int, a list of ints or None, got {found!r}")
+        if each < 0 and eos_token_id is not None:
+            raise ValueError(f"eos_token_id must be >= 0, got {found!r}; None takes the student's generation_config's")
         listed.append(each)
     return listed

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topd.branching.inputs import check_rollouts, end_tokens
+from topd.branching.decoders import vocabulary_of
+from topd.branching.inputs import check_ids, check_rollouts, end_tokens
 from topd.checks import positive_int, real
 from topd.integrations.model_head import refuse_prompt_learning, unwrapped_model
 from topd.objectives.rollouts import check_batch
@@ -28,6 +29,7 @@ def sample_rollouts(
     temperature: float = 1.0,
     eos_token_id: int | list[int] | None = None,
     pad_token_id: int | None = None,
+    vocabulary: int | None = None,
 ) -> dict[str, Tensor]:
     """The model's own continuations of prompts, as the batch that an objective takes.
 
@@ -35,13 +37,15 @@ def sample_rollouts(
     penalty. The model is in eval mode meanwhile; the modes of its modules come back. Draws come from torch's own generator.
 
     Args:
-        model: a causal language model of transformers, wrapped or not (PEFT, DDP).
+        model: a causal language model of transformers, also inside PEFT or DDP: nothing is trained here.
         input_ids: [B, P] int64, prompts padded on the left.
         attention_mask: [B, P] bool, or integers 0 and 1.
         max_new_tokens: > 0, the longest response.
         temperature: >= 0; 0 is greedy.
         eos_token_id: an int or a list; None: those of the model's generation_config.
         pad_token_id: >= 0, what stands after a response; None: that of the generation_config, else 0.
+        vocabulary: > 0, draw from the tokens below it alone: the size of a teacher's smaller vocabulary, which could not read
+            others. None: the model's own.
 
     Returns:
         input_ids [B, P + n] int64, attention_mask and response_mask [B, P + n] bool; a response ends with its first
@@ -54,9 +58,12 @@ def sample_rollouts(
     positive_int("max_new_tokens", max_new_tokens)
     temperature = real("temperature", temperature, low=0.0, hint="0 is greedy")
     ids, attended = _check_prompts(input_ids, attention_mask)
+    check_ids("input_ids", ids, model=inner)
     ends = end_tokens(eos_token_id, inner)
     padding = _padding(pad_token_id, inner)
     settings = _plain_settings(max_new_tokens, temperature, ends, padding)
+    if vocabulary is not None:
+        settings.suppress_tokens = list(range(positive_int("vocabulary", vocabulary), vocabulary_of(inner))) or None
     with _eval_mode(inner), _configured(inner, settings):
         whole = inner.generate(ids, attention_mask=attended.long(), generation_config=settings)
     new = whole[:, ids.shape[1] :]

@@ -10,11 +10,11 @@ SHARES = ("opd_loss", "guidance_loss")
 
 
 class RunningMeans:
-    """Sums on the metrics' own devices, read only when they are taken."""
+    """Sums and counts on the metrics' own devices, read only when they are taken. A NaN says that there was nothing to measure:
+    it is left out of the mean."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._count = 0
 
     def add(self, metrics: Mapping[str, Tensor], parts: float = 1) -> None:
         """`loss` is left out: trainers log their own.
@@ -24,16 +24,16 @@ class RunningMeans:
         """
         for name, value in metrics.items():
             if name != "loss":
-                found = value * parts if name in SHARES else value
-                self._sums[name] = self._sums[name] + found if name in self._sums else found
-        self._count += 1
+                share = value * parts if name in SHARES else value
+                counted = torch.stack([share.nan_to_num(0.0, torch.inf, -torch.inf), (~share.isnan()).to(share.dtype)])
+                self._sums[name] = self._sums[name] + counted if name in self._sums else counted
 
     def take(self, across: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
-        """The means, through `across` (an average over processes) as one tensor; starts anew."""
-        sums, count = self._sums, self._count
-        self._sums, self._count = {}, 0
+        """The means of what was measured, through `across` (an average over processes) as one tensor; starts anew."""
+        sums, self._sums = self._sums, {}
         if not sums:
             return {}
-        values = torch.stack([value.cpu() for value in sums.values()]) / count
+        values = torch.stack([value.cpu() for value in sums.values()])
         values = values if across is None else across(values).cpu()
-        return dict(zip(sums, values.tolist(), strict=True))
+        means = values[:, 0] / values[:, 1]
+        return {name: mean for name, mean in zip(sums, means.tolist(), strict=True) if mean == mean}

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
+from topd.branching.decoders import vocabulary_of
 from topd.checks import on_device
 from topd.integrations.rollouts import sample_rollouts
 from topd.integrations.running_means import RunningMeans
@@ -31,8 +33,9 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         args: transformers.TrainingArguments; no column is removed, whatever remove_unused_columns says.
         data_collator: makes batches of prompts, input_ids and attention_mask [B, P] padded on the left; or of finished
             rollouts, which have a response_mask too.
-        rollout: how batches without a response_mask are continued: options of `sample_rollouts`, at least max_new_tokens; or
-            a function (student, batch) -> the batch that the objective gets. None: batches come with their rollouts.
+        rollout: how batches without a response_mask are continued: options of `sample_rollouts`, at least max_new_tokens
+            (vocabulary is the teacher's size, where that is smaller); or a function (student, batch) -> the batch that the
+            objective gets. None: batches come with their rollouts.
         options: Trainer's others: train_dataset, eval_dataset, processing_class, callbacks, optimizers and so on.
 
     Raises:
@@ -118,11 +121,19 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
             if callable(self.rollout):
                 sampled = self.rollout(student, batch)
             else:
-                sampled = {**batch, **sample_rollouts(student, batch["input_ids"], batch["attention_mask"], **self.rollout)}
+                options = {**self._readable_tokens(), **self.rollout}
+                sampled = {**batch, **sample_rollouts(student, batch["input_ids"], batch["attention_mask"], **options)}
         if not isinstance(sampled, Mapping) or "response_mask" not in sampled:
             found = sorted(sampled) if isinstance(sampled, Mapping) else type(sampled).__name__
             raise ValueError(f"rollout must return a batch with response_mask, got {found}; see sample_rollouts for its form")
         return self._prepare_inputs(dict(sampled))  # type: ignore[no-any-return]
+
+    def _readable_tokens(self) -> dict[str, Any]:
+        """Rollouts hold no token that a teacher with a smaller vocabulary could not read."""
+        student, teacher = self.objective.student, self.objective.teacher
+        if teacher is None or vocabulary_of(teacher) >= vocabulary_of(student):
+            return {}
+        return {"vocabulary": vocabulary_of(teacher)}
 
     def compute_loss(
         self,
@@ -183,7 +194,7 @@ def check_rollout(rollout: Any) -> Rollout | None:
         return rollout  # type: ignore[no-any-return]
     if not isinstance(rollout, Mapping):
         raise TypeError(f"rollout must be options of sample_rollouts, a function or None, got {type(rollout).__name__}")
-    known = {"max_new_tokens", "temperature", "eos_token_id", "pad_token_id"}
+    known = {"max_new_tokens", "temperature", "eos_token_id", "pad_token_id", "vocabulary"}
     if "max_new_tokens" not in rollout or set(rollout) - known:
         raise ValueError(f"rollout must hold max_new_tokens and may hold {sorted(known)}, got {sorted(rollout)}")
     return dict(rollout)
@@ -217,11 +228,11 @@ def count_items(batch: Mapping[str, Any], reduction: str) -> Tensor:
 
 
 def through_wrapper(model: Any, inner: Any, forward: Callable[[Any], Tensor], inputs: Any) -> Tensor:
-    """forward(inputs) as the forward of what wraps `inner`: DDP prepares its gradients' synchronisation there.
+    """forward(inputs) as the forward of what wraps `inner`: DDP and FSDP prepare their communication there.
 
     `inner.forward` is replaced on the instance until the wrapper reaches it, and is itself again before `forward` runs.
     """
-    if model is inner:
+    if model is inner and not isinstance(model, FSDPModule):  # fully_shard wraps in place
         return forward(inputs)
     own = vars(inner).get("forward")
 

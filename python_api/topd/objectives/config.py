@@ -83,8 +83,9 @@ class TOPDConfig(OPDConfig):
         student_window: "regenerate", the student continues from the prefix; "rollout", its window is the rollout itself.
         window_temperature: >= 0, at which windows are sampled; 0 is greedy.
         cost, solver, epsilon: as in `near_future_divergence`.
-        embedding: where tokens are compared: "student" or "teacher", that model's input embeddings; a table [V, d]; or
-            "student_hidden", the student's states at the windows' tokens, which costs it a pass over both windows.
+        embedding: where tokens are compared: "student" or "teacher", that model's input embeddings; a table [V, d] with a row
+            for each token that both models have; or "student_hidden", the student's states at the windows' tokens, which costs
+            it a pass over both windows. The student's windows are drawn from the tokens that have a row there.
         gate, gate_value: as rule and value of `divergent`.
         guidance_weight: >= 0, lambda.
         false_alarms: as mode of `false_alarm_weights`; "cap" wants a score that cannot be negative, so not "gap".
@@ -174,9 +175,11 @@ def _check_gate_value(rule: str, value: object) -> None:
 
 
 def config_of(config: object, kind: type[Config]) -> Config:
-    """An objective's configuration: as given, or its kind's defaults."""
+    """An objective's configuration: as given, of its very kind, or that kind's defaults."""
     if config is None:
         return kind()
-    if not isinstance(config, kind):
-        raise TypeError(f"config must be a topd.{kind.__name__}, got {type(config).__name__}")
+    if type(config) is not kind:
+        came = type(config).__name__
+        other = f"; topd.{came.removesuffix('Config')} takes that one" if type(config).__module__ == __name__ else ""
+        raise TypeError(f"config must be a topd.{kind.__name__}, got {came}{other}")
     return config

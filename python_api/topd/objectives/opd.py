@@ -12,15 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from topd.branching.inputs import check_generator
 from topd.objectives.config import OPDConfig, config_of
+from topd.objectives.model_checks import ModelChecks
 from topd.objectives.objective import Objective
-from topd.objectives.packed import check_packed, is_packed, packed_pass, reduce_packed
+from topd.objectives.packed import PACKED_KEYS, check_packed, is_packed, packed_pass, reduce_packed
 from topd.objectives.rollouts import (
+    KEYS,
     Stages,
     as_metrics,
     check_batch,
     check_items,
-    mean_entropies,
+    check_keys,
+    mean_scores,
     reduce_tokens,
     token_pass,
 )
@@ -32,18 +36,27 @@ class OPD:
     """The objective.
 
     Args:
-        student: a causal language model of transformers, wrapped or not; its parameters that require grad are trained.
-        teacher: likewise; constant. None: batches hold the teacher's top-k.
+        student: a causal language model of transformers, also inside PEFT; its parameters that require grad are trained. A
+            data-parallel wrapper (DDP, FSDP, DeepSpeed) goes around a module whose forward takes this loss, not around the
+            student alone: in several processes that is refused, with the module written out. torch.compile goes around the base
+            model or its layers.
+        teacher: likewise; constant. Put it in eval mode. None: batches hold the teacher's top-k.
         config: OPDConfig; None: its defaults. Without a teacher model its divergence is "forward_kl" or "reverse_kl".
+        allow_unequal_vocabularies: compare vocabularies whose sizes differ by more than padding (more than 1,024 entries or
+            more than 1 % of the larger) on the entries that both have. What each model says beyond them is lost: the metrics
+            student_lost_mass and teacher_lost_mass.
 
     Raises:
-        TypeError, ValueError: config of another type; a divergence that a top-k does not determine, or a topk_support beside a
-            teacher model.
+        TypeError: config of another type, that of another method too; a model that is none of transformers.
+        ValueError: vocabularies that differ by more than padding; a divergence that a top-k does not determine, or a topk_support
+            beside a teacher model.
 
     Source: arXiv 2606.00305, L_OPD.
     """
 
-    def __init__(self, student: Any, teacher: Any, config: OPDConfig | None = None) -> None:
+    def __init__(
+        self, student: Any, teacher: Any, config: OPDConfig | None = None, *, allow_unequal_vocabularies: bool = False
+    ) -> None:
         self.student, self.teacher, self.config = student, teacher, config_of(config, OPDConfig)
         if teacher is None:
             direction_of(self.config)
@@ -52,6 +65,7 @@ class OPD:
                 "config.topk_support is for a teacher known by his top-k, got "
                 f"{self.config.topk_support!r} and a teacher model; leave it out, or pass teacher=None"
             )
+        self._checks = ModelChecks(student, teacher, allow_unequal_vocabularies)
 
     def __call__(
         self,
@@ -64,7 +78,8 @@ class OPD:
 
         Args:
             batch: input_ids [B, T] int64; attention_mask and response_mask [B, T] bool, or integers 0 and 1. A response token
-                and the one before it are attended. A response may be empty. Or packed, without padding: input_ids [N] int64,
+                and the one before it are attended. Every token is one of both models. A response may be empty, and so may the
+                batch: the loss and its gradients are then 0. No other key. Or packed, without padding: input_ids [N] int64,
                 cu_seqlens [B + 1] int32, from 0 to N, and response_mask [N], False at the first token of each sequence. Without
                 a teacher model also teacher_topk_logprobs, floating, nats, at config.temperature, and teacher_topk_ids, int64,
                 both [B, T, k] or [N, k]: the teacher's likely tokens in place of the token in that column, -inf for padding.
@@ -74,43 +89,54 @@ class OPD:
 
         Returns:
             Objective; metrics loss, opd_loss, tokens, sequence_reduction (1 or 0), student_entropy, teacher_entropy (means over
-            response tokens, nats), seconds_student_forward, seconds_teacher_forward, seconds_divergence. Of a teacher's top-k:
+            response tokens, nats), student_lost_mass, teacher_lost_mass (likewise: each model's probability of the entries that
+            the other does not have), seconds_student_forward, seconds_teacher_forward, seconds_divergence. Of a teacher's top-k:
             no teacher_entropy and no seconds_teacher_forward, but teacher_topk_mass, the mean mass of its k tokens, and
             infinite_tokens, how many have an infinite loss (which passes no gradient). In its scores top1_agreement is None,
             and what a top-k does not say is NaN at response tokens: both KLs, teacher_entropy, both lost masses, and
             teacher_logprob where the token is not among the k.
 
         Raises:
-            TypeError, ValueError: a wrong type, shape, dtype, device or range; a packed batch and a model that cannot keep its
-                sequences apart; a top-k beside a teacher model, or neither.
+            TypeError, ValueError: a wrong type, shape, dtype, device or range; an unknown key; a token that one of the models
+                does not have (checked on the CPU); a packed batch and a model that cannot keep its sequences apart; gradients
+                that several processes would not exchange; a top-k beside a teacher model, or neither.
         """
         config, stages = self.config, Stages()
+        check_generator(generator)
         items = check_items(num_items)
         if self.teacher is None:
             return self._from_topk(batch, items, stages)
         refuse_topk(batch, "OPD")
         if is_packed(batch):
             packed = check_packed(batch)
+            check_keys(batch, PACKED_KEYS)
+            self._checks.before_step(self.student, self.teacher)
             response = packed.response
             per_token, scores = packed_pass(self.student, self.teacher, packed, config, stages)
             loss = reduce_packed(per_token, packed, config.reduction, items)
         else:
             rollouts = check_batch(batch)
+            check_keys(batch, KEYS)
+            self._checks.before_step(self.student, self.teacher)
             response = rollouts.response
             found = token_pass(self.student, self.teacher, rollouts, config, stages, cache=False)
             scores = found.scores
             loss = reduce_tokens(found.loss, response, config.reduction, items).loss
-        return self._objective(loss, scores, response, stages, mean_entropies(scores, response))
+        return self._objective(loss, scores, response, stages, mean_scores(scores, response))
 
     def _from_topk(self, batch: Mapping[str, Tensor], items: float | Tensor | None, stages: Stages) -> Objective:
         topk, rest = take_topk(batch)
         if is_packed(rest):
             packed = check_packed(rest)
+            check_keys(rest, PACKED_KEYS)
+            self._checks.before_step(self.student, None)
             response = packed.response
             tokens = packed_topk_pass(self.student, packed, topk, self.config, stages)
             loss = reduce_packed(tokens.loss, packed, self.config.reduction, items)
         else:
             rollouts = check_batch(rest)
+            check_keys(rest, KEYS)
+            self._checks.before_step(self.student, None)
             response = rollouts.response
             tokens = padded_topk_pass(self.student, rollouts, topk, self.config, stages)
             loss = reduce_tokens(tokens.loss, response, self.config.reduction, items).loss

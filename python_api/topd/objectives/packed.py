@@ -13,12 +13,12 @@ from torch import Tensor
 
 from topd.arguments import check_offsets, typed
 from topd.branching.decoders import Decoder, decoder_of
-from topd.branching.inputs import binary, check_differentiable
+from topd.branching.inputs import binary, check_differentiable, check_ids
 from topd.objectives.config import OPDConfig
-from topd.objectives.rollouts import Stages, at_token, compare_states, scores_at_token
+from topd.objectives.rollouts import Stages, at_token, compare_states, each_score, none_of, scores_at_token
 from topd.scores import TokenScores
 
-KEYS = ("input_ids", "cu_seqlens", "response_mask")
+PACKED_KEYS = ("input_ids", "cu_seqlens", "response_mask")
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,9 +57,9 @@ def is_packed(batch: object) -> bool:
 
 def check_packed(batch: Mapping[str, Any]) -> Packed:
     """input_ids, cu_seqlens and response_mask of a packed batch."""
-    for key in KEYS:
+    for key in PACKED_KEYS:
         if key not in batch:
-            raise ValueError(f"a packed batch must hold {', '.join(KEYS)}, got no {key}; it has {sorted(batch)}")
+            raise ValueError(f"a packed batch must hold {', '.join(PACKED_KEYS)}, got no {key}; it has {sorted(batch)}")
     if "attention_mask" in batch:
         raise ValueError("a packed batch must hold no attention_mask, since it has no padding, got one; leave it out")
     ids = typed("input_ids", batch["input_ids"], torch.int64)
@@ -84,6 +84,8 @@ def packed_pass(
     """The loss of each response token [N], 0 elsewhere, and its scores."""
     student, teacher = packing_decoder("student", student_model), packing_decoder("teacher", teacher_model)
     check_differentiable("student", student.model)
+    check_ids("input_ids", packed.input_ids, student=student_model, teacher=teacher_model)
+    shape, packed = packed.input_ids.shape, never_empty_packed(packed)
     given = packed.input_ids, packed.position_ids, packed.bounds
     with stages.stage("student_forward"):
         student_hidden = student.packed_states(*given)
@@ -99,7 +101,18 @@ def packed_pass(
             hint,
             config,
         )
-    return at_token(loss), scores_at_token(scores)
+    loss, scores = at_token(loss), scores_at_token(scores)
+    if not shape.numel():
+        loss, scores = none_of(loss, shape), each_score(scores, lambda value: none_of(value, shape))
+    return loss, scores
+
+
+def never_empty_packed(packed: Packed) -> Packed:
+    """As `never_empty` of padded rollouts."""
+    if packed.input_ids.numel():
+        return packed
+    ids = packed.input_ids.new_zeros(2)
+    return Packed(ids, torch.zeros_like(ids, dtype=torch.bool), ids.new_tensor([0, 2]), ids)
 
 
 def packing_decoder(name: str, model: Any) -> Decoder:

@@ -1,7 +1,7 @@
 """What every objective starts from: a checked batch, one pass of each model, and what each token costs."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from topd.branching.decoders import Decoder, decoder_of
-from topd.branching.inputs import binary, check_differentiable, check_rollouts
+from topd.branching.inputs import binary, check_differentiable, check_ids, check_rollouts
 from topd.branching.prefill import Prefill, prefill
 from topd.checks import keepable, real
 from topd.functional import linear_divergence
@@ -26,6 +26,9 @@ class Rollouts:
     input_ids: Tensor
     attended: Tensor
     response: Tensor
+
+
+KEYS = ("input_ids", "attention_mask", "response_mask")
 
 
 class TokenPass(NamedTuple):
@@ -61,7 +64,7 @@ def check_batch(batch: object) -> Rollouts:
             "batch must be padded, input_ids [B, T], where windows branch off the rollouts, got a packed one with cu_seqlens; "
             "pad it and give attention_mask, or take topd.OPD"
         )
-    for key in ("input_ids", "attention_mask", "response_mask"):
+    for key in KEYS:
         if key not in batch:
             raise ValueError(
                 f"batch must hold input_ids, attention_mask and response_mask, got no {key}; it has {sorted(batch)}"
@@ -79,6 +82,28 @@ def check_batch(batch: object) -> Rollouts:
     return Rollouts(ids, attended, response)
 
 
+def check_keys(batch: object, keys: tuple[str, ...]) -> None:
+    """Check that a batch holds nothing that the objective would not read."""
+    for key in batch if isinstance(batch, Mapping) else ():
+        if key not in keys:
+            hint = "; positions follow from attention_mask or cu_seqlens" if key == "position_ids" else ""
+            raise ValueError(f"batch may hold {', '.join(keys)}, got {key!r}, which is not read; leave it out{hint}")
+
+
+def never_empty(rollouts: Rollouts) -> Rollouts:
+    """The rollouts; where there is no token, one of two tokens without a response: so the models run, and in a data-parallel
+    step every process communicates."""
+    if rollouts.input_ids.numel():
+        return rollouts
+    ids = rollouts.input_ids.new_zeros(1, 2)
+    return Rollouts(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool))
+
+
+def none_of(value: Tensor, shape: torch.Size) -> Tensor:
+    """A tensor of this shape, which has no entries, through which gradients of 0 reach what `value` came from."""
+    return value.flatten()[:0].view(shape)
+
+
 def token_pass(
     student_model: Any, teacher_model: Any, rollouts: Rollouts, config: OPDConfig, stages: Stages, *, cache: bool
 ) -> TokenPass:
@@ -89,6 +114,8 @@ def token_pass(
     """
     student, teacher = decoder_of(student_model), decoder_of(teacher_model)
     check_differentiable("student", student.model)
+    check_ids("input_ids", rollouts.input_ids, student=student_model, teacher=teacher_model)
+    shape, rollouts = rollouts.input_ids.shape, never_empty(rollouts)
     ids, attended, response = rollouts.input_ids, rollouts.attended, rollouts.response
 
     def states(decoder: Decoder) -> Prefill:
@@ -108,7 +135,10 @@ def token_pass(
             hint,
             config,
         )
-    return TokenPass(student, teacher, student_states, teacher_states, at_token(loss), scores_at_token(scores))
+    loss, scores = at_token(loss), scores_at_token(scores)
+    if not shape.numel():
+        loss, scores = none_of(loss, shape), each_score(scores, lambda value: none_of(value, shape))
+    return TokenPass(student, teacher, student_states, teacher_states, loss, scores)
 
 
 def reduction_hint(response: Tensor, reduction: str) -> Tensor | None:
@@ -150,9 +180,13 @@ def at_token(value: Tensor) -> Tensor:
 
 
 def scores_at_token(scores: TokenScores) -> TokenScores:
+    return each_score(scores, at_token)
+
+
+def each_score(scores: TokenScores, change: Callable[[Tensor], Tensor]) -> TokenScores:
     given = {field.name: getattr(scores, field.name) for field in fields(scores)}
-    shifted: dict[str, Any] = {name: None if value is None else at_token(value) for name, value in given.items()}
-    return TokenScores(**shifted)
+    changed: dict[str, Any] = {name: None if value is None else change(value) for name, value in given.items()}
+    return TokenScores(**changed)
 
 
 def check_items(num_items: object) -> float | Tensor | None:
@@ -189,9 +223,11 @@ def reduce_tokens(
     return Reduced(total / denominator, own / denominator)
 
 
-def mean_entropies(scores: TokenScores, response: Tensor) -> dict[str, Tensor]:
+def mean_scores(scores: TokenScores, response: Tensor) -> dict[str, Tensor]:
+    """Means over the response tokens; 0 where there is none."""
     count = response.sum().clamp_min(1)
-    return {name: getattr(scores, name).sum() / count for name in ("student_entropy", "teacher_entropy")}
+    names = ("student_entropy", "teacher_entropy", "student_lost_mass", "teacher_lost_mass")
+    return {name: getattr(scores, name).sum() / count for name in names}
 
 
 def as_metrics(values: Mapping[str, Tensor | float]) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ states are computed on; the teacher's one forward gives states and cache; one `l
 that choose the candidates, and weights that change afterwards at false alarms cost only those rows.
 """
 
+import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -16,18 +17,22 @@ import torch
 from torch import Tensor
 
 from topd.branching.continuations import BRANCHES, continue_from, from_rollout, rollout_states
-from topd.branching.inputs import end_tokens
+from topd.branching.decoders import Decoder, vocabulary_of
+from topd.branching.inputs import check_generator, end_tokens
 from topd.near_future import Transport, guidance_kl, near_future_divergence
 from topd.objectives.config import TOPDConfig, config_of
+from topd.objectives.model_checks import ModelChecks
 from topd.objectives.objective import NearFuture, Objective
 from topd.objectives.rollouts import (
+    KEYS,
     Rollouts,
     Stages,
     TokenPass,
     as_metrics,
     check_batch,
     check_items,
-    mean_entropies,
+    check_keys,
+    mean_scores,
     reduce_tokens,
     token_pass,
 )
@@ -41,23 +46,29 @@ class TOPD:
     """The objective.
 
     Args:
-        student: a causal language model of transformers, wrapped or not; its parameters that require grad are trained.
-        teacher: likewise; constant. Both are used in the mode that they are in.
+        student, teacher: as of `OPD`. Both are used in the mode that they are in.
         config: TOPDConfig; None: its defaults.
+        allow_unequal_vocabularies: as of `OPD`.
 
     Raises:
-        TypeError, ValueError: config of another type; no teacher.
+        TypeError: config of another type, that of another method too; a model that is none of transformers.
+        ValueError: no teacher; vocabularies that differ by more than padding; an embedding that lacks tokens which both models have.
 
     Source: arXiv 2606.00305.
     """
 
-    def __init__(self, student: Any, teacher: Any, config: TOPDConfig | None = None) -> None:
+    def __init__(
+        self, student: Any, teacher: Any, config: TOPDConfig | None = None, *, allow_unequal_vocabularies: bool = False
+    ) -> None:
         self.student, self.teacher, self.config = student, teacher, config_of(config, TOPDConfig)
         if teacher is None:
             raise ValueError(
                 "teacher must be a model, which continues from prefixes of the rollouts, got None; a teacher of whom only the "
                 "top-k is known serves topd.OPD"
             )
+        self._checks = ModelChecks(student, teacher, allow_unequal_vocabularies)
+        if isinstance(self.config.embedding, Tensor):
+            _check_table(self.config.embedding, min(vocabulary_of(student), vocabulary_of(teacher)))
 
     def __call__(
         self,
@@ -70,7 +81,8 @@ class TOPD:
 
         Args:
             batch: input_ids [B, T] int64; attention_mask and response_mask [B, T] bool, or integers 0 and 1. A response token
-                and the one before it are attended. A response may be empty.
+                and the one before it are attended. Every token is one of both models. A response may be empty, and so may the
+                batch: the loss and its gradients are then 0. No other key.
             num_items: the denominator of a larger batch of which this is a part (gradient accumulation): its response tokens,
                 or with reduction "sequence" its responses. The guidance, gated in this part alone, is weighted by this part's
                 share of it. None: this batch's own.
@@ -79,16 +91,20 @@ class TOPD:
         Returns:
             Objective with near_future. Metrics of `OPD`, and guidance_loss (loss = opd_loss + guidance_weight * guidance_loss),
             candidates, divergent_points, false_alarms (counts), low_divergence_share (false alarms among candidates),
-            distance_divergent, distance_false_alarm (medians, 0 where there is none), marginal_error (the largest),
+            distance_divergent, distance_false_alarm (medians, NaN where there is none), marginal_error (the largest),
             window_length (mean over both models' windows), student_branches, teacher_branches (0 where windows came another
             way), second_forward (1 where the student had to do without a cache), and seconds_student_windows,
             seconds_teacher_windows, seconds_transport, seconds_window_forward, seconds_guidance.
 
         Raises:
-            TypeError, ValueError: a wrong type, shape, dtype, device or range.
+            TypeError, ValueError: a wrong type, shape, dtype, device or range; an unknown key; a token that one of the models
+                does not have (checked on the CPU); gradients that several processes would not exchange.
         """
         refuse_topk(batch, "TOPD")
         rollouts, items, config = check_batch(batch), check_items(num_items), self.config
+        check_keys(batch, KEYS)
+        check_generator(generator)
+        self._checks.before_step(self.student, self.teacher)
         stages = Stages("window_forward", "guidance")
         found = token_pass(self.student, self.teacher, rollouts, config, stages, cache=True)
         score = score_of(found.scores, config.score)
@@ -117,7 +133,7 @@ class TOPD:
             "tokens": rollouts.response.sum(),
             "sequence_reduction": float(config.reduction == "sequence"),
             "second_forward": float(found.student_states.layers is None),
-            **mean_entropies(found.scores, rollouts.response),
+            **mean_scores(found.scores, rollouts.response),
             **_near_future_metrics(near_future),
             **stages.seconds,
         }
@@ -128,6 +144,8 @@ class TOPD:
     ) -> Windows:
         config = self.config
         own, others = found.student.head.weight.shape[0], found.teacher.head.weight.shape[0]
+        table = _table(config.embedding, found.student, found.teacher)
+        drawn = own if table is None else min(own, table.shape[0])
         ids, attended = rollouts.input_ids, rollouts.attended
         options: dict[str, Any] = {
             "horizon": config.horizon,
@@ -140,7 +158,7 @@ class TOPD:
                 students = from_rollout(ids, attended, positions, config.horizon)
             else:
                 cached = found.student_states
-                students = continue_from(found.student, ids, attended, positions, found=cached, vocab=own, **options)
+                students = continue_from(found.student, ids, attended, positions, found=cached, vocab=drawn, **options)
         with stages.stage("teacher_windows"):
             cached, common = found.teacher_states, min(own, others)
             teachers = continue_from(found.teacher, ids, attended, positions, found=cached, vocab=common, **options)
@@ -153,7 +171,8 @@ class TOPD:
         config = self.config
         options: dict[str, Any] = {"cost": config.cost, "solver": config.solver, "epsilon": config.epsilon}
         options |= {"student_lengths": windows.student_lengths, "teacher_lengths": windows.teacher_lengths}
-        if isinstance(config.embedding, str) and config.embedding == "student_hidden":
+        table = _table(config.embedding, found.student, found.teacher)
+        if table is None:
             vectors = [
                 self._states_at(found, rollouts, windows.positions, tokens, length)
                 for tokens, length in (
@@ -162,11 +181,6 @@ class TOPD:
                 )
             ]
             return near_future_divergence(student_vectors=vectors[0], teacher_vectors=vectors[1], **options)
-        if isinstance(config.embedding, Tensor):
-            table = config.embedding
-        else:
-            side = found.student if config.embedding == "student" else found.teacher
-            table = side.model.get_input_embeddings().weight
         return near_future_divergence(windows.student_tokens, windows.teacher_tokens, table.detach(), **options)
 
     def _states_at(self, found: TokenPass, rollouts: Rollouts, positions: Tensor, tokens: Tensor, lengths: Tensor) -> Tensor:
@@ -203,6 +217,25 @@ class TOPD:
         return per_point.mean()
 
 
+def _table(embedding: str | Tensor, student: Decoder, teacher: Decoder) -> Tensor | None:
+    """Where windows' tokens are looked up; None: their states are compared."""
+    if isinstance(embedding, Tensor):
+        return embedding
+    if embedding == "student_hidden":
+        return None
+    side = student if embedding == "student" else teacher
+    weight: Tensor = side.model.get_input_embeddings().weight
+    return weight
+
+
+def _check_table(embedding: Tensor, common: int) -> None:
+    if embedding.shape[0] < common:
+        raise ValueError(
+            f"embedding must have a row for each of the {common:,} tokens that both models have, got {list(embedding.shape)}; "
+            'give the rest a row, or take "student" or "teacher"'
+        )
+
+
 def score_of(scores: TokenScores, name: str) -> Tensor:
     """[B, T], by which candidates are chosen."""
     assert scores.teacher_logprob is not None
@@ -219,7 +252,7 @@ def _near_future_metrics(found: NearFuture) -> dict[str, Tensor | float]:
     candidates, points = real.numel(), real.sum()
 
     def median(values: Tensor) -> Tensor | float:
-        return values.median() if values.numel() else 0.0
+        return values.median() if values.numel() else math.nan
 
     lengths = torch.cat([windows.student_lengths, windows.teacher_lengths])
     return {

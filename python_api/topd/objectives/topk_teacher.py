@@ -14,15 +14,24 @@ from torch import Tensor
 
 from topd.arguments import typed
 from topd.branching.decoders import decoder_of
-from topd.branching.inputs import check_differentiable
+from topd.branching.inputs import check_differentiable, check_ids
 from topd.branching.prefill import prefill
 from topd.checks import floating, on_device, shaped
 from topd.divergences import ForwardKL, ReverseKL, resolve_divergence
 from topd.head import Head
 from topd.logprobs import TOPK_ORDER, TopK, linear_logprobs
 from topd.objectives.config import OPDConfig
-from topd.objectives.packed import Packed, packing_decoder
-from topd.objectives.rollouts import Rollouts, Stages, at_token, reduction_hint, scores_at_token
+from topd.objectives.packed import Packed, never_empty_packed, packing_decoder
+from topd.objectives.rollouts import (
+    Rollouts,
+    Stages,
+    at_token,
+    each_score,
+    never_empty,
+    none_of,
+    reduction_hint,
+    scores_at_token,
+)
 from topd.options import Direction
 from topd.scores import TokenScores
 from topd.soft_targets import check_ids_in_vocabulary, check_topk_values, checks_values, topk_divergence
@@ -110,11 +119,13 @@ def padded_topk_pass(student_model: Any, rollouts: Rollouts, topk: TopK, config:
     student = decoder_of(student_model)
     check_differentiable("student", student.model)
     topk = check_topk(topk, rollouts.input_ids, rollouts.response, student.head.weight.shape[0])
+    check_ids("input_ids", rollouts.input_ids, student=student_model)
+    shape, rollouts = rollouts.input_ids.shape, never_empty(rollouts)
     with stages.stage("student_forward"):
         hidden = prefill(student, rollouts.input_ids, rollouts.attended, cache=False).hidden
     hint = reduction_hint(rollouts.response, config.reduction)
     with stages.stage("divergence"):
-        return compare_topk(hidden, student.head, rollouts.input_ids, rollouts.response, topk, hint, config)
+        return _of_shape(shape, hidden, student.head, rollouts.input_ids, rollouts.response, topk, hint, config)
 
 
 def packed_topk_pass(student_model: Any, packed: Packed, topk: TopK, config: OPDConfig, stages: Stages) -> TopKPass:
@@ -122,11 +133,31 @@ def packed_topk_pass(student_model: Any, packed: Packed, topk: TopK, config: OPD
     student = packing_decoder("student", student_model)
     check_differentiable("student", student.model)
     topk = check_topk(topk, packed.input_ids, packed.response, student.head.weight.shape[0])
+    check_ids("input_ids", packed.input_ids, student=student_model)
+    shape, packed = packed.input_ids.shape, never_empty_packed(packed)
     with stages.stage("student_forward"):
         hidden = student.packed_states(packed.input_ids, packed.position_ids, packed.bounds)
     hint = 1.0 / packed.siblings()[1:] if config.reduction == "sequence" else None
     with stages.stage("divergence"):
-        return compare_topk(hidden, student.head, packed.input_ids, packed.response, topk, hint, config)
+        return _of_shape(shape, hidden, student.head, packed.input_ids, packed.response, topk, hint, config)
+
+
+def _of_shape(
+    shape: torch.Size,
+    hidden: Tensor,
+    head: Head,
+    tokens: Tensor,
+    response: Tensor,
+    topk: TopK,
+    hint: Tensor | None,
+    config: OPDConfig,
+) -> TopKPass:
+    """Compare; a batch without tokens, for which others stood in, gets results of its own `shape`, without entries."""
+    if shape.numel():
+        return compare_topk(hidden, head, tokens, response, topk, hint, config)
+    stand_in = TopK(*(value.new_zeros(*tokens.shape, value.shape[-1]) for value in topk))
+    loss, scores, mass = compare_topk(hidden, head, tokens, response, stand_in, hint, config)
+    return TopKPass(none_of(loss, shape), each_score(scores, lambda value: none_of(value, shape)), none_of(mass, shape))
 
 
 def compare_topk(

@@ -30,7 +30,7 @@ class Evaluation:
 def evaluate(models: Models, prompts: list[str], settings: Settings) -> Evaluation:
     """On responses that the student samples now, from the same seed every time."""
     batch = held_out_batch(models, prompts, settings)
-    found = topd.OPD(models.student, models.teacher)(batch)
+    found = topd.OPD(models.student, models.teacher, allow_unequal_vocabularies=True)(batch)  # padding beyond the tokenizer
     texts = [
         models.tokenizer.decode(ids[response], skip_special_tokens=True)
         for ids, response in zip(batch["input_ids"][:SAMPLES], batch["response_mask"][:SAMPLES].bool(), strict=True)
@@ -42,4 +42,5 @@ def held_out_batch(models: Models, prompts: list[str], settings: Settings) -> di
     """Rollouts of the student on the held-out prompts."""
     ids, attended = encode(models.tokenizer, prompts, torch.device(settings.device))
     torch.manual_seed(settings.seed)
-    return sample_rollouts(models.student, ids, attended, max_new_tokens=settings.held_out_tokens)
+    options = {"max_new_tokens": settings.held_out_tokens, "vocabulary": models.common_vocabulary}
+    return sample_rollouts(models.student, ids, attended, **options)

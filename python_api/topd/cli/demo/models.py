@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from topd.branching.decoders import vocabulary_of
 from topd.cli.demo import smollm2
 from topd.cli.demo.settings import Settings
 from topd.cli.errors import CommandError, require
@@ -17,6 +18,11 @@ class Models(NamedTuple):
     teacher: Any
     tokenizer: Any
     description: str
+
+    @property
+    def common_vocabulary(self) -> int:
+        """The tokens that both models read; what either has beyond them is padding."""
+        return min(vocabulary_of(self.student), vocabulary_of(self.teacher))
 
 
 def load(settings: Settings) -> Models:

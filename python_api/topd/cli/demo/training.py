@@ -77,12 +77,12 @@ class Trainer:
         models.student.load_state_dict(start)
         options: dict[str, Any] = {"lr": settings.learning_rate, "betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
         self.optimizer = torch.optim.AdamW(models.student.parameters(), **options)
-        if method == "topd":
-            self.objective: topd.OPD | topd.TOPD = topd.TOPD(
-                models.student, models.teacher, topd.TOPDConfig(horizon=settings.horizon)
-            )
+        pair = models.student, models.teacher
+        if method == "topd":  # the tokenizers are equal, padding beyond them need not be
+            config = topd.TOPDConfig(horizon=settings.horizon)
+            self.objective: topd.OPD | topd.TOPD = topd.TOPD(*pair, config, allow_unequal_vocabularies=True)
         else:
-            self.objective = topd.OPD(models.student, models.teacher)
+            self.objective = topd.OPD(*pair, allow_unequal_vocabularies=True)
 
     def resume(self) -> bool:
         """Go on from the checkpoint; False where there is none."""
@@ -138,7 +138,8 @@ class Trainer:
         at = index * settings.batch
         ids, attended = encode(self.models.tokenizer, self.prompts.train[at : at + settings.batch], device)
         torch.manual_seed(seed)
-        batch = sample_rollouts(student, ids, attended, max_new_tokens=settings.tokens)
+        options = {"max_new_tokens": settings.tokens, "vocabulary": self.models.common_vocabulary}
+        batch = sample_rollouts(student, ids, attended, **options)
         sampled = time.perf_counter()
         found = self.objective(batch, generator=torch.Generator(device).manual_seed(seed))
         losses = time.perf_counter()

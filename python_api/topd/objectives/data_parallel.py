@@ -1,0 +1,125 @@
+"""Refuse a loss whose gradients no data-parallel wrapper would synchronise.
+
+DDP, FSDP and DeepSpeed prepare a step's communication in the forward of what they wrap. An objective calls the layers of the
+student, so it has to run inside that forward itself.
+"""
+
+import gc
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from topd.branching.decoders import has_sharded_head
+
+RECIPE = """\
+put the loss into a module around the plain student and wrap that:
+
+    class Loss(torch.nn.Module):
+        def __init__(self, student, teacher):
+            super().__init__()
+            self.student, self.objective = student, topd.OPD(student, teacher)
+
+        def forward(self, batch):
+            return self.objective(batch).loss
+
+    model = DistributedDataParallel(Loss(student, teacher))  # or FSDP, fully_shard, deepspeed.initialize
+    model(batch).backward()
+
+where no gradient is wanted, call it under torch.no_grad()"""
+
+
+def check_synchronised(student: Any, *, look_around: bool) -> None:
+    """Check that a loss with gradients runs inside the forward of the data-parallel wrapper of its student.
+
+    Nothing is checked in one process, nor without gradients.
+
+    Args:
+        student: the model as the objective holds it.
+        look_around: search this process for a DDP module around the student too; that takes some tenths of a second.
+
+    Raises:
+        ValueError: the student is, contains or is inside a wrapper of several processes, whose forward is not running; its head
+            is sharded.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    if not torch.is_grad_enabled() or not isinstance(student, nn.Module):
+        return
+    trained = {id(parameter) for parameter in student.parameters() if parameter.requires_grad}
+    if not trained:
+        return
+    for part in student.modules():
+        if _is_idle(part):
+            _refuse(part)
+    if has_sharded_head(student):
+        raise ValueError(
+            f"student must hold its whole head while the loss runs, got a DTensor in {type(student).__name__}; with FSDP2 shard"
+            f" its layers and the module around the loss, not the student itself: {RECIPE}"
+        )
+    if look_around and torch.distributed.get_world_size() > 1:
+        around = _idle_around(trained)
+        if around is not None:
+            _refuse(around)
+
+
+def _refuse(wrapper: nn.Module) -> NoReturn:
+    raise ValueError(
+        "student must be used inside the forward of its data-parallel wrapper, or its processes do not exchange gradients, got "
+        f"a {type(wrapper).__name__} whose forward is not running; {RECIPE}"
+    )
+
+
+def _is_idle(part: nn.Module) -> bool:
+    """Whether the module is a wrapper of several processes whose own forward, or its root's, is not running."""
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    if isinstance(part, DistributedDataParallel):
+        return _size(part.process_group) > 1 and part is not DistributedDataParallel._active_ddp_module
+    if isinstance(part, FSDPModule):  # fully_shard, replicate: the states of a tree share one context
+        return _mesh_size(part) > 1 and part._get_fsdp_state()._state_ctx.iter_forward_root is None
+    if isinstance(part, FullyShardedDataParallel):
+        return _size(part.process_group) > 1 and not _in_forward(part)
+    if any(kind.__name__ == "DeepSpeedEngine" for kind in type(part).__mro__):  # it says nowhere whether its forward runs
+        return int(getattr(part, "dp_world_size", torch.distributed.get_world_size())) > 1
+    return False
+
+
+def _mesh_size(part: nn.Module) -> int:
+    """The processes that hold the shards of an FSDP2 module."""
+    meshes = [p.device_mesh.size() for p in part.parameters() if hasattr(p, "device_mesh")]
+    return max(meshes, default=torch.distributed.get_world_size())
+
+
+def _in_forward(part: Any) -> bool:
+    """Whether a unit of the FSDP1 tree, its root above all, is in its forward."""
+    from torch.distributed.fsdp._common_utils import HandleTrainingState
+
+    return any(handle._training_state == HandleTrainingState.FORWARD for handle in part._exec_order_data.all_handles)
+
+
+def _idle_around(trained: set[int]) -> nn.Module | None:
+    """A DDP module of several processes that holds trained parameters, if there is one and none is in its forward."""
+    if _holds(DistributedDataParallel._active_ddp_module, trained) or next(_around(trained), None) is None:
+        return None
+    gc.collect()  # it may be one that nobody uses any more
+    return next(_around(trained), None)
+
+
+def _around(trained: set[int]) -> Iterator[nn.Module]:
+    for each in gc.get_objects():
+        if not issubclass(type(each), DistributedDataParallel) or not hasattr(each, "reducer"):  # its last attribute
+            continue
+        composed = isinstance(each.module, nn.ParameterList)  # torch's replicate(), which says nowhere whether a forward runs
+        if not composed and _size(each.process_group) > 1 and _holds(each, trained):
+            yield each
+
+
+def _holds(wrapper: nn.Module | None, trained: set[int]) -> bool:
+    return wrapper is not None and any(id(parameter) in trained for parameter in wrapper.parameters())
+
+
+def _size(group: Any) -> int:
+    return torch.distributed.get_world_size() if group is None else int(group.size())

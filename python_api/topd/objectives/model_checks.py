@@ -1,0 +1,64 @@
+"""What an objective asks of its two models: when it is made, and before each step."""
+
+import warnings
+from typing import Any
+
+from torch import nn
+
+from topd.branching.decoders import runs_uncompiled, vocabulary_of
+from topd.checks import flag
+from topd.objectives.data_parallel import check_synchronised
+from topd.objectives.vocabularies import check_vocabularies
+
+
+class ModelChecks:
+    """The checks of one objective, which remember what they have said.
+
+    Args:
+        student, teacher: as the objective got them; no teacher where its answers come in the batch.
+        allow_unequal_vocabularies: as of the objective.
+
+    Raises:
+        TypeError: not a language model of transformers.
+        ValueError: vocabularies that differ by more than padding.
+    """
+
+    def __init__(self, student: Any, teacher: Any, allow_unequal_vocabularies: bool) -> None:
+        flag("allow_unequal_vocabularies", allow_unequal_vocabularies)
+        if teacher is not None:
+            check_vocabularies(vocabulary_of(student), vocabulary_of(teacher), allow_unequal_vocabularies)
+        self._said: set[str] = set()
+        self._looked_around = False
+
+    def before_step(self, student: Any, teacher: Any) -> None:
+        """Refuse a student whose gradients nobody would synchronise; warn once of what is probably not meant."""
+        check_synchronised(student, look_around=not self._looked_around)
+        self._looked_around = True
+        for name, model in (("student", student), ("teacher", teacher)):
+            if model is not None and name not in self._said and runs_uncompiled(model):
+                self._warn(
+                    name,
+                    f"{name} is compiled as a whole, but topd runs its base model and its output layer apart, which are not "
+                    "compiled: compile the base model instead, model.base_model.compile()",
+                )
+        if teacher is not None and "dropout" not in self._said and has_active_dropout(teacher):
+            self._warn(
+                "dropout",
+                "teacher is in train mode with dropout, so that its distributions are drawn anew in every step: call "
+                "teacher.eval()",
+            )
+
+    def _warn(self, key: str, message: str) -> None:
+        self._said.add(key)
+        warnings.warn(message, UserWarning, stacklevel=4)
+
+
+def has_active_dropout(model: Any) -> bool:
+    """Whether a module in train mode drops anything: a dropout layer, or a rate that its own forward reads."""
+    return any(module.training and _drops(module) for module in model.modules())
+
+
+def _drops(module: nn.Module) -> bool:
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    return any("dropout" in name and isinstance(rate, float) and rate > 0 for name, rate in vars(module).items())

@@ -1,0 +1,47 @@
+"""Two processes that work together over gloo: `start` runs a script in a process of its own, which calls `fork`.
+
+A script's imports take longer than its work: they run once, before the fork.
+"""
+
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TESTS = Path(__file__).parent
+
+
+def start(script: str, folder: Path, timeout: float) -> list[dict[str, Any]]:
+    """Run a script of this folder; return what it saved for each rank in `folder`."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    folders = os.pathsep.join(str(path) for path in (TESTS.parent / "python_api", TESTS, TESTS.parent))
+    environment = os.environ | {"PYTHONPATH": folders, "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    subprocess.run([sys.executable, str(TESTS / script), str(folder)], env=environment, check=True, timeout=timeout)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def fork(work: Callable[[int], dict[str, Any]]) -> None:
+    """Save what work(rank) returns in the folder that the command names; exit with 1 where a rank fails."""
+    context = multiprocessing.get_context("fork")
+    running = [context.Process(target=_run, args=(work, rank, Path(sys.argv[1]))) for rank in range(2)]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join()
+    sys.exit(any(process.exitcode for process in running))
+
+
+def _run(work: Callable[[int], dict[str, Any]], rank: int, folder: Path) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    torch.save(work(rank), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
