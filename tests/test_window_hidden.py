@@ -3,7 +3,7 @@
 import pytest
 import torch
 from compare import assert_near
-from tiny_models import KINDS, POSITIONS, bloom, flat_gradient, prefix, ragged, tiny
+from tiny_models import KINDS, POSITIONS, bloom, checkpoint_activations, flat_gradient, prefix, ragged, tiny
 
 import topd
 from topd.branching import replay
@@ -88,7 +88,7 @@ def test_gradient_checkpointing_gives_the_same_states_and_gradients(kind):
     ids, mask = ragged()
     windows = windows_of(model, ids, mask)
     model.train()
-    model.activation_checkpointing_enable()
+    checkpoint_activations(model)
     assert_equal_to_separate_forwards(model, windows, ids, mask)
 
 
@@ -108,7 +108,7 @@ def test_groups_change_nothing(tokens, entries, checkpointing, monkeypatch):
     monkeypatch.setattr(replay, "GROUP_ENTRIES", entries)
     if checkpointing:
         model.train()
-        model.activation_checkpointing_enable()
+        checkpoint_activations(model)
     assert_equal_to_separate_forwards(model, windows, ids, mask)
 
 

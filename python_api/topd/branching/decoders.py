@@ -116,7 +116,8 @@ def decoder_of(model: Any) -> Decoder:
     refuse_prompt_learning(model)
     head = head_from_model(model)
     inner = unwrapped_model(model)
-    base = inner.base_model
+    # In transformers 4 Gemma 3 names a part that it does not have as its base.
+    base = inner.model if type(inner).__name__ == "Gemma3ForCausalLM" else inner.base_model
     if base is inner:
         name = type(inner).__name__
         raise ValueError(f"model must have a base model that ends in last_hidden_state, got none in {name}")

@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-# Shares of a step's loss: they add up over its micro-batches and processes, where the others are averaged.
+# Shares of a step's loss: they add up over its micro-batches and processes, where the others are averaged. A NaN among them is
+# the loss's own and is shown; another metric is NaN where there is nothing to measure, and is left out.
 SHARES = ("opd_loss", "guidance_loss")
 
 
@@ -14,26 +15,38 @@ class RunningMeans:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._count = 0
+        self._counts: dict[str, Tensor] = {}
 
     def add(self, metrics: Mapping[str, Tensor], parts: float = 1) -> None:
-        """`loss` is left out: trainers log their own.
+        """Add a micro-batch's metrics. `loss` is left out: trainers log their own.
 
         Args:
+            metrics: scalars by name; NaN: nothing to measure, which is no part of the mean.
             parts: of how many parts (micro-batches times processes) the step consists whose shares these are.
         """
         for name, value in metrics.items():
-            if name != "loss":
-                found = value * parts if name in SHARES else value
-                self._sums[name] = self._sums[name] + found if name in self._sums else found
-        self._count += 1
+            if name == "loss":
+                continue
+            count = torch.ones_like(value)
+            if name in SHARES:
+                value = value * parts
+            else:
+                absent = value.isnan()
+                count, value = count.masked_fill(absent, 0.0), value.masked_fill(absent, 0.0)
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] = self._counts[name] + count if name in self._counts else count
 
     def take(self, across: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
-        """The means, through `across` (an average over processes) as one tensor; starts anew."""
-        sums, count = self._sums, self._count
-        self._sums, self._count = {}, 0
+        """Return the means and start anew; a metric that was NaN each time is left out.
+
+        Args:
+            across: an average over processes of one tensor, [2 n], each process's sums and counts.
+        """
+        sums, counts = self._sums, self._counts
+        self._sums, self._counts = {}, {}
         if not sums:
             return {}
-        values = torch.stack([value.cpu() for value in sums.values()]) / count
+        values = torch.stack([value.cpu() for value in (*sums.values(), *counts.values())])
         values = values if across is None else across(values).cpu()
-        return dict(zip(sums, values.tolist(), strict=True))
+        totals, measured = values.tolist()[: len(sums)], values.tolist()[len(sums) :]
+        return {name: total / count for name, total, count in zip(sums, totals, measured, strict=True) if count}
