@@ -48,7 +48,7 @@ def test_a_loss_that_is_nan_shows():
 
 
 def test_over_processes_each_measurement_counts_once():
-    """This process measured 3 once and nothing once, the other 5 and 7: their mean is 5. Both hand over tensors of one shape."""
+    """This process measured 3 once and nothing once, the other 5 and 7: their mean is 5. Both hand over one shape."""
     shapes = []
 
     def with_the_other(values):

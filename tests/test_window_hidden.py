@@ -28,12 +28,12 @@ def separate_forwards(model, ids, mask, windows):
     for index, position in enumerate(windows.positions):
         length = int(windows.student_lengths[index])
         whole = torch.cat([prefix(ids, mask, position), windows.student_tokens[index : index + 1, :length]], dim=1)
-        found = model.base_model(whole).last_hidden_state[0, -length - 1 : -1]
+        found = model.model(whole).last_hidden_state[0, -length - 1 : -1]
         states = states.index_put((torch.full((length,), index), torch.arange(length)), found)
     rollouts = torch.zeros(*ids.shape, width)
     for row in range(ids.shape[0]):
         columns = mask[row].nonzero()[:, 0]
-        found = model.base_model(ids[row, columns].unsqueeze(0)).last_hidden_state[0]
+        found = model.model(ids[row, columns].unsqueeze(0)).last_hidden_state[0]
         rollouts = rollouts.index_put((torch.full_like(columns, row), columns), found)
     return rollouts, states
 
