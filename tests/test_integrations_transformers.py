@@ -188,7 +188,8 @@ def test_logs_are_means_since_the_last_one(tmp_path):
     assert "opd_loss" not in summary
 
 
-def test_bfloat16_by_autocast(tmp_path):
+def test_bfloat16_by_autocast(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # which TrainingArguments of transformers 4 sets for ever
     student, teacher = tiny("llama", **MILD), tiny("qwen3", seed=3, **MILD)
     objective, dtypes = topd.OPD(student, teacher), []
     student.model.layers[0].mlp.register_forward_hook(lambda *given: dtypes.append(given[-1].dtype))

@@ -23,17 +23,17 @@ def upstream(shape, seed):
 
 def separate_forwards(model, ids, mask, windows):
     """Each prefix with its window alone, and each rollout alone; 0 where nothing is due."""
-    width = model.config.hidden_size
+    width, base = model.config.hidden_size, model.model if model.base_model is model else model.base_model
     states = torch.zeros(*windows.student_tokens.shape, width)
     for index, position in enumerate(windows.positions):
         length = int(windows.student_lengths[index])
         whole = torch.cat([prefix(ids, mask, position), windows.student_tokens[index : index + 1, :length]], dim=1)
-        found = model.model(whole).last_hidden_state[0, -length - 1 : -1]
+        found = base(whole).last_hidden_state[0, -length - 1 : -1]
         states = states.index_put((torch.full((length,), index), torch.arange(length)), found)
     rollouts = torch.zeros(*ids.shape, width)
     for row in range(ids.shape[0]):
         columns = mask[row].nonzero()[:, 0]
-        found = model.model(ids[row, columns].unsqueeze(0)).last_hidden_state[0]
+        found = base(ids[row, columns].unsqueeze(0)).last_hidden_state[0]
         rollouts = rollouts.index_put((torch.full_like(columns, row), columns), found)
     return rollouts, states
 
