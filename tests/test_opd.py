@@ -3,7 +3,7 @@
 import pytest
 import torch
 from compare import assert_near, row_divergence
-from tiny_models import bloom, flat_gradient, ragged, tiny
+from tiny_models import bloom, checkpoint_activations, flat_gradient, ragged, tiny
 
 import topd
 
@@ -163,7 +163,7 @@ def test_models_that_cannot_branch_and_checkpointed_ones_train_too():
     batch = batch_of()
     expected = topd.OPD(student, teacher)(batch)
     gradient = backward(student, expected.loss)
-    student.train().activation_checkpointing_enable()
+    checkpoint_activations(student.train())
     found = topd.OPD(student, teacher)(batch)
     assert_near(backward(student, found.loss), gradient.double(), 1e-5)
     other = bloom()

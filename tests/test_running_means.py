@@ -1,4 +1,4 @@
-"""The trainer's means between two lines of a log."""
+"""RunningMeans: means between two lines of a log, without what measured nothing, over processes too."""
 
 import math
 
@@ -9,41 +9,62 @@ from topd.integrations.running_means import RunningMeans
 NAN = math.nan
 
 
-def metrics(**values):
-    return {name: torch.tensor(value) for name, value in values.items()}
-
-
-def test_means_and_shares():
-    """Shares of a step's loss add up over its parts, others are averaged; `loss` is the trainer's."""
+def means_of(*steps, parts=1, across=None):
     means = RunningMeans()
-    means.add(metrics(loss=9.0, opd_loss=1.0, tokens=3.0), 2)
-    means.add(metrics(loss=9.0, opd_loss=2.0, tokens=5.0), 2)
-    assert means.take() == {"opd_loss": 3.0, "tokens": 4.0}
+    for step in steps:
+        means.add({name: torch.tensor(value) for name, value in step.items()}, parts)
+    return means.take(across)
+
+
+def test_a_mean_by_hand_without_the_loss():
+    assert means_of({"tokens": 2.0, "loss": 5.0}, {"tokens": 4.0, "loss": 5.0}) == {"tokens": 3.0}
+
+
+def test_shares_of_a_step_are_summed_over_its_parts():
+    assert means_of({"opd_loss": 0.25}, {"opd_loss": 0.5}, parts=2) == {"opd_loss": 0.75}
+
+
+def test_what_measured_nothing_is_no_part_of_the_mean():
+    found = means_of({"distance": NAN, "tokens": 1.0}, {"distance": 3.0, "tokens": 2.0}, {"distance": 5.0, "tokens": 3.0})
+    assert found == {"distance": 4.0, "tokens": 2.0}
+
+
+def test_a_metric_that_came_in_some_steps_is_the_mean_of_those():
+    assert means_of({"tokens": 1.0}, {"tokens": 3.0, "window_length": 7.0}) == {"tokens": 2.0, "window_length": 7.0}
+
+
+def test_what_never_measured_anything_is_left_out():
+    assert means_of({"distance": NAN, "tokens": 1.0}, {"distance": NAN, "tokens": 2.0}) == {"tokens": 1.5}
+
+
+def test_infinity_is_a_measurement():
+    assert means_of({"entropy": 1.0}, {"entropy": math.inf}) == {"entropy": math.inf}
+
+
+def test_a_loss_that_is_nan_shows():
+    found = means_of({"opd_loss": NAN, "guidance_loss": 1.0}, {"opd_loss": 1.0, "guidance_loss": 1.0})
+    assert math.isnan(found["opd_loss"])
+    assert found["guidance_loss"] == 1.0
+
+
+def test_over_processes_each_measurement_counts_once():
+    """This process measured 3 once and nothing once, the other 5 and 7: their mean is 5. Both hand over one shape."""
+    shapes = []
+
+    def with_the_other(values):
+        shapes.append(list(values.shape))
+        sums, counts = torch.tensor([12.0, 4.0]), torch.tensor([2.0, 2.0])
+        return (values + torch.cat([sums, counts])) / 2
+
+    found = means_of({"distance": 3.0, "tokens": 1.0}, {"distance": NAN, "tokens": 3.0}, across=with_the_other)
+    assert found == {"distance": 5.0, "tokens": 2.0}
+    found = means_of({"distance": NAN, "tokens": 1.0}, {"distance": NAN, "tokens": 3.0}, across=with_the_other)
+    assert found == {"distance": 6.0, "tokens": 2.0}
+    assert shapes == [[4], [4]]
+
+
+def test_taking_them_starts_anew():
+    means = RunningMeans()
+    means.add({"tokens": torch.tensor(2.0)})
+    assert means.take() == {"tokens": 2.0}
     assert means.take() == {}
-
-
-def test_what_was_not_measured_is_no_part_of_a_mean():
-    means = RunningMeans()
-    for distance in (NAN, 0.25, NAN, 0.75):
-        means.add(metrics(distance_false_alarm=distance, distance_divergent=NAN, tokens=2.0))
-    assert means.take() == {"distance_false_alarm": 0.5, "tokens": 2.0}
-
-
-def test_an_infinite_loss_is_still_seen():
-    means = RunningMeans()
-    means.add(metrics(opd_loss=math.inf, tokens=2.0))
-    means.add(metrics(opd_loss=1.0, tokens=4.0))
-    assert means.take() == {"opd_loss": math.inf, "tokens": 3.0}
-
-
-def test_processes_that_measured_nothing_do_not_count():
-    """Three processes: sums and counts are averaged, then divided."""
-    processes = []
-    for distances in ([1.0, 2.0], [NAN, NAN], [NAN, 6.0]):
-        means = RunningMeans()
-        for distance in distances:
-            means.add(metrics(distance_false_alarm=distance))
-        means.take(lambda values: processes.append(values) or values)
-    mean = torch.stack(processes).mean(0)
-    means.add(metrics(distance_false_alarm=1.0))
-    assert means.take(lambda _: mean) == {"distance_false_alarm": 3.0}

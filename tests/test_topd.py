@@ -5,7 +5,7 @@ import torch
 from compare import assert_near
 from scipy.optimize import linear_sum_assignment
 from test_opd import backward, batch_of, models
-from tiny_models import VOCAB, generated, prefix
+from tiny_models import VOCAB, checkpoint_activations, generated, prefix
 
 import topd
 
@@ -216,7 +216,7 @@ def test_row_9_the_sum_in_value_and_gradient(options, checkpointing):
     student, teacher = models()
     batch = batch_of()
     if checkpointing:
-        student.train().activation_checkpointing_enable()
+        checkpoint_activations(student.train())
     found = step(student, teacher, batch, **options)
     gradient = backward(student, found.loss)
     student.eval()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from compare import assert_near
-from tiny_models import KINDS, POSITIONS, bloom, flat_gradient, prefix, ragged, tiny
+from tiny_models import KINDS, POSITIONS, bloom, checkpoint_activations, flat_gradient, prefix, ragged, tiny
 
 import topd
 from topd.branching import replay
@@ -23,17 +23,17 @@ def upstream(shape, seed):
 
 def separate_forwards(model, ids, mask, windows):
     """Each prefix with its window alone, and each rollout alone; 0 where nothing is due."""
-    width = model.config.hidden_size
+    width, base = model.config.hidden_size, model.model if model.base_model is model else model.base_model
     states = torch.zeros(*windows.student_tokens.shape, width)
     for index, position in enumerate(windows.positions):
         length = int(windows.student_lengths[index])
         whole = torch.cat([prefix(ids, mask, position), windows.student_tokens[index : index + 1, :length]], dim=1)
-        found = model.base_model(whole).last_hidden_state[0, -length - 1 : -1]
+        found = base(whole).last_hidden_state[0, -length - 1 : -1]
         states = states.index_put((torch.full((length,), index), torch.arange(length)), found)
     rollouts = torch.zeros(*ids.shape, width)
     for row in range(ids.shape[0]):
         columns = mask[row].nonzero()[:, 0]
-        found = model.base_model(ids[row, columns].unsqueeze(0)).last_hidden_state[0]
+        found = base(ids[row, columns].unsqueeze(0)).last_hidden_state[0]
         rollouts = rollouts.index_put((torch.full_like(columns, row), columns), found)
     return rollouts, states
 
@@ -88,7 +88,7 @@ def test_gradient_checkpointing_gives_the_same_states_and_gradients(kind):
     ids, mask = ragged()
     windows = windows_of(model, ids, mask)
     model.train()
-    model.activation_checkpointing_enable()
+    checkpoint_activations(model)
     assert_equal_to_separate_forwards(model, windows, ids, mask)
 
 
@@ -108,7 +108,7 @@ def test_groups_change_nothing(tokens, entries, checkpointing, monkeypatch):
     monkeypatch.setattr(replay, "GROUP_ENTRIES", entries)
     if checkpointing:
         model.train()
-        model.activation_checkpointing_enable()
+        checkpoint_activations(model)
     assert_equal_to_separate_forwards(model, windows, ids, mask)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from compare import assert_near
 from scipy.stats import chi2
-from tiny_models import ENDS, KINDS, POSITIONS, VOCAB, bloom, generated, prefix, ragged, tiny
+from tiny_models import ENDS, KINDS, POSITIONS, VOCAB, bloom, checkpoint_activations, generated, prefix, ragged, tiny
 
 import topd
 from topd.branching import decode
@@ -185,7 +185,7 @@ def test_no_position_gives_no_windows():
 def test_the_models_are_left_as_they_were():
     """Modes, flags, configuration and parameters; checkpointed layers in training too."""
     model = tiny("llama").train()
-    model.activation_checkpointing_enable()
+    checkpoint_activations(model)
     ids, mask = ragged()
     before = [part.training for part in model.modules()], model.config.to_dict(), [p.clone() for p in model.parameters()]
     found = greedy(model, model, ids, mask)

@@ -55,6 +55,23 @@ def bloom(seed: int = 0) -> Any:
     return model
 
 
+def word_tokenizer(*words: str) -> Any:
+    """A tokenizer of whole words, word i with id i, the first of them for padding and for what it does not know."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    inner = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token=words[0]))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token=words[0], unk_token=words[0], eos_token=words[1], padding_side="left"
+    )
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Under the name that this version of transformers has for it."""
+    name = "activation_checkpointing_enable"
+    getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
+
+
 def ragged() -> tuple[torch.Tensor, torch.Tensor]:
     """Three rollouts [3, 20], padded on the left, on the right, on both sides; the padding holds tokens too."""
     generator = torch.Generator().manual_seed(1)

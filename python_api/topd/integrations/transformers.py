@@ -18,6 +18,7 @@ from topd.branching.decoders import vocabulary_of
 from topd.checks import on_device
 from topd.integrations.rollouts import sample_rollouts
 from topd.integrations.running_means import RunningMeans
+from topd.integrations.tokenizers import check_tokenizers
 from topd.objectives.opd import OPD
 from topd.objectives.topd import TOPD
 
@@ -36,11 +37,15 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         rollout: how batches without a response_mask are continued: options of `sample_rollouts`, at least max_new_tokens
             (vocabulary is the teacher's size, where that is smaller); or a function (student, batch) -> the batch that the
             objective gets. None: batches come with their rollouts.
+        teacher_processing_class: the teacher's tokenizer or processor, to be compared with processing_class. None: the
+            tokenizer in the local folder that the teacher was loaded from, where there is one. Nothing is compared where
+            processing_class is None or the objective allows unequal vocabularies.
         options: Trainer's others: train_dataset, eval_dataset, processing_class, callbacks, optimizers and so on.
 
     Raises:
-        TypeError, ValueError: an objective or option of another kind; what it cannot do: nn.DataParallel, torch_compile,
-            tensor, context and sequence parallelism, label smoothing, compute_metrics, a loss of one's own.
+        TypeError, ValueError: an objective or option of another kind; a teacher with another tokenizer; what it cannot do:
+            nn.DataParallel, torch_compile, tensor, context and sequence parallelism, label smoothing, compute_metrics, a loss
+            of one's own.
     """
 
     def __init__(
@@ -50,6 +55,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         data_collator: Any = None,
         *,
         rollout: Rollout | None = None,
+        teacher_processing_class: Any = None,
         **options: Any,
     ) -> None:
         if not isinstance(objective, OPD | TOPD):
@@ -62,6 +68,8 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
             )
         args = copy.copy(args) if args is not None else transformers.TrainingArguments("tmp_trainer")
         _check_options(args, options)
+        if not getattr(objective, "allow_unequal_vocabularies", False):
+            check_tokenizers(options.get("processing_class"), teacher_processing_class, objective.teacher)
         args.remove_unused_columns = False
         args.data_seed = args.seed if args.data_seed is None else args.data_seed
         super().__init__(model=objective.student, args=args, data_collator=data_collator, **options)
@@ -70,7 +78,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
                 f"{type(self).__name__} trains one device a process, got {self.args.n_gpu} devices in one (nn.DataParallel); "
                 "start it with torchrun or accelerate launch, or make one device visible"
             )
-        if self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1:
+        if any(getattr(self, size, int)() > 1 for size in ("get_tp_size", "get_cp_size", "get_sp_size")):
             raise ValueError(
                 f"{type(self).__name__} knows no tensor, context or sequence parallelism, got it in args; leave it out"
             )

@@ -1,8 +1,11 @@
 """TRL's DistillationTrainer with topd's objectives: its rollouts, arguments and logging, another `_compute_loss`.
 
-TRL flattens a batch to its completion tokens; trajectories need their columns, so here it stays [B, T].
+TRL flattens a batch to its completion tokens; trajectories need their columns, so here it stays [B, T]. `_compute_loss` is
+private to TRL: a version without it would train TRL's own loss, so it is looked for before and after.
 """
 
+import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,12 +15,15 @@ from torch import Tensor
 
 from topd.divergences import JSD, Divergence, ForwardKL, ReverseKL, resolve_divergence
 from topd.integrations.running_means import SHARES
+from topd.integrations.tokenizers import check_tokenizers
 from topd.objectives.config import OPDConfig, TOPDConfig
 from topd.objectives.opd import OPD
 from topd.objectives.topd import TOPD
 from topd.objectives.topk_teacher import TOPK_KEYS, direction_of
 
 TeacherTopK = Callable[[dict[str, Tensor]], tuple[Tensor, Tensor]]
+VERSIONS = "trl>=1.10,<1.17"
+HOOK, HOOK_ARGUMENTS = "_compute_loss", ("unwrapped_student", "inputs", "num_items_in_batch")
 MULTIMODAL = (
     "pixel_values",
     "image_grid_thw",
@@ -28,6 +34,10 @@ MULTIMODAL = (
     "mm_token_type_ids",
     "image_position_ids",
 )
+
+
+if not hasattr(trl, "DistillationTrainer"):
+    raise ImportError(f"TRL must have DistillationTrainer, got TRL {trl.__version__} without it; install {VERSIONS!r}")
 
 
 class TOPDTrainer(trl.DistillationTrainer):  # type: ignore[misc]
@@ -42,11 +52,15 @@ class TOPDTrainer(trl.DistillationTrainer):  # type: ignore[misc]
             asks for the teacher's top-k of finished rollouts. The batch holds input_ids, attention_mask and response_mask, all
             [B, T]; the result, floating and int64 [B, T, k], speaks in column t of the token input_ids[:, t], at
             args.temperature. `topd.pad_topk` makes it from a server's answers.
+        teacher_processing_class: the teacher's tokenizer or processor, to be compared with the student's. None: the tokenizer
+            in the local folder that the teacher was loaded from, where there is one. TRL itself compares sizes alone.
+        allow_unequal_vocabularies: do not compare tokenizers.
 
     Raises:
         TypeError, ValueError: TRL's own; an objective_config of another type, one that contradicts args or reduces by
-            "sequence" (TRL counts tokens), a processor of images; no teacher_model and no teacher_topk, or both; a teacher_topk
-            with a TOPDConfig or a divergence that a top-k does not determine.
+            "sequence" (TRL counts tokens), a processor of images, a teacher with another tokenizer; no teacher_model and no
+            teacher_topk, or both; a teacher_topk with a TOPDConfig or a divergence that a top-k does not determine.
+        RuntimeError: this version of TRL computes its loss elsewhere; at construction, or at the first step.
     """
 
     def __init__(
@@ -54,8 +68,11 @@ class TOPDTrainer(trl.DistillationTrainer):  # type: ignore[misc]
         *arguments: Any,
         objective_config: OPDConfig | None = None,
         teacher_topk: TeacherTopK | None = None,
+        teacher_processing_class: Any = None,
+        allow_unequal_vocabularies: bool = False,
         **options: Any,
     ) -> None:
+        check_hook(trl.DistillationTrainer)
         if objective_config is not None and not isinstance(objective_config, OPDConfig):
             came = type(objective_config).__name__
             raise TypeError(f"objective_config must be a topd.OPDConfig, a topd.TOPDConfig or None, got {came}")
@@ -79,27 +96,81 @@ class TOPDTrainer(trl.DistillationTrainer):  # type: ignore[misc]
         self.objective_config = resolve_config(objective_config, self.args.beta, self.args.temperature)
         if teacher_topk is not None:
             _check_topk_config(self.objective_config)
+        if self.teacher_model is not None and not allow_unequal_vocabularies:
+            check_tokenizers(self.processing_class, teacher_processing_class, self.accelerator.unwrap_model(self.teacher_model))
+        self.allow_unequal_vocabularies = allow_unequal_vocabularies
+        self._objective: OPD | TOPD | None = None
+
+    def _objective_for(self, student: Any, teacher: Any) -> OPD | TOPD:
+        """Return the objective of these models, the same one for as long as they and the configuration are the same."""
+        config, last = self.objective_config, self._objective
+        if last is not None and last.student is student and last.teacher is teacher and last.config is config:
+            return last
+        method = TOPD if isinstance(config, TOPDConfig) else OPD
+        unequal = self.allow_unequal_vocabularies
+        self._objective = method(student, teacher, config, allow_unequal_vocabularies=unequal)  # type: ignore[arg-type]
+        return self._objective
 
     def _compute_loss(
         self, unwrapped_student: Any, inputs: Mapping[str, Any], num_items_in_batch: Tensor | int | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The loss, the sum of the student's entropies, and how many completion tokens they are over."""
-        batch, config = to_batch(inputs), self.objective_config
-        teacher = None
+        batch, teacher = to_batch(inputs), None
         if self.teacher_topk is not None:
             batch |= asked_topk(self.teacher_topk, batch)
         else:
             self.teacher_model.eval()
             teacher = self.accelerator.unwrap_model(self.teacher_model)
-        models = unwrapped_student, teacher
-        objective = TOPD(*models, config) if isinstance(config, TOPDConfig) else OPD(*models, config)
-        found = objective(batch, num_items=num_items_in_batch)
+        result = self._objective_for(unwrapped_student, teacher)(batch, num_items=num_items_in_batch)
         parts = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
-        kept = self._metrics["train" if self.model.training else "eval"]
-        for name, value in found.metrics.items():
-            if name != "loss":
-                kept[name].append(value.item() * (parts if name in SHARES else 1))
-        return found.loss, found.scores.student_entropy.sum(), batch["response_mask"].sum()
+        history = self._metrics["train" if self.model.training else "eval"]
+        for name, value in as_numbers(result.metrics, parts).items():
+            history[name].append(value)
+        self._loss_was_topds = True
+        return result.loss, result.scores.student_entropy.sum(), batch["response_mask"].sum()
+
+    def training_step(self, *arguments: Any, **options: Any) -> Any:
+        return self._with_topds_loss(super().training_step, *arguments, **options)
+
+    def prediction_step(self, *arguments: Any, **options: Any) -> Any:
+        return self._with_topds_loss(super().prediction_step, *arguments, **options)
+
+    def _with_topds_loss(self, step: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        self._loss_was_topds = False
+        output = step(*arguments, **options)
+        if not self._loss_was_topds:
+            raise RuntimeError(
+                f"trl.DistillationTrainer must compute its loss by {HOOK}, got a step without it from TRL {trl.__version__}; "
+                f"install {VERSIONS!r}"
+            )
+        return output
+
+
+def check_hook(base: type) -> None:
+    """Check that TRL's trainer has the method that topd's overrides, with the same arguments.
+
+    Raises:
+        RuntimeError: it has not: TRL would train its own loss.
+    """
+    method = inspect.getattr_static(base, HOOK, None)
+    came = tuple(inspect.signature(method).parameters)[1:] if inspect.isfunction(method) else None
+    if came != HOOK_ARGUMENTS:
+        text = "no such method" if came is None else f"{HOOK}({', '.join(came)})"
+        raise RuntimeError(
+            f"trl.DistillationTrainer must have {HOOK}({', '.join(HOOK_ARGUMENTS)}), in whose place topd computes its loss, "
+            f"got {text} in TRL {trl.__version__}; install {VERSIONS!r}"
+        )
+
+
+def as_numbers(metrics: Mapping[str, Tensor], parts: int) -> dict[str, float]:
+    """Return the metrics that TRL logs: without the loss, which it logs itself, and without those that measured nothing (NaN).
+
+    Args:
+        metrics: an objective's.
+        parts: of how many micro-batches the step consists whose shares these are; TRL takes their mean.
+    """
+    values = {name: value.item() * (parts if name in SHARES else 1) for name, value in metrics.items() if name != "loss"}
+    return {name: value for name, value in values.items() if name in SHARES or not math.isnan(value)}
 
 
 def to_batch(inputs: Mapping[str, Any]) -> dict[str, Tensor]:

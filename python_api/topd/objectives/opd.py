@@ -48,8 +48,8 @@ class OPD:
 
     Raises:
         TypeError: config of another type, that of another method too; a model that is none of transformers.
-        ValueError: vocabularies that differ by more than padding; a divergence that a top-k does not determine, or a topk_support
-            beside a teacher model.
+        ValueError: vocabularies that differ by more than padding; a divergence that a top-k does not determine, or a
+            topk_support beside a teacher model.
 
     Source: arXiv 2606.00305, L_OPD.
     """
@@ -65,6 +65,7 @@ class OPD:
                 "config.topk_support is for a teacher known by his top-k, got "
                 f"{self.config.topk_support!r} and a teacher model; leave it out, or pass teacher=None"
             )
+        self.allow_unequal_vocabularies = allow_unequal_vocabularies
         self._checks = ModelChecks(student, teacher, allow_unequal_vocabularies)
 
     def __call__(
@@ -90,8 +91,8 @@ class OPD:
         Returns:
             Objective; metrics loss, opd_loss, tokens, sequence_reduction (1 or 0), student_entropy, teacher_entropy (means over
             response tokens, nats), student_lost_mass, teacher_lost_mass (likewise: each model's probability of the entries that
-            the other does not have), seconds_student_forward, seconds_teacher_forward, seconds_divergence. Of a teacher's top-k:
-            no teacher_entropy and no seconds_teacher_forward, but teacher_topk_mass, the mean mass of its k tokens, and
+            the other does not have), seconds_student_forward, seconds_teacher_forward, seconds_divergence. With a teacher's
+            top-k: no teacher_entropy and no seconds_teacher_forward, but teacher_topk_mass, the mean mass of its k tokens, and
             infinite_tokens, how many have an infinite loss (which passes no gradient). In its scores top1_agreement is None,
             and what a top-k does not say is NaN at response tokens: both KLs, teacher_entropy, both lost masses, and
             teacher_logprob where the token is not among the k.

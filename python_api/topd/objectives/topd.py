@@ -52,7 +52,8 @@ class TOPD:
 
     Raises:
         TypeError: config of another type, that of another method too; a model that is none of transformers.
-        ValueError: no teacher; vocabularies that differ by more than padding; an embedding that lacks tokens which both models have.
+        ValueError: no teacher; vocabularies that differ by more than padding; an embedding that lacks tokens which both
+            models have.
 
     Source: arXiv 2606.00305.
     """
@@ -66,6 +67,7 @@ class TOPD:
                 "teacher must be a model, which continues from prefixes of the rollouts, got None; a teacher of whom only the "
                 "top-k is known serves topd.OPD"
             )
+        self.allow_unequal_vocabularies = allow_unequal_vocabularies
         self._checks = ModelChecks(student, teacher, allow_unequal_vocabularies)
         if isinstance(self.config.embedding, Tensor):
             _check_table(self.config.embedding, min(vocabulary_of(student), vocabulary_of(teacher)))

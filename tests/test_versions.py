@@ -1,0 +1,29 @@
+"""tools/versions.py: the versions that it runs are those that the extras promise, and the tests that it names are there."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from tools.versions import LOWEST, REQUESTS, TRANSFORMERS, TRL, files_for
+
+ROOT = Path(__file__).parents[1]
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+
+
+@pytest.mark.parametrize("request_", REQUESTS)
+def test_the_files_for_a_version_are_there(request_):
+    assert all((ROOT / path).is_file() for path in files_for(request_))
+
+
+def test_the_extras_begin_with_the_lowest_versions_that_were_run():
+    assert f"trl>={TRL[0].removesuffix('.0')},<1.17" in EXTRAS["trl"]
+    assert TRL[-1].startswith("1.16.")
+    lowest = f"transformers>={TRANSFORMERS[0].rpartition('.')[0]}"
+    assert [lowest in EXTRAS[extra] for extra in ("transformers", "trl")] == [True, True]
+    assert f"trl=={TRL[0]},transformers=={TRANSFORMERS[0]}" == LOWEST
+
+
+def test_a_test_belongs_to_the_first_package():
+    assert files_for("trl==1.10.0,transformers==4.57.6")[0] == "tests/test_integrations_trl.py"
+    assert "tests/test_model_head.py" in files_for("transformers==5.0.0")
