@@ -1,4 +1,4 @@
-# Each target sets up .venv by itself. TOPD_BUILD_CPP=0 leaves the C++ extension out.
+# Each target sets up .venv by itself. The C++ extension must build; TOPD_BUILD_CPP=0 leaves it out.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -13,7 +13,7 @@ TESTS ?=
 DEMO ?=
 BUILT := $(VENV)/built-$(TOPD_BUILD_CPP)
 
-.PHONY: test lint bench demo clean
+.PHONY: test lint bench demo install-check clean
 
 test: $(BUILT)
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
@@ -31,6 +31,10 @@ bench: $(BUILT)
 # Further words for the demo: DEMO=--quick, DEMO="--seed 1 --out seed-1".
 demo: $(BUILT)
 	@$(RUN) -m topd.cli.main demo $(DEMO)
+
+# README's install line in fresh environments, with and without a compiler (minutes).
+install-check:
+	$(PYTHON) tests/install_check.py
 
 $(VENV)/installed: requirements.txt requirements-demo.txt Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

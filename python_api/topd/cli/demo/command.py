@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from topd.backends import missing_extension
 from topd.cli import files
 from topd.cli.demo.settings import METHODS, QUICK, Settings
 from topd.cli.errors import INTERRUPTED, CommandError, require
@@ -81,6 +82,8 @@ def run(arguments: argparse.Namespace) -> int:
     from topd.cli.demo.display import Display
 
     display = Display(settings)
+    if settings.device == "cpu" and (line := missing_extension()):
+        display.say(line)
     finished = _Demo(folder, settings, display).run()
     if not finished:
         display.say(f"Stopped. Go on with: topd demo --resume --out {folder}")
