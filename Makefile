@@ -43,10 +43,14 @@ $(VENV)/installed: requirements.txt requirements-demo.txt Makefile
 	$(PIP) --no-deps --no-build-isolation -r requirements-demo.txt
 	touch $@
 
-# The extension is built against the torch that runs it, hence no build isolation.
+# The extension is built against the torch that runs it, hence no build isolation. An editable installation is looked for after
+# every folder of the path: where the clone is named topd, Python would take it for the package in the folder that holds it, but
+# for topd-clone.pth.
 $(BUILT): $(VENV)/installed $(SOURCES)
 	rm -f $(VENV)/built-* python_api/topd/_cpp_*
 	$(PIP) --no-build-isolation --no-deps --editable .
+	$(BIN)/python -c "import pathlib, sysconfig; p = pathlib.Path(sysconfig.get_path('purelib'), 'topd-clone.pth'); \
+	  p.write_text('$(CURDIR)/python_api\n')"
 	touch $@
 
 clean:

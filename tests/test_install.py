@@ -160,3 +160,15 @@ def test_dir_shows_the_public_names_alone():
     for name in ("plots", "integrations.rollouts", "ops.linear_divergence", "checks"):
         assert importlib.import_module(f"topd.{name}")
     assert dir(topd) == sorted([*topd.__all__, "__version__"])
+
+
+CLONE = Path(sysconfig.get_path("purelib"), "topd-clone.pth")
+
+
+@pytest.mark.skipif(not CLONE.exists(), reason="this environment was not set up by make")
+def test_a_folder_named_topd_does_not_shadow_the_package(tmp_path):
+    (tmp_path / "topd").mkdir()
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", "import topd; print(topd.linear_divergence.__name__)"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == "linear_divergence\n", done.stderr
