@@ -52,13 +52,14 @@ def extension_arguments(must_build: bool) -> dict[str, object]:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ModuleNotFoundError as error:
         raise SystemExit(
-            f"topd: {error.name} is not installed here, and the extension is built against it: `pip install torch` first, "
+            f"topd: {error.name} is not installed here, and the extension is built against it: install torch first, "
             "then `pip install --no-build-isolation .`; TOPD_BUILD_CPP=0 installs topd without the extension"
         ) from None
 
     class BuildVariants(BuildExtension):
         def build_extensions(self) -> None:
             variants, self.built = self.extensions, []
+            self.force = True  # what an earlier torch built is not up to date
             try:
                 super().build_extensions()
             except Exception as error:

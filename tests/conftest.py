@@ -52,3 +52,21 @@ def without_extension(monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(module, "_variants", lambda: ["avx2"])
     module._warn_once.cache_clear()
     return f'topd runs CPU calls on its slower backend "eager": {missing.detail}'
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The demo's options that name a tiny teacher and a tiny student."""
+    from tiny_demo import saved
+
+    folder = tmp_path_factory.mktemp("models")
+    return ["--teacher", saved(folder / "teacher", 2, 0), "--student", saved(folder / "student", 1, 1)]
+
+
+@pytest.fixture
+def small_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tiny_demo import QUICK
+
+    from topd.cli.demo import command
+
+    monkeypatch.setattr(command, "QUICK", QUICK)

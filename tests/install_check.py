@@ -59,7 +59,9 @@ def check(folder: Path, *, compiler: bool) -> None:
     assert environment.output("python", "-c", "import topd; print('topd', topd.__version__)") == version
     assert environment.output("python", "-W", "error", "-c", "import topd") == ""
 
-    first_loss = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
+    readme = (ROOT / "README.md").read_text()
+    assert all(line in readme for line in README_LINES)
+    first_loss = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)[0]
     (folder / "first_loss.py").write_text(first_loss)
     loss = environment.output("python", "first_loss.py")
     assert "nats per token" in loss

@@ -7,33 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_demo import QUICK, demo, metrics, tokenizer
 
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("rich")
-pytest.importorskip("matplotlib")
-pytest.importorskip("reasoning_gym")
+import topd
+from topd.cli.demo import command, prompts, smollm2, training
+from topd.cli.demo.display import Display, one_line
+from topd.cli.demo.settings import Settings
+from topd.cli.demo.window_pair import furthest_pair
+from topd.cli.main import main
 
-from rich.cells import cell_len  # noqa: E402
-from tiny_demo import QUICK, demo, metrics, saved, tokenizer  # noqa: E402
-
-import topd  # noqa: E402
-from topd.cli.demo import command, prompts, smollm2, training  # noqa: E402
-from topd.cli.demo.display import Display, one_line  # noqa: E402
-from topd.cli.demo.settings import Settings  # noqa: E402
-from topd.cli.demo.window_pair import furthest_pair  # noqa: E402
-from topd.cli.main import main  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory) -> list[str]:
-    """Options that name a tiny teacher and a tiny student."""
-    folder = tmp_path_factory.mktemp("models")
-    return ["--teacher", saved(folder / "teacher", 2, 0), "--student", saved(folder / "student", 1, 1)]
-
-
-@pytest.fixture(autouse=True)
-def small_evaluations(monkeypatch):
-    monkeypatch.setattr(command, "QUICK", QUICK)
+pytestmark = pytest.mark.usefixtures("small_evaluations")
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +135,8 @@ def test_one_method_and_its_report(tmp_path, pair):
 
 
 def test_plain_output_fits_eighty_columns(tmp_path, pair, monkeypatch, capsys):
+    from rich.cells import cell_len
+
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.chdir(tmp_path)
     assert demo(pair, Path("run")) == 0
@@ -178,6 +163,7 @@ def test_prompts_are_padded_on_the_left():
 
 
 def test_the_widest_line_fits_eighty_columns():
+
     display = Display(Settings(steps=100))
     display.method, display.held_out = "topd", 10.24
     display.began, display.first = display.began - 1000, 0

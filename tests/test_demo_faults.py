@@ -4,29 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_demo import demo, failing, saved
 
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("rich")
-pytest.importorskip("matplotlib")
-pytest.importorskip("reasoning_gym")
+from topd.cli import files
+from topd.cli.demo import command, training
+from topd.cli.main import main, parser
 
-from tiny_demo import QUICK, demo, failing, saved  # noqa: E402
-
-from topd.cli import files  # noqa: E402
-from topd.cli.demo import command, training  # noqa: E402
-from topd.cli.main import main, parser  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory) -> list[str]:
-    """Options that name a tiny teacher and a tiny student."""
-    folder = tmp_path_factory.mktemp("models")
-    return ["--teacher", saved(folder / "teacher", 2, 0), "--student", saved(folder / "student", 1, 1)]
-
-
-@pytest.fixture(autouse=True)
-def small_evaluations(monkeypatch):
-    monkeypatch.setattr(command, "QUICK", QUICK)
+pytestmark = pytest.mark.usefixtures("small_evaluations")
 
 
 def test_a_missing_package(capsys, monkeypatch, tmp_path):

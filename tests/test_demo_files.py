@@ -11,30 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("transformers")
-pytest.importorskip("rich")
-pytest.importorskip("matplotlib")
-pytest.importorskip("reasoning_gym")
-
-from tiny_demo import QUICK, demo, failing, metrics, saved
+from tiny_demo import QUICK, demo, failing, metrics
 
 from topd.cli import files
 from topd.cli.demo import command, training
 from topd.cli.demo.settings import Settings
 from topd.cli.main import main
 
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory) -> list[str]:
-    """Options that name a tiny teacher and a tiny student."""
-    folder = tmp_path_factory.mktemp("models")
-    return ["--teacher", saved(folder / "teacher", 2, 0), "--student", saved(folder / "student", 1, 1)]
-
-
-@pytest.fixture(autouse=True)
-def small_evaluations(monkeypatch):
-    monkeypatch.setattr(command, "QUICK", QUICK)
+pytestmark = pytest.mark.usefixtures("small_evaluations")
 
 
 def test_settings_survive_json():

@@ -4,11 +4,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from topd.cli.main import main
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+pytest.importorskip("reasoning_gym")
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
+
+from topd.cli.main import main  # noqa: E402
 
 TIMES = ("seconds_", "tokens_a_second", "memory_mib")
 END = "<end>"
