@@ -115,6 +115,9 @@ def test_a_folder_that_is_none(capsys, tmp_path):
 def test_a_folder_in_use(capsys, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     assert "holds a run already" in failing(capsys, "--out", str(tmp_path))
+    (tmp_path / "config.json").rename(tmp_path / "checkpoint-topd.pt")
+    line = failing(capsys, "--out", str(tmp_path))
+    assert f"{tmp_path / 'checkpoint-topd.pt'} is of a run whose config.json is missing: remove it" in line
 
 
 def test_nothing_to_resume(capsys, tmp_path, monkeypatch):

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 DEFAULT_FOLDER = "topd-demo"
 CONFIG, METRICS = "config.json", "metrics.jsonl"
 PACKAGES = ("transformers", "rich", "matplotlib", "gguf")
-OWN_FILES = (CONFIG, METRICS, "report.html", "curves.png", "windows.png", *(f"checkpoint-{name}.pt" for name in METHODS))
+CHECKPOINTS = tuple(f"checkpoint-{name}.pt" for name in METHODS)
+OWN_FILES = (CONFIG, METRICS, "report.html", "curves.png", "windows.png", *CHECKPOINTS)
 SPARE_BYTES = 50 * MIB
 HELP = "distil a real model and write a report (about 6 minutes on two cores)"
 DESCRIPTION = """\
@@ -104,10 +105,17 @@ def fresh(arguments: argparse.Namespace) -> tuple[Path, Settings]:
     folder = arguments.out
     if folder is None:
         places = (Path(f"{DEFAULT_FOLDER}{suffix}") for suffix in ("", *(f"-{i}" for i in range(2, 10_000))))
-        folder = next(place for place in places if not (place / CONFIG).exists() and (place.is_dir() or not place.exists()))
-    elif (folder / CONFIG).exists():
+        folder = next(place for place in places if _of_a_run(place) is None and (place.is_dir() or not place.exists()))
+    elif (path := _of_a_run(folder)) == folder / CONFIG:
         raise CommandError(f"{folder} holds a run already: go on with it by --resume, or take another folder with --out")
+    elif path is not None:
+        raise CommandError(f"{path} is of a run whose {CONFIG} is missing: remove it, or take another folder with --out")
     return folder, Settings(**values, device=_device(arguments.device))
+
+
+def _of_a_run(folder: Path) -> Path | None:
+    """The first file in the folder that a run goes on from."""
+    return next((folder / name for name in (CONFIG, *CHECKPOINTS) if (folder / name).exists()), None)
 
 
 def _device(name: str | None) -> str:
