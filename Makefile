@@ -1,4 +1,4 @@
-# Each target sets up .venv by itself. TOPD_BUILD_CPP=0 leaves the C++ extension out.
+# Each target sets up .venv by itself. The C++ extension must build; TOPD_BUILD_CPP=0 leaves it out.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -13,7 +13,7 @@ TESTS ?=
 DEMO ?=
 BUILT := $(VENV)/built-$(TOPD_BUILD_CPP)
 
-.PHONY: test lint bench demo clean
+.PHONY: test lint bench demo install-check clean
 
 test: $(BUILT)
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
@@ -38,6 +38,10 @@ versions: $(BUILT)
 demo: $(BUILT)
 	@$(RUN) -m topd.cli.main demo $(DEMO)
 
+# README's install line in fresh environments, with and without a compiler (minutes).
+install-check:
+	$(PYTHON) tests/install_check.py
+
 $(VENV)/installed: requirements.txt requirements-demo.txt Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH)
@@ -45,10 +49,14 @@ $(VENV)/installed: requirements.txt requirements-demo.txt Makefile
 	$(PIP) --no-deps --no-build-isolation -r requirements-demo.txt
 	touch $@
 
-# The extension is built against the torch that runs it, hence no build isolation.
+# The extension is built against the torch that runs it, hence no build isolation. An editable installation is looked for after
+# every folder of the path: where the clone is named topd, Python would take it for the package in the folder that holds it, but
+# for topd-clone.pth.
 $(BUILT): $(VENV)/installed $(SOURCES)
 	rm -f $(VENV)/built-* python_api/topd/_cpp_*
 	$(PIP) --no-build-isolation --no-deps --editable .
+	$(BIN)/python -c "import pathlib, sysconfig; p = pathlib.Path(sysconfig.get_path('purelib'), 'topd-clone.pth'); \
+	  p.write_text('$(CURDIR)/python_api\n')"
 	touch $@
 
 clean:

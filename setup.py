@@ -1,10 +1,16 @@
-"""The C++ extension and nothing else; metadata is in pyproject.toml. TOPD_BUILD_CPP=0 skips it."""
+"""The C++ extension and nothing else; metadata is in pyproject.toml.
 
+TOPD_BUILD_CPP=0 skips the extension, 1 ends the installation where it cannot be built; unset, what can be built is built.
+"""
+
+import logging
 import os
 import platform
+import sys
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.errors import CompileError
 
 CSRC = Path("csrc")
 X86_VARIANTS = {
@@ -37,16 +43,51 @@ FLAGS = [
 ]
 
 
-def extension_arguments() -> dict[str, object]:
-    """One library for each instruction set, all from the same sources; topd.backends loads the best that runs."""
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+def extension_arguments(must_build: bool) -> dict[str, object]:
+    """One library for each instruction set, all from the same sources; topd.backends loads the best that runs.
+
+    A variant that cannot be built is left out and named in the last line; where it must be built, it ends the installation.
+    """
+    try:
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ModuleNotFoundError as error:
+        raise SystemExit(
+            f"topd: {error.name} is not installed here, and the extension is built against it: install torch first, "
+            "then `pip install --no-build-isolation .`; TOPD_BUILD_CPP=0 installs topd without the extension"
+        ) from None
 
     class BuildVariants(BuildExtension):
+        def build_extensions(self) -> None:
+            variants, self.built = self.extensions, []
+            self.force = True  # what an earlier torch built is not up to date
+            try:
+                super().build_extensions()
+            except Exception as error:
+                if must_build:
+                    raise CompileError(
+                        f"topd: the C++ extension could not be built ({error}, see above): install a C++20 compiler, "
+                        "or set TOPD_BUILD_CPP=0 to install topd without the extension"
+                    ) from error
+                self.announce(f"{type(error).__name__}: {error}", level=logging.ERROR)
+            self.extensions = self.built
+            if missing := [each.name for each in variants if each not in self.built]:
+                print(
+                    f"topd: not built: {', '.join(missing)} (see above). Where no variant runs, CPU calls take the backend "
+                    '"eager"; a C++20 compiler builds it, TOPD_BUILD_CPP=1 makes a failure an error, 0 skips the build',
+                    file=sys.stderr,
+                )
+
         def build_extension(self, ext: CppExtension) -> None:
             shared = self.build_temp
             self.build_temp = str(Path(shared) / ext.name)
             try:
                 super().build_extension(ext)
+                self.built.append(ext)
+            except Exception as error:
+                Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)  # of an earlier build
+                if must_build:
+                    raise
+                self.announce(f"{type(error).__name__}: {error}", level=logging.ERROR)
             finally:
                 self.build_temp = shared
 
@@ -64,4 +105,7 @@ def extension_arguments() -> dict[str, object]:
     }
 
 
-setup(**({} if os.environ.get("TOPD_BUILD_CPP", "1") == "0" else extension_arguments()))
+wish = os.environ.get("TOPD_BUILD_CPP", "")
+if wish not in ("", "0", "1"):
+    raise SystemExit(f"topd: TOPD_BUILD_CPP must be 0 (skip the extension), 1 (it must build) or unset (try), got {wish!r}")
+setup(**({} if wish == "0" else extension_arguments(must_build=wish == "1")))

@@ -1,6 +1,8 @@
 """Fixtures: the device, the backends that run on it, and a fixed seed for every test."""
 
 import os
+import sys
+import warnings
 
 import pytest
 import torch
@@ -9,6 +11,12 @@ if not torch.cuda.is_available():  # read by Triton when the kernels are defined
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import topd
+from topd.backends import Backend, choose_backend
+
+# Without the C++ extension the first CPU call warns, once in a process: here, and not in the test that happens to come first.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    choose_backend(None, torch.device("cpu"))
 
 
 @pytest.fixture(autouse=True)
@@ -42,3 +50,34 @@ def every_backend(request: pytest.FixtureRequest, device: torch.device) -> str:
     if request.param == "triton" and device.type == "cpu" and not found.interpreted:
         pytest.skip("the kernels are not interpreted here")
     return request.param
+
+
+@pytest.fixture
+def without_extension(monkeypatch: pytest.MonkeyPatch) -> str:
+    """An installation without the C++ extension, which has not warned yet; the line it will say."""
+    module = sys.modules["topd.backends"]
+    missing = Backend("cpp", False, "the C++ extension was not built; build it")
+    monkeypatch.setattr(module, "_CPP", missing)
+    monkeypatch.setattr(module, "_HAS_CPP", False)
+    monkeypatch.setitem(module._FOUND, "cpp", missing)
+    monkeypatch.setattr(module, "_variants", lambda: ["avx2"])
+    module._warn_once.cache_clear()
+    return f'topd runs CPU calls on its slower backend "eager": {missing.detail}'
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The demo's options that name a tiny teacher and a tiny student."""
+    from tiny_demo import saved
+
+    folder = tmp_path_factory.mktemp("models")
+    return ["--teacher", saved(folder / "teacher", 2, 0), "--student", saved(folder / "student", 1, 1)]
+
+
+@pytest.fixture
+def small_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tiny_demo import QUICK
+
+    from topd.cli.demo import command
+
+    monkeypatch.setattr(command, "QUICK", QUICK)

@@ -1,28 +1,47 @@
 """`topd doctor` and the command's own words."""
 
+import re
 import subprocess
 import sys
 
 import pytest
 
 import topd
+from topd.backends import missing_extension
 from topd.cli import doctor, memory
 from topd.cli.main import main, parser
 
 
 def test_doctor_finds_everything_in_order(capsys):
-    assert main(["doctor"]) == 0
+    complete = missing_extension() is None
+    assert main(["doctor"]) == (0 if complete else 1)
     out = capsys.readouterr().out
     for word in ("python", "torch", "transformers", "reference", "eager", "cpp", "triton", "threads", "memory", "self-check"):
         assert f"  {word}" in out or word == "self-check"
-    assert "checks passed" in out
-    assert "FAILED" not in out
+    assert ("checks passed" if complete else "1 of") in out
+    assert out.count("FAILED") == (0 if complete else 1)
+
+
+def test_doctor_says_first_that_the_extension_is_missing(capsys, without_extension, recwarn):
+    assert main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert out.startswith(f"{without_extension}\n\nversions\n")
+    assert re.search(r"^  cpp, cpu +FAILED", out, re.MULTILINE)
+    assert "1 of" in out
+    assert out.count("FAILED") == 1
+    assert not [each for each in recwarn if "eager" in str(each.message)]  # said once, not warned of beside
+
+
+def test_doctor_passes_on_a_processor_that_no_build_runs_on(without_extension, monkeypatch):
+    monkeypatch.setattr(sys.modules["topd.backends"], "_variants", list)
+    assert "cpp, cpu" not in {check.name for check in doctor.checks()}
 
 
 def test_doctor_checks_each_backend_that_runs_here():
     names = {check.name.partition(",")[0] for check in doctor.checks()}
     runs = {name for name, found in topd.backends().items() if found and not found.interpreted}
-    assert names == runs | {"transport"}
+    assert names - {"cpp"} == runs - {"cpp"} | {"transport"}
+    assert ("cpp" in names) == bool(topd.backends()["cpp"] or missing_extension())
 
 
 def test_doctor_says_what_is_wrong(capsys, monkeypatch):
@@ -30,7 +49,7 @@ def test_doctor_says_what_is_wrong(capsys, monkeypatch):
     assert main(["doctor"]) == 1
     out = capsys.readouterr().out
     assert "FAILED  largest relative error 1e+00" in out
-    assert "1 of" in out
+    assert ("2 of" if missing_extension() else "1 of") in out
 
 
 def test_a_check_that_breaks_is_a_check_that_fails(monkeypatch):
@@ -68,6 +87,13 @@ def test_wrong_words_are_one_line(capsys):
             main(words)
         assert stopped.value.code == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"topd {topd.__version__}\n"
 
 
 def test_the_module_is_a_command():

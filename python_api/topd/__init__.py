@@ -3,6 +3,8 @@
 TOPD here is Trajectory-aware On-Policy Distillation (arXiv 2606.00305).
 """
 
+import importlib.metadata
+
 import topd.ops.linear_divergence
 import topd.ops.linear_logprobs
 import topd.ops.topk_logprobs  # noqa: F401  (all three register their ops)
@@ -66,3 +68,17 @@ __all__ = [
     "topk_logprobs",
     "window_hidden",
 ]
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("topd")
+    except importlib.metadata.PackageNotFoundError:  # a source tree on the path
+        return "0+source"
+
+
+__version__ = _version()
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -5,6 +5,8 @@ import functools
 import importlib
 import importlib.util
 import platform
+import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ import torch
 from topd.options import BackendName
 
 NAMES: tuple[str, ...] = get_args(BackendName)
+_REBUILD = "in a clone of topd, `TOPD_BUILD_CPP=1 pip install --no-build-isolation .` builds it"
 
 
 @dataclass(frozen=True)
@@ -42,26 +45,26 @@ def _variants() -> list[str]:
     return {"AVX512": ["avx512", "avx2"], "AVX2": ["avx2"]}.get(capability, [])
 
 
-def _load_cpp() -> Backend:
-    """Load the extension, which registers its kernels with the dispatcher."""
-    folder = Path(__file__).parent
-    variants = _variants()
+def _load_cpp(folder: Path, variants: list[str]) -> Backend:
+    """Load the best build in the folder that loads; it registers its kernels with the dispatcher."""
     if not variants:
         capability = torch.backends.cpu.get_cpu_capability()
         return Backend("cpp", False, f"needs AVX2 or AVX-512, torch sees {capability} on this processor")
+    problems = []
     for variant in variants:
         for path in sorted(folder.glob(f"_cpp_{variant}.*")):
             try:
                 torch.ops.load_library(str(path))
             except OSError as error:
-                return Backend(
-                    "cpp", False, f"{path.name} does not load ({error}); rebuild it against torch {torch.__version__}"
-                )
-            return Backend("cpp", True, f"{path.name}, CPU tensors")
-    return Backend("cpp", False, "the extension was not built; install with a C++ compiler and without TOPD_BUILD_CPP=0")
+                problems.append(f"{path.name} does not load ({str(error).partition(chr(10))[0]})")
+            else:
+                return Backend("cpp", True, f"{path.name}, CPU tensors")
+    if problems:
+        return Backend("cpp", False, f"{'; '.join(problems)}; {_REBUILD} against torch {torch.__version__}")
+    return Backend("cpp", False, f"the C++ extension was not built; {_REBUILD} with a C++ compiler")
 
 
-_CPP = _load_cpp()
+_CPP = _load_cpp(Path(__file__).parent, _variants())
 _HAS_CPP = _CPP.available
 
 
@@ -79,6 +82,38 @@ def _has_bf16() -> bool:
 
 
 _HAS_BF16 = _has_bf16()
+
+
+def missing_extension() -> str | None:
+    """Return why CPU calls run on "eager" and what to do about it, in one line; None where the compiled backend is here or no
+    build of it runs on this processor."""
+    if _HAS_CPP or not _variants():
+        return None
+    return f'topd runs CPU calls on its slower backend "eager": {_CPP.detail}'
+
+
+@functools.cache
+def _warn_once() -> None:
+    line = missing_extension()
+    if line is not None:
+        warnings.warn(line, UserWarning, stacklevel=_callers_level())
+
+
+def _callers_level() -> int:
+    """Return the stacklevel, for `_warn_once`, of the nearest frame outside topd and torch: the line of the caller's own."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("topd", "torch"):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def _warn_about_eager() -> None:
+    """Warn, once in a process, where a CPU call that chose no backend runs on "eager" for want of the compiled one."""
+    _warn_once()
+
+
+# What torch.compiler.assume_constant_result sets: torch.compile runs this while it traces instead of tracing into it.
+_warn_about_eager._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
@@ -134,14 +169,18 @@ def backends() -> dict[str, Backend]:
 
 
 def choose_backend(backend: BackendName | None, device: torch.device) -> BackendName:
-    """The backend to run on this device. A backend asked for by name never falls back.
+    """The backend to run on this device. A backend asked for by name never falls back; a CPU call that names none warns once
+    in a process where the compiled backend could run here and is missing.
 
     Raises:
         TypeError, ValueError: unknown, missing, or not for this device.
     """
     if backend is None:
         if device.type == "cpu":
-            return "cpp" if _HAS_CPP else "eager"
+            if _HAS_CPP:
+                return "cpp"
+            _warn_about_eager()
+            return "eager"
         return "triton" if device.type == "cuda" and _load_triton() else "eager"
     if not isinstance(backend, str):
         raise TypeError(f"backend must be None or one of {', '.join(map(repr, NAMES))}, got {type(backend).__name__}")

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 import topd
+from topd.backends import missing_extension
 from topd.cli.memory import resident_mib, total_mib
 from topd.divergences import BY_NAME
 from topd.options import BackendName
@@ -20,7 +21,8 @@ HELP = "print what is installed and check that it computes what it should (secon
 DESCRIPTION = """\
 Prints versions, backends (and why one is missing), the compiled extension,
 threads and memory; then checks every backend that runs here against float64 on
-small tensors. The exit status is 1 where a check fails."""
+small tensors. The exit status is 1 where a check fails; a C++ extension that
+is not built, or that does not load, is a check that fails."""
 PACKAGES = ("transformers", "trl", "peft", "accelerate", "triton", "flash-attn", "matplotlib", "rich", "gguf", "reasoning-gym")
 QUIET = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 TOLERANCE = 2e-5
@@ -44,6 +46,8 @@ def add_to(commands: Any) -> None:
 
 def run(_arguments: argparse.Namespace) -> int:
     """The exit status."""
+    if line := missing_extension():
+        print(f"{line}\n")
     for title, lines in (("versions", versions()), ("backends", backends()), ("machine", machine())):
         _print(title, lines)
     start = time.perf_counter()
@@ -96,8 +100,10 @@ def machine() -> Iterator[tuple[str, str]]:
 
 
 def checks() -> Iterator[Check]:
-    """Every backend that runs here against float64, and a transport whose result is known."""
+    """Every backend that runs here against float64, and a transport whose result is known; a missing extension is a failure."""
     for name, found in topd.backends().items():
+        if name == "cpp" and missing_extension():
+            yield Check("cpp, cpu", False, "missing, see the first line")
         for device in _devices(found):
             yield _checked(f"{name}, {device}", functools.partial(loss_error, found.name, device))
     yield _checked("transport", transport_error)

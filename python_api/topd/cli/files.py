@@ -1,11 +1,23 @@
-"""Files that are either whole or absent: written beside their place, flushed to the disk, moved into it."""
+"""Files that are either whole or absent: written beside their place, flushed to the disk, moved into it.
+
+A process that is killed meanwhile leaves its unfinished file behind. It holds a lock on the file while it writes, which the
+system drops when the process ends, so that `remove_leftovers` knows what nobody writes any more.
+"""
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+try:
+    import fcntl
+except ImportError:  # no such locks on this system: nothing is taken for a leftover
+    fcntl = None  # type: ignore[assignment]
+
+UNFINISHED = re.compile(r"\.(?P<name>.+)\.\d+\.unfinished")
 
 
 @contextmanager
@@ -13,12 +25,39 @@ def whole(path: Path) -> Iterator[Path]:
     """A path to write to; what stands there takes `path`'s place when the block ends without an error, else it goes."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
-        yield unfinished
-        with unfinished.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        with _opened_for_writing(unfinished):
+            yield unfinished
+            with unfinished.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _opened_for_writing(path: Path) -> IO[bytes]:
+    """A new file at the path, locked until it is closed; again where `remove_leftovers` took it before it was locked."""
+    while True:
+        file = path.open("wb")
+        if fcntl is None:
+            return file
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+        file.close()
+
+
+def remove_leftovers(folder: Path, names: Collection[str]) -> None:
+    """Remove the unfinished files of these names that a killed process left in the folder; none that is being written."""
+    if fcntl is None:
+        return
+    for path in folder.glob(".*.unfinished"):
+        match = UNFINISHED.fullmatch(path.name)
+        if match is None or match["name"] not in names:
+            continue
+        with suppress(OSError), path.open("rb") as file:  # another process writes it, or has just finished
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

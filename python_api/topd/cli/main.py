@@ -1,10 +1,14 @@
 """The `topd` command: reads the words, runs a subcommand, and turns what stops it into one line."""
 
 import argparse
+import re
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
+import topd
+from topd.backends import missing_extension
 from topd.cli import doctor
 from topd.cli.demo import command as demo
 from topd.cli.errors import INTERRUPTED, explained
@@ -26,6 +30,7 @@ class _Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
     found = _Parser(prog="topd", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--version", action="version", version=f"topd {topd.__version__}")
     commands = found.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
     demo.add_to(commands)
     doctor.add_to(commands)
@@ -38,7 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 0, 1 for a failure, 2 for wrong words, 130 after Ctrl-C."""
     arguments = parser().parse_args(argv)
     try:
-        status: int = arguments.run(arguments)
+        with warnings.catch_warnings():
+            if line := missing_extension():  # each command says it in its own place
+                warnings.filterwarnings("ignore", re.escape(line))
+            status: int = arguments.run(arguments)
         return status
     except KeyboardInterrupt:
         print(f"topd {arguments.command}: interrupted", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import shutil
 import signal
 import threading
@@ -13,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from topd.backends import missing_extension
 from topd.cli import files
 from topd.cli.demo.settings import METHODS, QUICK, Settings
 from topd.cli.errors import INTERRUPTED, CommandError, require
+from topd.cli.options import folder_name, nonempty, positive, seed
 from topd.plan import MIB
 
 if TYPE_CHECKING:
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 DEFAULT_FOLDER = "topd-demo"
 CONFIG, METRICS = "config.json", "metrics.jsonl"
 PACKAGES = ("transformers", "rich", "matplotlib", "gguf")
+CHECKPOINTS = tuple(f"checkpoint-{name}.pt" for name in METHODS)
+OWN_FILES = (CONFIG, METRICS, "report.html", "curves.png", "windows.png", *CHECKPOINTS)
 SPARE_BYTES = 50 * MIB
 HELP = "distil a real model and write a report (about 6 minutes on two cores)"
 DESCRIPTION = """\
@@ -52,26 +57,23 @@ def add_to(commands: Any) -> None:
         "demo", help=HELP, description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     found.add_argument("--quick", action="store_true", help="eight steps of each method, fewer held-out prompts")
-    found.add_argument("--steps", type=_positive, metavar="N", help="steps of each method (default 30)")
+    found.add_argument("--steps", type=positive, metavar="N", help="steps of each method (default 30)")
     found.add_argument("--method", choices=METHODS, help="one method instead of both")
-    found.add_argument("--batch", type=_positive, metavar="N", help="rollouts a step (default 4)")
-    found.add_argument("--tokens", type=_positive, metavar="N", help="the most tokens of a rollout (default 24)")
-    found.add_argument("--seed", type=int, metavar="N", help="of prompts, rollouts and windows (default 0)")
-    found.add_argument("--teacher", metavar="MODEL", help="another teacher: a folder or a name of the hub; needs --student")
-    found.add_argument("--student", metavar="MODEL", help="another student")
-    found.add_argument("--device", metavar="NAME", help="where it runs (default: cuda if there is one, else cpu)")
+    found.add_argument("--batch", type=positive, metavar="N", help="rollouts a step (default 4)")
+    found.add_argument("--tokens", type=positive, metavar="N", help="the most tokens of a rollout (default 24)")
+    found.add_argument("--seed", type=seed, metavar="N", help="of prompts, rollouts and windows (default 0)")
     found.add_argument(
-        "--out", type=Path, metavar="FOLDER", help=f"the report's folder (default {DEFAULT_FOLDER}, or the next free)"
+        "--teacher", type=nonempty, metavar="MODEL", help="another teacher: a folder or a name of the hub; needs --student"
+    )
+    found.add_argument("--student", type=nonempty, metavar="MODEL", help="another student")
+    found.add_argument(
+        "--device", type=nonempty, metavar="NAME", help="where it runs (default: cuda if there is one, else cpu)"
+    )
+    found.add_argument(
+        "--out", type=folder_name, metavar="FOLDER", help=f"the report's folder (default {DEFAULT_FOLDER}, or the next free)"
     )
     found.add_argument("--resume", action="store_true", help="go on from the last checkpoint of a stopped run")
     found.set_defaults(run=run)
-
-
-def _positive(text: str) -> int:
-    value = int(text) if text.isdigit() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return value
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -81,6 +83,8 @@ def run(arguments: argparse.Namespace) -> int:
     from topd.cli.demo.display import Display
 
     display = Display(settings)
+    if settings.device == "cpu" and (line := missing_extension()):
+        display.say(line)
     finished = _Demo(folder, settings, display).run()
     if not finished:
         display.say(f"Stopped. Go on with: topd demo --resume --out {folder}")
@@ -101,20 +105,31 @@ def fresh(arguments: argparse.Namespace) -> tuple[Path, Settings]:
     folder = arguments.out
     if folder is None:
         places = (Path(f"{DEFAULT_FOLDER}{suffix}") for suffix in ("", *(f"-{i}" for i in range(2, 10_000))))
-        folder = next(place for place in places if not (place / CONFIG).exists())
-    elif (folder / CONFIG).exists():
+        folder = next(place for place in places if _of_a_run(place) is None and (place.is_dir() or not place.exists()))
+    elif (path := _of_a_run(folder)) == folder / CONFIG:
         raise CommandError(f"{folder} holds a run already: go on with it by --resume, or take another folder with --out")
+    elif path is not None:
+        raise CommandError(f"{path} is of a run whose {CONFIG} is missing: remove it, or take another folder with --out")
     return folder, Settings(**values, device=_device(arguments.device))
+
+
+def _of_a_run(folder: Path) -> Path | None:
+    """The first file in the folder that a run goes on from."""
+    return next((folder / name for name in (CONFIG, *CHECKPOINTS) if (folder / name).exists()), None)
 
 
 def _device(name: str | None) -> str:
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
-    kind = name.partition(":")[0]
-    if kind not in ("cpu", "cuda"):
-        raise CommandError(f"--device must be cpu or cuda, got {name!r}")
-    if kind == "cuda" and not torch.cuda.is_available():
+    match = re.fullmatch(r"cpu|cuda(?::(\d{1,4}))?", name)
+    if match is None:
+        raise CommandError(f"--device must be cpu or cuda (or cuda:0, cuda:1, ...), got {name!r:.60}")
+    if name == "cpu":
+        return name
+    if not torch.cuda.is_available():
         raise CommandError(f"--device {name}: torch finds no CUDA device here; leave the option out to run on the CPU")
+    if int(match[1] or 0) >= torch.cuda.device_count():
+        raise CommandError(f"--device {name}: torch finds {torch.cuda.device_count()} CUDA devices here, the first is cuda:0")
     return name
 
 
@@ -125,7 +140,8 @@ def resumed(arguments: argparse.Namespace) -> tuple[Path, Settings]:
         CommandError: there is none, or an option was given that it has already.
     """
     fixed = ("quick", "steps", "method", "batch", "tokens", "seed", "teacher", "student", "device")
-    if extra := [f"--{name}" for name in fixed if getattr(arguments, name)]:
+    given = {name: getattr(arguments, name) for name in fixed}
+    if extra := [f"--{name}" for name, value in given.items() if value is not None and value is not False]:
         raise CommandError(f"--resume goes on with the run's own options, got {', '.join(extra)} too: leave them out")
     folder = arguments.out
     if folder is None:
@@ -134,11 +150,21 @@ def resumed(arguments: argparse.Namespace) -> tuple[Path, Settings]:
             raise CommandError("there is no run to go on with here: start one with `topd demo`, or name its folder with --out")
         folder = places[-1].parent
     try:
-        return folder, Settings.from_json(json.loads((folder / CONFIG).read_text()))
+        settings = Settings.from_json(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
     except FileNotFoundError as error:
         raise CommandError(f"{folder} holds no run (no {CONFIG}): start one with `topd demo --out {folder}`") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise CommandError(f"{folder / CONFIG} cannot be read: start a new run in another folder with --out") from error
+    except (ValueError, RecursionError, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise CommandError(
+            f"{folder / CONFIG} cannot be read ({reason}): start a new run in another folder with --out"
+        ) from error
+    try:
+        _device(settings.device)
+    except CommandError as error:
+        raise CommandError(
+            f"{folder / CONFIG} asks for {settings.device}, which is not here: start a new run with --out"
+        ) from error
+    return folder, settings
 
 
 def check_space(folder: Path, checkpoint_bytes: int) -> None:
@@ -193,6 +219,7 @@ class _Demo:
 
         settings, display = self.settings, self.display
         self.folder.mkdir(parents=True, exist_ok=True)
+        files.remove_leftovers(self.folder, OWN_FILES)
         texts = prompts.make_prompts(settings.steps * settings.batch, settings.held_out, settings.seed)
         display.say(f"Loading the models; {settings.steps} steps of {' and '.join(m.upper() for m in settings.methods)}")
         loaded = models.load(settings)

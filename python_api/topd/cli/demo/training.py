@@ -20,6 +20,7 @@ from topd.cli.demo.models import Models
 from topd.cli.demo.prompts import Prompts, encode
 from topd.cli.demo.settings import Settings
 from topd.cli.demo.window_pair import WindowPair, furthest_pair
+from topd.cli.errors import CommandError
 from topd.cli.memory import used_mib
 from topd.integrations.rollouts import sample_rollouts
 
@@ -85,17 +86,38 @@ class Trainer:
             self.objective = topd.OPD(*pair, allow_unequal_vocabularies=True)
 
     def resume(self) -> bool:
-        """Go on from the checkpoint; False where there is none."""
+        """Go on from the checkpoint; False where there is none.
+
+        Raises:
+            CommandError: it is damaged, or another run's.
+        """
         if not self.path.exists():
             return False
-        device = torch.device(self.settings.device)
-        with torch.serialization.safe_globals([Run, Evaluation, WindowPair]):
-            found = torch.load(self.path, map_location=device, weights_only=True)
-        self.run = found["run"]
-        if "student" in found:
-            self.models.student.load_state_dict(found["student"])
-            self.optimizer.load_state_dict(found["optimizer"])
+        try:
+            self._load()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # torch's own words for a foreign file advise to load it unsafely
+            raise CommandError(
+                f"{self.path} is damaged or no checkpoint of this run: remove it to begin {self.run.method.upper()} again by "
+                "--resume, or start a new run in another folder with --out"
+            ) from error
         return True
+
+    def _load(self) -> None:
+        with torch.serialization.safe_globals([Run, Evaluation, WindowPair]):
+            state = torch.load(self.path, map_location=torch.device(self.settings.device), weights_only=True)
+        run = state["run"]
+        if not isinstance(run, Run) or (run.method, type(run.records)) != (self.run.method, list):
+            raise ValueError("not a run of this method")
+        if not (isinstance(run.before, Evaluation) and isinstance(run.after, Evaluation)):
+            raise ValueError("a run without its evaluations")
+        if not 1 <= run.done <= self.settings.steps:
+            raise ValueError(f"{run.done} steps done of {self.settings.steps}")
+        if run.done < self.settings.steps:
+            self.models.student.load_state_dict(state["student"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        self.run = run
 
     def save(self) -> None:
         """The checkpoint; of a finished run without the optimizer's state and the weights."""

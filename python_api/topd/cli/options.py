@@ -1,0 +1,45 @@
+"""What an option's words must be: types for argparse, which turns a refusal into a line and exit status 2."""
+
+import os
+from argparse import ArgumentTypeError
+from pathlib import Path
+
+SEEDS = 2**32  # a step's seed is a multiple of the run's, and torch takes 64 bits
+DIGITS = 12  # no option takes a longer number
+
+
+def positive(text: str) -> int:
+    value = _whole(text)
+    if value is None or value < 1:
+        raise ArgumentTypeError(f"must be a whole number of at least 1, got {text!r:.60}")
+    return value
+
+
+def seed(text: str) -> int:
+    value = _whole(text)
+    if value is None or value >= SEEDS:
+        raise ArgumentTypeError(f"must be a whole number from 0 to {SEEDS - 1:,}, got {text!r:.60}")
+    return value
+
+
+def _whole(text: str) -> int | None:
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= DIGITS else None
+
+
+def nonempty(text: str) -> str:
+    if not text.strip():
+        raise ArgumentTypeError("must not be empty")
+    return text
+
+
+def folder_name(text: str) -> Path:
+    """A path that is a folder, or may become one."""
+    folder = Path(nonempty(text))
+    try:
+        standing = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+        folder.exists()  # raises where the name is too long
+    except (OSError, ValueError) as error:
+        raise ArgumentTypeError(f"must name a folder, got {text!r:.60} ({error.args[-1]})") from error
+    if not standing.is_dir():
+        raise ArgumentTypeError(f"must name a folder, and {standing} is none")
+    return folder

@@ -1,0 +1,60 @@
+"""Tiny random models in a folder, with bytes as tokens, and the demo's command run on them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+pytest.importorskip("reasoning_gym")
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
+
+from topd.cli.main import main  # noqa: E402
+
+TIMES = ("seconds_", "tokens_a_second", "memory_mib")
+END = "<end>"
+QUICK = {"steps": 4, "evaluate_every": 2, "held_out": 3, "held_out_tokens": 6, "horizon": 5}
+
+
+def tokenizer(*extra: str) -> Any:
+    """Bytes as tokens."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    found = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate([END, *letters, *extra])}, merges=[]))
+    found.pre_tokenizer, found.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=found, eos_token=END, pad_token=END)
+
+
+def saved(folder: Path, layers: int, seed: int, *, extra: tuple[str, ...] = (), vocab: int | None = None) -> str:
+    words = tokenizer(*extra)
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}
+    sizes |= {"vocab_size": vocab or len(words), "num_hidden_layers": layers, "max_position_embeddings": 512}
+    ends = {"eos_token_id": 0, "pad_token_id": 0, "bos_token_id": 0, "initializer_range": 0.4}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **ends)).save_pretrained(folder)
+    words.save_pretrained(folder)
+    return str(folder)
+
+
+def demo(pair: list[str], out: Path, *words: str) -> int:
+    return main(["demo", "--quick", "--tokens", "8", "--batch", "2", *pair, "--out", str(out), *words])
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """Without what a clock or the system says."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if not key.startswith(TIMES)} for line in lines]
+
+
+def failing(capsys, *words: str) -> str:
+    """The one line that a command ends with."""
+    assert main(["demo", *words]) == 1
+    found = capsys.readouterr().err
+    assert found.startswith("topd demo: ")
+    assert found.count("\n") == 1
+    assert "Traceback" not in found
+    return found
