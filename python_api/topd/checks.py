@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-LARGEST = sys.float_info.max
+LARGEST, LARGEST_INT = sys.float_info.max, 2**63 - 1
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -60,14 +60,20 @@ def positive_int(name: str, value: object, *, hint: str = "") -> int:
     tail = f"; {hint}" if hint else ""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}{tail}")
-    if value <= 0:
-        raise ValueError(f"{name} must be > 0, got {value}{tail}")
+    if value <= 0 or value > LARGEST_INT:
+        rule = "> 0" if value <= 0 else f"at most {LARGEST_INT}"
+        raise ValueError(f"{name} must be {rule}, got {_shown(value)}{tail}")
     return value
 
 
 def tensor(name: str, value: object) -> Tensor:
+    """Check for a dense tensor, one that keeps each of its entries in memory at a stride of its own."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else f"the layout {value.layout}"
+        remedy = "to_padded_tensor, with a mask," if value.is_nested else ".to_dense()"
+        raise TypeError(f"{name} must be a dense tensor, got {kind}; make it one with {remedy} first")
     return value
 
 

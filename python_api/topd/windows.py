@@ -16,7 +16,7 @@ from torch import Tensor
 from topd.arguments import typed
 from topd.branching.continuations import BRANCHES, continue_from, from_rollout
 from topd.branching.decoders import Decoder, decoder_of
-from topd.branching.inputs import check_positions, check_rollouts, end_tokens
+from topd.branching.inputs import check_generator, check_positions, check_rollouts, end_tokens
 from topd.branching.prefill import Prefill, prefill
 from topd.branching.replay import replay_in_one_pass, replay_over_cache, replay_separately
 from topd.checks import choice, on_device, positive_int, real, shaped, tensor
@@ -87,8 +87,7 @@ def sample_windows(
     positive_int("horizon", horizon)
     real("temperature", temperature, low=0.0)
     choice("student_window", student_window, STUDENT_WINDOWS)
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
+    check_generator(generator, ids.device)
     student, teacher = decoder_of(student_model), decoder_of(teacher_model)
     ends = end_tokens(eos_token_id, student.model)
     own = student.head.weight.shape[0]

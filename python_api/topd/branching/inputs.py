@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from topd.arguments import typed
-from topd.checks import on_device, shaped, tensor
+from topd.checks import LARGEST_INT, on_device, shaped, tensor
 
 
 def binary(name: str, value: object, like: Tensor, like_name: str) -> Tensor:
@@ -67,5 +67,20 @@ def end_tokens(eos_token_id: object, model: Any) -> list[int]:
     for each in found if isinstance(found, list | tuple) else [found]:
         if isinstance(each, bool) or not isinstance(each, int):
             raise TypeError(f"eos_token_id must be an int, a list of ints or None, got {found!r}")
+        if eos_token_id is not None and not 0 <= each <= LARGEST_INT:
+            raise ValueError(f"eos_token_id must be >= 0 and an id, got {each}; None for the generation_config's, [] for none")
         listed.append(each)
     return listed
+
+
+def check_generator(generator: object, device: torch.device) -> None:
+    """Check for None or a torch.Generator of the device of the models that draw with it."""
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"generator must be a torch.Generator or None, got {type(generator).__name__}; make one with "
+            "torch.Generator(device).manual_seed(seed)"
+        )
+    if generator.device.type != device.type:
+        raise ValueError(f"generator is on {generator.device}, but input_ids is on {device}; make it on that device")
