@@ -113,6 +113,9 @@ def test_packing_leaves_the_padding_out():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
+        ({"eos_token_id": -1}, ValueError, "eos_token_id must be >= 0"),
+        ({"eos_token_id": [2, -1]}, ValueError, "eos_token_id must be >= 0"),
+        ({"max_new_tokens": 10**30}, ValueError, "max_new_tokens must be at most"),
         ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be > 0, got 0"),
         ({"max_new_tokens": 2.0}, TypeError, "max_new_tokens must be an int, got float"),
         ({"temperature": -1.0}, ValueError, "temperature must be finite and >= 0, got -1.0; 0 is greedy"),

@@ -221,7 +221,8 @@ def test_autocast_and_half_precision_run():
         ({"student_window": "both"}, ValueError, "student_window must be one of 'regenerate', 'rollout', got 'both'"),
         ({"generator": 3}, TypeError, "generator must be a torch.Generator or None, got int"),
         ({"eos_token_id": "</s>"}, TypeError, "eos_token_id must be an int, a list of ints or None"),
-        ({"eos_token_id": -1}, ValueError, "eos_token_id must be >= 0, got -1; None takes the student's"),
+        ({"eos_token_id": -1}, ValueError, "eos_token_id must be >= 0 and an id, got -1"),
+        ({"eos_token_id": [2, 2**70]}, ValueError, "eos_token_id must be >= 0 and an id, got 1180591620717411303424"),
         ({"student_model": torch.nn.Linear(2, 2)}, TypeError, "must be a transformers causal language model"),
     ],
 )

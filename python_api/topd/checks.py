@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-LARGEST = sys.float_info.max
+LARGEST, LARGEST_INT = sys.float_info.max, 2**63 - 1
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -60,15 +60,21 @@ def positive_int(name: str, value: object, *, hint: str = "") -> int:
     tail = f"; {hint}" if hint else ""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}{tail}")
-    if value <= 0:
-        raise ValueError(f"{name} must be > 0, got {value}{tail}")
+    if value <= 0 or value > LARGEST_INT:
+        rule = "> 0" if value <= 0 else f"at most {LARGEST_INT}"
+        raise ValueError(f"{name} must be {rule}, got {_shown(value)}{tail}")
     return value
 
 
 def tensor(name: str, value: object) -> Tensor:
-    """A tensor, in a form that autograd may keep (`keepable`)."""
+    """Check for a dense tensor, one that keeps each of its entries in memory at a stride of its own; in a form that autograd may keep
+    (`keepable`)."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else f"the layout {value.layout}"
+        remedy = "to_padded_tensor, with a mask," if value.is_nested else ".to_dense()"
+        raise TypeError(f"{name} must be a dense tensor, got {kind}; make it one with {remedy} first")
     return keepable(value)
 
 
@@ -80,8 +86,6 @@ def keepable(constant: Tensor) -> Tensor:
     """
     # torch.compile cannot trace is_inference.
     if torch.compiler.is_compiling() or not constant.is_inference() or constant.requires_grad or not torch.is_grad_enabled():
-        return constant
-    if constant.layout != torch.strided:  # refused elsewhere, or its own business
         return constant
     constant = constant.resolve_neg()  # a view with a negative bit has a storage of the other sign
     empty = torch.empty(0, dtype=constant.dtype, device=constant.device)

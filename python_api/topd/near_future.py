@@ -225,10 +225,9 @@ def guidance_kl(
     on_device("plan", weights, states.device, "window_hidden")
     if weights.requires_grad:
         raise ValueError("plan must not require grad: it is a constant; pass plan.detach()")
-    if student_lengths is None and window == 0:
-        return states.new_zeros(m, dtype=torch.promote_types(states.dtype, torch.float32))
     lengths = _lengths("student_lengths", student_lengths, torch.empty((m, window), device=states.device))
     valid = torch.arange(window, device=states.device) < lengths.unsqueeze(-1)
+    lengths = lengths.clamp_min(1)  # windows of no token have a mean of 0
     if checks_values(states):
         weights = weights.masked_fill(~valid.unsqueeze(-1), 0.0)
         check_targets("plan", weights, valid, normalize=True)

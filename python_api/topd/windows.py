@@ -98,7 +98,7 @@ def sample_windows(
     positive_int("horizon", horizon)
     real("temperature", temperature, low=0.0)
     choice("student_window", student_window, STUDENT_WINDOWS)
-    check_generator(generator)
+    check_generator(generator, ids.device)
     student, teacher = decoder_of(student_model), decoder_of(teacher_model)
     check_ids("input_ids", ids, student=student_model, teacher=teacher_model)
     ends = end_tokens(eos_token_id, student.model)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from topd.arguments import typed
 from topd.branching.decoders import embedded_tokens
-from topd.checks import on_device, shaped, tensor
+from topd.checks import LARGEST_INT, on_device, shaped, tensor
 
 
 def check_differentiable(name: str, model: Any) -> None:
@@ -85,11 +85,6 @@ def _refuse(bad: Tensor, positions: Tensor, rule: str) -> None:
         )
 
 
-def check_generator(generator: object) -> None:
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
-
-
 def end_tokens(eos_token_id: object, model: Any) -> list[int]:
     """The end-of-sequence tokens: as given, or those of the model's generation_config; maybe none."""
     found = eos_token_id
@@ -102,7 +97,20 @@ def end_tokens(eos_token_id: object, model: Any) -> list[int]:
     for each in found if isinstance(found, list | tuple) else [found]:
         if isinstance(each, bool) or not isinstance(each, int):
             raise TypeError(f"eos_token_id must be an int, a list of ints or None, got {found!r}")
-        if each < 0 and eos_token_id is not None:
-            raise ValueError(f"eos_token_id must be >= 0, got {found!r}; None takes the student's generation_config's")
+        if eos_token_id is not None and not 0 <= each <= LARGEST_INT:
+            raise ValueError(f"eos_token_id must be >= 0 and an id, got {each}; None for the generation_config's, [] for none")
         listed.append(each)
     return listed
+
+
+def check_generator(generator: object, device: torch.device | None = None) -> None:
+    """Check for None or a torch.Generator, of the device of input_ids where that is given."""
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"generator must be a torch.Generator or None, got {type(generator).__name__}; make one with "
+            "torch.Generator(device).manual_seed(seed)"
+        )
+    if device is not None and generator.device.type != device.type:
+        raise ValueError(f"generator is on {generator.device}, but input_ids is on {device}; make it on that device")
