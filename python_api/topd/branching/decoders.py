@@ -138,11 +138,10 @@ def vocabulary_of(model: Any) -> int:
     """Return the entries of a model's logits; known also where its weights are sharded or offloaded."""
     inner = unwrapped_model(model)
     config = inner.config.get_text_config()
-    sizes = (
-        getattr(inner.get_output_embeddings(), "out_features", config.vocab_size),
-        getattr(config, "unpadded_vocab_size", None),
-    )
-    return min(size for size in sizes if isinstance(size, int))
+    rows = getattr(inner.get_output_embeddings(), "out_features", None)
+    rows = rows if isinstance(rows, int) else int(config.vocab_size)
+    unpadded = getattr(config, "unpadded_vocab_size", None)
+    return min(rows, unpadded) if isinstance(unpadded, int) else rows
 
 
 def embedded_tokens(model: Any) -> int | None:

@@ -31,7 +31,7 @@ put the loss into a module around the plain student and wrap that:
 where no gradient is wanted, call it under torch.no_grad()"""
 
 
-def check_synchronised(student: Any, *, look_around: bool) -> None:
+def check_synchronised(student: Any, *, look_around: bool) -> bool:
     """Check that a loss with gradients runs inside the forward of the data-parallel wrapper of its student.
 
     Nothing is checked in one process, nor without gradients.
@@ -40,17 +40,20 @@ def check_synchronised(student: Any, *, look_around: bool) -> None:
         student: the model as the objective holds it.
         look_around: search this process for a DDP module around the student too; that takes some tenths of a second.
 
+    Returns:
+        Whether that search was made and found none.
+
     Raises:
         ValueError: the student is, contains or is inside a wrapper of several processes, whose forward is not running; its head
             is sharded.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
+        return False
     if not torch.is_grad_enabled() or not isinstance(student, nn.Module):
-        return
+        return False
     trained = {id(parameter) for parameter in student.parameters() if parameter.requires_grad}
     if not trained:
-        return
+        return False
     for part in student.modules():
         if _is_idle(part):
             _refuse(part)
@@ -59,10 +62,22 @@ def check_synchronised(student: Any, *, look_around: bool) -> None:
             f"student must hold its whole head while the loss runs, got a DTensor in {type(student).__name__}; with FSDP2 shard"
             f" its layers and the module around the loss, not the student itself: {RECIPE}"
         )
-    if look_around and torch.distributed.get_world_size() > 1:
-        around = _idle_around(trained)
-        if around is not None:
-            _refuse(around)
+    in_ddp = _holds(DistributedDataParallel._active_ddp_module, trained)
+    if in_ddp or not look_around or torch.distributed.get_world_size() == 1:
+        return False
+    around = _idle_around(trained)
+    if around is not None:
+        _refuse(around)
+    return True
+
+
+def is_sharded_in_place(model: Any) -> bool:
+    """Return whether FSDP2 wraps a model without a module of its own around it."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(model, FSDPModule)
 
 
 def _refuse(wrapper: nn.Module) -> NoReturn:
@@ -101,8 +116,8 @@ def _in_forward(part: Any) -> bool:
 
 
 def _idle_around(trained: set[int]) -> nn.Module | None:
-    """A DDP module of several processes that holds trained parameters, if there is one and none is in its forward."""
-    if _holds(DistributedDataParallel._active_ddp_module, trained) or next(_around(trained), None) is None:
+    """A DDP module of several processes that holds trained parameters, if there is one."""
+    if next(_around(trained), None) is None:
         return None
     gc.collect()  # it may be one that nobody uses any more
     return next(_around(trained), None)

@@ -32,8 +32,7 @@ class ModelChecks:
 
     def before_step(self, student: Any, teacher: Any) -> None:
         """Refuse a student whose gradients nobody would synchronise; warn once of what is probably not meant."""
-        check_synchronised(student, look_around=not self._looked_around)
-        self._looked_around = True
+        self._looked_around |= check_synchronised(student, look_around=not self._looked_around)
         for name, model in (("student", student), ("teacher", teacher)):
             if model is not None and name not in self._said and runs_uncompiled(model):
                 self._warn(
