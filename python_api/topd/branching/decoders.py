@@ -52,10 +52,13 @@ class Decoder:
         return self.base(input_ids=input_ids, use_cache=cache is not None, **given).last_hidden_state  # type: ignore[no-any-return]
 
     def packed_states(self, input_ids: Tensor, position_ids: Tensor, bounds: Tensor) -> Tensor:
-        """last_hidden_state [N, H] of sequences one after the other, each of which sees itself alone.
+        """last_hidden_state [N, H] of sequences one after the other, each of which sees itself alone; of none, as in `prefill`.
 
         Without an attention mask transformers cuts where position_ids [N] do not go on; flash attention is told where.
         """
+        if not input_ids.numel():
+            one = input_ids.new_zeros(1)
+            return self.packed_states(one, one, input_ids.new_tensor([0, 1]))[:0]
         varlen: dict[str, Any] = {}
         if "flash" in str(self.model.config._attn_implementation):
             offsets, longest = bounds.to(torch.int32), int(bounds.diff().max())
