@@ -169,12 +169,12 @@ def runs_uncompiled(model: Any) -> bool:
 
 
 def _is_compiled(module: Any) -> bool:
-    """By torch.compile(module) or by module.compile()."""
+    """Return whether torch.compile(module) or module.compile() was applied."""
     return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
 
 
 def _parameters(base: Any) -> set[str]:
-    """The names that a forward takes; decorators of transformers keep its signature, torch.compile does not."""
+    """Return the names that a forward takes; decorators of transformers keep its signature, torch.compile does not."""
     return set(inspect.signature(getattr(base, "_orig_mod", base).forward).parameters)
 
 

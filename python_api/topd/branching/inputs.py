@@ -74,6 +74,7 @@ def _refuse(bad: Tensor, positions: Tensor, rule: str) -> None:
 
 
 def check_generator(generator: object) -> None:
+    """Check that it is a torch.Generator or None."""
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
 

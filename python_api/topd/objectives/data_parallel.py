@@ -88,7 +88,7 @@ def _refuse(wrapper: nn.Module) -> NoReturn:
 
 
 def _is_idle(part: nn.Module) -> bool:
-    """Whether the module is a wrapper of several processes whose own forward, or its root's, is not running."""
+    """Return whether the module is a wrapper of several processes whose own forward, or its root's, is not running."""
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
     if isinstance(part, DistributedDataParallel):
@@ -103,20 +103,20 @@ def _is_idle(part: nn.Module) -> bool:
 
 
 def _mesh_size(part: nn.Module) -> int:
-    """The processes that hold the shards of an FSDP2 module."""
+    """Return how many processes hold the shards of an FSDP2 module."""
     meshes = [p.device_mesh.size() for p in part.parameters() if hasattr(p, "device_mesh")]
     return max(meshes, default=torch.distributed.get_world_size())
 
 
 def _in_forward(part: Any) -> bool:
-    """Whether a unit of the FSDP1 tree, its root above all, is in its forward."""
+    """Return whether a unit of the FSDP1 tree, its root above all, is in its forward."""
     from torch.distributed.fsdp._common_utils import HandleTrainingState
 
     return any(handle._training_state == HandleTrainingState.FORWARD for handle in part._exec_order_data.all_handles)
 
 
 def _idle_around(trained: set[int]) -> nn.Module | None:
-    """A DDP module of several processes that holds trained parameters, if there is one."""
+    """Return a DDP module of several processes that holds trained parameters; None where there is none."""
     if next(_around(trained), None) is None:
         return None
     gc.collect()  # it may be one that nobody uses any more
@@ -124,6 +124,7 @@ def _idle_around(trained: set[int]) -> nn.Module | None:
 
 
 def _around(trained: set[int]) -> Iterator[nn.Module]:
+    """Yield the DDP modules of several processes in this process's memory that hold trained parameters."""
     for each in gc.get_objects():
         if not issubclass(type(each), DistributedDataParallel) or not hasattr(each, "reducer"):  # its last attribute
             continue
@@ -133,8 +134,10 @@ def _around(trained: set[int]) -> Iterator[nn.Module]:
 
 
 def _holds(wrapper: nn.Module | None, trained: set[int]) -> bool:
+    """Return whether a wrapper has one of the parameters whose ids these are."""
     return wrapper is not None and any(id(parameter) in trained for parameter in wrapper.parameters())
 
 
 def _size(group: Any) -> int:
+    """Return how many processes a process group has; None stands for all."""
     return torch.distributed.get_world_size() if group is None else int(group.size())

@@ -53,7 +53,7 @@ class ModelChecks:
 
 
 def has_active_dropout(model: Any) -> bool:
-    """Whether a module in train mode drops anything: a dropout layer, or a rate that its own forward reads."""
+    """Return whether a module in train mode drops anything: a dropout layer, or a rate that its own forward reads."""
     return any(module.training and _drops(module) for module in model.modules())
 
 

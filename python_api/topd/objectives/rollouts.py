@@ -154,7 +154,7 @@ def compare_states(
 
 
 def at_token(value: Tensor, columns: int) -> Tensor:
-    """[..., T - 1], indexed by the state, to [..., T], indexed by the token; T may be 0."""
+    """Turn [..., T - 1], indexed by the state, into [..., T], indexed by the token; T may be 0."""
     return torch.cat([value.new_zeros(*value.shape[:-1], 1), value], dim=-1)[..., :columns]
 
 
@@ -199,7 +199,7 @@ def reduce_tokens(
 
 
 def mean_scores(scores: TokenScores, response: Tensor) -> dict[str, Tensor]:
-    """Means over the response tokens; 0 where there is none."""
+    """Return the means over the response tokens; 0 where there is none."""
     count = response.sum().clamp_min(1)
     names = ("student_entropy", "teacher_entropy", "student_lost_mass", "teacher_lost_mass")
     return {name: getattr(scores, name).sum() / count for name in names}
