@@ -70,6 +70,13 @@ def refusals_under_ddp(student, teacher, batch):
         "ddp compiled": message_of(lambda: topd.OPD(torch.compile(wrapped), teacher)(batch)),
         "ddp.module": message_of(lambda: topd.OPD(wrapped.module, teacher)(batch)),
     }
+    objective = topd.OPD(student, teacher)
+    with torch.no_grad():
+        objective(batch)
+    messages["ddp.module after an evaluation"] = message_of(lambda: objective(batch))
+    inside = Loss(topd.OPD(student, teacher))
+    DistributedDataParallel(inside)(batch)
+    messages["ddp.module after a step inside"] = message_of(lambda: inside.objective(batch))
     with torch.no_grad():
         return messages, [topd.OPD(model, teacher)(batch).loss for model in (wrapped, student)]
 

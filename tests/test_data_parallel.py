@@ -24,6 +24,8 @@ def results(tmp_path_factory):
         ("ddp topd", "DistributedDataParallel"),
         ("ddp compiled", "DistributedDataParallel"),
         ("ddp.module", "DistributedDataParallel"),
+        ("ddp.module after an evaluation", "DistributedDataParallel"),
+        ("ddp.module after a step inside", "DistributedDataParallel"),
         ("fsdp1", "FullyShardedDataParallel"),
         ("fsdp2", "FSDPLlamaDecoderLayer"),
         ("fsdp2 after a step", "FSDPLlamaDecoderLayer"),

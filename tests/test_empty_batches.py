@@ -64,3 +64,15 @@ def test_an_empty_batch_is_checked_like_another(method):
     batch = batch_of((0, 20))
     with pytest.raises(ValueError, match="response_mask must have shape"):
         method(*models())(batch | {"response_mask": torch.ones(0, 19, dtype=torch.bool)})
+
+
+@pytest.mark.parametrize("shape", [(0, 20), (3, 0)], ids=str)
+def test_windows_of_none(shape):
+    student, teacher = models()
+    given = [batch_of(shape)[key] for key in ("input_ids", "attention_mask")]
+    windows = topd.sample_windows(student, teacher, *given, torch.zeros(0, 2, dtype=torch.int64), horizon=4)
+    assert windows.student_tokens.shape == windows.teacher_tokens.shape == (0, 4)
+    rollouts, hidden = topd.window_hidden(student, *given, windows)
+    assert (rollouts.shape, hidden.shape) == ((*shape, 32), (0, 4, 32))
+    rollouts.sum().backward()
+    assert all((p.grad == 0).all() for p in student.model.parameters())

@@ -67,8 +67,8 @@ def positive_int(name: str, value: object, *, hint: str = "") -> int:
 
 
 def tensor(name: str, value: object) -> Tensor:
-    """Check for a dense tensor, one that keeps each of its entries in memory at a stride of its own; in a form that autograd may keep
-    (`keepable`)."""
+    """Check for a dense tensor, one that keeps each of its entries in memory at a stride of its own. Returns it in a form that
+    autograd may keep (`keepable`)."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.layout != torch.strided or value.is_nested:

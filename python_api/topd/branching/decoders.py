@@ -60,10 +60,13 @@ class Decoder:
         return _parameters(self.base)
 
     def packed_states(self, input_ids: Tensor, position_ids: Tensor, bounds: Tensor) -> Tensor:
-        """last_hidden_state [N, H] of sequences one after the other, each of which sees itself alone.
+        """last_hidden_state [N, H] of sequences one after the other, each of which sees itself alone; of none, as in `prefill`.
 
         Without an attention mask transformers cuts where position_ids [N] do not go on; flash attention is told where.
         """
+        if not input_ids.numel():
+            one = input_ids.new_zeros(1)
+            return self.packed_states(one, one, input_ids.new_tensor([0, 1]))[:0]
         varlen: dict[str, Any] = {}
         if "flash" in str(self.model.config._attn_implementation):
             offsets, longest = bounds.to(torch.int32), int(bounds.diff().max())
@@ -146,11 +149,10 @@ def vocabulary_of(model: Any) -> int:
     """Return the entries of a model's logits; known also where its weights are sharded or offloaded."""
     inner = unwrapped_model(model)
     config = inner.config.get_text_config()
-    sizes = (
-        getattr(inner.get_output_embeddings(), "out_features", config.vocab_size),
-        getattr(config, "unpadded_vocab_size", None),
-    )
-    return min(size for size in sizes if isinstance(size, int))
+    rows = getattr(inner.get_output_embeddings(), "out_features", None)
+    rows = rows if isinstance(rows, int) else int(config.vocab_size)
+    unpadded = getattr(config, "unpadded_vocab_size", None)
+    return min(rows, unpadded) if isinstance(unpadded, int) else rows
 
 
 def embedded_tokens(model: Any) -> int | None:
@@ -175,12 +177,12 @@ def runs_uncompiled(model: Any) -> bool:
 
 
 def _is_compiled(module: Any) -> bool:
-    """By torch.compile(module) or by module.compile()."""
+    """Return whether torch.compile(module) or module.compile() was applied."""
     return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
 
 
 def _parameters(base: Any) -> set[str]:
-    """The names that a forward takes; decorators of transformers keep its signature, wrappers (torch.compile, FSDP) do not."""
+    """Return the names that a forward takes; decorators of transformers keep its signature, wrappers (torch.compile, FSDP) do not."""
     return set(inspect.signature(innermost(base).forward).parameters)
 
 

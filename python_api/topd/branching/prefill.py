@@ -35,12 +35,19 @@ def position_ids_of(attended: Tensor) -> Tensor:
 def prefill(decoder: Decoder, input_ids: Tensor, attended: Tensor, *, cache: bool) -> Prefill:
     """The pass, with gradients where they are enabled.
 
+    Where there is no token the model reads one, whose states are dropped: gradients of 0 reach it, and in a data-parallel step
+    every process communicates.
+
     Args:
         input_ids: [B, T] int64.
         attended: [B, T] bool.
         cache: keep keys and values of every column, also those that a sliding layer would drop.
     """
     trunk = Nodes.trunk(attended, position_ids_of(attended))
+    if not input_ids.numel():
+        one = input_ids.new_zeros(1, 1)
+        hidden = prefill(decoder, one, one == 0, cache=False).hidden
+        return Prefill(hidden[:, :0].reshape(*input_ids.shape, hidden.shape[-1]), trunk, [] if cache else None)
     kept = None
     if cache:
         from transformers import DynamicCache

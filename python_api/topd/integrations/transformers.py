@@ -12,13 +12,13 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from topd.branching.decoders import vocabulary_of
 from topd.checks import on_device
 from topd.integrations.rollouts import sample_rollouts
 from topd.integrations.running_means import RunningMeans
 from topd.integrations.tokenizers import check_tokenizers
+from topd.objectives.data_parallel import is_sharded_in_place
 from topd.objectives.opd import OPD
 from topd.objectives.topd import TOPD
 
@@ -240,7 +240,7 @@ def through_wrapper(model: Any, inner: Any, forward: Callable[[Any], Tensor], in
 
     `inner.forward` is replaced on the instance until the wrapper reaches it, and is itself again before `forward` runs.
     """
-    if model is inner and not isinstance(model, FSDPModule):  # fully_shard wraps in place
+    if model is inner and not is_sharded_in_place(model):
         return forward(inputs)
     own = vars(inner).get("forward")
 

@@ -175,7 +175,7 @@ def _check_gate_value(rule: str, value: object) -> None:
 
 
 def config_of(config: object, kind: type[Config]) -> Config:
-    """An objective's configuration: as given, of its very kind, or that kind's defaults."""
+    """Return an objective's configuration: as given, of its very kind, or that kind's defaults."""
     if config is None:
         return kind()
     if type(config) is not kind:

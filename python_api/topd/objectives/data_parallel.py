@@ -31,7 +31,7 @@ put the loss into a module around the plain student and wrap that:
 where no gradient is wanted, call it under torch.no_grad()"""
 
 
-def check_synchronised(student: Any, *, look_around: bool) -> None:
+def check_synchronised(student: Any, *, look_around: bool) -> bool:
     """Check that a loss with gradients runs inside the forward of the data-parallel wrapper of its student.
 
     Nothing is checked in one process, nor without gradients.
@@ -40,17 +40,20 @@ def check_synchronised(student: Any, *, look_around: bool) -> None:
         student: the model as the objective holds it.
         look_around: search this process for a DDP module around the student too; that takes some tenths of a second.
 
+    Returns:
+        Whether that search was made and found none.
+
     Raises:
         ValueError: the student is, contains or is inside a wrapper of several processes, whose forward is not running; its head
             is sharded.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
+        return False
     if not torch.is_grad_enabled() or not isinstance(student, nn.Module):
-        return
+        return False
     trained = {id(parameter) for parameter in student.parameters() if parameter.requires_grad}
     if not trained:
-        return
+        return False
     for part in student.modules():
         if _is_idle(part):
             _refuse(part)
@@ -59,10 +62,22 @@ def check_synchronised(student: Any, *, look_around: bool) -> None:
             f"student must hold its whole head while the loss runs, got a DTensor in {type(student).__name__}; with FSDP2 shard"
             f" its layers and the module around the loss, not the student itself: {RECIPE}"
         )
-    if look_around and torch.distributed.get_world_size() > 1:
-        around = _idle_around(trained)
-        if around is not None:
-            _refuse(around)
+    in_ddp = _holds(DistributedDataParallel._active_ddp_module, trained)
+    if in_ddp or not look_around or torch.distributed.get_world_size() == 1:
+        return False
+    around = _idle_around(trained)
+    if around is not None:
+        _refuse(around)
+    return True
+
+
+def is_sharded_in_place(model: Any) -> bool:
+    """Return whether FSDP2 wraps a model without a module of its own around it."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(model, FSDPModule)
 
 
 def _refuse(wrapper: nn.Module) -> NoReturn:
@@ -73,7 +88,7 @@ def _refuse(wrapper: nn.Module) -> NoReturn:
 
 
 def _is_idle(part: nn.Module) -> bool:
-    """Whether the module is a wrapper of several processes whose own forward, or its root's, is not running."""
+    """Return whether the module is a wrapper of several processes whose own forward, or its root's, is not running."""
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
     if isinstance(part, DistributedDataParallel):
@@ -88,27 +103,28 @@ def _is_idle(part: nn.Module) -> bool:
 
 
 def _mesh_size(part: nn.Module) -> int:
-    """The processes that hold the shards of an FSDP2 module."""
+    """Return how many processes hold the shards of an FSDP2 module."""
     meshes = [p.device_mesh.size() for p in part.parameters() if hasattr(p, "device_mesh")]
     return max(meshes, default=torch.distributed.get_world_size())
 
 
 def _in_forward(part: Any) -> bool:
-    """Whether a unit of the FSDP1 tree, its root above all, is in its forward."""
+    """Return whether a unit of the FSDP1 tree, its root above all, is in its forward."""
     from torch.distributed.fsdp._common_utils import HandleTrainingState
 
     return any(handle._training_state == HandleTrainingState.FORWARD for handle in part._exec_order_data.all_handles)
 
 
 def _idle_around(trained: set[int]) -> nn.Module | None:
-    """A DDP module of several processes that holds trained parameters, if there is one and none is in its forward."""
-    if _holds(DistributedDataParallel._active_ddp_module, trained) or next(_around(trained), None) is None:
+    """Return a DDP module of several processes that holds trained parameters; None where there is none."""
+    if next(_around(trained), None) is None:
         return None
     gc.collect()  # it may be one that nobody uses any more
     return next(_around(trained), None)
 
 
 def _around(trained: set[int]) -> Iterator[nn.Module]:
+    """Yield the DDP modules of several processes in this process's memory that hold trained parameters."""
     for each in gc.get_objects():
         if not issubclass(type(each), DistributedDataParallel) or not hasattr(each, "reducer"):  # its last attribute
             continue
@@ -118,8 +134,10 @@ def _around(trained: set[int]) -> Iterator[nn.Module]:
 
 
 def _holds(wrapper: nn.Module | None, trained: set[int]) -> bool:
+    """Return whether a wrapper has one of the parameters whose ids these are."""
     return wrapper is not None and any(id(parameter) in trained for parameter in wrapper.parameters())
 
 
 def _size(group: Any) -> int:
+    """Return how many processes a process group has; None stands for all."""
     return torch.distributed.get_world_size() if group is None else int(group.size())

@@ -32,8 +32,7 @@ class ModelChecks:
 
     def before_step(self, student: Any, teacher: Any) -> None:
         """Refuse a student whose gradients nobody would synchronise; warn once of what is probably not meant."""
-        check_synchronised(student, look_around=not self._looked_around)
-        self._looked_around = True
+        self._looked_around |= check_synchronised(student, look_around=not self._looked_around)
         for name, model in (("student", student), ("teacher", teacher)):
             if model is not None and name not in self._said and runs_uncompiled(model):
                 self._warn(
@@ -54,7 +53,7 @@ class ModelChecks:
 
 
 def has_active_dropout(model: Any) -> bool:
-    """Whether a module in train mode drops anything: a dropout layer, or a rate that its own forward reads."""
+    """Return whether a module in train mode drops anything: a dropout layer, or a rate that its own forward reads."""
     return any(module.training and _drops(module) for module in model.modules())
 
 

@@ -15,7 +15,7 @@ from topd.arguments import check_offsets, typed
 from topd.branching.decoders import Decoder, decoder_of
 from topd.branching.inputs import binary, check_differentiable, check_ids
 from topd.objectives.config import OPDConfig
-from topd.objectives.rollouts import Stages, at_token, compare_states, each_score, none_of, scores_at_token
+from topd.objectives.rollouts import Stages, at_token, compare_states, scores_at_token
 from topd.scores import TokenScores
 
 PACKED_KEYS = ("input_ids", "cu_seqlens", "response_mask")
@@ -85,7 +85,6 @@ def packed_pass(
     student, teacher = packing_decoder("student", student_model), packing_decoder("teacher", teacher_model)
     check_differentiable("student", student.model)
     check_ids("input_ids", packed.input_ids, student=student_model, teacher=teacher_model)
-    shape, packed = packed.input_ids.shape, never_empty_packed(packed)
     given = packed.input_ids, packed.position_ids, packed.bounds
     with stages.stage("student_forward"):
         student_hidden = student.packed_states(*given)
@@ -101,18 +100,8 @@ def packed_pass(
             hint,
             config,
         )
-    loss, scores = at_token(loss), scores_at_token(scores)
-    if not shape.numel():
-        loss, scores = none_of(loss, shape), each_score(scores, lambda value: none_of(value, shape))
-    return loss, scores
-
-
-def never_empty_packed(packed: Packed) -> Packed:
-    """As `never_empty` of padded rollouts."""
-    if packed.input_ids.numel():
-        return packed
-    ids = packed.input_ids.new_zeros(2)
-    return Packed(ids, torch.zeros_like(ids, dtype=torch.bool), ids.new_tensor([0, 2]), ids)
+    tokens = packed.input_ids.numel()
+    return at_token(loss, tokens), scores_at_token(scores, tokens)
 
 
 def packing_decoder(name: str, model: Any) -> Decoder:

@@ -1,7 +1,7 @@
 """What every objective starts from: a checked batch, one pass of each model, and what each token costs."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
@@ -90,20 +90,6 @@ def check_keys(batch: object, keys: tuple[str, ...]) -> None:
             raise ValueError(f"batch may hold {', '.join(keys)}, got {key!r}, which is not read; leave it out{hint}")
 
 
-def never_empty(rollouts: Rollouts) -> Rollouts:
-    """The rollouts; where there is no token, one of two tokens without a response: so the models run, and in a data-parallel
-    step every process communicates."""
-    if rollouts.input_ids.numel():
-        return rollouts
-    ids = rollouts.input_ids.new_zeros(1, 2)
-    return Rollouts(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool))
-
-
-def none_of(value: Tensor, shape: torch.Size) -> Tensor:
-    """A tensor of this shape, which has no entries, through which gradients of 0 reach what `value` came from."""
-    return value.flatten()[:0].view(shape)
-
-
 def token_pass(
     student_model: Any, teacher_model: Any, rollouts: Rollouts, config: OPDConfig, stages: Stages, *, cache: bool
 ) -> TokenPass:
@@ -115,7 +101,6 @@ def token_pass(
     student, teacher = decoder_of(student_model), decoder_of(teacher_model)
     check_differentiable("student", student.model)
     check_ids("input_ids", rollouts.input_ids, student=student_model, teacher=teacher_model)
-    shape, rollouts = rollouts.input_ids.shape, never_empty(rollouts)
     ids, attended, response = rollouts.input_ids, rollouts.attended, rollouts.response
 
     def states(decoder: Decoder) -> Prefill:
@@ -135,9 +120,8 @@ def token_pass(
             hint,
             config,
         )
-    loss, scores = at_token(loss), scores_at_token(scores)
-    if not shape.numel():
-        loss, scores = none_of(loss, shape), each_score(scores, lambda value: none_of(value, shape))
+    columns = ids.shape[1]
+    loss, scores = at_token(loss, columns), scores_at_token(scores, columns)
     return TokenPass(student, teacher, student_states, teacher_states, loss, scores)
 
 
@@ -174,19 +158,15 @@ def compare_states(
     return found
 
 
-def at_token(value: Tensor) -> Tensor:
-    """[..., T - 1], indexed by the state, to [..., T], indexed by the token."""
-    return torch.cat([value.new_zeros(*value.shape[:-1], 1), value], dim=-1)
+def at_token(value: Tensor, columns: int) -> Tensor:
+    """Turn [..., T - 1], indexed by the state, into [..., T], indexed by the token; T may be 0."""
+    return torch.cat([value.new_zeros(*value.shape[:-1], 1), value], dim=-1)[..., :columns]
 
 
-def scores_at_token(scores: TokenScores) -> TokenScores:
-    return each_score(scores, at_token)
-
-
-def each_score(scores: TokenScores, change: Callable[[Tensor], Tensor]) -> TokenScores:
+def scores_at_token(scores: TokenScores, columns: int) -> TokenScores:
     given = {field.name: getattr(scores, field.name) for field in fields(scores)}
-    changed: dict[str, Any] = {name: None if value is None else change(value) for name, value in given.items()}
-    return TokenScores(**changed)
+    shifted: dict[str, Any] = {name: None if value is None else at_token(value, columns) for name, value in given.items()}
+    return TokenScores(**shifted)
 
 
 def check_items(num_items: object) -> float | Tensor | None:
@@ -224,7 +204,7 @@ def reduce_tokens(
 
 
 def mean_scores(scores: TokenScores, response: Tensor) -> dict[str, Tensor]:
-    """Means over the response tokens; 0 where there is none."""
+    """Return the means over the response tokens; 0 where there is none."""
     count = response.sum().clamp_min(1)
     names = ("student_entropy", "teacher_entropy", "student_lost_mass", "teacher_lost_mass")
     return {name: getattr(scores, name).sum() / count for name in names}

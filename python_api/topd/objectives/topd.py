@@ -220,7 +220,7 @@ class TOPD:
 
 
 def _table(embedding: str | Tensor, student: Decoder, teacher: Decoder) -> Tensor | None:
-    """Where windows' tokens are looked up; None: their states are compared."""
+    """Return the embeddings that windows' tokens are looked up in; None where their states are compared."""
     if isinstance(embedding, Tensor):
         return embedding
     if embedding == "student_hidden":
@@ -231,6 +231,7 @@ def _table(embedding: str | Tensor, student: Decoder, teacher: Decoder) -> Tenso
 
 
 def _check_table(embedding: Tensor, common: int) -> None:
+    """Check that a table [V, d] has a row for each token that both models have."""
     if embedding.shape[0] < common:
         raise ValueError(
             f"embedding must have a row for each of the {common:,} tokens that both models have, got {list(embedding.shape)}; "

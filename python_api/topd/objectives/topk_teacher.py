@@ -21,14 +21,11 @@ from topd.divergences import ForwardKL, ReverseKL, resolve_divergence
 from topd.head import Head
 from topd.logprobs import TOPK_ORDER, TopK, linear_logprobs
 from topd.objectives.config import OPDConfig
-from topd.objectives.packed import Packed, never_empty_packed, packing_decoder
+from topd.objectives.packed import Packed, packing_decoder
 from topd.objectives.rollouts import (
     Rollouts,
     Stages,
     at_token,
-    each_score,
-    never_empty,
-    none_of,
     reduction_hint,
     scores_at_token,
 )
@@ -120,12 +117,11 @@ def padded_topk_pass(student_model: Any, rollouts: Rollouts, topk: TopK, config:
     check_differentiable("student", student.model)
     topk = check_topk(topk, rollouts.input_ids, rollouts.response, student.head.weight.shape[0])
     check_ids("input_ids", rollouts.input_ids, student=student_model)
-    shape, rollouts = rollouts.input_ids.shape, never_empty(rollouts)
     with stages.stage("student_forward"):
         hidden = prefill(student, rollouts.input_ids, rollouts.attended, cache=False).hidden
     hint = reduction_hint(rollouts.response, config.reduction)
     with stages.stage("divergence"):
-        return _of_shape(shape, hidden, student.head, rollouts.input_ids, rollouts.response, topk, hint, config)
+        return compare_topk(hidden, student.head, rollouts.input_ids, rollouts.response, topk, hint, config)
 
 
 def packed_topk_pass(student_model: Any, packed: Packed, topk: TopK, config: OPDConfig, stages: Stages) -> TopKPass:
@@ -134,30 +130,11 @@ def packed_topk_pass(student_model: Any, packed: Packed, topk: TopK, config: OPD
     check_differentiable("student", student.model)
     topk = check_topk(topk, packed.input_ids, packed.response, student.head.weight.shape[0])
     check_ids("input_ids", packed.input_ids, student=student_model)
-    shape, packed = packed.input_ids.shape, never_empty_packed(packed)
     with stages.stage("student_forward"):
         hidden = student.packed_states(packed.input_ids, packed.position_ids, packed.bounds)
     hint = 1.0 / packed.siblings()[1:] if config.reduction == "sequence" else None
     with stages.stage("divergence"):
-        return _of_shape(shape, hidden, student.head, packed.input_ids, packed.response, topk, hint, config)
-
-
-def _of_shape(
-    shape: torch.Size,
-    hidden: Tensor,
-    head: Head,
-    tokens: Tensor,
-    response: Tensor,
-    topk: TopK,
-    hint: Tensor | None,
-    config: OPDConfig,
-) -> TopKPass:
-    """Compare; a batch without tokens, for which others stood in, gets results of its own `shape`, without entries."""
-    if shape.numel():
-        return compare_topk(hidden, head, tokens, response, topk, hint, config)
-    stand_in = TopK(*(value.new_zeros(*tokens.shape, value.shape[-1]) for value in topk))
-    loss, scores, mass = compare_topk(hidden, head, tokens, response, stand_in, hint, config)
-    return TopKPass(none_of(loss, shape), each_score(scores, lambda value: none_of(value, shape)), none_of(mass, shape))
+        return compare_topk(hidden, student.head, packed.input_ids, packed.response, topk, hint, config)
 
 
 def compare_topk(
@@ -178,7 +155,8 @@ def compare_topk(
         loss = loss - config.hard_weight * student_logprob
     scores = _scores(student_logprob.detach(), student_entropy.detach(), next_tokens, mask, TopK(logprobs, ids))
     mass = logprobs.double().exp().sum(-1).masked_fill(~mask, 0.0)
-    return TopKPass(at_token(loss), scores_at_token(scores), at_token(mass))
+    columns = tokens.shape[-1]
+    return TopKPass(at_token(loss, columns), scores_at_token(scores, columns), at_token(mass, columns))
 
 
 def _scores(logprob: Tensor, entropy: Tensor, tokens: Tensor, mask: Tensor, topk: TopK) -> TokenScores:
