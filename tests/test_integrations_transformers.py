@@ -15,6 +15,7 @@ from topd.integrations.rollouts import pack_rollouts, sample_rollouts
 from topd.integrations.transformers import DistillationTrainer
 
 transformers = pytest.importorskip("transformers")
+accelerate = pytest.importorskip("accelerate")
 
 # Trainer of transformers 4 rounds the losses that it logs to four digits.
 LOGGED = {"rel": 1e-5, "abs": 6e-5 if Version(transformers.__version__) < Version("5") else 0.0}
@@ -184,13 +185,14 @@ def test_logs_are_means_since_the_last_one(tmp_path):
 
 
 def test_bfloat16_by_autocast(tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # which TrainingArguments of transformers 4 sets for ever
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # which TrainingArguments of transformers 4 sets for ever,
     student, teacher = tiny("llama", **MILD), tiny("qwen3", seed=3, **MILD)
     objective, dtypes = topd.OPD(student, teacher), []
     student.model.layers[0].mlp.register_forward_hook(lambda *given: dtypes.append(given[-1].dtype))
     options = arguments(tmp_path, bf16=True)
     trainer = DistillationTrainer(objective, options, train_dataset=rows_of(prompts()), rollout={"max_new_tokens": 3})
     trainer.train()
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # and which this keeps
     assert set(dtypes) == {torch.bfloat16}
     assert 0 < trainer.state.log_history[0]["loss"] < 20
 

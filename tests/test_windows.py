@@ -109,6 +109,7 @@ def test_both_ways_give_the_same_windows():
     ("options", "reason"),
     [
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rotary"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rotary"),
         ({"attn_implementation": "flex_attention"}, "flex_attention"),
     ],
 )

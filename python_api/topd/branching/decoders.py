@@ -203,8 +203,9 @@ def _layer_kinds(config: Any) -> tuple[dict[str, int | None], str]:
 def _obstacle(model: Any, base: Any) -> str:
     config = model.config
     missing = {"attention_mask", "position_ids", "past_key_values"} - _parameters(base)
-    scaling = getattr(config, "rope_parameters", None) or {}
-    ropes = {part.get("rope_type") for part in (scaling, *scaling.values()) if isinstance(part, dict)}
+    scalings = [getattr(config, name, None) or {} for name in ("rope_parameters", "rope_scaling")]  # transformers 5 and 4
+    parts = [part for scaling in scalings for part in (scaling, *scaling.values())]
+    ropes = {part.get("rope_type") for part in parts if isinstance(part, dict)}
     reasons = (
         (missing, f"its forward takes no {', '.join(sorted(missing))}"),
         (not getattr(model, "_supports_attention_backend", False), "its attention makes masks of its own"),
