@@ -76,7 +76,7 @@ def reports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     for number, snippet in enumerate(snippets):
         (folder / f"snippet_{number}.py").write_text(snippet)
     (folder / "calls.py").write_text(CALLS)
-    cache = request.config.cache
+    cache = getattr(request.config, "cache", None)  # None under -p no:cacheprovider
     kept = cache.mkdir("mypy") if cache else folder / "cache"
     done = subprocess.run(
         [sys.executable, "-m", "mypy", *OPTIONS, "--config-file=", f"--cache-dir={kept}", "."],

@@ -25,7 +25,7 @@ def next_token_mask(response_mask: Tensor | None = None, *, labels: Tensor | Non
         hidden, head = topd.hidden_states(model, input_ids, attention_mask)
         topd.linear_divergence(hidden, head, ..., mask=topd.next_token_mask(response_mask), tokens=input_ids.roll(-1, 1))
 
-    Which of the two a tensor is, is said by name, since integers 0 and 1 may be either.
+    Labels are given by name: integers 0 and 1 may be a mask or labels.
 
     Args:
         response_mask: [B, T] bool, or integers 0 and 1, which is checked on the CPU; on a GPU, where a check would stall it, 1
