@@ -182,7 +182,8 @@ def _is_compiled(module: Any) -> bool:
 
 
 def _parameters(base: Any) -> set[str]:
-    """Return the names that a forward takes; decorators of transformers keep its signature, wrappers (torch.compile, FSDP) not."""
+    """Return the names that a forward takes; transformers' decorators keep its signature, wrappers (torch.compile, FSDP) do
+    not."""
     return set(inspect.signature(innermost(base).forward).parameters)
 
 

@@ -18,7 +18,7 @@ from topd.checks import on_device
 from topd.integrations.rollouts import sample_rollouts
 from topd.integrations.running_means import RunningMeans
 from topd.integrations.tokenizers import check_tokenizers
-from topd.objectives.data_parallel import is_sharded_in_place
+from topd.models.data_parallel import is_sharded_in_place
 from topd.objectives.opd import OPD
 from topd.objectives.topd import TOPD
 

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from topd.branching.decoders import Decoder, decoder_of
-from topd.branching.inputs import check_rollouts
+from topd.branching.inputs import check_ids, check_rollouts
 from topd.branching.prefill import position_ids_of
 from topd.checks import tensor
 from topd.head import Head
+from topd.models.data_parallel import check_synchronised
 
 # What a call decides itself, and why.
 OWN = {
@@ -38,9 +39,9 @@ def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor | None =
     enabled: call it under torch.no_grad() for a teacher. `topd.next_token_mask` makes the mask that belongs to the states.
 
     Args:
-        model: a causal language model of transformers, also inside PEFT, torch.compile or a data-parallel wrapper. Wrappers
-            are looked through: what torch.compile(model) holds runs uncompiled, compiled parts of it (model.model.compile())
-            run compiled, and a data-parallel wrapper synchronises gradients only of what runs inside its own forward.
+        model: a causal language model of transformers, also inside PEFT or torch.compile. Wrappers are looked through: what
+            torch.compile(model) holds runs uncompiled, compiled parts of it (model.model.compile()) run compiled. Under a
+            data-parallel wrapper (DDP, FSDP, DeepSpeed) of several processes a call with gradients runs inside its forward.
         input_ids: [B, T] int64, padded on either side.
         attention_mask: [B, T] bool, or integers 0 and 1; None: every token counts. With a mask the position_ids of a text
             model are its cumsum - 1, unless they are given.
@@ -52,12 +53,15 @@ def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor | None =
 
     Raises:
         TypeError, ValueError: a wrong type, shape, dtype or device; an input that the model does not take, or that this call
-            decides itself; a model as `topd.Head.from_model` refuses it.
+            decides itself; a token that the model does not have (checked on the CPU); gradients that several processes would
+            not exchange; a model as `topd.Head.from_model` refuses it.
     """
     whole = torch.ones_like(tensor("input_ids", input_ids), dtype=torch.bool)
     ids, attended = check_rollouts(input_ids, whole if attention_mask is None else attention_mask)
     if not ids.numel():
         raise ValueError(f"input_ids must hold a token, got {list(ids.shape)}; leave an empty batch out")
+    check_ids("input_ids", ids, model=model)
+    check_synchronised(model, look_around=False, name="model")
     decoder = decoder_of(model)
     _check_inputs(decoder, inputs)
     positions, mask = inputs.pop("position_ids", None), None

@@ -7,7 +7,7 @@ from torch import nn
 
 from topd.branching.decoders import runs_uncompiled, vocabulary_of
 from topd.checks import flag
-from topd.objectives.data_parallel import check_synchronised
+from topd.models.data_parallel import check_synchronised
 from topd.objectives.vocabularies import check_vocabularies
 
 

@@ -31,13 +31,14 @@ put the loss into a module around the plain student and wrap that:
 where no gradient is wanted, call it under torch.no_grad()"""
 
 
-def check_synchronised(student: Any, *, look_around: bool) -> bool:
+def check_synchronised(student: Any, *, look_around: bool, name: str = "student") -> bool:
     """Check that a loss with gradients runs inside the forward of the data-parallel wrapper of its student.
 
     Nothing is checked in one process, nor without gradients.
 
     Args:
         student: the model as the objective holds it.
+        name: what the caller calls it.
         look_around: search this process for a DDP module around the student too; that takes some tenths of a second.
 
     Returns:
@@ -56,10 +57,10 @@ def check_synchronised(student: Any, *, look_around: bool) -> bool:
         return False
     for part in student.modules():
         if _is_idle(part):
-            _refuse(part)
+            _refuse(name, part)
     if has_sharded_head(student):
         raise ValueError(
-            f"student must hold its whole head while the loss runs, got a DTensor in {type(student).__name__}; with FSDP2 shard"
+            f"{name} must hold its whole head while the loss runs, got a DTensor in {type(student).__name__}; with FSDP2 shard"
             f" its layers and the module around the loss, not the student itself: {RECIPE}"
         )
     in_ddp = _holds(DistributedDataParallel._active_ddp_module, trained)
@@ -67,7 +68,7 @@ def check_synchronised(student: Any, *, look_around: bool) -> bool:
         return False
     around = _idle_around(trained)
     if around is not None:
-        _refuse(around)
+        _refuse(name, around)
     return True
 
 
@@ -80,9 +81,9 @@ def is_sharded_in_place(model: Any) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def _refuse(wrapper: nn.Module) -> NoReturn:
+def _refuse(name: str, wrapper: nn.Module) -> NoReturn:
     raise ValueError(
-        "student must be used inside the forward of its data-parallel wrapper, or its processes do not exchange gradients, got "
+        f"{name} must be used inside the forward of its data-parallel wrapper, or its processes do not exchange gradients, got "
         f"a {type(wrapper).__name__} whose forward is not running; {RECIPE}"
     )
 
