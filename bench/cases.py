@@ -39,6 +39,8 @@ CASES = {
     case.name: case
     for case in (
         Case("tiny", n=64, vocab=1003, student_width=48, teacher_width=64),
+        Case("smollm2_4", n=4, vocab=49152, student_width=576, teacher_width=576),
+        Case("smollm2_32", n=32, vocab=49152, student_width=576, teacher_width=576),
         Case("small", n=256, vocab=49152, student_width=576, teacher_width=576),
         Case("smollm2", n=1024, vocab=49152, student_width=576, teacher_width=576),
         Case("qwen", n=512, vocab=151936, student_width=896, teacher_width=1024, workspace_bytes=1 << 30),
@@ -58,13 +60,21 @@ GPU_CASES = {
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """float32 hidden states [N, H] and head weights [V, H] of both sides; what is differentiated requires grad."""
+    """Hidden states [N, H] and head weights [V, H] of both sides, of one dtype; what is differentiated requires grad."""
 
     student_hidden: Tensor
     student_weight: Tensor
     teacher_hidden: Tensor
     teacher_weight: Tensor
     workspace_bytes: int | None
+
+    def to(self, dtype: torch.dtype) -> "Inputs":
+        """The same numbers in another dtype, rounded where it has fewer digits."""
+        tensors = (self.student_hidden, self.student_weight, self.teacher_hidden, self.teacher_weight)
+        student_hidden, student_weight, teacher_hidden, teacher_weight = (
+            each.detach().to(dtype).requires_grad_(each.requires_grad) for each in tensors
+        )
+        return Inputs(student_hidden, student_weight, teacher_hidden, teacher_weight, self.workspace_bytes)
 
     @property
     def trainable_head(self) -> bool:
@@ -85,7 +95,7 @@ def _near(student: Tensor, width: int, scale: float, generator: torch.Generator)
 
 
 def make_inputs(case: Case, *, trainable_head: bool, seed: int = 0) -> Inputs:
-    """Random inputs: peaked softmaxes (logits of standard deviation 2) and a teacher near the student.
+    """Random float32 inputs: peaked softmaxes (logits of standard deviation 2) and a teacher near the student.
 
     Everything is written in place: no temporary of the inputs' size ever exists, as the memory benchmark wants it.
     """

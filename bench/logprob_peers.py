@@ -39,8 +39,8 @@ def ours(inputs: Inputs, ids: Tensor, probs: Tensor, backend: BackendName | None
 
 
 def eager(inputs: Inputs, ids: Tensor, probs: Tensor) -> Tensor:
-    """Full logits and torch's cross-entropy; log_softmax and gather where a row has several tokens."""
-    logits = F.linear(inputs.student_hidden, inputs.student_weight)
+    """Full logits and torch's cross-entropy in float32; log_softmax and gather where a row has several tokens."""
+    logits = F.linear(inputs.student_hidden, inputs.student_weight).float()
     if ids.shape[1] == 1:
         return F.cross_entropy(logits, ids[:, 0], reduction="none")
     return -(probs * logits.log_softmax(-1).gather(-1, ids)).sum(-1)

@@ -74,10 +74,10 @@ def ours(inputs: Inputs, divergence: str, backend: BackendName | None) -> Gradie
 
 
 def eager(inputs: Inputs, divergence: str) -> Gradients:
-    """Full logits, log_softmax, the usual formula, autograd."""
-    student = F.log_softmax(F.linear(inputs.student_hidden, inputs.student_weight), dim=-1)
+    """Full logits, log_softmax in float32, the usual formula, autograd."""
+    student = F.log_softmax(F.linear(inputs.student_hidden, inputs.student_weight).float(), dim=-1)
     with torch.no_grad():
-        teacher = F.log_softmax(F.linear(inputs.teacher_hidden, inputs.teacher_weight), dim=-1)
+        teacher = F.log_softmax(F.linear(inputs.teacher_hidden, inputs.teacher_weight).float(), dim=-1)
     return gradients_of_mean(divergence_of_logprobs(student, teacher, divergence), inputs)
 
 
@@ -118,7 +118,7 @@ def has_teacher(loss: str) -> bool:
 
 
 def floor(inputs: Inputs, loss: str) -> dict[str, Tensor]:
-    """The bare matrix products, each result freshly allocated as torch.mm does."""
+    """The bare matrix products in the inputs' dtype, each result freshly allocated as torch.mm does."""
     found = {}
     with torch.no_grad():
         found["student"] = torch.mm(inputs.student_hidden, inputs.student_weight.T)

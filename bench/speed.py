@@ -1,6 +1,6 @@
 """Time of value plus gradients beside the floor, eager code, TRL and Liger: `python -m bench.speed`.
 
-float32, the mean over tokens, trainable head (4 matrix products, 3 without a teacher) and frozen head (one less). Each
+float32 or bfloat16 (--dtype), the mean over tokens, trainable head (4 matrix products, 3 without a teacher) and frozen head (one less). Each
 allocator setting runs in a process of its own; results are checked before they are timed, then contenders take turns for
 --rounds rounds.
 """
@@ -24,11 +24,13 @@ from topd.backends import NAMES, choose_backend
 from topd.options import BackendName
 
 HEADS = ("trainable", "frozen")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TIMED = ("floor", "warm_floor", "ours", "eager", "trl", "liger")
 CHECKED = ("ours", "eager", "trl", "liger")
 RATIOS = (("ours", "floor"), ("ours", "warm_floor"), ("eager", "ours"), ("trl", "ours"), ("liger", "ours"))
 TIME_HEADER = (
     "case",
+    "dtype",
     "head",
     "loss",
     "GEMMs",
@@ -38,10 +40,11 @@ TIME_HEADER = (
 )
 CHECK_HEADER = (
     "case",
+    "dtype",
     "head",
     "loss",
     *(f"{part} error {name}" for part in ("value", "dH") for name in CHECKED),
-    *(f"dW {name}-eager" for name in CHECKED if name != "eager"),
+    *(f"dW {name}" for name in CHECKED),
     *(f"faults {name}" for name in TIMED),
 )
 
@@ -51,6 +54,7 @@ class SpeedRow:
     """One line of the tables: times, errors and page faults a call by contender, ratios by "above/below"."""
 
     case: str
+    dtype: str
     head: str
     loss: str
     gemm_count: int
@@ -75,27 +79,26 @@ class SpeedRow:
         times = [f"{self.time_ms[name].median:.1f}" if name in self.time_ms else "-" for name in TIMED]
         pairs = [f"{above}/{below}" for above, below in RATIOS]
         ratios = [str(self.ratios[pair]) if pair in self.ratios else "-" for pair in pairs]
-        return [self.case, self.head, self.loss, str(self.gemm_count), f"{gflops:.0f}", *times, *ratios]
+        return [self.case, self.dtype, self.head, self.loss, str(self.gemm_count), f"{gflops:.0f}", *times, *ratios]
 
     def check_cells(self) -> list[str]:
         """Its cells under CHECK_HEADER."""
         parts: list[float | None] = []
         for part in ("value", "hidden", "weight"):
-            names = [name for name in CHECKED if part != "weight" or name != "eager"]
-            parts += [getattr(self.errors[name], part) if name in self.errors else None for name in names]
+            parts += [getattr(self.errors[name], part) if name in self.errors else None for name in CHECKED]
         faults = [f"{self.page_faults[name].median:.0f}" if name in self.page_faults else "-" for name in TIMED]
-        return [self.case, self.head, self.loss, *map(scientific, parts), *faults]
+        return [self.case, self.dtype, self.head, self.loss, *map(scientific, parts), *faults]
 
 
-def measure_row(case_name: str, head: str, loss: str, *, backend: BackendName, rounds: int, label: str) -> SpeedRow:
-    """Check one shape, head and loss, then time it."""
+def measure_row(case_name: str, dtype: str, head: str, loss: str, *, backend: BackendName, rounds: int, label: str) -> SpeedRow:
+    """Check one shape, dtype, head and loss, then time it."""
     case, trainable = CASES[case_name], head == "trainable"
-    inputs = make_inputs(case, trainable_head=trainable)
-    where = f"{label} {case_name} {head} {loss}"
+    inputs = make_inputs(case, trainable_head=trainable).to(DTYPES[dtype])
+    where = f"{label} {case_name} {dtype} {head} {loss}"
     note(f"{where}: checking")
     checked = differentiable(inputs, loss, backend)
     errors = measure_errors(inputs, loss, {name: contender() for name, contender in checked.items()})
-    refuse_wrong(errors)
+    refuse_wrong(errors, DTYPES[dtype])
     contenders: dict[str, Contender] = {
         "floor": lambda: floor(inputs, loss),
         "warm_floor": warm_floor(inputs, loss),
@@ -104,6 +107,7 @@ def measure_row(case_name: str, head: str, loss: str, *, backend: BackendName, r
     samples = interleave(contenders, rounds, lambda i: note(f"{where}: {f'round {i}/{rounds}' if i else 'warm-up'}"))
     return SpeedRow(
         case=case_name,
+        dtype=dtype,
         head=head,
         loss=loss,
         gemm_count=case.gemm_count(trainable_head=trainable, teacher=has_teacher(loss)),
@@ -124,7 +128,8 @@ def work(arguments: argparse.Namespace, path: Path) -> None:
     for case in arguments.case:
         for head in arguments.head:
             for loss in arguments.loss:
-                row = measure_row(case, head, loss, backend=backend, rounds=arguments.rounds, label=arguments.malloc)
+                where = (case, arguments.dtype, head, loss)
+                row = measure_row(*where, backend=backend, rounds=arguments.rounds, label=arguments.malloc)
                 rows.append(asdict(row))
                 write_json(path, {"machine": found, "rows": rows})
 
@@ -138,7 +143,7 @@ def print_report(malloc: str, outcome: Outcome) -> None:
     print(machine_line(outcome.report["machine"]))
     print("\nTimes are medians; ratios are medians of the rounds' ratios (smallest-largest).\n")
     print(markdown_table(TIME_HEADER, [row.time_cells() for row in rows]))
-    print("\nLargest relative errors (value, dH: against fp64; dW: against eager), page faults a call (median).\n")
+    print("\nLargest relative errors (value, dH: against fp64; dW: against eager in float32), page faults a call (median).\n")
     print(markdown_table(CHECK_HEADER, [row.check_cells() for row in rows]), flush=True)
 
 
@@ -147,6 +152,7 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(prog="python -m bench.speed", description=(__doc__ or "").partition("\n")[0])
     found.add_argument("--rounds", type=positive, default=5, help="timed rounds a line (default 5)")
     found.add_argument("--case", nargs="+", choices=CASES, default=["smollm2", "qwen"])
+    found.add_argument("--dtype", choices=DTYPES, default="float32", help="of hidden states and heads (default float32)")
     found.add_argument("--head", nargs="+", choices=HEADS, default=list(HEADS))
     found.add_argument("--loss", nargs="+", choices=LOSSES, default=list(LOSSES))
     found.add_argument("--backend", choices=NAMES, default=None, help="topd's backend (default: by device)")
@@ -168,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             note(f"error: {error}")
             return 1
         return 0
-    chosen = {key: getattr(arguments, key) for key in ("rounds", "case", "head", "loss", "backend")}
+    chosen = {key: getattr(arguments, key) for key in ("rounds", "case", "dtype", "head", "loss", "backend")}
     reports: list[dict[str, Any]] = []
     status = 0
     for malloc in MALLOC_MODES if arguments.malloc == "both" else (arguments.malloc,):

@@ -120,7 +120,10 @@ def test_the_same_bits_on_any_number_of_threads():
         ({"b": torch.ones(4, 3)}, "b must be bfloat16"),
         ({"a": torch.ones(2, 5)}, r"out, a and b must be \[M, N\], \[M, K\] and \[K, N\]"),
         ({"factors": torch.ones(3)}, r"factors must be float32 \[K\]"),
-        ({"a": torch.ones(2, 4).bfloat16(), "alpha": 2.0}, "a in bfloat16 must be contiguous along K, without factors and alpha"),
+        (
+            {"a": torch.ones(2, 4).bfloat16(), "alpha": 2.0},
+            "a in bfloat16 must be contiguous along K, without factors and alpha",
+        ),
         ({"out": torch.empty(2, 3).bfloat16(), "beta": 1.0}, "out must be float32, or bfloat16 with beta 0"),
         ({"out": torch.empty(3, 2).T}, r"out must be \[M, N\], contiguous along N"),
     ],
