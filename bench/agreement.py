@@ -93,7 +93,6 @@ def refuse_wrong(errors: Mapping[str, Errors], dtype: torch.dtype) -> None:
     """Raise `DisagreementError` where an error is not below the dtype's limit (or is NaN)."""
     limit = LIMITS[dtype]
     for name, error in errors.items():
-        if (dtype == torch.float32 or name == "ours") and not all(
-            part is None or part < limit for part in (error.value, error.hidden, error.weight)
-        ):
+        held = dtype == torch.float32 or name == "ours"
+        if held and not all(part is None or part < limit for part in (error.value, error.hidden, error.weight)):
             raise DisagreementError(f"{name} is off by more than {limit:g}: {error}; nothing was timed")

@@ -1,8 +1,8 @@
 """Time of value plus gradients beside the floor, eager code, TRL and Liger: `python -m bench.speed`.
 
-float32 or bfloat16 (--dtype), the mean over tokens, trainable head (4 matrix products, 3 without a teacher) and frozen head (one less). Each
-allocator setting runs in a process of its own; results are checked before they are timed, then contenders take turns for
---rounds rounds.
+float32 or bfloat16 (--dtype), the mean over tokens, trainable head (4 matrix products, 3 without a teacher) and frozen head
+(one less). Each allocator setting runs in a process of its own; results are checked before they are timed, then contenders
+take turns for --rounds rounds.
 """
 
 import argparse

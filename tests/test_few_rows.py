@@ -1,4 +1,4 @@
-"""linear_divergence of few rows on the CPU, where dlogits are kept for the backward pass in place of sums of the head's gradients.
+"""linear_divergence of few rows on the CPU, where dlogits are kept for the backward pass, and the head's gradients made there.
 
 `compare.random_problem` has width 7, so that 6 rows are few and its usual 11 are not.
 """

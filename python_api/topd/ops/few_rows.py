@@ -1,48 +1,94 @@
-"""linear_divergence of few rows: forward keeps dlogits [N, V] and sums nothing; backward makes the head's gradients by one
-product, under the weights that really came.
+"""Calls of few rows: forward keeps dlogits [N, V] and sums nothing; backward makes the head's gradients by one product, under
+the weights that really came.
 
 With N <= H rows dlogits take no more memory than the d weight that forward would sum, and no weights need to be guessed: there
 is no hint, nothing to correct and nothing to scale. A call of 32 rows writes V N numbers in place of V H.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from topd.ops.divergence_chunks import Call
+from topd.ops.logprob_chunks import Call as LogprobCall
+from topd.ops.logprob_gradient import Upstream
 from topd.ops.one_pass import chosen_rows
-from topd.ops.tiles import HeadGrads, product_dtype
+from topd.ops.tiles import HeadGrads, Side, product_dtype
+
+
+class Kinds(NamedTuple):
+    """Which of the head's gradients are asked for."""
+
+    weight: bool
+    bias: bool
+    adapter: bool
+
+
+def _are_few(call: Call | LogprobCall, hidden: Tensor) -> bool:
+    """Whether dlogits of all rows take no more than d weight. Only the C++ kernels leave them in the product's own tile."""
+    n, width = hidden.shape
+    return call.backend == "cpp" and 0 < n <= width
 
 
 def keeps_dlogits(call: Call, *, weight_grad: bool, scores: bool) -> bool:
-    """Whether forward keeps dlogits; from shapes and dtypes alone. Only the C++ kernels leave them in the student's tile."""
-    n, width = call.student.hidden.shape
-    return weight_grad and call.backend == "cpp" and 0 < n <= width and call.one_chunk(full_width=scores)
+    """Tell whether linear_divergence keeps dlogits; from shapes and dtypes alone."""
+    return weight_grad and _are_few(call, call.student.hidden) and call.one_chunk(full_width=scores)
 
 
-def kept_gradients(
-    call: Call, dlogits: Tensor, finite: Tensor, grad: Tensor, *, weight: bool, bias: bool, adapter: bool
-) -> HeadGrads:
-    """The head's gradients under the upstream gradient `grad` [N].
+def keeps_outside_grad(call: LogprobCall, *, weight_grad: bool, entropy: bool) -> bool:
+    """Tell whether linear_logprobs keeps the gradient of the mass outside the ids; from shapes and dtypes alone."""
+    return weight_grad and not entropy and _are_few(call, call.side.hidden) and call.one_chunk()
+
+
+def divergence_gradients(call: Call, dlogits: Tensor, finite: Tensor, grad: Tensor, kinds: Kinds) -> HeadGrads:
+    """Return the head's gradients under the upstream gradient `grad` [N].
 
     Args:
         dlogits: [N, V], the chosen rows first.
         finite: [N], 0 for rows without a distribution, whose gradient is NaN unless their `grad` is 0.
+        kinds: which gradients.
     """
-    side = call.student
-    chosen = chosen_rows(call.mask)
-    rows = slice(None) if chosen is None else chosen
-    hidden, weights = side.hidden[rows], grad[rows]
+    rows = _rows(call.mask)
+    weights = grad[rows]
     weights = weights.masked_fill((finite[rows] == 0) & (weights != 0), torch.nan)
-    products = product_dtype(side.weight.dtype, call.dtype, side.weight.device, call.backend)
-    kinds = {"weight": weight, "bias": bias, "adapter": adapter}
-    grads = HeadGrads.empty(side, call.vocab, call.dtype, call.backend, **kinds)
-    if products == torch.bfloat16:
+    dlogits = dlogits[: weights.numel(), : call.vocab]
+    return _gradients(call, call.student, dlogits, call.student.hidden[rows], weights, kinds)
+
+
+def logprob_gradients(call: LogprobCall, outside_grad: Tensor, outside: Tensor, upstream: Upstream, kinds: Kinds) -> HeadGrads:
+    """Return the head's gradients: the dense part of each row, and its numbers at the ids, put together in one tile.
+
+    Args:
+        outside_grad: [N, V], the chosen rows first.
+        outside: [N], NaN for rows without a distribution.
+        upstream: what came, by rows.
+        kinds: which gradients.
+    """
+    rows = _rows(call.mask)
+    ids, at_ids = call.ids[rows], upstream.at_ids[rows]
+    dlogits = outside_grad[: ids.shape[0]] * upstream.dense[rows].unsqueeze(-1)
+    dlogits.scatter_add_(-1, ids.clamp(0, call.vocab - 1), at_ids)  # 0 where an id is none
+    weights = upstream.used[rows].to(dlogits.dtype)
+    weights = weights.masked_fill(outside[rows].isnan() & (weights != 0), torch.nan)
+    return _gradients(call, call.side, dlogits, call.side.hidden[rows], weights, kinds)
+
+
+def _rows(mask: Tensor | None) -> slice | Tensor:
+    chosen = chosen_rows(mask)
+    return slice(None) if chosen is None else chosen
+
+
+def _gradients(
+    call: Call | LogprobCall, side: Side, dlogits: Tensor, hidden: Tensor, weights: Tensor, kinds: Kinds
+) -> HeadGrads:
+    grads = HeadGrads.empty(side, call.vocab, call.dtype, call.backend, **kinds._asdict())
+    if product_dtype(side.weight.dtype, call.dtype, side.weight.device, call.backend) == torch.bfloat16:
         grads = grads._replace(weight=side.weight.new_empty(call.vocab, side.weight.shape[1]))
     if not weights.numel():
         grads.zero()
         return grads
     # The sums read the adapter and the products' dtype alone: the weight itself need not be widened.
     sums = side._replace(weight=side.weight.new_empty(0, side.weight.shape[1])).widened(call.vocab, call.dtype, call.backend)
-    dlogits = dlogits[: weights.numel(), : call.vocab]
     grads.add(sums, dlogits, sums.through_adapter(dlogits), hidden, weights, first=True)
     return grads

@@ -19,7 +19,7 @@ from torch import Tensor
 from topd.checks import in_vocabulary, no_forward_mode
 from topd.ops.advise_huge_pages import buffer
 from topd.ops.divergence_chunks import Call
-from topd.ops.few_rows import keeps_dlogits, kept_gradients
+from topd.ops.few_rows import Kinds, divergence_gradients, keeps_dlogits
 from topd.ops.one_pass import (
     at_inputs,
     chosen_rows,
@@ -169,8 +169,8 @@ def _backward(grad_value: Tensor, *flat: Any) -> tuple[Tensor, ...]:
             hidden = (u * grad_value.unsqueeze(-1)).masked_fill_(grad_value.unsqueeze(-1) == 0, 0.0).to(student.hidden.dtype)
         grads = HeadGrads(*saved)
         if dlogits.numel():
-            kinds = {"weight": weight_grad, "bias": bias_grad, "adapter": adapter_grad}
-            grads = kept_gradients(call, dlogits, hint, grad_value, **kinds)
+            kinds = Kinds(weight_grad, bias_grad, adapter_grad)
+            grads = divergence_gradients(call, dlogits, hint, grad_value, kinds)
         elif grads.wanted:
             grads = _head_grads(call, grad_value, u, grads, hint, uniform_hint)
         tensors = (student.weight, student.bias, student.a, student.b)

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from topd.checks import in_vocabulary, no_forward_mode
+from topd.ops.advise_huge_pages import buffer
+from topd.ops.few_rows import Kinds, keeps_outside_grad, logprob_gradients
 from topd.ops.logprob_chunks import Call
 from topd.ops.logprob_gradient import (
     add_ids,
@@ -50,7 +52,7 @@ _NEEDS = "bool hidden_grad, bool weight_grad, bool bias_grad, bool adapter_grad"
 _HEAD_GRADS = "Tensor weight, Tensor bias, Tensor a, Tensor b"
 _KEPT = (
     "Tensor logprobs, Tensor outside, Tensor u, Tensor weight_sum, Tensor bias_sum, Tensor a_sum, Tensor b_sum, "
-    "Tensor u_entropy, Tensor first, Tensor slope, Tensor hint"
+    "Tensor u_entropy, Tensor first, Tensor slope, Tensor hint, Tensor outside_grad"
 )
 N_COMMON = 16
 
@@ -58,7 +60,7 @@ torch.library.define(
     "topd::linear_logprobs",
     f"({_COMMON}Tensor? weights_hint, {_NEEDS}, bool entropy) -> "
     f"(Tensor logprobs, Tensor entropy, Tensor outside, Tensor u, {_HEAD_GRADS}, Tensor u_entropy, Tensor first, Tensor slope, "
-    "Tensor hint)",
+    "Tensor hint, Tensor outside_grad)",
 )
 torch.library.define(
     "topd::linear_logprobs_backward",
@@ -80,7 +82,9 @@ def _forward(*flat: Any) -> tuple[Tensor, ...]:
         slope = logprobs.new_zeros(0 if call.spec.softcap is None else n, call.ids.shape[1])
         u = logprobs.new_zeros((n, width) if hidden_grad else (0, 0))
         u_entropy = logprobs.new_zeros((n, width) if hidden_grad and entropy else (0, 0))
-        summed = call.dense
+        keeps = keeps_outside_grad(call, weight_grad=weight_grad, entropy=entropy)
+        outside_grad = _outside_grad(call, keeps=keeps)
+        summed = call.dense and not keeps
         grads = call.head_grads(weight=weight_grad and summed, bias=bias_grad and summed, adapter=adapter_grad and summed)
         used_hint = logprobs.new_empty(0)
         if grads.wanted:
@@ -93,7 +97,10 @@ def _forward(*flat: Any) -> tuple[Tensor, ...]:
         side = call.widened()
         if ids.shape[0] == 0:
             grads.zero()
-        for chunk in call.run(side, chosen, grad=hidden_grad or grads.wanted, entropy=entropy):
+        if keeps:
+            outside_grad[ids.shape[0] :].zero_()
+        tile = outside_grad if keeps else None
+        for chunk in call.run(side, chosen, grad=hidden_grad or grads.wanted or keeps, entropy=entropy, product_tile=tile):
             rows, at = chunk.rows, chunk.at
             logprobs[at], outside[at], first[at] = rows.logprobs, rows.outside, rows.first
             if entropy:
@@ -111,15 +118,21 @@ def _forward(*flat: Any) -> tuple[Tensor, ...]:
                 used_hint[at] = used_hint[at].masked_fill(~rows.finite, 0.0)
                 weights = (used_hint[at] * mass(rows.outside)).masked_fill(~rows.finite, 0.0)
                 grads.add(side, rows.outside_grad, through_adapter, chunk.hidden, weights, first=chunk.start == 0)
-        return logprobs, entropies, outside, u, *grads, u_entropy, first, slope, used_hint
+        return logprobs, entropies, outside, u, *grads, u_entropy, first, slope, used_hint, outside_grad
+
+
+def _outside_grad(call: Call, *, keeps: bool) -> Tensor:
+    """The tile that forward leaves for backward, uninitialised; empty where none is kept."""
+    shape = (call.side.hidden.shape[0], call.vocab) if keeps else (0, 0)
+    return buffer(shape, call.side.weight, call.dtype, call.backend)
 
 
 def _backward(*flat: Any) -> tuple[Tensor, ...]:
     call = Call.unpack(flat[3 : 3 + N_COMMON]).settled()
-    logprobs, outside, u, *saved_grads, u_entropy, first, slope, hint = flat[3 + N_COMMON : 14 + N_COMMON]
-    uniform_hint, hidden_grad, *head_needs = flat[14 + N_COMMON :]
+    logprobs, outside, u, *saved_grads, u_entropy, first, slope, hint, outside_grad = flat[3 + N_COMMON : 15 + N_COMMON]
+    uniform_hint, hidden_grad, *head_needs = flat[15 + N_COMMON :]
     saved, side = HeadGrads(*saved_grads), call.side
-    weight, bias, adapter = head_needs
+    kinds = Kinds(*head_needs)
     with torch.no_grad(), torch.autocast(logprobs.device.type, enabled=False):
         upstream = upstream_of(call, flat[:3], logprobs, outside, first, slope)
         hidden = u.new_empty(0)
@@ -129,16 +142,20 @@ def _backward(*flat: Any) -> tuple[Tensor, ...]:
                 hidden.addcmul_(u_entropy, upstream.entropy.unsqueeze(-1))
             hidden.masked_fill_(~upstream.used.unsqueeze(-1), 0.0)
         grads = saved
-        if weight or bias or adapter:
+        if outside_grad.numel():
+            add_ids(call, upstream, grads, hidden)  # to d hidden alone: the head's gradients are empty
+            grads = logprob_gradients(call, outside_grad, outside, upstream, kinds)
+        elif any(kinds):
             c = uniform_factor(call, flat[:3], outside) if uniform_hint else None
             if c is not None:
                 grads = saved.times(c, call.backend)
             else:
-                shapes = saved if call.dense else call.head_grads(weight=weight, bias=bias, adapter=adapter)
+                shapes = saved if call.dense else call.head_grads(**kinds._asdict())
                 found = dense_correction(call, upstream, saved, mass(outside), hint, shapes)
                 grads = found.grads
                 add_rows(call, upstream, found)
-        add_ids(call, upstream, grads, hidden)
+        if not outside_grad.numel():
+            add_ids(call, upstream, grads, hidden)
         tensors = (side.weight, side.bias, side.a, side.b)
         heads = (returned(total, like) for total, like in zip(grads, tensors, strict=True))
         return hidden.to(side.hidden.dtype), *heads
@@ -150,9 +167,11 @@ for _op, _implementation in (("linear_logprobs", _forward), ("linear_logprobs_ba
 
 @torch.library.register_fake("topd::linear_logprobs")
 def _forward_fake(*flat: Any) -> tuple[Tensor, ...]:
-    call = Call.unpack(flat[:N_COMMON])._replace(backend="")
+    call = Call.unpack(flat[:N_COMMON])
     _, hidden_grad, weight_grad, bias_grad, adapter_grad, entropy = flat[N_COMMON:]
-    (n, width), ids, summed = call.side.hidden.shape, call.ids, call.dense
+    keeps = keeps_outside_grad(call, weight_grad=weight_grad, entropy=entropy)
+    call = call._replace(backend="")
+    (n, width), ids, summed = call.side.hidden.shape, call.ids, call.dense and not keeps
     logprobs = call.side.hidden.new_empty(ids.shape, dtype=call.dtype)
     grads = call.head_grads(weight=weight_grad and summed, bias=bias_grad and summed, adapter=adapter_grad and summed)
     return (
@@ -165,6 +184,7 @@ def _forward_fake(*flat: Any) -> tuple[Tensor, ...]:
         logprobs.new_empty(ids.shape, dtype=torch.bool),
         logprobs.new_empty(0 if call.spec.softcap is None else n, ids.shape[1]),
         logprobs.new_empty(n if summed and (weight_grad or bias_grad or adapter_grad) else 0),
+        _outside_grad(call, keeps=keeps),
     )
 
 

@@ -11,7 +11,7 @@ from topd.ops.logprob_rows import run_rows
 from topd.ops.numbers import numbers_in
 from topd.ops.one_pass import workspace
 from topd.ops.tiles import HeadGrads, Side, grad_dtype
-from topd.plan import EAGER_LOGPROB_TEMPORARIES, plan_chunks
+from topd.plan import EAGER_LOGPROB_TEMPORARIES, ChunkPlan, plan_chunks
 from topd.reference.linear_logprobs import LogprobRows, LogprobSpec
 from topd_kernels.half_range import logprob_scale
 
@@ -71,22 +71,31 @@ class Call(NamedTuple):
         weight = self.side.weight
         return grad_dtype(weight.dtype, self.dtype, weight.device, self.backend) != self.dtype
 
-    def run(self, side: Side, chosen: Tensor | None, *, grad: bool, entropy: bool) -> Iterator[Chunk]:
-        """Each chunk of the chosen rows (None: all) of the widened side; its gradients live in tiles that the next chunk
-        overwrites."""
-        n, device = side.hidden.shape[0] if chosen is None else chosen.numel(), side.hidden.device
-        second, narrow = grad and entropy, side.weight.dtype if self.narrow else None
-        # Tiles of 16 bits are counted in whole float32 ones, two to one.
-        tiles = 1 + (second if narrow is None else (second + grad + 1) // 2)
-        plan = plan_chunks(
+    def _plan(self, n: int, tiles: int) -> ChunkPlan:
+        return plan_chunks(
             n,
             *[self.vocab] * tiles,
             itemsize=self.dtype.itemsize,
-            workspace_bytes=workspace(device, self.workspace_bytes),
+            workspace_bytes=workspace(self.side.hidden.device, self.workspace_bytes),
             temporaries=EAGER_LOGPROB_TEMPORARIES if self.backend == "eager" else 0,
         )
+
+    def one_chunk(self) -> bool:
+        """Whether all N rows, masked or not, are one chunk of one tile."""
+        return self._plan(self.side.hidden.shape[0], 1).chunks <= 1
+
+    def run(
+        self, side: Side, chosen: Tensor | None, *, grad: bool, entropy: bool, product_tile: Tensor | None = None
+    ) -> Iterator[Chunk]:
+        """Each chunk of the chosen rows (None: all) of the widened side; its gradients live in tiles that the next chunk
+        overwrites, that to the products in `product_tile` where one at least as large is given."""
+        n = side.hidden.shape[0] if chosen is None else chosen.numel()
+        second, narrow = grad and entropy, side.weight.dtype if self.narrow else None
+        # Tiles of 16 bits are counted in whole float32 ones, two to one.
+        tiles = 1 + (second if narrow is None else (second + grad + 1) // 2)
+        plan = self._plan(n, tiles)
         shape = (plan.rows, self.vocab)
-        tile = buffer(shape, side.weight, self.dtype, self.backend)
+        tile = buffer(shape, side.weight, self.dtype, self.backend) if product_tile is None else product_tile
         grad_tile = tile.new_empty(shape, dtype=narrow) if grad and narrow else None
         entropy_tile = None
         if second and (self.backend != "eager" or narrow):
