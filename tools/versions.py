@@ -14,8 +14,8 @@ import sysconfig
 from pathlib import Path
 
 TRL = ("1.10.0", "1.11.0", "1.12.0", "1.13.0", "1.14.2", "1.15.0", "1.16.0")
-TRANSFORMERS = ("4.57.6", "5.0.0", "5.6.2", "5.12.1", "5.20.2", "5.23.0", "5.24.0")
-LOWEST = "trl==1.10.0,transformers==4.57.6"
+TRANSFORMERS = ("4.56.2", "4.57.6", "5.0.0", "5.6.2", "5.12.1", "5.20.2", "5.23.0")
+LOWEST = "trl==1.10.0,transformers==4.56.2"
 REQUESTS = (*(f"trl=={version}" for version in TRL), *(f"transformers=={version}" for version in TRANSFORMERS), LOWEST)
 # Named beside transformers, so that pip looks for versions of them that fit.
 BESIDE = ("accelerate", "datasets", "peft")
