@@ -223,6 +223,18 @@ needs_cpp = pytest.mark.skipif(not topd.backends()["cpp"], reason=str(topd.backe
 
 
 @needs_cpp
+@pytest.mark.parametrize("temperature", [None, 1.7], ids=["", "numbers"])
+def test_opcheck_topk_logprobs(temperature, device):
+    problem = logprobs.random_problem(logprobs.OPTIONS["everything"], entropy=False).to(device)
+    model, op = problem.model, torch.ops.topd.topk_logprobs.default
+    known = {name: getattr(model, name) for name in (*compare.TENSORS, "scaling", "scale", "softcap")}
+    known |= {"mask": problem.mask, "temperature": problem.temperature, "k": 4}
+    if temperature:
+        known["numbers"] = torch.tensor([temperature], dtype=torch.float64)
+    results = torch.library.opcheck(op, pack(op, known))
+    assert set(results.values()) == {"SUCCESS"}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("softcap", [None, 9.0])
 @pytest.mark.parametrize("flags", [(True, True), (True, False), (False, True), (False, False)], ids=str)

@@ -14,8 +14,7 @@
 
 #include <ATen/cpu/vec/functional.h>
 
-#include <type_traits>
-#include <vector>
+#include <memory>
 
 #include "../bf16_packing.h"
 
@@ -31,6 +30,8 @@ constexpr int64_t kDepthInPlace = 1024, kDepthSplit = 256;
 constexpr int64_t kRowsInPlace = 512, kRowsPacked = 128, kRowsShallow = 32, kShallow = 64;
 // Columns of a block: fewer where b is transposed as it is packed.
 constexpr int64_t kColumns = 384, kColumnsTransposed = 64;
+// Rows of out that are few.
+constexpr int64_t kFewRows = 64;
 // Below this many tasks the depth is shared out too, in slices that are worth a task.
 constexpr int64_t kTasks = 32, kSlice = 2048;
 
@@ -68,16 +69,15 @@ struct Tasks {
   }
 };
 
-// Where a product goes: rows `ld` apart; `add`: to what is there.
-template <typename Out>
+// Where sums go: rows `ld` apart; `add`: to what is there.
 struct Target {
-  Out* data;
+  float* data;
   int64_t ld;
   bool add;
 };
 
 void sum(const Task& task, int64_t block_depth, const Operand& a, const Operand& b, const float* factors, Packing& packing,
-         const Target<float>& to) {
+         const Target& to) {
   for (int64_t k = task.first; k < task.last; k += block_depth) {
     const int64_t depth = std::min(block_depth, task.last - k);
     const at::BFloat16* const right = packing.b(b, k, depth, task.column, task.columns, a.wide());
@@ -87,25 +87,38 @@ void sum(const Task& task, int64_t block_depth, const Operand& a, const Operand&
   }
 }
 
-// All tasks; each slice of the depth has an out of its own, rows * ld behind the one before.
-template <typename Out>
-void run(const Tasks& tasks, const Operand& a, const Operand& b, const float* factors, const Target<Out>& out) {
-  constexpr bool kRounds = !std::is_same_v<Out, float>;
+// Calls body(task, packing, block) for each task; `block` has room for its sums.
+template <typename Body>
+void for_each_task(const Tasks& tasks, const Body& body) {
   at::parallel_for(0, tasks.tiles() * tasks.slices, 1, [&](int64_t begin, int64_t end) {
     Packing packing(tasks.block_rows, tasks.block_columns, std::min(tasks.depth, tasks.block_depth));
-    std::vector<float> sums(kRounds ? tasks.block_rows * tasks.block_columns : 0);
-    for (int64_t i = begin; i < end; ++i) {
-      const Task task = tasks.task(i);
-      Out* const to = out.data + (task.slice * tasks.rows + task.row) * out.ld + task.column;
-      if constexpr (kRounds) {
-        sum(task, tasks.block_depth, a, b, factors, packing, {sums.data(), task.columns, false});
-        for (int64_t row = 0; row < task.rows; ++row)
-          at::vec::convert(sums.data() + row * task.columns, to + row * out.ld, task.columns);
-      } else {
-        sum(task, tasks.block_depth, a, b, factors, packing, {to, out.ld, out.add});
-      }
-    }
+    const std::unique_ptr<float[]> block(new float[tasks.block_rows * tasks.block_columns]);
+    for (int64_t i = begin; i < end; ++i) body(tasks.task(i), packing, block.get());
     at::native::cpublas::brgemm_release();
+  });
+}
+
+// Each slice of the depth has an out of its own, tasks.rows * ld behind the one before.
+void run(const Tasks& tasks, const Operand& a, const Operand& b, const float* factors, const Target& out) {
+  for_each_task(tasks, [&](const Task& task, Packing& packing, float*) {
+    float* const to = out.data + (task.slice * tasks.rows + task.row) * out.ld + task.column;
+    sum(task, tasks.block_depth, a, b, factors, packing, {to, out.ld, out.add});
+  });
+}
+
+void run_rounded(const Tasks& tasks, const Operand& a, const Operand& b, const float* factors, at::BFloat16* out, int64_t ld) {
+  for_each_task(tasks, [&](const Task& task, Packing& packing, float* block) {
+    sum(task, tasks.block_depth, a, b, factors, packing, {block, task.columns, false});
+    for (int64_t i = 0; i < task.rows; ++i)
+      at::vec::convert(block + i * task.columns, out + (task.row + i) * ld + task.column, task.columns);
+  });
+}
+
+// out = (a b)ᵀ: where out has few rows, b's many columns are cheaper as rows that are read in place than packed for so few.
+void run_turned(const Tasks& tasks, const Operand& a, const Operand& b, float* out, int64_t ld) {
+  for_each_task(tasks, [&](const Task& task, Packing& packing, float* block) {
+    sum(task, tasks.block_depth, a, b, nullptr, packing, {block, task.columns, false});
+    at::vec::transpose_mxn<float>(block, task.columns, out + task.column * ld + task.row, ld, task.rows, task.columns);
   });
 }
 
@@ -133,12 +146,18 @@ void bf16_addmm(at::Tensor& out, const at::Tensor& a, const at::Tensor& b, const
   at::Tensor scaled;
   if (left.wide()) scaled = factors ? factors->mul(alpha) : at::full({a.size(1)}, alpha, out.options().dtype(at::kFloat));
   const float* const factor = left.wide() ? scaled.const_data_ptr<float>() : nullptr;
+  if (!rounds && beta == 0.0 && a.size(0) <= kFewRows && !left.wide()) {
+    const Operand turned_left("b", b.t()), turned_right("a", a.t());
+    const Tasks tasks(turned_left, turned_right);
+    if (turned_left.in_place(a.size(1)) && tasks.slices == 1)
+      return run_turned(tasks, turned_left, turned_right, out.data_ptr<float>(), out.stride(0));
+  }
   const Tasks tasks(left, right);
   if (tasks.slices == 1 && rounds)
-    return run<at::BFloat16>(tasks, left, right, factor, {out.data_ptr<at::BFloat16>(), out.stride(0), false});
-  if (tasks.slices == 1) return run<float>(tasks, left, right, factor, {out.data_ptr<float>(), out.stride(0), beta != 0.0});
+    return run_rounded(tasks, left, right, factor, out.data_ptr<at::BFloat16>(), out.stride(0));
+  if (tasks.slices == 1) return run(tasks, left, right, factor, {out.data_ptr<float>(), out.stride(0), beta != 0.0});
   const at::Tensor parts = at::empty({tasks.slices, tasks.rows, tasks.columns}, out.options().dtype(at::kFloat));
-  run<float>(tasks, left, right, factor, {parts.data_ptr<float>(), tasks.columns, false});
+  run(tasks, left, right, factor, {parts.data_ptr<float>(), tasks.columns, false});
   const at::Tensor total = parts[0];
   for (int64_t slice = 1; slice < tasks.slices; ++slice) total.add_(parts[slice]);
   if (beta == 0.0) out.copy_(total);

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from topd.ops.advise_huge_pages import buffer
 from topd.ops.divergence_chunks import Call
 from topd.ops.logprob_chunks import Call as LogprobCall
 from topd.ops.logprob_gradient import Upstream
@@ -82,9 +83,11 @@ def _rows(mask: Tensor | None) -> slice | Tensor:
 def _gradients(
     call: Call | LogprobCall, side: Side, dlogits: Tensor, hidden: Tensor, weights: Tensor, kinds: Kinds
 ) -> HeadGrads:
-    grads = HeadGrads.empty(side, call.vocab, call.dtype, call.backend, **kinds._asdict())
-    if product_dtype(side.weight.dtype, call.dtype, side.weight.device, call.backend) == torch.bfloat16:
-        grads = grads._replace(weight=side.weight.new_empty(call.vocab, side.weight.shape[1]))
+    narrow = product_dtype(side.weight.dtype, call.dtype, side.weight.device, call.backend) == torch.bfloat16
+    grads = HeadGrads.empty(side, call.vocab, call.dtype, call.backend, **kinds._replace(weight=not narrow)._asdict())
+    if narrow:
+        rounded = buffer((call.vocab, side.weight.shape[1]), side.weight, torch.bfloat16, call.backend)
+        grads = grads._replace(weight=rounded)
     if not weights.numel():
         grads.zero()
         return grads
