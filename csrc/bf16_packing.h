@@ -22,7 +22,7 @@ class Operand {
                       " must be bfloat16 or float32 with two dimensions, got ", tensor.scalar_type(), " ", tensor.sizes());
     rows_ = tensor.size(0), columns_ = tensor.size(1);
     transposed_ = tensor.stride(1) != 1 && columns_ > 1;
-    ld_ = transposed_ ? tensor.stride(1) : tensor.stride(0);
+    ld_ = transposed_ ? tensor.stride(1) : rows_ > 1 ? tensor.stride(0) : columns_;
     TORCH_CHECK_VALUE(!transposed_ || tensor.stride(0) == 1 || rows_ <= 1, name, " must be contiguous along one dimension");
   }
 

@@ -144,3 +144,24 @@ def test_a_head_in_bfloat16_is_not_widened():
         topd.linear_divergence(hidden, student, hidden, teacher, backend="cpp")
     largest = max(event.cpu_memory_usage for event in profiled.events())
     assert largest < vocab * width  # a quarter of a float32 copy's bytes
+
+
+@pytest.mark.parametrize("kind", ["rows apart", "columns apart", "one row repeated", "transposed"])
+def test_heads_and_states_that_are_no_plain_matrix(kind):
+    """Views of any strides give the numbers of their copies."""
+    torch.manual_seed(0)
+    views = {
+        "rows apart": lambda n, h: torch.randn(2 * n, h).bfloat16()[::2],
+        "columns apart": lambda n, h: torch.randn(n, 2 * h).bfloat16()[:, ::2],
+        "one row repeated": lambda n, h: torch.randn(1, h).bfloat16().expand(n, h),
+        "transposed": lambda n, h: torch.randn(h, n).bfloat16().T,
+    }
+    hidden, weight, teacher = views[kind](5, 6), views[kind](40, 6), views[kind](40, 6)
+    grads = []
+    for copy in (False, True):
+        states, head, other = (each.contiguous() if copy else each.detach() for each in (hidden, weight, teacher))
+        states.requires_grad_(), head.requires_grad_()
+        value = topd.linear_divergence(states, topd.Head(head), states.detach(), topd.Head(other), backend="cpp")
+        grads.append((value, *torch.autograd.grad(value, (states, head), torch.linspace(-1, 2, 5))))
+    for viewed, copied in zip(*grads, strict=True):
+        assert torch.equal(viewed, copied)

@@ -35,7 +35,21 @@ def grad_dtype(dtype: torch.dtype, tile: torch.dtype, device: torch.device, back
 
 def mm(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """out = a b, out in float32 where a and b have 16 bits."""
-    return torch.mm(a, b, out=out) if a.dtype == out.dtype else addmm(out, a, b, beta=0.0)
+    if a.dtype == out.dtype:
+        return torch.mm(a, b, out=out)
+    if out.device.type == "cuda":
+        torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
+        return out
+    if a.dtype == torch.bfloat16 and multiplies_bf16():
+        torch.ops.topd.bf16_addmm(out, _dense(a), b, None, 0.0, 1.0)
+        return out
+    # The same numbers, for the interpreter.
+    return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+
+
+def _dense(matrix: Tensor) -> Tensor:
+    """The matrix itself where its rows stand one after the other, as bf16_addmm reads them; else a copy."""
+    return matrix if matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1] else matrix.contiguous()
 
 
 def addmm(out: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0, alpha: float = 1.0, factors: Tensor | None = None) -> Tensor:
@@ -45,7 +59,7 @@ def addmm(out: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0, alpha: float 
         return out.addmm_(a, b, beta=beta, alpha=alpha)
     if out.device.type == "cuda":
         torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, beta=beta, alpha=alpha, out=out)
-    elif a.dtype != b.dtype or (b.dtype == torch.bfloat16 and alpha == 1 and a.stride(1) == 1 and multiplies_bf16()):
+    elif a.dtype != b.dtype:
         torch.ops.topd.bf16_addmm(out, a, b, factors, beta, alpha)
     else:  # the same numbers, for the interpreter
         out.addmm_(a.to(out.dtype), b.to(out.dtype), beta=beta, alpha=alpha)
@@ -71,6 +85,8 @@ class Side(NamedTuple):
         a = None if self.a is None else self.a.to(dtype)
         b = None if self.b is None else self.b[:vocab].to(dtype)
         weight = self.weight[:vocab].to(product_dtype(self.weight.dtype, dtype, self.weight.device, backend))
+        if weight.dtype != dtype and weight.device.type == "cpu":
+            weight = _dense(weight)
         return Side(self.hidden, weight, bias, a, b, self.scaling, self.grad_scale)
 
     def multiply(self, hidden: Tensor, tile: Tensor) -> None:
