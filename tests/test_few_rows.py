@@ -128,7 +128,8 @@ def test_masks(rows):
 
 
 def test_compiled():
-    problem = problem_of(compare.OPTIONS["everything"])
+    """In one graph for any number of rows nothing is kept: the same gradient by the other way."""
+    problem = problem_of(compare.OPTIONS["everything"], dtype=torch.float64)
     student = problem.student.leaves(compare.TENSORS)
     head, teacher = student.head(), problem.teacher.head()
 
@@ -139,4 +140,4 @@ def test_compiled():
     expected = student.weight.grad.clone()
     student.weight.grad = None
     torch.compile(loss, backend="aot_eager", fullgraph=True)(student.hidden, problem.teacher.hidden).backward()
-    assert torch.equal(student.weight.grad, expected)
+    compare.assert_near(student.weight.grad, expected, 1e-12, "weight")

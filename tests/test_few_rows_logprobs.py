@@ -141,7 +141,8 @@ def test_a_second_backward_gives_the_same_bits():
 
 
 def test_compiled():
-    model, ids, _ = case(HEADS["everything"], torch.float32)
+    """In one graph for any number of rows nothing is kept: the same gradient by the other way."""
+    model, ids, _ = case(HEADS["everything"])
     leaves = model.leaves(compare.TENSORS)
     head = leaves.head()
 
@@ -152,4 +153,4 @@ def test_compiled():
     expected = leaves.weight.grad.clone()
     leaves.weight.grad = None
     torch.compile(loss, backend="aot_eager", fullgraph=True)(leaves.hidden).backward()
-    assert torch.equal(leaves.weight.grad, expected)
+    compare.assert_near(leaves.weight.grad, expected, 1e-12, "weight")

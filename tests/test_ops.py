@@ -38,7 +38,7 @@ def known_arguments(problem: Problem, backend: str) -> dict[str, Any]:
     for side in ("student", "teacher"):
         model = getattr(problem, side)
         known |= {f"{side}_{name}": getattr(model, name) for name in (*compare.TENSORS, "scaling", "scale", "softcap")}
-    names = ("hidden_grad", "weight_grad", "bias_grad", "adapter_grad", "scores")
+    names = ("hidden_grad", "weight_grad", "bias_grad", "adapter_grad", "keep", "scores")
     return (
         known
         | dict.fromkeys(names, True)
@@ -186,7 +186,7 @@ def logprob_arguments(problem: logprobs.Problem, backend: str) -> dict[str, Any]
     known = {name: getattr(model, name) for name in (*compare.TENSORS, "scaling", "scale", "softcap")}
     flags = {"hidden_grad": True, "weight_grad": True, "bias_grad": model.bias is not None, "adapter_grad": model.a is not None}
     settings = {"mask": problem.mask, "ids": problem.ids, "temperature": problem.temperature, "backend": backend}
-    return known | flags | settings | {"padded": False, "dense": True, "entropy": problem.entropy}
+    return known | flags | settings | {"padded": False, "dense": True, "keep": True, "entropy": problem.entropy}
 
 
 LOGPROBS = ["plain", "everything"]

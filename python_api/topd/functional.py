@@ -24,6 +24,7 @@ from topd.backends import choose_backend
 from topd.checks import flag, no_forward_mode, on_device, real, shaped, tensor
 from topd.divergences import Divergence, DivergenceLike, resolve_divergence
 from topd.head import Head
+from topd.ops.few_rows import may_keep
 from topd.ops.numbers import numbers_of
 from topd.options import BackendName
 from topd.reference import linear_divergence as reference
@@ -226,7 +227,8 @@ def linear_divergence(
             spec = spec.with_numbers(1.0, 0.0, 0.0)
         common = (*op_side(student_hidden, student), *op_side(teacher_hidden, teacher), flat_mask, flat_tokens, *spec)
         common = (*common, workspace_bytes, name, numbers)
-        value, scores, *_ = torch.ops.topd.linear_divergence(*common, hint, *needs(student_hidden, student), return_scores)
+        wanted = (*needs(student_hidden, student), may_keep(), return_scores)
+        value, scores, *_ = torch.ops.topd.linear_divergence(*common, hint, *wanted)
     value = value.reshape(shape)
     return (value, unpack_scores(scores, shape, has_tokens=tokens is not None)) if return_scores else value
 

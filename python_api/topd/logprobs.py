@@ -22,6 +22,7 @@ from topd.arguments import (
 from topd.backends import choose_backend
 from topd.checks import flag, no_forward_mode, on_device, positive_int, shaped
 from topd.head import Head
+from topd.ops.few_rows import may_keep
 from topd.ops.numbers import numbers_of
 from topd.options import BackendName
 from topd.reference import linear_logprobs as reference
@@ -208,7 +209,7 @@ def logprobs_and_outside(
         if numbers is not None:
             spec = spec._replace(temperature=1.0)
         common = (*op_side(states, head), flat_mask, flat_ids, *spec, workspace_bytes, name, padded, dense, numbers)
-        found = torch.ops.topd.linear_logprobs(*common, hint, *needs(states, head), entropy)
+        found = torch.ops.topd.linear_logprobs(*common, hint, *needs(states, head), may_keep(), entropy)
         logprobs, entropies, outside = found[:3]
     return logprobs.reshape(ids.shape), entropies.reshape(shape) if entropy else entropies, outside.reshape(shape)
 

@@ -68,7 +68,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
             )
         args = copy.copy(args) if args is not None else transformers.TrainingArguments("tmp_trainer")
         _check_options(args, options)
-        if not getattr(objective, "allow_unequal_vocabularies", False):
+        if not objective.allow_unequal_vocabularies:
             check_tokenizers(options.get("processing_class"), teacher_processing_class, objective.teacher)
         args.remove_unused_columns = False
         args.data_seed = args.seed if args.data_seed is None else args.data_seed

@@ -18,6 +18,12 @@ from topd.ops.one_pass import chosen_rows
 from topd.ops.tiles import HeadGrads, Side, product_dtype
 
 
+def may_keep() -> bool:
+    """Return the ops' argument `keep`: whether forward may keep dlogits where rows are few. Not inside torch.compile, where few
+    rows and many would need a graph each."""
+    return not torch.compiler.is_compiling()
+
+
 class Kinds(NamedTuple):
     """Which of the head's gradients are asked for."""
 

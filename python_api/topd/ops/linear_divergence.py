@@ -62,7 +62,7 @@ N_COMMON = 25
 
 torch.library.define(
     "topd::linear_divergence",
-    f"({_COMMON}Tensor? weights_hint, {_NEEDS}, bool scores) -> "
+    f"({_COMMON}Tensor? weights_hint, {_NEEDS}, bool keep, bool scores) -> "
     f"(Tensor value, Tensor scores, Tensor u, {_HEAD_GRADS}, Tensor hint, Tensor dlogits)",
 )
 torch.library.define(
@@ -74,7 +74,7 @@ torch.library.define(
 
 def _forward(*flat: Any) -> tuple[Tensor, ...]:
     call = Call.unpack(flat[:N_COMMON]).settled()
-    hint, hidden_grad, weight_grad, bias_grad, adapter_grad, scores = flat[N_COMMON:]
+    hint, hidden_grad, weight_grad, bias_grad, adapter_grad, keep, scores = flat[N_COMMON:]
     if hidden_grad or weight_grad or bias_grad or adapter_grad:
         refuse_inference_tensors("linear_divergence", flat[:N_COMMON])
     student = call.student
@@ -83,7 +83,7 @@ def _forward(*flat: Any) -> tuple[Tensor, ...]:
         value = torch.zeros(n, dtype=call.dtype, device=device)
         found = value.new_zeros(len(FIELDS) if scores else 0, n)
         u = value.new_zeros((n, student.hidden.shape[1]) if hidden_grad else (0, 0))
-        keeps = keeps_dlogits(call, weight_grad=weight_grad, scores=scores)
+        keeps = keep and keeps_dlogits(call, weight_grad=weight_grad, scores=scores)
         dlogits = _dlogits(call, keeps=keeps, scores=scores)
         kinds = {"weight": weight_grad and not keeps, "bias": bias_grad and not keeps, "adapter": adapter_grad and not keeps}
         grads = HeadGrads.empty(student, call.vocab, call.dtype, call.backend, **kinds)
@@ -184,10 +184,10 @@ for _op, _implementation in (("linear_divergence", _forward), ("linear_divergenc
 @torch.library.register_fake("topd::linear_divergence")
 def _forward_fake(*flat: Any) -> tuple[Tensor, ...]:
     call = Call.unpack(flat[:N_COMMON])
-    _, hidden_grad, weight_grad, bias_grad, adapter_grad, scores = flat[N_COMMON:]
+    _, hidden_grad, weight_grad, bias_grad, adapter_grad, keep, scores = flat[N_COMMON:]
     student, n = call.student, call.student.hidden.shape[0]
     value = student.hidden.new_empty(n, dtype=call.dtype)
-    keeps = keeps_dlogits(call, weight_grad=weight_grad, scores=scores)
+    keeps = keep and keeps_dlogits(call, weight_grad=weight_grad, scores=scores)
     kinds = {"weight": weight_grad and not keeps, "bias": bias_grad and not keeps, "adapter": adapter_grad and not keeps}
     grads = HeadGrads.empty(student, call.vocab, call.dtype, "", **kinds)
     return (

@@ -58,7 +58,7 @@ N_COMMON = 16
 
 torch.library.define(
     "topd::linear_logprobs",
-    f"({_COMMON}Tensor? weights_hint, {_NEEDS}, bool entropy) -> "
+    f"({_COMMON}Tensor? weights_hint, {_NEEDS}, bool keep, bool entropy) -> "
     f"(Tensor logprobs, Tensor entropy, Tensor outside, Tensor u, {_HEAD_GRADS}, Tensor u_entropy, Tensor first, Tensor slope, "
     "Tensor hint, Tensor outside_grad)",
 )
@@ -71,7 +71,7 @@ torch.library.define(
 
 def _forward(*flat: Any) -> tuple[Tensor, ...]:
     call = Call.unpack(flat[:N_COMMON]).settled()
-    hint, hidden_grad, weight_grad, bias_grad, adapter_grad, entropy = flat[N_COMMON:]
+    hint, hidden_grad, weight_grad, bias_grad, adapter_grad, keep, entropy = flat[N_COMMON:]
     if hidden_grad or weight_grad or bias_grad or adapter_grad:
         refuse_inference_tensors("linear_logprobs", flat[:N_COMMON])
     (n, width), device = call.side.hidden.shape, call.side.hidden.device
@@ -82,7 +82,7 @@ def _forward(*flat: Any) -> tuple[Tensor, ...]:
         slope = logprobs.new_zeros(0 if call.spec.softcap is None else n, call.ids.shape[1])
         u = logprobs.new_zeros((n, width) if hidden_grad else (0, 0))
         u_entropy = logprobs.new_zeros((n, width) if hidden_grad and entropy else (0, 0))
-        keeps = keeps_outside_grad(call, weight_grad=weight_grad, entropy=entropy)
+        keeps = keep and keeps_outside_grad(call, weight_grad=weight_grad, entropy=entropy)
         outside_grad = _outside_grad(call, keeps=keeps)
         summed = call.dense and not keeps
         grads = call.head_grads(weight=weight_grad and summed, bias=bias_grad and summed, adapter=adapter_grad and summed)
@@ -168,8 +168,8 @@ for _op, _implementation in (("linear_logprobs", _forward), ("linear_logprobs_ba
 @torch.library.register_fake("topd::linear_logprobs")
 def _forward_fake(*flat: Any) -> tuple[Tensor, ...]:
     call = Call.unpack(flat[:N_COMMON])
-    _, hidden_grad, weight_grad, bias_grad, adapter_grad, entropy = flat[N_COMMON:]
-    keeps = keeps_outside_grad(call, weight_grad=weight_grad, entropy=entropy)
+    _, hidden_grad, weight_grad, bias_grad, adapter_grad, keep, entropy = flat[N_COMMON:]
+    keeps = keep and keeps_outside_grad(call, weight_grad=weight_grad, entropy=entropy)
     call = call._replace(backend="")
     (n, width), ids, summed = call.side.hidden.shape, call.ids, call.dense and not keeps
     logprobs = call.side.hidden.new_empty(ids.shape, dtype=call.dtype)
