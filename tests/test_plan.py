@@ -62,6 +62,7 @@ def test_default_workspace():
     """512 MiB on a CPU; on a GPU 2 GiB, or a quarter of the free memory where that is less."""
     assert default_workspace("cpu") == 512 * MIB
     assert default_workspace("cpu", free_bytes=MIB) == 512 * MIB
+    assert default_workspace("cpu", bf16_products=True) == 256 * MIB
     assert default_workspace("cuda", free_bytes=80_000 * MIB) == 2048 * MIB
     assert default_workspace("cuda", free_bytes=4000 * MIB) == 1000 * MIB
 

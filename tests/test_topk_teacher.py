@@ -1,4 +1,4 @@
-"""topd.OPD(student, None, config): a teacher known by his top-k, in value and gradient beside full logits; refusals by name."""
+"""topd.OPD(student, None, config): a teacher known by its top-k, in value and gradient beside full logits; refusals by name."""
 
 import pytest
 import torch
@@ -238,7 +238,7 @@ def test_a_topk_beside_a_teacher_and_of_topd_is_refused():
             method(student, teacher)(batch)
     with pytest.raises(ValueError, match=r"teacher must be a model, .* got None; .* serves topd\.OPD"):
         topd.TOPD(student, None)
-    with pytest.raises(ValueError, match=r"config\.topk_support is for a teacher known by his top-k, got 'raw' and a teacher"):
+    with pytest.raises(ValueError, match=r"config\.topk_support is for a teacher known by its top-k, got 'raw' and a teacher"):
         topd.OPD(student, teacher, topd.OPDConfig(topk_support="raw"))
     with pytest.raises(ValueError, match=r"topk_support is of topd\.OPD with teacher=None, got 'raw' for topd\.TOPD"):
         topd.TOPDConfig(topk_support="raw")

@@ -1,4 +1,4 @@
-"""A teacher known by his top-k, and one loaded under torch.inference_mode(), in both trainers."""
+"""A teacher known by its top-k, and one loaded under torch.inference_mode(), in both trainers."""
 
 import pytest
 import torch

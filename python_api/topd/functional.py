@@ -185,8 +185,8 @@ def linear_divergence(
         weights_hint: [...] floating, what the result will be multiplied by, up to one factor: where it is right the backward
             pass costs nothing more; it never changes a value.
         return_scores: also return `TokenScores`.
-        workspace_bytes: bound for the tiles of logits; None: 512 MiB on a CPU, on a GPU the smaller of 2 GiB and a quarter
-            of the free memory.
+        workspace_bytes: bound for the tiles of logits; None: 512 MiB on a CPU, 256 where it multiplies bfloat16; on a GPU the
+            smaller of 2 GiB and a quarter of the free memory.
         backend: None (by device), "reference", "eager", "cpp" or "triton"; one asked for by name never falls back.
 
     Returns:

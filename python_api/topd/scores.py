@@ -27,7 +27,7 @@ class TokenScores:
         student_entropy, teacher_entropy: nats.
         student_logprob, teacher_logprob: log-probability of the given token, nats; None where no tokens were given.
         top1_agreement: bool, whether both sides' most likely entry is the same (ties go to the smaller id); False where a
-            side has no distribution; None where an objective's teacher is known by his top-k alone.
+            side has no distribution; None where an objective's teacher is known by its top-k alone.
         student_lost_mass, teacher_lost_mass: probability of the entries beyond the common vocabulary, of that side's own
             full distribution; 0 where the vocabularies are equal.
     """

@@ -46,7 +46,7 @@ class OPDConfig:
         reduction: "token", the mean over all response tokens of the batch; "sequence", the mean over each response, then over
             the responses that are not empty.
         hard_weight: >= 0, weight of -log p_S of the rollout's own tokens.
-        topk_support: as support of `topk_divergence`, where the teacher is known by his top-k alone (`OPD` with teacher=None).
+        topk_support: as support of `topk_divergence`, where the teacher is known by its top-k alone (`OPD` with teacher=None).
 
     Raises:
         TypeError, ValueError: an option of the wrong type or range.

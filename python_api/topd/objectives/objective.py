@@ -34,7 +34,7 @@ class Objective:
         loss: scalar, nats; differentiable in the student.
         metrics: float tensors without a gradient, by name.
         scores: TokenScores [B, T], or [N] of a packed batch; column t is about token input_ids[:, t], 0 outside the responses.
-            NaN or None where a teacher known by his top-k leaves it open (`topd.OPD`).
+            NaN or None where a teacher known by its top-k leaves it open (`topd.OPD`).
         near_future: of TOPD; None of the other methods.
     """
 

@@ -3,7 +3,7 @@
     L = mean over response tokens of KL(p_S(. | x, y_<t) || p_T(. | x, y_<t))
 
 One forward of each model and one `linear_divergence`, which gives the loss and every score; or, where the teacher is known by
-his top-k alone, the student's forward and `topd.objectives.topk_teacher`.
+its top-k alone, the student's forward and `topd.objectives.topk_teacher`.
 """
 
 from collections.abc import Mapping
@@ -62,7 +62,7 @@ class OPD:
             direction_of(self.config)
         elif self.config.topk_support != "tail":
             raise ValueError(
-                "config.topk_support is for a teacher known by his top-k, got "
+                "config.topk_support is for a teacher known by its top-k, got "
                 f"{self.config.topk_support!r} and a teacher model; leave it out, or pass teacher=None"
             )
         self.allow_unequal_vocabularies = allow_unequal_vocabularies

@@ -165,11 +165,13 @@ class Call(NamedTuple):
     def _plan(self, n: int, *, full_width: bool) -> tuple[ChunkPlan, tuple[int, int]]:
         """The plan of n rows, and the widths of the student's and the teacher's tile."""
         widths = (self.student.weight.shape[0], self.teacher.weight.shape[0]) if full_width else (self.vocab, self.vocab)
+        weight = self.student.weight
+        products = product_dtype(weight.dtype, self.dtype, weight.device, self.backend)
         plan = plan_chunks(
             n,
             *widths,
             itemsize=self.dtype.itemsize,
-            workspace_bytes=workspace(self.student.hidden.device, self.workspace_bytes),
+            workspace_bytes=workspace(weight.device, self.workspace_bytes, products),
             temporaries=EAGER_TEMPORARIES if self.backend == "eager" else 0,
             products=self.products,
         )

@@ -10,7 +10,7 @@ from topd.ops.advise_huge_pages import buffer
 from topd.ops.logprob_rows import run_rows
 from topd.ops.numbers import numbers_in
 from topd.ops.one_pass import workspace
-from topd.ops.tiles import HeadGrads, Side, grad_dtype
+from topd.ops.tiles import HeadGrads, Side, grad_dtype, product_dtype
 from topd.plan import EAGER_LOGPROB_TEMPORARIES, ChunkPlan, plan_chunks
 from topd.reference.linear_logprobs import LogprobRows, LogprobSpec
 from topd_kernels.half_range import logprob_scale
@@ -72,11 +72,13 @@ class Call(NamedTuple):
         return grad_dtype(weight.dtype, self.dtype, weight.device, self.backend) != self.dtype
 
     def _plan(self, n: int, tiles: int) -> ChunkPlan:
+        weight = self.side.weight
+        products = product_dtype(weight.dtype, self.dtype, weight.device, self.backend)
         return plan_chunks(
             n,
             *[self.vocab] * tiles,
             itemsize=self.dtype.itemsize,
-            workspace_bytes=workspace(self.side.hidden.device, self.workspace_bytes),
+            workspace_bytes=workspace(weight.device, self.workspace_bytes, products),
             temporaries=EAGER_LOGPROB_TEMPORARIES if self.backend == "eager" else 0,
         )
 

@@ -16,12 +16,12 @@ from topd.ops.tiles import HeadGrads, Side
 from topd.plan import default_workspace
 
 
-def workspace(device: torch.device, workspace_bytes: int | None) -> int:
-    """Bytes for a call's tiles."""
+def workspace(device: torch.device, workspace_bytes: int | None, products: torch.dtype) -> int:
+    """Bytes for a call's tiles; `products` is the dtype in which they are multiplied."""
     if workspace_bytes is not None:
         return workspace_bytes
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-    return default_workspace(device.type, free)
+    return default_workspace(device.type, free, bf16_products=products == torch.bfloat16)
 
 
 def chosen_rows(mask: Tensor | None) -> Tensor | None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from topd.backends import multiplies_bf16
 from topd.head import shape_logits
 from topd.ops.numbers import numbers_in
 from topd.ops.one_pass import chosen_rows, workspace
@@ -27,6 +28,7 @@ def _topk_logprobs(*flat: Any) -> tuple[Tensor, Tensor]:
     (temperature,) = numbers_in(numbers, temperature)
     (n, _), vocab, device = side.hidden.shape, side.weight.shape[0], side.hidden.device
     dtype = torch.promote_types(side.hidden.dtype, torch.float32)
+    side = side.widened(vocab, dtype, "cpp" if device.type == "cpu" and multiplies_bf16() else "eager")
     ids = torch.zeros(n, k, dtype=torch.int64, device=device)
     logprobs = torch.full((n, k), -torch.inf, dtype=dtype, device=device)
     chosen = chosen_rows(mask)
@@ -34,16 +36,15 @@ def _topk_logprobs(*flat: Any) -> tuple[Tensor, Tensor]:
         n if chosen is None else chosen.numel(),
         vocab,
         itemsize=dtype.itemsize,
-        workspace_bytes=workspace(device, workspace_bytes),
+        workspace_bytes=workspace(device, workspace_bytes, side.weight.dtype),
         temporaries=2,
     )
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        side = side.widened(vocab, dtype)
         tile = side.hidden.new_empty((plan.rows, vocab), dtype=dtype)
         for start, stop in plan.bounds():
             at = slice(start, stop) if chosen is None else chosen[start:stop]
             logits = tile[: stop - start]
-            side.multiply(side.hidden[at].to(dtype), logits)
+            side.multiply(side.hidden[at], logits)
             logits = shape_logits(logits, side.bias, scale, softcap, temperature)
             top, ids[at] = logits.topk(k, dim=-1)
             rest = (logits - top[:, :1]).exp_().scatter_(-1, ids[at][:, :1], 0.0).sum(-1, keepdim=True)
