@@ -68,6 +68,7 @@ def refusals_under_ddp(student, teacher, batch):
         "ddp": message_of(lambda: topd.OPD(wrapped, teacher)(batch)),
         "ddp topd": message_of(lambda: topd.TOPD(wrapped, teacher, TOPD)(batch)),
         "ddp compiled": message_of(lambda: topd.OPD(torch.compile(wrapped), teacher)(batch)),
+        "hidden_states": message_of(lambda: topd.hidden_states(wrapped, batch["input_ids"])),
         "ddp.module": message_of(lambda: topd.OPD(wrapped.module, teacher)(batch)),
     }
     objective = topd.OPD(student, teacher)

@@ -41,6 +41,12 @@ def test_a_student_outside_its_wrappers_forward_is_refused(results, way, wrapper
         assert "return self.objective(batch).loss" in message
 
 
+def test_hidden_states_are_refused_there_too(results):
+    for each in results:
+        message = each["messages"]["hidden_states"]
+        assert message.startswith("model must be used inside the forward of its data-parallel wrapper")
+
+
 @pytest.mark.parametrize(("way", "name"), [("fsdp2 root alone", "Llama"), ("fsdp2 student inside", "FSDPLlama")])
 def test_a_head_that_stays_sharded_is_refused_with_the_same_recipe(results, way, name):
     for each in results:

@@ -230,6 +230,7 @@ def test_a_mask_for_a_model_without_one_is_refused() -> None:
         (torch.ones(1, 2), None, "input_ids must be torch.int64, got torch.float32"),
         (torch.ones(2, dtype=torch.int64), None, r"input_ids must be \[B, T\], a row for each rollout, got \[2\]"),
         (torch.ones(0, 2, dtype=torch.int64), None, r"input_ids must hold a token, got \[0, 2\]"),
+        (torch.tensor([[1, 10**6]]), None, "input_ids must hold ids that every model can read, in .* got 1000000 at "),
         (torch.ones(1, 2, dtype=torch.int64), torch.ones(1, 3, dtype=torch.bool), r"attention_mask must have shape \[1, 2\]"),
         (torch.ones(1, 2, dtype=torch.int64), torch.tensor([[1, 2]]), "attention_mask must hold 0 and 1 alone, got 2"),
         (torch.ones(1, 2, dtype=torch.int64), torch.ones(1, 2), "attention_mask must be bool or integers 0 and 1, got torch"),
