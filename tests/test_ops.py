@@ -222,7 +222,6 @@ def test_opcheck_logprobs_backward(options, entropy, dense, backend, device):
 needs_cpp = pytest.mark.skipif(not topd.backends()["cpp"], reason=str(topd.backends()["cpp"]))
 
 
-@needs_cpp
 @pytest.mark.parametrize("temperature", [None, 1.7], ids=["", "numbers"])
 def test_opcheck_topk_logprobs(temperature, device):
     problem = logprobs.random_problem(logprobs.OPTIONS["everything"], entropy=False).to(device)
@@ -235,6 +234,7 @@ def test_opcheck_topk_logprobs(temperature, device):
     assert set(results.values()) == {"SUCCESS"}
 
 
+@needs_cpp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("softcap", [None, 9.0])
 @pytest.mark.parametrize("flags", [(True, True), (True, False), (False, True), (False, False)], ids=str)
