@@ -8,7 +8,7 @@ RUN := OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 $(BIN)/python
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 export TOPD_BUILD_CPP ?= 1
-# Further words for pytest: TESTS=tests/test_plan.py, TESTS="-k transport".
+# Further words for pytest: TESTS=tests/ops/test_plan.py, TESTS="-k transport".
 TESTS ?=
 DEMO ?=
 BUILT := $(VENV)/built-$(TOPD_BUILD_CPP)
@@ -40,7 +40,7 @@ demo: $(BUILT)
 
 # README's install line in fresh environments, with and without a compiler (minutes).
 install-check:
-	$(PYTHON) tests/install_check.py
+	$(PYTHON) tests/house/install_check.py
 
 $(VENV)/installed: requirements.txt requirements-demo.txt Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -26,11 +26,11 @@ from bench.gpu_problems import (
 )
 from bench.gpu_repeats import again, variants
 from bench.numerics import make_logits, our_rows, true_kl
-from topd.ops.transport import run_transport
-from topd.ops.weighted_gather import weighted_gather
-from topd.ops.weighted_scatter import weighted_scatter
-from topd.reference.transport import COSTS
-from topd.reference.transport import transport as reference_transport
+from topd.ops.transport.eager import COSTS
+from topd.ops.transport.eager import transport as reference_transport
+from topd.ops.transport.op import run_transport
+from topd.ops.weighted_gather.op import weighted_gather
+from topd.ops.weighted_scatter.op import weighted_scatter
 
 NARROW = (torch.bfloat16, torch.float16)
 

@@ -89,7 +89,8 @@ def moved_bytes(launch: Any) -> int:
 
 def tile_ops(rows: int, vocab: int, ids: int, device: torch.device, dtype: torch.dtype) -> Iterator[Op]:
     """The row ops on a chunk [rows, vocab] of float32 tiles, gradients in the models' dtype."""
-    from topd_kernels import divergence_rows, logprob_rows
+    from topd_kernels.divergence_rows import launches as divergence_rows
+    from topd_kernels.logprob_rows import launches as logprob_rows
 
     generator = torch.Generator(device).manual_seed(0)
     student, teacher = (torch.empty(rows, vocab, device=device).normal_(0, 2, generator=generator) for _ in range(2))
@@ -107,7 +108,8 @@ def tile_ops(rows: int, vocab: int, ids: int, device: torch.device, dtype: torch
 
 def weighted_ops(case: Case, ids: int, device: torch.device, dtype: torch.dtype) -> Iterator[Op]:
     """The ids' part of a gradient, for all N rows."""
-    from topd_kernels import weighted_gather, weighted_scatter
+    from topd_kernels.weighted_gather import launches as weighted_gather
+    from topd_kernels.weighted_scatter import launches as weighted_scatter
 
     generator = torch.Generator(device).manual_seed(0)
     at = torch.randint(case.vocab, (case.n, ids), device=device, generator=generator)
@@ -119,7 +121,7 @@ def weighted_ops(case: Case, ids: int, device: torch.device, dtype: torch.dtype)
 
 
 def transport_op(m: int, window: int, width: int, device: torch.device) -> Op:
-    from topd_kernels import transport
+    from topd_kernels.transport import launches as transport
 
     sizes = Sizes(vocab=20_000, widths=(width, width), problems=m)
     student, teacher = transported(sizes, device, (window, window, 1e-4))
@@ -131,7 +133,7 @@ def score_ops(
     case: Case, device: torch.device, dtype: torch.dtype, tiles: Sequence[tuple[int, int, int, int] | None] = (None,)
 ) -> list[Op]:
     """The fused scores, once for each tile; None is the default's."""
-    from topd_kernels import score_tokens
+    from topd_kernels.score_tokens import launches as score_tokens
 
     def normal(rows: int, width: int) -> Tensor:
         return torch.empty(rows, width, dtype=dtype, device=device).normal_(0, 0.1)

@@ -15,7 +15,7 @@ import topd
 from bench import agreement, logprob_peers, peers
 from bench.cases import LOGIT_SPREAD, TEACHER_NOISE, Case, Inputs
 from bench.peers import Gradients
-from topd.plan import FUSED_BLOCK
+from topd.ops.shared.plan import FUSED_BLOCK
 
 TOKENS = 8192
 LOSSES = ("reverse_kl", "jsd", "logprobs_1", "logprobs_50")

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 import topd
+from topd.ops.shared.plan import FUSED_BLOCK
+from topd.ops.transport.eager import Windows
 from topd.options import BackendName
-from topd.plan import FUSED_BLOCK
-from topd.reference.transport import Windows
 from topd.scores import FIELDS
 
 Options = dict[str, Any]

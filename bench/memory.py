@@ -29,8 +29,8 @@ from bench.process import INTERRUPTED, options, positive, run_worker
 from bench.report import machine_line, markdown_table, note, write_json
 from topd.backends import NAMES, choose_backend
 from topd.cli.memory import resident_mib, settled_mib
+from topd.ops.shared.plan import MIB, default_workspace
 from topd.options import BackendName
-from topd.plan import MIB, default_workspace
 
 PEERS = ("ours", "eager", "trl", "liger")
 HEADS = ("trainable", "frozen")

@@ -20,8 +20,8 @@ from bench.peers import divergence_of_logprobs, trl_value, trl_version
 from bench.process import INTERRUPTED, positive
 from bench.report import machine_line, markdown_table, note, scientific, write_json
 from topd.backends import choose_backend
-from topd.ops.divergence_rows import run_rows
-from topd.reference.linear_divergence import RowSpec
+from topd.ops.linear_divergence.eager import RowSpec
+from topd.ops.linear_divergence.rows import run_rows
 
 DIVERGENCES = ("reverse_kl", "forward_kl")
 TARGETS = (1e-3, 1e-5, 1e-7, 1e-8)

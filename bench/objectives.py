@@ -23,7 +23,7 @@ from bench.measure import Spread, machine
 from bench.process import INTERRUPTED, positive
 from bench.report import machine_line, markdown_table, note, write_json
 from topd.backends import choose_backend
-from topd.cli.demo import smollm2
+from topd_demo import smollm2
 
 HEADER = ("stage", "OPD, s", "TOPD, s")
 STAGES = (

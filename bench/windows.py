@@ -25,8 +25,8 @@ from bench.process import INTERRUPTED, positive
 from bench.report import machine_line, markdown_table, note, write_json
 from topd.backends import choose_backend
 from topd.branching.continuations import continue_from
-from topd.branching.decoders import decoder_of
-from topd.cli.demo import smollm2
+from topd.models.decoder import decoder_of
+from topd_demo import smollm2
 
 HEADER = ("model", "way", "time_s", "time / branches", "peak_mib", "windows equal")
 NOWHERE = 49152  # an end-of-sequence token that is never drawn

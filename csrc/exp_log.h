@@ -1,5 +1,5 @@
 // exp and log of float vectors, inline: a call into SLEEF spills every vector register around it. Both stay within 2 ulp
-// over their range (tests/test_divergence_rows.py). double uses SLEEF.
+// over their range (tests/ops/test_divergence_rows.py). double uses SLEEF.
 #pragma once
 
 #include <array>

@@ -1,4 +1,4 @@
-// One entropic transport problem with uniform marginals, in double. Names and algorithm are those of topd/reference/transport.py.
+// One entropic transport problem with uniform marginals, in double. Names and algorithm are those of topd/ops/transport/eager.py.
 #pragma once
 
 #include <cmath>

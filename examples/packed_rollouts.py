@@ -10,8 +10,8 @@ from importlib.util import find_spec
 import torch
 
 import topd
-from topd.cli.demo import smollm2
 from topd.integrations.rollouts import pack_rollouts, sample_rollouts
+from topd_demo import smollm2
 
 QUESTIONS = (
     "Name a colour.",

@@ -10,8 +10,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import topd
-from topd.cli.demo import smollm2
 from topd.integrations.rollouts import sample_rollouts
+from topd_demo import smollm2
 
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 4
 QUESTIONS = ("Why is the sky blue?", "Count from one to ten.", "Name three colours.", "What is two plus two?")

@@ -10,8 +10,8 @@ import tempfile
 from transformers import TrainingArguments
 
 import topd
-from topd.cli.demo import smollm2
 from topd.integrations.transformers import DistillationTrainer
+from topd_demo import smollm2
 
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 4
 QUESTIONS = ("Why is the sky blue?", "Count from one to ten.", "Name three colours.", "What is two plus two?")

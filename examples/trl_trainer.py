@@ -11,8 +11,8 @@ from datasets import Dataset
 from trl import DistillationConfig
 
 import topd
-from topd.cli.demo import smollm2
 from topd.integrations.trl import TOPDTrainer
+from topd_demo import smollm2
 
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 3
 QUESTIONS = ("Why is the sky blue?", "Count from one to ten.", "Name three colours.", "What is two plus two?")

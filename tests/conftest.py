@@ -78,6 +78,6 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def small_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
     from tiny_demo import QUICK
 
-    from topd.cli.demo import command
+    from topd_demo import command
 
     monkeypatch.setattr(command, "QUICK", QUICK)

@@ -18,7 +18,7 @@ TESTS = Path(__file__).parent
 
 
 def start(script: str, folder: Path, timeout: float) -> list[dict[str, Any]]:
-    """Run a script of this folder; return what it saved for each rank in `folder`."""
+    """Run a script below this folder; return what it saved for each rank in `folder`."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

@@ -2,13 +2,14 @@
 
 import torch
 
-from topd_kernels import launch, row_statistics
-from topd_kernels.divergence_rows import divergence_rows
-from topd_kernels.logprob_rows import logprob_rows
-from topd_kernels.score_tokens import score_tokens
-from topd_kernels.transport import transport
-from topd_kernels.weighted_gather import weighted_gather
-from topd_kernels.weighted_scatter import weighted_scatter
+from topd_kernels.divergence_rows import statistics as row_statistics
+from topd_kernels.divergence_rows.launches import divergence_rows
+from topd_kernels.logprob_rows.launches import logprob_rows
+from topd_kernels.score_tokens.launches import score_tokens
+from topd_kernels.shared import launch
+from topd_kernels.transport.launches import transport
+from topd_kernels.weighted_gather.launches import weighted_gather
+from topd_kernels.weighted_scatter.launches import weighted_scatter
 
 LAUNCHERS = {
     "divergence_rows": divergence_rows,

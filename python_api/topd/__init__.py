@@ -5,28 +5,28 @@ TOPD here is Trajectory-aware On-Policy Distillation (arXiv 2606.00305).
 
 import importlib.metadata
 
-import topd.ops.linear_divergence
-import topd.ops.linear_logprobs
-import topd.ops.topk_logprobs  # noqa: F401  (all three register their ops)
+import topd.ops.linear_divergence.op
+import topd.ops.linear_logprobs.op
+import topd.ops.topk_logprobs.op  # noqa: F401  (all three register their ops)
 from topd.backends import Backend, backends
+from topd.branching.windows import Windows, sample_windows, window_hidden
 from topd.divergences import JSD, Divergence, ForwardKL, ReverseKL, SkewKL, SkewReverseKL, TotalVariation
-from topd.entropy_aware import entropy_aware_opd
-from topd.functional import linear_divergence, score_tokens
 from topd.head import Head, LowRank
-from topd.logprobs import linear_logprobs, topk_logprobs
+from topd.losses.entropy_aware import entropy_aware_opd
+from topd.losses.linear_divergence import linear_divergence, score_tokens
+from topd.losses.linear_logprobs import linear_logprobs, topk_logprobs
+from topd.losses.next_token_mask import next_token_mask
+from topd.losses.pad_topk import pad_topk
+from topd.losses.sampled import sampled_kl
+from topd.losses.soft_targets import soft_target_kl, topk_divergence
 from topd.models.hidden_states import hidden_states
-from topd.near_future import Transport, guidance_kl, near_future_divergence
+from topd.near_future.selection import divergent, false_alarm_weights, select_candidates
+from topd.near_future.transport import Transport, guidance_kl, near_future_divergence
 from topd.objectives.config import OPDConfig, TOPDConfig
 from topd.objectives.objective import NearFuture, Objective
 from topd.objectives.opd import OPD
 from topd.objectives.topd import TOPD
-from topd.sampled import sampled_kl
 from topd.scores import TokenScores
-from topd.selection import divergent, false_alarm_weights, select_candidates
-from topd.server_answers import pad_topk
-from topd.shift import next_token_mask
-from topd.soft_targets import soft_target_kl, topk_divergence
-from topd.windows import Windows, sample_windows, window_hidden
 
 __all__ = [
     "JSD",

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import ClassVar, TypeAlias
 
-from topd.checks import real
+from topd.checks.values import real
 from topd.options import DivergenceName
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topd.checks import flag, floating, on_device, real, shaped
+from topd.checks.values import flag, floating, on_device, real, shaped
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +154,7 @@ class Head:
             ValueError: the logits are not those of a Head, or not from one plain floating weight on this rank (quantised,
                 sharded, offloaded), or the model's own logits are others than the head's by more than rounding.
         """
-        from topd.integrations.model_head import head_from_model
+        from topd.models.head_from_model import head_from_model
 
         flag("verify", verify)
         head = head_from_model(model)

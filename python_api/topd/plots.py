@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from topd.checks import floating, positive_int
-from topd.near_future import Transport
+from topd.checks.values import floating, positive_int
+from topd.near_future.transport import Transport
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

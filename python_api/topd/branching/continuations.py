@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from topd.branching.decode import decode
-from topd.branching.decoders import Decoder
 from topd.branching.generate import generate
 from topd.branching.prefill import Prefill, prefill
+from topd.models.decoder import Decoder
 
 BRANCHES, ROLLOUT = "branches", "rollout"
 

@@ -10,10 +10,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from topd.branching.decoders import Decoder
 from topd.branching.nodes import Nodes, attention_masks
 from topd.branching.prefill import Prefill
 from topd.branching.shared_states import Places
+from topd.models.decoder import Decoder
 
 # Branches that have ended run along until no more than this share is left: dropping them copies the others' buffers.
 REPACK = 0.75

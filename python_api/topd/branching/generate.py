@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from topd.branching.decode import perturbed
-from topd.branching.decoders import Decoder
+from topd.models.decoder import Decoder
 
 # Tokens of a batch, prefixes and windows: what bounds the caches and states of one call.
 BATCH_TOKENS = 32_768

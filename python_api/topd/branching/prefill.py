@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from topd.branching.decoders import Decoder
 from topd.branching.nodes import Nodes
+from topd.models.decoder import Decoder
 
 
 @dataclass(frozen=True, eq=False)

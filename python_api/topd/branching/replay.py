@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from topd.branching.decoders import Decoder
 from topd.branching.generate import batches, prefixes
 from topd.branching.nodes import Nodes, attention_masks, number_within
 from topd.branching.prefill import Prefill, position_ids_of
+from topd.models.decoder import Decoder
 
 # Of one forward: tokens of windows in a row, which all attend to one another's places, and entries of its mask.
 GROUP_TOKENS, GROUP_ENTRIES = 1024, 1 << 25

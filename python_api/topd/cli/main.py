@@ -10,8 +10,8 @@ from typing import NoReturn
 import topd
 from topd.backends import missing_extension
 from topd.cli import doctor
-from topd.cli.demo import command as demo
 from topd.cli.errors import INTERRUPTED, explained
+from topd_demo import command as demo
 
 DESCRIPTION = """\
 topd distils language models on-policy: a student learns from its own text,

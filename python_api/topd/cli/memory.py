@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from topd.plan import MIB
+from topd.ops.shared.plan import MIB
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topd.branching.decoders import vocabulary_of
-from topd.branching.inputs import check_ids, check_rollouts, end_tokens
-from topd.checks import positive_int, real
-from topd.integrations.model_head import refuse_prompt_learning, unwrapped_model
-from topd.objectives.rollouts import check_batch
+from topd.checks.rollouts import check_ids, check_rollouts, end_tokens
+from topd.checks.values import positive_int, real
+from topd.models.decoder import vocabulary_of
+from topd.models.head_from_model import refuse_prompt_learning, unwrapped_model
+from topd.objectives.batch import check_batch
 from topd.objectives.topk_teacher import TOPK_KEYS, take_topk
 
 

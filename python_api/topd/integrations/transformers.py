@@ -13,12 +13,12 @@ import torch
 import transformers
 from torch import Tensor
 
-from topd.branching.decoders import vocabulary_of
-from topd.checks import on_device
+from topd.checks.values import on_device
 from topd.integrations.rollouts import sample_rollouts
 from topd.integrations.running_means import RunningMeans
 from topd.integrations.tokenizers import check_tokenizers
 from topd.models.data_parallel import is_sharded_in_place
+from topd.models.decoder import vocabulary_of
 from topd.objectives.opd import OPD
 from topd.objectives.topd import TOPD
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from topd.branching.decoders import has_sharded_head
+from topd.models.decoder import has_sharded_head
 
 RECIPE = """\
 put the loss into a module around the plain student and wrap that:

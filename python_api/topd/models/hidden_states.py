@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topd.branching.decoders import Decoder, decoder_of
-from topd.branching.inputs import check_ids, check_rollouts
 from topd.branching.prefill import position_ids_of
-from topd.checks import tensor
+from topd.checks.rollouts import check_ids, check_rollouts
+from topd.checks.values import tensor
 from topd.head import Head
 from topd.models.data_parallel import check_synchronised
+from topd.models.decoder import Decoder, decoder_of
 
 # What a call decides itself, and why.
 OWN = {

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from topd.head import Head, LowRank, shape_logits
-from topd.integrations.model_head import BUILD_BY_HAND, base_of, linear_and_adapter, refuse, unwrapped_model
+from topd.models.head_from_model import BUILD_BY_HAND, base_of, linear_and_adapter, refuse, unwrapped_model
 
 # States of three sizes: logits near 0, and logits that a softcap holds.
 SIZES = (1.0, 8.0, 64.0)

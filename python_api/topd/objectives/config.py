@@ -6,10 +6,14 @@ from typing import TypeVar, get_args
 
 from torch import Tensor
 
-from topd.arguments import check_temperature
-from topd.checks import choice, floating, positive_int, real
+from topd.branching.windows import STUDENT_WINDOWS
+from topd.checks.values import choice, floating, positive_int, real
 from topd.divergences import DivergenceLike, resolve_divergence
-from topd.near_future import MAX_WINDOW, SOLVERS
+from topd.losses.operands import check_temperature
+from topd.losses.soft_targets import SUPPORTS
+from topd.near_future.selection import CANDIDATE_RULES, FALSE_ALARM_MODES, GATE_VALUES
+from topd.near_future.transport import MAX_WINDOW, SOLVERS
+from topd.ops.transport.eager import COSTS
 from topd.options import (
     CandidateRule,
     Cost,
@@ -22,10 +26,6 @@ from topd.options import (
     StudentWindow,
     Support,
 )
-from topd.reference.transport import COSTS
-from topd.selection import CANDIDATE_RULES, FALSE_ALARM_MODES, GATE_VALUES
-from topd.soft_targets import SUPPORTS
-from topd.windows import STUDENT_WINDOWS
 
 Config = TypeVar("Config")
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)

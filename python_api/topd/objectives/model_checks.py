@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import nn
 
-from topd.branching.decoders import runs_uncompiled, vocabulary_of
-from topd.checks import flag
+from topd.checks.values import flag
 from topd.models.data_parallel import check_synchronised
+from topd.models.decoder import runs_uncompiled, vocabulary_of
 from topd.objectives.vocabularies import check_vocabularies
 
 

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from topd.near_future import Transport
+from topd.branching.windows import Windows
+from topd.near_future.transport import Transport
 from topd.scores import TokenScores
-from topd.windows import Windows
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,12 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topd.branching.inputs import check_generator
-from topd.objectives.config import OPDConfig, config_of
-from topd.objectives.model_checks import ModelChecks
-from topd.objectives.objective import Objective
-from topd.objectives.packed import PACKED_KEYS, check_packed, is_packed, packed_pass, reduce_packed
-from topd.objectives.rollouts import (
+from topd.checks.rollouts import check_generator
+from topd.objectives.batch import (
     KEYS,
     Stages,
     as_metrics,
@@ -28,6 +24,10 @@ from topd.objectives.rollouts import (
     reduce_tokens,
     token_pass,
 )
+from topd.objectives.config import OPDConfig, config_of
+from topd.objectives.model_checks import ModelChecks
+from topd.objectives.objective import Objective
+from topd.objectives.packed import PACKED_KEYS, check_packed, is_packed, packed_pass, reduce_packed
 from topd.objectives.topk_teacher import direction_of, packed_topk_pass, padded_topk_pass, refuse_topk, take_topk
 from topd.scores import TokenScores
 

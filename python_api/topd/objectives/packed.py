@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topd.arguments import check_offsets, typed
-from topd.branching.decoders import Decoder, decoder_of
-from topd.branching.inputs import binary, check_differentiable, check_ids
+from topd.checks.rollouts import binary, check_differentiable, check_ids
+from topd.losses.operands import check_offsets, typed
+from topd.models.decoder import Decoder, decoder_of
+from topd.objectives.batch import Stages, at_token, compare_states, scores_at_token
 from topd.objectives.config import OPDConfig
-from topd.objectives.rollouts import Stages, at_token, compare_states, scores_at_token
 from topd.scores import TokenScores
 
 PACKED_KEYS = ("input_ids", "cu_seqlens", "response_mask")

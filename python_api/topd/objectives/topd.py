@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 
 from topd.branching.continuations import BRANCHES, continue_from, from_rollout, rollout_states
-from topd.branching.decoders import Decoder, vocabulary_of
-from topd.branching.inputs import check_generator, end_tokens
-from topd.near_future import Transport, guidance_kl, near_future_divergence
-from topd.objectives.config import TOPDConfig, config_of
-from topd.objectives.model_checks import ModelChecks
-from topd.objectives.objective import NearFuture, Objective
-from topd.objectives.rollouts import (
+from topd.branching.windows import Windows, replay
+from topd.checks.rollouts import check_generator, end_tokens
+from topd.models.decoder import Decoder, vocabulary_of
+from topd.near_future.selection import divergent, false_alarm_weights, select_candidates
+from topd.near_future.transport import Transport, guidance_kl, near_future_divergence
+from topd.objectives.batch import (
     KEYS,
     Rollouts,
     Stages,
@@ -36,10 +35,11 @@ from topd.objectives.rollouts import (
     reduce_tokens,
     token_pass,
 )
+from topd.objectives.config import TOPDConfig, config_of
+from topd.objectives.model_checks import ModelChecks
+from topd.objectives.objective import NearFuture, Objective
 from topd.objectives.topk_teacher import refuse_topk
 from topd.scores import TokenScores
-from topd.selection import divergent, false_alarm_weights, select_candidates
-from topd.windows import Windows, replay
 
 
 class TOPD:

@@ -12,26 +12,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from topd.arguments import typed
-from topd.branching.decoders import decoder_of
-from topd.branching.inputs import check_differentiable, check_ids
 from topd.branching.prefill import prefill
-from topd.checks import floating, on_device, shaped
+from topd.checks.rollouts import check_differentiable, check_ids
+from topd.checks.values import floating, on_device, shaped
 from topd.divergences import ForwardKL, ReverseKL, resolve_divergence
 from topd.head import Head
-from topd.logprobs import TOPK_ORDER, TopK, linear_logprobs
-from topd.objectives.config import OPDConfig
-from topd.objectives.packed import Packed, packing_decoder
-from topd.objectives.rollouts import (
+from topd.losses.linear_logprobs import TOPK_ORDER, TopK, linear_logprobs
+from topd.losses.operands import typed
+from topd.losses.soft_targets import check_ids_in_vocabulary, check_topk_values, checks_values, topk_divergence
+from topd.models.decoder import decoder_of
+from topd.objectives.batch import (
     Rollouts,
     Stages,
     at_token,
     reduction_hint,
     scores_at_token,
 )
+from topd.objectives.config import OPDConfig
+from topd.objectives.packed import Packed, packing_decoder
 from topd.options import Direction
 from topd.scores import TokenScores
-from topd.soft_targets import check_ids_in_vocabulary, check_topk_values, checks_values, topk_divergence
 
 TOPK_KEYS = ("teacher_topk_logprobs", "teacher_topk_ids")
 

@@ -1,0 +1,175 @@
+"""Short continuations of one rollout from many of its prefixes: what TOPD compares, and the states it trains on.
+
+    for each position (row, column t):  student and teacher each go on from input_ids[row, :t], t's own token included in what
+    they replace; window_hidden[:, i] is the student's state that predicts window token i
+
+Both models branch (`topd.branching`): one pass over the rollout fills a key-value cache, from which all windows grow together,
+one token a step. Models are used in the mode that they are in: dropout that is on acts on windows too.
+"""
+
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from topd.branching.continuations import BRANCHES, continue_from, from_rollout
+from topd.branching.prefill import Prefill, prefill
+from topd.branching.replay import replay_in_one_pass, replay_over_cache, replay_separately
+from topd.checks.rollouts import (
+    check_differentiable,
+    check_generator,
+    check_ids,
+    check_positions,
+    check_rollouts,
+    end_tokens,
+)
+from topd.checks.values import choice, on_device, positive_int, real, shaped, tensor
+from topd.losses.operands import typed
+from topd.models.decoder import Decoder, decoder_of
+from topd.options import StudentWindow
+
+STUDENT_WINDOWS: tuple[str, ...] = get_args(StudentWindow)
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """Continuations of m prefixes by both models.
+
+    Attributes:
+        positions: [m, 2] int64 (row, column): the column of the window's first token.
+        student_tokens, teacher_tokens: [m, K] int64, 0 past the lengths.
+        student_lengths, teacher_lengths: [m] int64, 1 to K; an end-of-sequence token counts.
+        student_way, teacher_way: how they were made: "branches", one forward a step over a shared cache; "generate: " and the
+            reason, batches of left-padded prefixes; "rollout", taken from it.
+    """
+
+    positions: Tensor
+    student_tokens: Tensor
+    teacher_tokens: Tensor
+    student_lengths: Tensor
+    teacher_lengths: Tensor
+    student_way: str = BRANCHES
+    teacher_way: str = BRANCHES
+
+
+def sample_windows(
+    student_model: Any,
+    teacher_model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    positions: Tensor,
+    *,
+    horizon: int = 50,
+    temperature: float = 1.0,
+    student_window: StudentWindow = "regenerate",
+    generator: torch.Generator | None = None,
+    eos_token_id: int | list[int] | None = None,
+) -> Windows:
+    """Student and teacher each continue from the prefix before every position.
+
+    Args:
+        student_model, teacher_model: causal language models of transformers, also inside PEFT. One that cannot branch is
+            continued in batches of left-padded prefixes instead; the result says so and why. torch.compile goes around the base
+            model or its layers: topd does not call the forward of the whole.
+        input_ids: [B, T] int64, rollouts with their prompts, padded on either side. Both models have every token: checked on
+            the CPU.
+        attention_mask: [B, T] bool, or integers 0 and 1. position_ids are its cumsum - 1 and go on from there in a window.
+        positions: [m, 2] int64 (row, column), as `select_candidates` returns them; a column and the one before it are attended:
+            checked on the CPU.
+        horizon: K > 0, tokens of a window.
+        temperature: >= 0; 0 is greedy.
+        student_window: "regenerate", the student continues too; "rollout", its window is the rollout's own next tokens, up
+            to the last attended column.
+        generator: of the models' device; the same one in the same state gives the same windows. The student draws first.
+        eos_token_id: an int or a list, at which a window of either model ends; None: the student's generation_config's.
+
+    Returns:
+        Windows. A teacher with more tokens than the student draws from those that both have.
+
+    Raises:
+        TypeError, ValueError: a wrong type, shape, dtype, device, range or option; a position that is not attended; a token
+            that one of the models does not have.
+
+    Source: arXiv 2606.00305: windows of 50 tokens of both models from one prefix of the student's. Decoding is our choice.
+    """
+    ids, attended = check_rollouts(input_ids, attention_mask)
+    at = check_positions(positions, attended)
+    positive_int("horizon", horizon)
+    real("temperature", temperature, low=0.0)
+    choice("student_window", student_window, STUDENT_WINDOWS)
+    check_generator(generator, ids.device)
+    student, teacher = decoder_of(student_model), decoder_of(teacher_model)
+    check_ids("input_ids", ids, student=student_model, teacher=teacher_model)
+    ends = end_tokens(eos_token_id, student.model)
+    own = student.head.weight.shape[0]
+    options: dict[str, Any] = {"horizon": horizon, "temperature": temperature, "generator": generator, "ends": ends}
+    if student_window == "rollout":
+        students = from_rollout(ids, attended, at, horizon)
+    else:
+        students = continue_from(student, ids, attended, at, vocab=own, **options)
+    common = min(own, teacher.head.weight.shape[0])
+    teachers = continue_from(teacher, ids, attended, at, vocab=common, **options)
+    return Windows(at, students.tokens, teachers.tokens, students.lengths, teachers.lengths, students.way, teachers.way)
+
+
+def window_hidden(student_model: Any, input_ids: Tensor, attention_mask: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
+    """The student over rollouts and all their windows, with gradient.
+
+    One pass over the rollouts, whose key-value cache the windows' tokens attend to, all windows of a group in one forward.
+    Where a cache is forbidden (gradient checkpointing) a group is one forward together with its rollouts; a model that cannot
+    branch goes over every prefix again.
+
+    Args:
+        student_model: as in `sample_windows`.
+        input_ids, attention_mask: [B, T], as in `sample_windows`.
+        windows: positions, student_tokens and student_lengths are read.
+
+    Returns:
+        rollout_hidden [B, T, H], the state at each column, after the final norm, and window_hidden [m, K, H] in its dtype:
+        [:, i] predicts window token i, so that [:, 0] is the state of the last prefix token; 0 past a window's length.
+
+    Raises:
+        TypeError, ValueError: a wrong type, shape, dtype, device or range; a token that the student does not have.
+    """
+    ids, attended = check_rollouts(input_ids, attention_mask)
+    if not isinstance(windows, Windows):
+        raise TypeError(f"windows must be a topd.Windows, got {type(windows).__name__}; sample_windows returns one")
+    at = check_positions(windows.positions, attended)
+    tokens, lengths = _check_side(windows, ids)
+    decoder = decoder_of(student_model)
+    check_differentiable("student_model", decoder.model)
+    check_ids("input_ids", ids, student=student_model)
+    counted = torch.arange(tokens.shape[1], device=tokens.device) < lengths.unsqueeze(-1)
+    check_ids("windows.student_tokens", tokens.masked_fill(~counted, 0), student=student_model)
+    found = prefill(decoder, ids, attended, cache=not (decoder.obstacle or decoder.forbids_cache))
+    return found.hidden, replay(decoder, found, ids, attended, at, tokens, lengths)
+
+
+def replay(
+    decoder: Decoder, found: Prefill, input_ids: Tensor, attended: Tensor, positions: Tensor, tokens: Tensor, lengths: Tensor
+) -> Tensor:
+    """The states that predict the windows' tokens, [m, K, H], by the way that the model and its pass `found` allow."""
+    if not tokens.numel():
+        return found.hidden.new_zeros(*tokens.shape, found.hidden.shape[-1])
+    windows = (positions, tokens, lengths)
+    if found.layers is not None:
+        return replay_over_cache(decoder, found, *windows)
+    if decoder.obstacle:
+        return replay_separately(decoder, input_ids, attended, *windows)
+    return replay_in_one_pass(decoder, input_ids, found.trunk, *windows)
+
+
+def _check_side(windows: Windows, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    tokens = typed("windows.student_tokens", windows.student_tokens, torch.int64)
+    m = tensor("windows.positions", windows.positions).shape[0]
+    if tokens.dim() != 2 or tokens.shape[0] != m or not tokens.shape[1]:
+        raise ValueError(f"windows.student_tokens must be [{m}, K], a row for each position, got {list(tokens.shape)}")
+    lengths = typed("windows.student_lengths", windows.student_lengths, torch.int64)
+    shaped("windows.student_lengths", lengths, (m,), "one for each position")
+    on_device("windows.student_tokens", tokens, input_ids.device, "input_ids")
+    on_device("windows.student_lengths", lengths, input_ids.device, "input_ids")
+    if lengths.device.type == "cpu" and ((lengths < 1) | (lengths > tokens.shape[1])).any():
+        bad = lengths[(lengths < 1) | (lengths > tokens.shape[1])][0].item()
+        raise ValueError(f"windows.student_lengths must lie in [1, {tokens.shape[1]}], the windows' width, got {bad}")
+    return tokens, lengths

@@ -1,0 +1,1 @@
+"""The public losses of one token's distribution."""

@@ -1,0 +1,273 @@
+"""The public primitives: arguments checked, leading shapes flattened, then the op."""
+
+import math
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from topd.backends import choose_backend
+from topd.checks.values import flag, no_forward_mode, on_device, real, shaped, tensor
+from topd.divergences import Divergence, DivergenceLike, resolve_divergence
+from topd.head import Head
+from topd.losses.operands import (
+    autocast,
+    check_head,
+    check_head_range,
+    check_range,
+    check_side,
+    check_temperature,
+    check_workspace,
+    kept_side,
+    needs,
+    op_side,
+    per_token,
+    softcap_of,
+)
+from topd.ops.linear_divergence import eager as reference
+from topd.ops.linear_divergence.eager import RowSpec
+from topd.ops.shared.few_rows import may_keep
+from topd.ops.shared.numbers import numbers_of
+from topd.options import BackendName
+from topd.scores import TokenScores, unpack_scores
+
+
+def _refuse_teacher_grad(teacher_hidden: Tensor, teacher: Head) -> None:
+    if teacher_hidden.requires_grad:
+        raise ValueError(
+            "teacher_hidden must not require grad: the teacher is a constant; run the teacher under torch.no_grad(), or pass "
+            "teacher_hidden.detach()"
+        )
+    for field, value in teacher.tensors().items():
+        if value.requires_grad:
+            raise ValueError(
+                f"teacher.{field} must not require grad: the teacher is a constant; pass head.detach(), which shares storage, "
+                "also where a model teaches itself"
+            )
+
+
+def _check_pair(student_hidden: Tensor, student: Head, teacher_hidden: Tensor, teacher: Head) -> None:
+    check_side("student_hidden", student_hidden, "student", student)
+    check_side("teacher_hidden", teacher_hidden, "teacher", teacher)
+    expected = (*student_hidden.shape[:-1], teacher_hidden.shape[-1])
+    shaped("teacher_hidden", teacher_hidden, expected, "the leading shape of student_hidden")
+    on_device("teacher_hidden", teacher_hidden, student_hidden.device, "student_hidden")
+    _refuse_teacher_grad(teacher_hidden, teacher)
+
+
+def _check_options(
+    temperature: object, hard_weight: object, tokens: object, return_scores: object, workspace_bytes: object
+) -> None:
+    check_temperature(temperature)
+    flag("return_scores", return_scores)
+    if real("hard_weight", hard_weight, low=0.0) and tokens is None:
+        raise ValueError(
+            "hard_weight needs tokens, the sampled tokens [...] int64, got tokens=None; pass them or leave it at 0"
+        )
+    check_workspace(workspace_bytes)
+
+
+def _check_numbers(
+    student: Head, teacher: Head, temperature: float, divergence: Divergence, hard_weight: float, dtype: torch.dtype
+) -> None:
+    """Check that the tiles' dtype holds every number that the kernels compute with."""
+    check_range("temperature", temperature, dtype)
+    check_range("hard_weight", hard_weight, dtype)
+    if divergence.parameter != math.inf:
+        check_range(f"{divergence.parameter_name} of {divergence.name!r}", divergence.parameter, dtype)
+    check_head_range("student", student, temperature, dtype)
+    check_head_range("teacher", teacher, temperature, dtype)
+
+
+def _spec(student: Head, teacher: Head, temperature: float, divergence: Divergence, hard_weight: float) -> RowSpec:
+    return RowSpec(
+        float(student.scale),
+        softcap_of(student),
+        float(teacher.scale),
+        softcap_of(teacher),
+        float(temperature),
+        divergence.name,
+        divergence.parameter,
+        float(hard_weight),
+    )
+
+
+@overload
+def linear_divergence(
+    student_hidden: Tensor,
+    student: Head,
+    teacher_hidden: Tensor,
+    teacher: Head,
+    *,
+    divergence: DivergenceLike = "reverse_kl",
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    tokens: Tensor | None = None,
+    hard_weight: float = 0.0,
+    weights_hint: Tensor | None = None,
+    return_scores: Literal[False] = False,
+    workspace_bytes: int | None = None,
+    backend: BackendName | None = None,
+) -> Tensor: ...
+
+
+@overload
+def linear_divergence(
+    student_hidden: Tensor,
+    student: Head,
+    teacher_hidden: Tensor,
+    teacher: Head,
+    *,
+    divergence: DivergenceLike = "reverse_kl",
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    tokens: Tensor | None = None,
+    hard_weight: float = 0.0,
+    weights_hint: Tensor | None = None,
+    return_scores: Literal[True],
+    workspace_bytes: int | None = None,
+    backend: BackendName | None = None,
+) -> tuple[Tensor, TokenScores]: ...
+
+
+@overload
+def linear_divergence(
+    student_hidden: Tensor,
+    student: Head,
+    teacher_hidden: Tensor,
+    teacher: Head,
+    *,
+    divergence: DivergenceLike = "reverse_kl",
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    tokens: Tensor | None = None,
+    hard_weight: float = 0.0,
+    weights_hint: Tensor | None = None,
+    return_scores: bool,
+    workspace_bytes: int | None = None,
+    backend: BackendName | None = None,
+) -> Tensor | tuple[Tensor, TokenScores]: ...
+
+
+def linear_divergence(
+    student_hidden: Tensor,
+    student: Head,
+    teacher_hidden: Tensor,
+    teacher: Head,
+    *,
+    divergence: DivergenceLike = "reverse_kl",
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    tokens: Tensor | None = None,
+    hard_weight: float = 0.0,
+    weights_hint: Tensor | None = None,
+    return_scores: bool = False,
+    workspace_bytes: int | None = None,
+    backend: BackendName | None = None,
+) -> Tensor | tuple[Tensor, TokenScores]:
+    """Per-token divergence between a student and a teacher, from hidden states, without [N, V] logits.
+
+    Exact value and gradients for any upstream gradient, at the cost of four matrix products (three with a frozen head).
+
+    Args:
+        student_hidden: [..., H_s] float32, float64, bfloat16 or float16, dtype of `student.weight`; differentiated.
+        student: Head; weight, bias and adapter are differentiated where they require grad.
+        teacher_hidden: [..., H_t], the same leading shape, dtype of `teacher.weight`; constant.
+        teacher: Head; constant. Vocabularies that differ are compared on their first min(V_s, V_t) entries.
+        divergence: a name, a `topd` divergence or a mapping of its name and parameters, e.g. "reverse_kl", topd.JSD(0.3),
+            {"name": "jsd", "beta": 0.3}, topd.ForwardKL(entry_clip=0.05).
+        temperature: > 0; both sides' logits are divided by it, after the softcap; no factor temperature².
+        mask: [...] bool; False rows cost nothing, are exactly 0 and get exactly 0 gradient, whatever they hold.
+        tokens: [...] int64, the sampled tokens; read for hard_weight and the scores' log-probabilities. Unmasked tokens lie
+            in the common vocabulary: checked on the CPU; on a GPU, where a check would stall it, such a token has
+            log-probability -inf.
+        hard_weight: >= 0; adds hard_weight * (-log p_S(tokens)) to each row, in the same pass.
+        weights_hint: [...] floating, what the result will be multiplied by, up to one factor: where it is right the backward
+            pass costs nothing more; it never changes a value.
+        return_scores: also return `TokenScores`.
+        workspace_bytes: bound for the tiles of logits; None: 512 MiB on a CPU, 256 where it multiplies bfloat16; on a GPU the
+            smaller of 2 GiB and a quarter of the free memory.
+        backend: None (by device), "reference", "eager", "cpp" or "triton"; one asked for by name never falls back.
+
+    Returns:
+        [...] float32 (float64 if an input is), nats per token (total variation: a probability); with return_scores a pair
+        of it and `TokenScores`. -inf logits mean probability 0: a row is inf where its divergence is, never NaN.
+
+    Raises:
+        TypeError, ValueError: a wrong type, shape, dtype, device, range or option, a number that overflows or vanishes in the
+            dtype of the result, or a teacher tensor that requires grad.
+
+    Source: reverse KL: arXiv 2606.00305 (OPD); forward KL: arXiv 2606.08432, eq. 6; entry clip: arXiv 2601.18734.
+    """
+    chosen = resolve_divergence(divergence)
+    _check_pair(student_hidden, student, teacher_hidden, teacher)
+    _check_options(temperature, hard_weight, tokens, return_scores, workspace_bytes)
+    heads = (*student.tensors().values(), *teacher.tensors().values())
+    no_forward_mode("linear_divergence", (student_hidden, teacher_hidden, *heads))
+    student_hidden, student = kept_side("student_hidden", student_hidden, "student", student)
+    teacher_hidden, teacher = kept_side("teacher_hidden", teacher_hidden, "teacher", teacher)
+    shape = tuple(student_hidden.shape[:-1])
+    like = (student_hidden, "student_hidden")
+    flat_mask = None if mask is None else per_token("mask", mask, torch.bool, *like)
+    flat_tokens = None if tokens is None else per_token("tokens", tokens, torch.int64, *like)
+    hint = None if weights_hint is None else per_token("weights_hint", weights_hint, None, *like).detach()
+    name = choose_backend(backend, student_hidden.device)
+
+    student_hidden, student = autocast(student_hidden.reshape(-1, student_hidden.shape[-1]), student)
+    teacher_hidden, teacher = autocast(teacher_hidden.reshape(-1, teacher_hidden.shape[-1]), teacher)
+    dtype = torch.promote_types(torch.promote_types(student_hidden.dtype, teacher_hidden.dtype), torch.float32)
+    _check_numbers(student, teacher, temperature, chosen, hard_weight, dtype)
+    spec = _spec(student, teacher, temperature, chosen, hard_weight)
+    if name == "reference":
+        sides = (student_hidden, student, teacher_hidden, teacher)
+        value, scores = reference.linear_divergence(*sides, flat_mask, flat_tokens, spec)
+    else:
+        numbers = numbers_of(spec.temperature, spec.parameter, spec.hard_weight)
+        if numbers is not None:
+            spec = spec.with_numbers(1.0, 0.0, 0.0)
+        common = (*op_side(student_hidden, student), *op_side(teacher_hidden, teacher), flat_mask, flat_tokens, *spec)
+        common = (*common, workspace_bytes, name, numbers)
+        wanted = (*needs(student_hidden, student), may_keep(), return_scores)
+        value, scores, *_ = torch.ops.topd.linear_divergence(*common, hint, *wanted)
+    value = value.reshape(shape)
+    return (value, unpack_scores(scores, shape, has_tokens=tokens is not None)) if return_scores else value
+
+
+def score_tokens(
+    student_hidden: Tensor,
+    student: Head,
+    teacher_hidden: Tensor,
+    teacher: Head,
+    *,
+    tokens: Tensor | None = None,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+) -> TokenScores:
+    """Both KLs, entropies, log-probabilities, agreement and lost mass of each token, in one pass without gradients.
+
+    Args:
+        student_hidden, student, teacher_hidden, teacher: as in `linear_divergence`; all are detached here.
+        tokens: [...] int64, the sampled tokens, or None: then the two log-probabilities are None.
+        mask: [...] bool; False rows are 0 and False.
+        temperature: > 0; governs every score.
+
+    Returns:
+        TokenScores of [...] tensors, float32 (float64 if an input is), nats; 2 matrix products.
+
+    Raises:
+        TypeError, ValueError: as `linear_divergence`.
+    """
+    with torch.no_grad():
+        result = linear_divergence(
+            tensor("student_hidden", student_hidden).detach(),
+            check_head("student", student).detach(),
+            tensor("teacher_hidden", teacher_hidden).detach(),
+            check_head("teacher", teacher).detach(),
+            divergence="forward_kl",
+            temperature=temperature,
+            mask=mask,
+            tokens=tokens,
+            return_scores=True,
+        )
+    assert isinstance(result, tuple)
+    return result[1]

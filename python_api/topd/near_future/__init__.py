@@ -1,0 +1,1 @@
+"""The near future: transport between continuations, guidance, and which tokens are looked at."""

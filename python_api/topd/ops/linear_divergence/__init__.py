@@ -1,0 +1,1 @@
+"""topd::linear_divergence: all of its Python."""

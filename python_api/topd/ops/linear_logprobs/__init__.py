@@ -1,0 +1,1 @@
+"""topd::linear_logprobs: all of its Python."""

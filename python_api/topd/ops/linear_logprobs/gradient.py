@@ -1,0 +1,167 @@
+"""The gradient of linear_logprobs from what its forward pass kept: one number a row for the dense part, M numbers for the
+ids."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from topd.ops.linear_logprobs.loop import Call
+from topd.ops.shared.one_pass import Correction, common_factor, correction
+from topd.ops.shared.repeats import runs_of
+from topd.ops.shared.tiles import HeadGrads
+from topd.ops.weighted_gather.op import weighted_gather
+from topd.ops.weighted_scatter.op import weighted_scatter
+
+
+def mass(outside: Tensor) -> Tensor:
+    """q, rounded once, the same in forward and backward."""
+    return outside.double().exp().to(outside.dtype)
+
+
+class Upstream(NamedTuple):
+    """The three gradients that come in, made into a row's factors: `dense` [N] of outside_grad, its rounding error's scale,
+    `entropy` [N] of entropy_grad or None, `at_ids` [N, M] of the ids' rows of the weight, and `used` [N], rows with any."""
+
+    dense: Tensor
+    scale: Tensor
+    entropy: Tensor | None
+    at_ids: Tensor
+    used: Tensor
+
+
+def upstream_of(
+    call: Call, grads: tuple[Tensor | None, ...], logprobs: Tensor, outside: Tensor, first: Tensor, slope: Tensor
+) -> Upstream:
+    g, h, o = grads
+    g = torch.zeros_like(logprobs, dtype=torch.float64) if g is None else g.double()
+    o = torch.zeros_like(outside, dtype=torch.float64) if o is None else o.double()
+    used = (g != 0).any(-1) | (o != 0)
+    if h is not None:
+        used = used | (h != 0)
+    if call.mask is not None:
+        used = used & call.mask
+    unused = ~used.unsqueeze(-1)
+    in_range = (call.ids >= 0) & (call.ids < call.vocab)
+    g, o = _onto_first(call.ids, g.masked_fill(unused | ~in_range, 0.0), first), o.masked_fill(~used, 0.0)
+    total = g.sum(-1)
+    p = logprobs.double().exp().masked_fill(~first, 0.0)
+    inside, q = p.sum(-1), mass(outside).double()
+    at_ids = -g * logprobs.double().expm1() - p * ((total + o).unsqueeze(-1) - g)
+    at_ids = at_ids * (slope if slope.shape[0] else call.spec.scale / call.spec.temperature)
+    dtype = logprobs.dtype
+    return Upstream(
+        (o * inside - total * q).masked_fill(~used, 0.0).to(dtype),
+        (g.abs().sum(-1) * q + o.abs() * inside).masked_fill(~used, 0.0).to(dtype),
+        None if h is None else h.to(dtype).masked_fill(~used, 0.0),
+        at_ids.masked_fill(unused, 0.0).to(dtype),
+        used,
+    )
+
+
+def _onto_first(ids: Tensor, g: Tensor, first: Tensor) -> Tensor:
+    """g [N, M] with the entries of a repeated id added up at its first place, 0 at the others: added up later, in float32, they
+    would cancel where the token is nearly certain."""
+    if ids.shape[1] < 2 or (ids.device.type == "cpu" and bool(first.all())):
+        return g
+    runs = runs_of(ids)
+    totals = runs.totals(g).gather(-1, runs.run).masked_fill(~runs.starts, 0.0)
+    return torch.zeros_like(g).scatter(-1, runs.order, totals)
+
+
+def dense_correction(
+    call: Call, upstream: Upstream, saved: HeadGrads, q: Tensor, hint: Tensor, shapes: HeadGrads
+) -> Correction:
+    """Where the sums of D outside_grad + h entropy_grad start from, and the rows that are still to be added."""
+    dense, uses_entropy = upstream.dense, None if upstream.entropy is None else upstream.entropy != 0
+    alive = dense != 0 if uses_entropy is None else (dense != 0) | uses_entropy
+    hinted = (hint * q).masked_fill(hint == 0, 0.0) if call.dense else torch.zeros_like(dense)
+    c = common_factor(dense, hinted)
+    deviates = ~((dense - c * hinted).abs() <= 4 * torch.finfo(dense.dtype).eps * upstream.scale)
+    if uses_entropy is not None:
+        deviates = deviates | uses_entropy
+    if call.mask is not None:  # masked rows obey whatever comes
+        deviates = deviates & call.mask
+    if call.dense:
+        no_u = dense.new_empty(0)  # `hinted` holds each row's q, with which its gradient grows
+        return correction(saved, call.side, no_u, c, hinted, dense, deviates, alive, call.backend, narrow=call.narrow)
+    rows = (alive & deviates).nonzero()[:, 0]
+    if rows.numel() == 0:
+        shapes.zero()
+    return Correction(shapes, rows, [(1.0, dense)], rows.numel() > 0)
+
+
+def add_rows(call: Call, upstream: Upstream, found: Correction) -> None:
+    """Compute the rows of a correction again and add them."""
+    if found.rows.numel() == 0:
+        return
+    side, entropy = call.widened(), upstream.entropy
+    for chunk in call.run(side, found.rows, grad=True, entropy=entropy is not None):
+        rows, first = chunk.rows, found.anew and chunk.start == 0
+        assert rows.outside_grad is not None
+        parts = [(alpha, weights[chunk.at], rows.outside_grad) for alpha, weights in found.terms]
+        if entropy is not None and rows.entropy_grad is not None:
+            parts.append((1.0, entropy[chunk.at], rows.entropy_grad))
+            if not call.narrow:
+                parts = [_together(parts)]
+        for i, (alpha, weights, tile) in enumerate(parts):
+            weights = weights.masked_fill(~rows.finite, torch.nan)
+            through = side.through_adapter(tile)
+            found.grads.add(side, tile, through, chunk.hidden, weights, first=first and i == 0, alpha=alpha)
+
+
+def _together(parts: list[tuple[float, Tensor, Tensor]]) -> tuple[float, Tensor, Tensor]:
+    """Two weighted tiles as one, in the first's place: one product in place of two."""
+    (_, weights, tile), (_, entropy, entropy_tile) = parts
+    tile.mul_(weights.unsqueeze(-1)).addcmul_(entropy_tile, entropy.unsqueeze(-1))
+    return 1.0, torch.ones_like(weights), tile
+
+
+def add_ids(call: Call, upstream: Upstream, grads: HeadGrads, hidden: Tensor) -> None:
+    """Add the ids' part: M weighted rows each to d hidden (where it is not empty) and to the head's gradients."""
+    side, ids, at_ids = call.side, call.ids, upstream.at_ids
+    through_adapter = None
+    if side.a is not None and side.b is not None:
+        through_adapter = at_ids.new_zeros(ids.shape[0], side.b.shape[1])
+        weighted_gather(call.backend, through_adapter, side.b, ids, at_ids)
+        through_adapter *= side.scaling
+    if hidden.numel():
+        weighted_gather(call.backend, hidden, side.weight, ids, at_ids)
+        if through_adapter is not None and side.a is not None:
+            hidden.addmm_(through_adapter, side.a.to(hidden.dtype))
+    if grads.weight.numel():
+        weighted_scatter(call.backend, grads.weight, side.hidden, ids, at_ids)
+    if grads.bias.numel():
+        ones = at_ids.new_ones(ids.shape[0], 1)
+        weighted_scatter(call.backend, grads.bias.unsqueeze(-1), ones, ids, at_ids)
+    if grads.a.numel() and side.a is not None and through_adapter is not None:
+        states = side.hidden.to(call.dtype).masked_fill(~upstream.used.unsqueeze(-1), 0.0)
+        grads.a.addmm_(through_adapter.T, states)
+        weighted_scatter(call.backend, grads.b, side.scaling * (states @ side.a.to(call.dtype).T), ids, at_ids)
+
+
+def in_range_share(call: Call) -> Tensor:
+    """[N], the share of a row's ids that lie in the vocabulary: where every log-probability has one upstream, the row's factor
+    is that times one number."""
+    if call.ids.shape[1] == 0:
+        return call.ids.new_ones(1, dtype=call.dtype)
+    in_range = (call.ids >= 0) & (call.ids < call.vocab)
+    return in_range.sum(-1).to(call.dtype) / call.ids.shape[1]
+
+
+def uniform_factor(call: Call, grads: tuple[Tensor | None, ...], outside: Tensor) -> Tensor | None:
+    """c where every log-probability has one upstream, as sum() and mean() send it: no row deviates and the host need not wait.
+    A row without a distribution (`outside` is NaN) still poisons the sums, as it would in eager code."""
+    g, h, o = grads
+    if (
+        not call.dense
+        or call.mask is not None
+        or g is None
+        or h is not None
+        or o is not None
+        or not g.numel()
+        or any(g.stride())
+    ):
+        return None
+    c = -g[0, 0].to(outside.dtype) * g.shape[1]
+    return torch.where(outside.isnan().any() & (c != 0), torch.nan, c)

@@ -1,0 +1,1 @@
+"""topd::score_tokens: all of its Python."""

@@ -1,0 +1,1 @@
+"""topd::topk_logprobs: all of its Python."""

@@ -1,0 +1,1 @@
+"""topd::transport: all of its Python."""

@@ -1,0 +1,1 @@
+"""topd::weighted_gather: all of its Python."""

@@ -1,0 +1,1 @@
+"""topd::weighted_scatter: all of its Python."""

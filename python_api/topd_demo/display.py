@@ -1,0 +1,140 @@
+"""What the terminal shows while a run goes on: a line that moves, or plain lines where nobody watches."""
+
+import time
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from topd_demo.figures import NAMES
+from topd_demo.settings import Settings
+from topd_demo.summary import Summary
+from topd_demo.summary import Table as Numbers
+from topd_demo.training import Record
+from topd_demo.window_pair import WindowPair
+
+BAR = 6  # columns
+LINKS = 4  # of a transport plan
+PLAIN_EVERY = 5  # steps between two lines where the output is no terminal
+
+
+class Display:
+    """Of one run of the demo."""
+
+    def __init__(self, settings: Settings, console: Console | None = None) -> None:
+        self.settings, self.console = settings, console or Console(highlight=False)
+        self.live: Live | None = None
+        self.method, self.began, self.first = "", 0.0, 0
+        self.latest: Record = {}
+        self.held_out: float | None = None
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    def start(self, method: str, done: int) -> None:
+        """A method's training begins, or goes on."""
+        self.method, self.began, self.first = method, time.monotonic(), done
+        self.latest, self.held_out = {"step": done}, None
+        if self.console.is_terminal:
+            self.live = Live(self._line(), console=self.console, refresh_per_second=4)
+            self.live.start()
+
+    def show(self, record: Record) -> None:
+        """A step, or an evaluation."""
+        if "held_out_reverse_kl" in record:
+            self.held_out = record["held_out_reverse_kl"]
+        else:
+            self.latest = record
+        if self.live is not None:
+            self.live.update(self._line())
+        elif "held_out_reverse_kl" in record or record["step"] % PLAIN_EVERY == 0:
+            self.console.print(self._text(), markup=False)
+
+    def stop(self) -> None:
+        """The method's line stays as it is."""
+        if self.live is not None:
+            self.live.stop()
+            self.live = None
+
+    def left(self) -> str:
+        """Of this method, at the pace of its steps so far; at its end what it took."""
+        done, left = self.latest["step"] - self.first, self.settings.steps - self.latest["step"]
+        passed = time.monotonic() - self.began
+        if not left:
+            return f"in {_clock(passed)}"
+        return f"{_clock(passed / done * left)} left" if done else "-:-- left"
+
+    def _line(self) -> Table:
+        grid = Table.grid(padding=(0, 1))
+        bar = ProgressBar(total=self.settings.steps, completed=self.latest["step"], width=BAR)
+        grid.add_row(Text(f"{NAMES[self.method]:4}", style="bold"), bar, Text(self._numbers()))
+        return grid
+
+    def _text(self) -> str:
+        return f"{NAMES[self.method]:4} {self._numbers()}"
+
+    def _numbers(self) -> str:
+        """Beside the method and the bar it fits 80 columns."""
+        found = [f"{self.latest['step']:>3}/{self.settings.steps}"]
+        if "loss" in self.latest:
+            found.append(f"loss {self.latest['loss']:.2f}")
+        if self.held_out is not None:
+            found.append(f"held-out KL {self.held_out:.2f}")
+        if "loss" in self.latest:
+            found.append(f"{self.latest['tokens_a_second']:.0f} tok/s")
+            if self.latest["memory_mib"] is not None:
+                found.append(f"{self.latest['memory_mib'] / 1024:.1f} GiB")
+        return " ".join([*found, self.left()])
+
+    def summary(self, found: Summary) -> None:
+        """The tables at the end."""
+        self._table("Reverse KL to the teacher on held-out prompts, nats per token", found.outcome)
+        if found.loss is not None:
+            self._table("The loss alone, value and gradients", found.loss)
+        self._table("Where a step's time goes", found.stages)
+
+    def _table(self, title: str, numbers: Numbers) -> None:
+        header, rows = numbers
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+        for place, name in enumerate(header):
+            table.add_column(name, justify="right" if place else "left")
+        for row in rows:
+            table.add_row(*row)
+        self.console.print(Text(f"\n{title}", style="bold"), table)
+
+    def samples(self, before: list[list[str]] | None, after: dict[str, list[list[str]]]) -> None:
+        """The first held-out prompt, answered before and after."""
+        answers: list[tuple[str, list[list[str]] | None]] = [("before", before)]
+        answers += [(NAMES[name], found) for name, found in after.items()]
+        first = next((found for _, found in answers if found), None)
+        if first is None:
+            return
+        grid = Table.grid(padding=(0, 2, 0, 0))
+        grid.add_row(Text("prompt", style="dim"), Text(one_line(first[0][0])))
+        for name, found in answers:
+            if found:
+                grid.add_row(Text(name, style="dim"), Text(one_line(found[0][1])))
+        self.console.print(Text("\nThe student's answer to a held-out prompt", style="bold"), grid)
+
+    def window_pair(self, pair: WindowPair) -> None:
+        """The two continuations, and which of their tokens the plan moves the most mass between."""
+        grid = Table.grid(padding=(0, 2, 0, 0))
+        grid.add_row(Text("prefix", style="dim"), Text(f"... {one_line(pair.prefix)}"))
+        for name, tokens in (("student", pair.student_tokens), ("teacher", pair.teacher_tokens)):
+            grid.add_row(Text(name, style="dim"), Text(one_line("".join(tokens))))
+        links = ", ".join(f"{a!r} to {b!r} {share:.1%}" for a, b, share in pair.heaviest(LINKS))
+        grid.add_row(Text("plan", style="dim"), Text(f"{links}, ..."))
+        kind = "a divergent point" if pair.divergent else "a false alarm"
+        title = f"\nTwo near futures, {kind}: distance {pair.distance:.2f}"
+        self.console.print(Text(title, style="bold"), grid)
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def one_line(text: str) -> str:
+    """As a terminal may print it: whatever a model wrote, no control character."""
+    return "".join(c if c.isprintable() else "·" for c in " ".join(text.split()))

@@ -1,0 +1,124 @@
+"""The teacher, the student and their tokenizer; whether they go together."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from topd.cli.errors import CommandError, require
+from topd.models.decoder import vocabulary_of
+from topd_demo import smollm2
+from topd_demo.settings import Settings
+
+
+class Models(NamedTuple):
+    """In eval mode, float32, on the run's device; the student trains."""
+
+    student: Any
+    teacher: Any
+    tokenizer: Any
+    description: str
+
+    @property
+    def common_vocabulary(self) -> int:
+        """The tokens that both models read; what either has beyond them is padding."""
+        return min(vocabulary_of(self.student), vocabulary_of(self.teacher))
+
+
+def load(settings: Settings) -> Models:
+    """
+    Raises:
+        CommandError: a package or a model is missing, or the two do not share their tokens.
+    """
+    require(("transformers",), "the demo", 'pip install "topd[demo]"')
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    teacher, tokenizer = _teacher(settings)
+    if settings.student is None:
+        student = smollm2.sliced(teacher, settings.layers)
+        name = f"{len(settings.layers)} of its {teacher.config.num_hidden_layers} layers"
+    else:
+        student = _pretrained(settings.student, "student")
+        check_tokenizers(tokenizer, _tokenizer(settings.student, tokenizer))
+        name = settings.student
+    check_vocabularies(student, teacher, tokenizer)
+    for parameter in teacher.parameters():
+        parameter.requires_grad_(False)
+    device = torch.device(settings.device)
+    description = f"{settings.teacher or 'SmolLM2-135M-Instruct'} teaches {name}"
+    return Models(student.to(device).eval(), teacher.to(device).eval(), tokenizer, description)
+
+
+def _teacher(settings: Settings) -> tuple[Any, Any]:
+    if settings.teacher is not None:
+        if settings.student is None:
+            raise CommandError(f"a student for {settings.teacher} is missing: name one with --student")
+        return _pretrained(settings.teacher, "teacher"), _tokenizer(settings.teacher)
+    if absent := smollm2.missing():
+        raise CommandError(absent)
+    return smollm2.load_model(), smollm2.load_tokenizer()
+
+
+def _pretrained(name: str, role: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise CommandError(
+            f"the {role} {name!r} cannot be loaded ({_short(error)}): name a model of the hub or a folder"
+        ) from error
+
+
+def _tokenizer(name: str, otherwise: Any = None) -> Any:
+    """The model's own; `otherwise` where its folder has none."""
+    from transformers import AutoTokenizer
+
+    has_none = Path(name).is_dir() and not any(
+        (Path(name) / file).exists() for file in ("tokenizer.json", "tokenizer_config.json")
+    )
+    if has_none and otherwise is not None:
+        return otherwise
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise CommandError(f"the tokenizer of {name!r} cannot be loaded ({_short(error)}): put it beside the model") from error
+
+
+def _short(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:120].rstrip(".")
+
+
+def check_tokenizers(teacher: Any, student: Any) -> None:
+    """Every token has one id in both.
+
+    Raises:
+        CommandError: otherwise.
+    """
+    if teacher is student:
+        return
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if ours == theirs:
+        return
+    odd = next(token for token in sorted(ours.keys() | theirs.keys()) if ours.get(token) != theirs.get(token))
+    raise CommandError(
+        f"teacher and student have different tokenizers: {odd!r} is {theirs.get(odd, 'no token')} to the teacher and "
+        f"{ours.get(odd, 'no token')} to the student; distillation compares them token by token: take models of one family"
+    )
+
+
+def check_vocabularies(student: Any, teacher: Any, tokenizer: Any) -> None:
+    """Both heads have a row for every token; rows beyond them (padding) may differ.
+
+    Raises:
+        CommandError: otherwise.
+    """
+    for role, model in (("student", student), ("teacher", teacher)):
+        rows = model.get_output_embeddings().weight.shape[0]
+        if rows < len(tokenizer):
+            other = teacher if role == "student" else student
+            raise CommandError(
+                f"the {role}'s vocabulary has {rows:,} entries, the tokenizer {len(tokenizer):,} and the other model "
+                f"{other.get_output_embeddings().weight.shape[0]:,}: take models that share a vocabulary"
+            )

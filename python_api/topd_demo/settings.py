@@ -1,0 +1,111 @@
+"""What a run of the demo is made of; written to config.json, from where --resume takes it."""
+
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from topd.cli.options import SEEDS
+from topd_demo.smollm2 import LAYERS, SLICE
+
+METHODS = ("opd", "topd")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of a run.
+
+    Attributes:
+        methods: trained one after the other from the same start, with the same prompts and seeds.
+        steps: optimizer steps of each.
+        batch: rollouts a step, one of each prompt.
+        tokens: the most tokens of a response.
+        horizon: tokens of a window (TOPD).
+        learning_rate: of AdamW, reached after the warm-up; then it falls linearly, to a tenth at the end.
+        warmup: steps of linear warm-up.
+        clip: the gradient's largest norm.
+        evaluate_every: steps between two evaluations on the held-out prompts; a checkpoint is written with each.
+        held_out: held-out prompts.
+        held_out_tokens: the most tokens of a response there.
+        seed: of prompts, rollouts and windows.
+        teacher, student: names or folders of transformers models; None: SmolLM2-135M-Instruct and `layers` of it.
+        layers: of the teacher, that the student is a slice of.
+        device: where torch runs.
+    """
+
+    methods: tuple[str, ...] = METHODS
+    steps: int = 30
+    batch: int = 4
+    tokens: int = 24
+    horizon: int = 16
+    learning_rate: float = 1e-4
+    warmup: int = 2
+    clip: float = 1.0
+    evaluate_every: int = 10
+    held_out: int = 16
+    held_out_tokens: int = 24
+    seed: int = 0
+    teacher: str | None = None
+    student: str | None = None
+    layers: tuple[int, ...] = SLICE
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            ValueError: a value is of a wrong type or out of range; named, with what came.
+        """
+        for name in ("steps", "batch", "tokens", "horizon", "evaluate_every", "held_out", "held_out_tokens"):
+            self._check(name, "a whole number of at least 1", lambda value: _whole(value, 1))
+        self._check("warmup", "a whole number of at least 0", lambda value: _whole(value, 0))
+        self._check("seed", f"a whole number from 0 to {SEEDS - 1:,}", lambda value: _whole(value, 0) and value < SEEDS)
+        for name in ("learning_rate", "clip"):
+            self._check(name, "a finite number above 0", _positive_number)
+        for name in ("teacher", "student"):
+            self._check(name, "null, or the name or folder of a model", lambda value: value is None or _text(value))
+        self._check("device", "a device's name", _text)
+        self._check("methods", f"one or both of {', '.join(METHODS)}", lambda value: _some_of(value, METHODS))
+        self._check("layers", f"layers from 0 to {LAYERS - 1}, each once", lambda value: _some_of(value, range(LAYERS)))
+
+    def _check(self, name: str, rule: str, holds: Callable[[Any], bool]) -> None:
+        value = getattr(self, name)
+        if not holds(value):
+            raise ValueError(f"{name} must be {rule}, got {value!r:.60}")
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: object) -> "Settings":
+        """
+        Raises:
+            ValueError: no object, a value is missing, unknown, of a wrong type or out of range.
+        """
+        names = {field.name for field in fields(cls)}
+        if not isinstance(values, dict):
+            raise ValueError(f"it must hold a JSON object, got {type(values).__name__}")
+        if wrong := sorted(names ^ values.keys()):
+            raise ValueError(f"{wrong[0]!r:.60} is {'missing' if wrong[0] in names else 'no option of a run'}")
+        options: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        return cls(**options)
+
+
+def _whole(value: object, low: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
+def _positive_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+
+
+def _text(value: object) -> bool:
+    return isinstance(value, str) and value.strip() != ""
+
+
+def _some_of(value: object, known: Collection[object]) -> bool:
+    """A tuple of one or more of these, each once and of their type."""
+    if not isinstance(value, tuple) or not value:
+        return False
+    return all(type(each) in (int, str) and each in known for each in value) and len(set(value)) == len(value)
+
+
+QUICK: dict[str, Any] = {"steps": 8, "evaluate_every": 4, "held_out": 8}

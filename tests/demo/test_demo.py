@@ -1,0 +1,202 @@
+"""`topd demo` from its options to its report, on tiny random models in a folder."""
+
+import os
+import signal
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_demo import QUICK, demo, metrics, tokenizer
+
+import topd
+from topd.cli.main import main
+from topd_demo import command, prompts, smollm2, training
+from topd_demo.display import Display, one_line
+from topd_demo.settings import Settings
+from topd_demo.window_pair import furthest_pair
+
+pytestmark = pytest.mark.usefixtures("small_evaluations")
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory, pair):
+    """A run that nothing stops; its folder."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "QUICK", QUICK)
+        assert demo(pair, folder) == 0
+    return folder
+
+
+def test_the_folder_holds_the_report(whole_run):
+    names = {path.name for path in whole_run.iterdir()}
+    assert {"report.html", "curves.png", "windows.png", "metrics.jsonl", "config.json"} <= names
+    assert not [name for name in names if name.endswith(".unfinished")]
+    for name in ("curves.png", "windows.png"):
+        assert (whole_run / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_metrics_have_every_step_and_evaluation(whole_run):
+    found = metrics(whole_run)
+    steps = [(r["method"], r["step"]) for r in found if "loss" in r]
+    judged = [(r["method"], r["step"]) for r in found if "held_out_reverse_kl" in r]
+    assert steps == [(method, step) for method in ("opd", "topd") for step in (1, 2, 3, 4)]
+    assert judged == [(method, step) for method in ("opd", "topd") for step in (0, 2, 4)]
+    first, second = (next(r for r in found if r["method"] == method) for method in ("opd", "topd"))
+    assert first["held_out_reverse_kl"] == second["held_out_reverse_kl"]  # the same start
+
+
+def test_both_methods_begin_with_the_same_rollouts(whole_run):
+    opd, topd = (next(r for r in metrics(whole_run) if r["method"] == m and r["step"] == 1) for m in ("opd", "topd"))
+    assert opd["opd_loss"] == pytest.approx(topd["opd_loss"], rel=1e-6)
+    assert topd["candidates"] >= 1
+
+
+class _Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [value for key, value in attrs if key in ("src", "href", "xlink:href") and value]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_stands_alone(whole_run):
+    page = _Page()
+    page.feed((whole_run / "report.html").read_text())
+    assert page.tags.count("svg") == 3
+    assert page.tags.count("table") == 4
+    assert not [link for link in page.links if not link.startswith("#")]
+    assert "prefers-color-scheme: dark" in page.text
+    assert "$" not in page.text.replace("\\$", "").partition("What the student says")[0].partition("</style>")[2]
+
+
+@pytest.mark.parametrize("fail_at", [1, 3, 5])
+def test_a_killed_run_ends_with_the_same_metrics(tmp_path, pair, whole_run, monkeypatch, fail_at):
+    """It dies in the middle of a step, before and after a checkpoint, in the first and in the second method."""
+    step, calls = training.Trainer._step, []
+
+    def dying(self, index):
+        calls.append(index)
+        if len(calls) == fail_at + 1:
+            raise KeyboardInterrupt
+        return step(self, index)
+
+    monkeypatch.setattr(training.Trainer, "_step", dying)
+    assert demo(pair, tmp_path / "run") == 130
+    monkeypatch.setattr(training.Trainer, "_step", step)
+    assert main(["demo", "--resume", "--out", str(tmp_path / "run")]) == 0
+    assert metrics(tmp_path / "run") == metrics(whole_run)
+
+
+def test_ctrl_c_leaves_a_report_and_a_checkpoint(tmp_path, pair, whole_run, monkeypatch, capsys):
+    show = Display.show
+
+    def interrupting(self, record):
+        show(self, record)
+        if record.get("step") == 3 and "loss" in record:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Display, "show", interrupting)
+    before = signal.getsignal(signal.SIGINT)
+    folder = tmp_path / "run"
+    assert demo(pair, folder) == 130
+    assert signal.getsignal(signal.SIGINT) is before
+    assert "Stopping after this step" in (out := capsys.readouterr().out)
+    assert f"--resume --out {folder}" in out.replace("\n", "")
+    assert "stopped before its end" in (folder / "report.html").read_text()
+    assert [r["step"] for r in metrics(folder) if "loss" in r] == [1, 2, 3]
+    monkeypatch.setattr(Display, "show", show)
+    assert main(["demo", "--resume", "--out", str(folder)]) == 0
+    assert metrics(folder) == metrics(whole_run)
+
+
+@pytest.mark.skipif(bool(smollm2.missing()), reason=smollm2.missing() or "installed")
+def test_one_step_of_the_real_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "QUICK", {"held_out": 2, "held_out_tokens": 6, "horizon": 6, "batch": 2})
+    assert main(["demo", "--quick", "--steps", "1", "--method", "topd", "--tokens", "8", "--out", str(tmp_path / "run")]) == 0
+    first, step, last = metrics(tmp_path / "run")
+    assert min(first["held_out_reverse_kl"], step["opd_loss"], last["held_out_reverse_kl"]) > 1  # six layers of it babble
+    assert first["held_out_reverse_kl"] != last["held_out_reverse_kl"]
+    assert step["student_branches"] == step["teacher_branches"] == 1
+
+
+def test_one_method_and_its_report(tmp_path, pair):
+    assert demo(pair, tmp_path / "run", "--method", "opd", "--steps", "1") == 0
+    assert not (tmp_path / "run" / "windows.png").exists()
+    assert "TOPD did not run" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_plain_output_fits_eighty_columns(tmp_path, pair, monkeypatch, capsys):
+    from rich.cells import cell_len
+
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.chdir(tmp_path)
+    assert demo(pair, Path("run")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(cell_len, lines)) <= 80
+    assert any(line.startswith("TOPD   4/4") for line in lines)
+
+
+def test_prompts_repeat_and_do_not_leak():
+    found = prompts.make_prompts(40, 12, 3)
+    assert found == prompts.make_prompts(40, 12, 3)
+    assert found != prompts.make_prompts(40, 12, 4)
+    assert (len(found.train), len(found.held_out)) == (40, 12)
+    assert not set(found.train) & set(found.held_out)
+    assert sum(prompt in prompts.CHAT for prompt in found.train) == 10
+    assert max(map(len, found.train + found.held_out)) <= prompts.LONGEST
+
+
+def test_prompts_are_padded_on_the_left():
+    ids, attended = prompts.encode(tokenizer(), ["ab", "a"], torch.device("cpu"))
+    words = tokenizer().get_vocab()
+    assert ids.tolist() == [[words["a"], words["b"]], [0, words["a"]]]
+    assert attended.tolist() == [[1, 1], [0, 1]]
+
+
+def test_the_widest_line_fits_eighty_columns():
+
+    display = Display(Settings(steps=100))
+    display.method, display.held_out = "topd", 10.24
+    display.began, display.first = display.began - 1000, 0
+    display.latest = {"step": 100, "loss": 10.24, "tokens_a_second": 120.0, "memory_mib": 12.1 * 1024}
+    text = display._numbers().rpartition("in ")[0] + "12:34 left"
+    assert len(f"TOPD {'-' * 6} {text}") <= 80
+
+
+def test_the_learning_rate_rises_and_falls():
+    assert [training.schedule(i, 6, 2) for i in range(6)] == pytest.approx([0.5, 1.0, 1.0, 0.7, 0.4, 0.1])
+    assert training.schedule(0, 1, 0) == 1.0
+
+
+def test_a_window_pair_names_its_prefix_and_its_heaviest_links():
+    words = tokenizer()
+    ids = torch.tensor([words("abcdef")["input_ids"]])
+    windows = topd.Windows(
+        torch.tensor([[0, 2], [0, 4]]),
+        torch.tensor([words("xy")["input_ids"]] * 2),
+        torch.tensor([words("uv")["input_ids"]] * 2),
+        torch.tensor([2, 1]),
+        torch.tensor([2, 2]),
+    )
+    plan = torch.tensor([[[0.5, 0.0], [0.0, 0.5]], [[0.3, 0.7], [0.0, 0.0]]])
+    transport = topd.Transport(torch.tensor([0.1, 0.4]), plan, torch.zeros(2))
+    found = furthest_pair(topd.NearFuture(windows, transport, torch.tensor([False, True]), torch.zeros(1, 6)), ids, words)
+    assert (found.prefix, found.student_tokens, found.teacher_tokens, found.divergent) == ("abcd", ["x"], ["u", "v"], True)
+    assert found.heaviest(5) == [("x", "v", pytest.approx(0.7)), ("x", "u", pytest.approx(0.3))]
+    assert (
+        furthest_pair(topd.NearFuture(windows, transport, torch.zeros(0, dtype=torch.bool), torch.zeros(1, 6)), ids, words)
+        is None
+    )
+
+
+def test_a_models_text_cannot_steer_the_terminal():
+    assert one_line("a\n b\t\x1b[31mc\x07") == "a b ·[31mc·"

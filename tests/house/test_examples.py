@@ -1,0 +1,153 @@
+"""Examples that are run as a user runs them: a command, and what it prints and leaves behind."""
+
+import copy
+import functools
+import math
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from topd_demo import smollm2
+
+ROOT = Path(__file__).parents[2]
+
+
+def printed_losses(name: str, *arguments: str) -> list[float]:
+    command = [sys.executable, str(ROOT / "examples" / name), *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "python_api")}
+    output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    return [float(found) for found in re.findall(r"([\d.]+) nats$", output, re.MULTILINE)]
+
+
+def test_a_student_learns_from_the_offline_teachers_file_alone(tmp_path):
+    """The folder is the user's: the whole file stays there, under its name and no other."""
+    losses = printed_losses("offline_teacher.py", str(tmp_path))
+    assert len(losses) >= 5
+    assert losses[-1] < 0.1 * losses[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["teacher.safetensors"]
+    data = load_file(tmp_path / "teacher.safetensors")
+    assert data["teacher_logprobs"].shape == data["teacher_ids"].shape
+    assert data["teacher_ids"].shape[:-1] == data["input_ids"].shape
+
+
+@pytest.mark.skipif(bool(smollm2.missing()), reason=smollm2.missing() or "installed")
+def test_from_a_prompt_to_the_loss_in_under_sixty_lines(tmp_path):
+    pytest.importorskip("matplotlib")
+    script = ROOT / "examples" / "topd_step.py"
+    assert len(script.read_text().splitlines()) < 60
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "python_api")}
+    command = [sys.executable, str(script), str(tmp_path)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    metrics = dict(re.findall(r"^(\w+) +(-?[\d.]+)$", output, re.MULTILINE))
+    assert float(metrics["loss"]) > float(metrics["opd_loss"]) > 0
+    assert metrics["student_branches"] == metrics["teacher_branches"] == "1.000"
+    assert {path.name for path in tmp_path.iterdir()} == {"distances.png", "windows.png"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())
+
+
+@pytest.fixture
+def lines(monkeypatch, capsys):
+    """What a script prints; here and not as a command, so that model and tokenizer are read once for all of them."""
+    if reason := smollm2.missing():
+        pytest.skip(reason)
+    model, tokenizer = loaded()
+    monkeypatch.setattr(smollm2, "load_model", lambda: model)
+    monkeypatch.setattr(smollm2, "load_tokenizer", lambda: copy.deepcopy(tokenizer))
+    weights = [parameter.clone() for parameter in model.parameters()]
+
+    def run(name: str, *arguments: str) -> list[str]:
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+        assert all(map(torch.equal, model.parameters(), weights)), "the teacher changed"
+        return capsys.readouterr().out.splitlines()
+
+    return run
+
+
+@functools.cache
+def loaded():
+    return smollm2.load_model(), smollm2.load_tokenizer()
+
+
+def nats(lines: list[str]) -> list[float]:
+    return [float(found[1]) for line in lines if (found := re.search(r"([\d.]+) nats$", line))]
+
+
+def test_torchs_loop_and_accelerates_take_the_same_steps(lines):
+    pytest.importorskip("accelerate")
+    found = nats(lines("torch_loop.py", "2"))
+    assert 0 < found[1] < found[0]
+    assert nats(lines("accelerate_loop.py", "2")) == pytest.approx(found, rel=1e-3)
+
+
+def test_transformers_trainer(lines):
+    pytest.importorskip("accelerate")
+    evaluation, *steps = nats(lines("transformers_trainer.py", "2"))
+    assert 0 < steps[1] < steps[0]
+    assert 0 < evaluation < steps[0]
+
+
+def test_trl_trainer(lines):
+    pytest.importorskip("trl")
+    (line,) = (line for line in lines("trl_trainer.py", "1") if line.startswith("step 1"))
+    opd, guidance, candidates, loss = map(float, re.findall(r"[\d.]+", line)[1:])
+    assert loss == pytest.approx(opd + 0.1 * guidance, abs=2e-3)
+    assert guidance > 0
+    assert candidates == 2
+
+
+def test_peft_lora(lines):
+    pytest.importorskip("peft")
+    printed = lines("peft_lora.py", "2")
+    first, second = nats(printed)
+    assert 0 < second < first
+    assert printed[-1] == "base weights unchanged: True"
+
+
+def test_packed_rollouts(lines):
+    padded, packed = (line.split(", ") for line in lines("packed_rollouts.py"))
+    assert padded[-1] == packed[-1]
+    assert padded[-2] == packed[-2]
+
+
+def test_the_trainers_page_runs_as_printed(tmp_path):
+    """But for TRL's block, which wants a tokenizer: its script is tested above."""
+    accelerate, _ = pytest.importorskip("accelerate"), pytest.importorskip("peft")
+    from test_integrations_transformers import arguments, prompts, rows_of
+    from tiny_models import tiny
+
+    import topd
+
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "trainers.md").read_text(), re.DOTALL)
+    names: dict[str, object] = {"topd": topd, "torch": torch, "student": tiny("llama"), "teacher": tiny("qwen3", seed=3)}
+    names |= {"prompts": prompts(), "objective": topd.OPD(names["student"], names["teacher"]), "left_padded": None}
+    names |= {"arguments": arguments(tmp_path), "dataset": rows_of(prompts()), "accelerator": accelerate.Accelerator(cpu=True)}
+    run = [block for block in blocks if "integrations.trl" not in block]
+    assert len(run) == len(blocks) - 1 == 7
+    for block in run:
+        exec(compile(block, "trainers.md", "exec"), names)
+    assert names["trainer"].state.global_step == 1
+    assert names["packed"]["input_ids"].dim() == 1
+
+
+def test_the_topd_page_runs_as_printed():
+    from test_opd import batch_of, models
+
+    whole, server = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "topd.md").read_text(), re.DOTALL)
+    student, teacher = models()
+    batch = batch_of()
+    names: dict[str, object] = {"student": student, "teacher": teacher, "batch": batch}
+    exec(compile(whole, "topd.md", "exec"), names)
+    assert names["found"].near_future.windows.teacher_tokens.shape[1] == 50
+    assert any(parameter.grad is not None and (parameter.grad != 0).any() for parameter in student.parameters())
+    assert torch.isfinite(names["found"].loss)
+    names["answers"] = [[{3: -0.5, 7: -1.5}] * int(count) for count in batch["attention_mask"].sum(-1)]
+    exec(compile(server, "topd.md", "exec"), names)
+    assert names["step"].metrics["teacher_topk_mass"] == pytest.approx(math.exp(-0.5) + math.exp(-1.5))

@@ -1,0 +1,188 @@
+"""No kernel leaves its tensors, whatever the shape, and no offset is cut to 32 bits. In Triton's interpreter, watched."""
+
+import mmap
+
+import pytest
+import torch
+
+from topd_kernels.divergence_rows import launches as divergence_rows
+from topd_kernels.divergence_rows.statistics import statistics
+from topd_kernels.logprob_rows import launches as logprob_rows
+from topd_kernels.score_tokens import launches as score_tokens
+from topd_kernels.shared.launch import Launch, interpreted, run_all
+from topd_kernels.transport import launches as transport
+from topd_kernels.weighted_gather import launches as weighted_gather
+from topd_kernels.weighted_scatter import launches as weighted_scatter
+
+if not interpreted(statistics):
+    pytest.skip("the kernels run on a GPU here; the watch needs Triton's interpreter", allow_module_level=True)
+
+from tools.watched import OutOfBoundsError, run_watched
+
+ROWS, VOCAB = 3, 1003
+
+
+def divergence_launches(
+    kind: str = "jsd", vocabs: tuple[int, int] = (VOCAB, VOCAB), scores: bool = True, splits: int = 2
+) -> list[Launch]:
+    student, teacher = (torch.randn(ROWS, vocab) for vocab in vocabs)
+    biases = [torch.randn(vocab) for vocab in vocabs]
+    tokens = torch.tensor([0, min(vocabs) - 1, -1])
+    spec = divergence_rows.Spec(1.0, 5.0, 1.0, None, 0.7, kind, 0.3, 0.2)
+    grad = torch.empty(ROWS, vocabs[0], dtype=torch.bfloat16)
+    return divergence_rows.launches(student, teacher, *biases, tokens, spec, grad, scores, splits=splits)[0]
+
+
+def logprob_launches(vocab: int = VOCAB, splits: int = 2) -> list[Launch]:
+    product, ids = torch.randn(ROWS, vocab), torch.randint(-1, vocab + 1, (ROWS, 70))
+    second = torch.empty(ROWS, vocab, dtype=torch.float16)
+    spec = logprob_rows.Spec(1.0, 5.0, 0.7)
+    return logprob_rows.launches(product, torch.randn(vocab), ids, spec, second, product, True, splits=splits)[0]
+
+
+def weighted_launches(width: int) -> list[Launch]:
+    ids, weights = torch.randint(-1, 14, (ROWS, 5)), torch.randn(ROWS, 5)
+    rows, table = torch.randn(ROWS, width), torch.randn(13, width)
+    return weighted_gather.launches(rows, table, ids, weights) + weighted_scatter.launches(table, rows, ids, weights)
+
+
+def score_launches(vocabs: tuple[int, int] = (70, 81)) -> list[Launch]:
+    widths = (17, 33)
+    sides = [
+        score_tokens.Operands(torch.randn(ROWS, h), torch.randn(v, h), torch.randn(v), 1.0, None)
+        for h, v in zip(widths, vocabs, strict=True)
+    ]
+    return score_tokens.launches(*sides, torch.tensor([0, 69, -1]), 0.7, splits=2)[0]
+
+
+def transport_launches(cost: str = "cosine", windows: tuple[int, int] = (7, 5), steps: int = 20) -> list[Launch]:
+    """Two problems, one with shorter windows; what stands past a length names no row of the tables."""
+    tables = [torch.randn(13, 6) for _ in range(2)]
+    ids, lengths = [torch.randint(13, (2, window)) for window in windows], torch.tensor([3, min(windows)])
+    for each in ids:
+        each[0, 3:], each[1, 0] = 10**9, 12
+    return transport.launches(tables[0], ids[0], lengths, tables[1], ids[1], lengths, cost, 0.05, steps, 1e-4)[0]
+
+
+def panel_launches(cost: str = "cosine") -> list[Launch]:
+    return transport_launches(cost, (70, 66), 4)
+
+
+@pytest.mark.parametrize("vocabs", [(70, 70), (70, 81), (81, 70)])
+def test_score_tokens_stays_within_its_tensors(vocabs):
+    assert run_watched(score_launches(vocabs)).written >= 9 * ROWS * 4
+
+
+@pytest.mark.parametrize("cost", transport.COSTS)
+def test_transport_stays_within_its_tensors(cost):
+    assert run_watched(transport_launches(cost)).written == 2 * (7 * 5 + 2) * 4
+
+
+@pytest.mark.parametrize("cost", transport.COSTS)
+def test_transport_by_panels_stays_within_its_tensors(cost):
+    counts = run_watched(panel_launches(cost))
+    assert counts.written >= 2 * (70 * 66 + 2) * 4 + 8 * 2 * 70 * 66  # and costs and plan into scratch
+
+
+@pytest.mark.parametrize("vocabs", [(1, 1), (VOCAB, VOCAB), (1030, VOCAB), (VOCAB, 1030)])
+@pytest.mark.parametrize("kind", ["reverse_kl", "jsd"])
+def test_divergence_rows_stays_within_its_tensors(kind, vocabs):
+    counts = run_watched(divergence_launches(kind, vocabs))
+    assert counts.written >= ROWS * vocabs[0] * 2
+    assert counts.read >= 2 * ROWS * sum(vocabs) * 4
+
+
+@pytest.mark.parametrize("vocab", [1, VOCAB, 2049])
+def test_logprob_rows_stays_within_its_tensors(vocab):
+    counts = run_watched(logprob_launches(vocab))
+    assert counts.written >= ROWS * vocab * (4 + 2)
+
+
+@pytest.mark.parametrize("width", [1, 600])
+def test_weighted_rows_stay_within_their_tensors(width):
+    assert run_watched(weighted_launches(width)).read > 0
+
+
+def planted(launches: list[Launch], kernel: str, **changed: object) -> list[Launch]:
+    """The launches with a wrong number given to one kernel."""
+    return [
+        launch._replace(arguments={**launch.arguments, **changed}) if launch.name == kernel else launch for launch in launches
+    ]
+
+
+@pytest.mark.parametrize(
+    ("launches", "kernel", "wrong", "verb"),
+    [
+        (divergence_launches, "statistics", {"vocab": VOCAB + 1}, "reads"),
+        (divergence_launches, "sweep", {"vocab": VOCAB + 1}, "reads"),
+        (divergence_launches, "sweep", {"student_width": VOCAB + 1}, "writes"),
+        (divergence_launches, "finish", {"rows": ROWS + 1}, "reads"),
+        (logprob_launches, "rest", {"vocab": VOCAB + 1}, "reads"),
+        (logprob_launches, "gradient", {"stride": VOCAB + 1}, "reads"),
+        (logprob_launches, "at_ids", {"count": 71}, "reads"),
+        (score_launches, "score_blocks", {"vocab": 71}, "reads"),
+        (score_launches, "score_finish", {"rows": ROWS + 1}, "reads"),
+        (transport_launches, "transport", {"student_window": 8}, "writes"),
+        (panel_launches, "transport_panels", {"student_window": 71}, "writes"),
+        (panel_launches, "transport_panels", {"problems": 3}, "reads"),
+        (panel_launches, "transport_panels", {"Scratch": torch.empty(1, 1, 128, 127, dtype=torch.float64)}, "writes"),
+        (transport_launches, "transport", {"width": 7}, "reads"),
+        (lambda: weighted_launches(600), "gather", {"width": 601}, "reads"),
+        (lambda: weighted_launches(600), "scatter", {"vocab": 14}, "reads"),
+    ],
+)
+def test_an_off_by_one_is_found(launches, kernel, wrong, verb):
+    with pytest.raises(OutOfBoundsError, match=f"{kernel} {verb}"):
+        run_watched(planted(launches(), kernel, **wrong))
+
+
+def rows_far_apart(vocab: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Two rows 2^31 + 64 floats apart in memory that is reserved, not used: both of them, and the stride."""
+    stride = (1 << 31) + 64
+    no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)  # named since Python 3.13
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    memory = mmap.mmap(-1, 4 * (stride + vocab), flags=flags)
+    first = torch.frombuffer(memory, dtype=torch.float32, count=vocab)
+    second = torch.frombuffer(memory, dtype=torch.float32, count=vocab, offset=4 * stride)
+    return first, second, stride
+
+
+def test_strides_may_pass_2_to_the_31():
+    near = torch.randn(2, VOCAB)
+    teacher, grad = torch.randn(2, VOCAB), torch.empty(2, VOCAB)
+    spec = divergence_rows.Spec(1.0, None, 1.0, None, 1.0, "reverse_kl", 0.0, 0.0)
+    order, expected = divergence_rows.launches(near, teacher, None, None, None, spec, grad, False)
+    run_all(order)
+    wanted = grad.clone()
+
+    first, second, stride = rows_far_apart(VOCAB)
+    first.copy_(near[0]), second.copy_(near[1])
+    order, out = divergence_rows.launches(near, teacher, None, None, None, spec, grad.zero_(), False)
+    for launch in order:
+        given = {"Student": first, "StudentBias": first, "student_stride": stride}
+        launch.arguments.update({name: value for name, value in given.items() if name in launch.arguments})
+    run_all(order)
+    assert torch.equal(out.value, expected.value)
+    assert torch.equal(grad, wanted)
+
+    for launch in order:  # and the gradient far apart
+        if "Grad" in launch.arguments:
+            launch.arguments.update(Grad=first, grad_stride=stride)
+    run_all(order)
+    assert torch.equal(torch.stack([first, second]), wanted)
+
+
+def test_rows_of_a_table_may_lie_2_to_the_31_apart():
+    first, second, stride = rows_far_apart(600)
+    first.copy_(torch.randn(600)), second.copy_(torch.randn(600))
+    out, ids, weights = torch.zeros(1, 600), torch.tensor([[1]]), torch.tensor([[2.0]])
+    (launch,) = weighted_gather.launches(out, torch.empty(2, 600), ids, weights)
+    launch.arguments.update(Table=first, table_stride=stride)
+    launch.run()
+    assert torch.equal(out[0], 2 * second)
+
+
+def test_a_grid_that_no_device_takes_is_refused():
+    launch = Launch(statistics, (1, 65_536), {}, {})
+    with pytest.raises(ValueError, match="65535"):
+        launch.run()

@@ -1,0 +1,105 @@
+"""The chunk planner: a pure function of rows, widths, bytes and backend."""
+
+import pytest
+import torch
+
+import topd
+from topd.ops.shared.plan import MIB, default_workspace, plan_chunks
+
+
+def sizes(plan) -> list[int]:
+    return [stop - start for start, stop in plan.bounds()]
+
+
+def test_chunks_are_balanced():
+    """512 rows where 441 fit are two of 256, not 441 and 71."""
+    plan = plan_chunks(512, 100, 100, workspace_bytes=441 * 800)
+    assert (plan.rows, plan.chunks, sizes(plan)) == (256, 2, [256, 256])
+    assert plan.workspace_bytes == 256 * 800
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 7, 99, 100, 101, 5000])
+@pytest.mark.parametrize("n", [1, 2, 100, 101, 997])
+def test_every_row_is_in_exactly_one_chunk_and_none_passes_the_limit(n, limit):
+    """As few chunks as the limit allows, in order, of sizes that differ by at most one."""
+    plan = plan_chunks(n, 30, 20, workspace_bytes=limit * 4 * 50 + 199)
+    rows = [row for start, stop in plan.bounds() for row in range(start, stop)]
+    assert rows == list(range(n))
+    assert max(sizes(plan)) == plan.rows <= limit
+    assert max(sizes(plan)) - min(sizes(plan)) <= 1
+    assert plan.chunks == -(-n // limit)
+    assert plan.workspace_bytes <= limit * 4 * 50 + 199
+
+
+def test_float64_halves_the_rows_that_fit():
+    single, double = (plan_chunks(1000, 50, 50, itemsize=size, workspace_bytes=400 * 100) for size in (4, 8))
+    assert (single.chunks, double.chunks) == (10, 20)
+
+
+def test_temporaries_are_tiles_of_the_common_width():
+    """Widths 30 and 20 with 5 temporaries: (30 + 20 + 5 * 20) * 4 = 600 bytes a row."""
+    plan = plan_chunks(10, 30, 20, workspace_bytes=1200, temporaries=5)
+    assert (plan.rows, plan.chunks, plan.workspace_bytes) == (2, 5, 1200)
+
+
+def test_a_workspace_that_holds_no_row_is_refused_with_the_bytes_it_takes():
+    with pytest.raises(ValueError, match=r"workspace_bytes must hold at least one row, 1200 bytes.*got 1199; raise it"):
+        plan_chunks(10, 200, 100, workspace_bytes=1199)
+    assert plan_chunks(10, 200, 100, workspace_bytes=1200).rows == 1
+
+
+def test_no_rows_need_no_chunk():
+    plan = plan_chunks(0, 200, 100, workspace_bytes=10_000)
+    assert (plan.rows, plan.chunks, plan.workspace_bytes, plan.bounds()) == (0, 0, 0, [])
+
+
+def test_the_same_arguments_give_the_same_plan():
+    first, again = (plan_chunks(777, 151_936, 152_064, workspace_bytes=64 * MIB, temporaries=2) for _ in range(2))
+    assert first == again
+
+
+def test_default_workspace():
+    """512 MiB on a CPU; on a GPU 2 GiB, or a quarter of the free memory where that is less."""
+    assert default_workspace("cpu") == 512 * MIB
+    assert default_workspace("cpu", free_bytes=MIB) == 512 * MIB
+    assert default_workspace("cpu", bf16_products=True) == 256 * MIB
+    assert default_workspace("cuda", free_bytes=80_000 * MIB) == 2048 * MIB
+    assert default_workspace("cuda", free_bytes=4000 * MIB) == 1000 * MIB
+
+
+def test_large_sizes_do_not_overflow():
+    plan = plan_chunks(1 << 20, 256_000, 256_000, workspace_bytes=1 << 31)
+    assert plan.rows * 8 * 256_000 <= 1 << 31
+    assert sum(sizes(plan)) == 1 << 20
+
+
+@pytest.mark.parametrize("n", [256, 1024])
+def test_peak_memory_follows_the_workspace_and_not_the_rows(n, backend, device):
+    """The largest tensor that a call allocates, forward and backward, is no larger than its workspace."""
+    if backend == "reference":
+        pytest.skip("the reference holds full logits on purpose")
+    vocab, width, workspace_bytes = 2000, 4, 1 << 20
+    hidden = torch.randn(n, width, device=device, requires_grad=True)
+    weight = torch.randn(vocab, width, device=device, requires_grad=True)
+    teacher = topd.Head(torch.randn(vocab, width, device=device))
+    largest = Largest()
+    with largest:
+        value = topd.linear_divergence(
+            hidden, topd.Head(weight), hidden.detach(), teacher, workspace_bytes=workspace_bytes, backend=backend
+        )
+        (value * torch.randn(n, device=device)).sum().backward()
+    assert hidden.grad.any()
+    assert 0 < largest.nbytes <= workspace_bytes
+
+
+class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes the largest storage among the results of all ops, those inside topd's included."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for found in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(found, torch.Tensor):
+                self.nbytes = max(self.nbytes, found.untyped_storage().nbytes())
+        return result

@@ -1,0 +1,1 @@
+"""Verification tools: kernels compiled ahead of time, watched runs, a static account."""

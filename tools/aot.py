@@ -1,0 +1,82 @@
+"""Compile the Triton kernels for devices that are not here and read what the binaries need: python -m tools.aot
+
+    python -m tools.aot                             the default variants, all four targets
+    python -m tools.aot --all --json out.json       every variant that a launcher can choose
+    python -m tools.aot --targets sm_90 gfx942      some targets
+    python -m tools.aot --all --kernels transport   some kernels
+
+Exits with 1 where a kernel uses the stack, spills, or needs more shared memory than a block has.
+"""
+
+import argparse
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from itertools import groupby
+from pathlib import Path
+
+import triton
+
+from bench.report import markdown_table, note, write_json
+from tools.binaries import TARGETS, Binary, compile_launch
+from tools.variants import all_launches, default_launches, distinct
+from topd_kernels.shared.launch import Launch
+
+
+@cache
+def _variants(every: bool, kernels: tuple[str, ...]) -> list[Launch]:
+    """Of this process: launches hold tensors and kernels, which do not travel between processes."""
+    found = distinct(all_launches() if every else default_launches())
+    return [launch for launch in found if not kernels or launch.name in kernels]
+
+
+def _compile(task: tuple[bool, tuple[str, ...], int, str]) -> Binary:
+    every, kernels, index, target = task
+    return compile_launch(_variants(every, kernels)[index], TARGETS[target])
+
+
+def table(binaries: list[Binary]) -> str:
+    """A line for each kernel and target: how many variants, and the most that any of them needs."""
+    rows = []
+    ordered = sorted(binaries, key=lambda b: (b.kernel, list(TARGETS).index(b.target)))
+    for (kernel, target), group in groupby(ordered, key=lambda b: (b.kernel, b.target)):
+        found = list(group)
+        registers = [b.registers for b in found]
+        most = [str(max(getattr(b, name) for b in found)) for name in ("stack_bytes", "spills", "shared_bytes")]
+        span = f"{min(registers)} to {max(registers)}"
+        rows.append([kernel, target, str(len(found)), span, *most, "yes" if all(b.fits for b in found) else "NO"])
+    return markdown_table(["kernel", "target", "variants", "registers", "stack, B", "spills", "shared, B", "fits"], rows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--all", action="store_true", help="every variant that a launcher can choose, not the default ones")
+    parser.add_argument("--kernels", nargs="+", default=(), metavar="NAME", help="these alone")
+    parser.add_argument("--json", type=Path, help="write every binary's numbers here")
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    options = parser.parse_args()
+    if triton.knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set: interpreted kernels have no binaries; unset it")
+    chosen = options.all, tuple(options.kernels)
+    tasks = [(*chosen, i, target) for i in range(len(_variants(*chosen))) for target in options.targets]
+    if not tasks:
+        parser.error(f"--kernels must name kernels, got {' '.join(options.kernels)}; without it the table names them all")
+    binaries = []
+    with ProcessPoolExecutor(options.jobs) as pool:
+        for done, binary in enumerate(pool.map(_compile, tasks, chunksize=4), 1):
+            binaries.append(binary)
+            if done % 50 == 0:
+                note(f"{done} of {len(tasks)}")
+    print(f"Triton {triton.__version__}, compiled ahead of time, no device; {len(binaries)} binaries\n")
+    print(table(binaries))
+    for binary in binaries:
+        if not binary.fits:
+            print(f"does not fit: {binary}")
+    if options.json:
+        write_json(options.json, [binary.row() for binary in binaries])
+    return 0 if all(binary.fits for binary in binaries) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

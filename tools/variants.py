@@ -1,0 +1,129 @@
+"""Every launch that the Triton launchers can choose, one for each binary; what `python -m tools.aot` compiles."""
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+
+from tools.binaries import source_of
+from topd_kernels.divergence_rows import launches as divergence_rows
+from topd_kernels.logprob_rows import launches as logprob_rows
+from topd_kernels.score_tokens import launches as score_tokens
+from topd_kernels.shared.launch import Launch
+from topd_kernels.transport import launches as transport
+from topd_kernels.weighted_gather import launches as weighted_gather
+from topd_kernels.weighted_scatter import launches as weighted_scatter
+
+ROWS, IDS, WIDTH = 4, 5, 576
+# A vocabulary whose rows begin on 16 entries, and one whose rows do not.
+ALIGNED, ODD = 64_000, 64_001
+DIVERGENCES = [
+    ("reverse_kl", 0.0),
+    ("forward_kl", float("inf")),
+    ("jsd", 0.5),
+    ("forward_kl", 0.05),
+    ("skew_kl", 0.1),
+    ("skew_reverse_kl", 0.1),
+    ("total_variation", 0.0),
+]
+NARROW = (torch.bfloat16, torch.float16)
+
+
+def _divergence_rows(
+    dtype: torch.dtype,
+    vocabs: tuple[int, int],
+    divergence: tuple[str, float],
+    grad: torch.dtype | None,
+    *,
+    scores: bool,
+    general: bool,
+) -> list[Launch]:
+    student, teacher = (torch.empty(ROWS, vocab, dtype=dtype) for vocab in vocabs)
+    softcap = 30.0 if general else None
+    spec = divergence_rows.Spec(1.0, softcap, 1.0, softcap, 1.0, *divergence, 0.0)
+    tile = None if grad is None else student if grad == dtype else student.new_empty(student.shape, dtype=grad)
+    launches: list[Launch] = divergence_rows.launches(student, teacher, None, None, None, spec, tile, scores)[0]
+    return launches
+
+
+def _logprob_rows(dtype: torch.dtype, vocab: int, grad: torch.dtype | None, *, entropy: bool, general: bool) -> list[Launch]:
+    product = torch.empty(ROWS, vocab, dtype=dtype)
+    spec = logprob_rows.Spec(1.0, 30.0 if general else None, 1.0)
+    tile = None if grad is None else product if grad == dtype else product.new_empty(product.shape, dtype=grad)
+    second = product.new_empty(product.shape, dtype=grad) if entropy and grad is not None else None
+    ids = torch.zeros(ROWS, IDS, dtype=torch.int64)
+    launches: list[Launch] = logprob_rows.launches(product, None, ids, spec, second, tile, entropy)[0]
+    return launches
+
+
+def _weighted(dtype: torch.dtype, table: torch.dtype, width: int) -> list[Launch]:
+    ids, weights = torch.zeros(ROWS, IDS, dtype=torch.int64), torch.empty(ROWS, IDS, dtype=dtype)
+    out, vocab = torch.empty(ROWS, width, dtype=dtype), torch.empty(10, width, dtype=dtype)
+    gather = weighted_gather.launches(out, vocab.to(table), ids, weights)
+    return [*gather, *weighted_scatter.launches(vocab, out.to(table), ids, weights)]
+
+
+def _score_tokens(
+    dtypes: tuple[torch.dtype, torch.dtype], vocabs: tuple[int, int], width: int, *, general: bool
+) -> list[Launch]:
+    softcap = 30.0 if general else None
+    sides = [
+        score_tokens.Operands(torch.empty(ROWS, width, dtype=d), torch.empty(v, width, dtype=d), None, 1.0, softcap)
+        for d, v in zip(dtypes, vocabs, strict=True)
+    ]
+    launches: list[Launch] = score_tokens.launches(*sides, torch.zeros(ROWS, dtype=torch.int64), 1.0)[0]
+    return launches
+
+
+def _transport(dtype: torch.dtype, cost: str, windows: tuple[int, int], width: int) -> list[Launch]:
+    table, lengths = torch.empty(10, width, dtype=dtype), torch.ones(ROWS, dtype=torch.int64)
+    ids = [torch.zeros(ROWS, window, dtype=torch.int64) for window in windows]
+    launches: list[Launch] = transport.launches(table, ids[0], lengths, table, ids[1], lengths, cost, 0.05, 200, 1e-4)[0]
+    return launches
+
+
+def default_launches() -> Iterator[Launch]:
+    """What bfloat16 and float32 models with equal vocabularies and no softcap run."""
+    single, equal = torch.float32, (ALIGNED, ALIGNED)
+    for divergence, grad, scores in itertools.product(DIVERGENCES[:3], (torch.bfloat16, single), (False, True)):
+        yield from _divergence_rows(single, equal, divergence, grad, scores=scores, general=False)
+    for grad, entropy in itertools.product((torch.bfloat16, single), (False, True)):
+        yield from _logprob_rows(single, ALIGNED, grad, entropy=entropy, general=False)
+    yield from _weighted(single, single, WIDTH)
+    yield from _weighted(single, torch.bfloat16, WIDTH)
+    for dtype in (single, torch.bfloat16):
+        yield from _score_tokens((dtype, dtype), equal, WIDTH, general=False)
+        for window in (50, 100):
+            yield from _transport(dtype, "cosine", (window, window), WIDTH)
+
+
+def all_launches() -> Iterator[Launch]:
+    """Every kernel, dtype, divergence and option, over vocabularies whose rows are aligned and not."""
+    yield from default_launches()
+    for dtype in (torch.float32, torch.float64):
+        grads = (None, dtype, *(NARROW if dtype == torch.float32 else ()))
+        for vocab, general in itertools.product((ALIGNED, ODD), (False, True)):
+            flags = {"general": general}
+            for divergence, grad, scores in itertools.product(DIVERGENCES, grads, (False, True)):
+                yield from _divergence_rows(dtype, (vocab, vocab), divergence, grad, scores=scores, **flags)
+            for vocabs in ((vocab, vocab + 64), (vocab + 64, vocab)):
+                yield from _divergence_rows(dtype, vocabs, DIVERGENCES[0], dtype, scores=True, **flags)
+            for grad, entropy in itertools.product(grads, (False, True)):
+                yield from _logprob_rows(dtype, vocab, grad, entropy=entropy, **flags)
+        for table, width in itertools.product({dtype, *NARROW}, (WIDTH, WIDTH + 1)):
+            yield from _weighted(dtype, table, width)
+    served = (torch.float32, *NARROW)
+    for general, width in itertools.product((False, True), (WIDTH, WIDTH + 1)):
+        for dtypes in itertools.product(served, served):
+            for vocabs in ((ODD, ODD), (ODD, ODD + 64), (ODD + 64, ODD)):
+                yield from _score_tokens(dtypes, vocabs, width, general=general)
+    for cost, dtype, window in itertools.product(transport.COSTS, (torch.float64, *served), (10, 30, 50, 100)):
+        yield from _transport(dtype, cost, (window, window), WIDTH)
+
+
+def distinct(launches: Iterator[Launch]) -> list[Launch]:
+    """One launch for each binary."""
+    found: dict[str, Launch] = {}
+    for launch in launches:
+        found.setdefault(f"{source_of(launch).hash()} {launch.num_warps}", launch)
+    return list(found.values())

@@ -1,0 +1,1 @@
+"""topd::divergence_rows for Triton."""

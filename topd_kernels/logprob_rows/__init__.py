@@ -1,0 +1,1 @@
+"""topd::logprob_rows for Triton."""

@@ -1,0 +1,1 @@
+"""topd::score_tokens for Triton."""

@@ -1,0 +1,1 @@
+"""topd::transport for Triton."""

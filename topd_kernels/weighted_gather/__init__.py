@@ -1,0 +1,1 @@
+"""topd::weighted_gather for Triton."""

@@ -1,0 +1,1 @@
+"""topd::weighted_scatter for Triton."""
