@@ -9,7 +9,7 @@ from torch import Tensor
 
 import topd
 from topd.ops.shared.plan import FUSED_BLOCK
-from topd.ops.transport.eager import Windows
+from topd.ops.transport.eager import WindowSide
 from topd.options import BackendName
 from topd.scores import FIELDS
 
@@ -191,7 +191,7 @@ def scores(problem: Problem, backend: BackendName, dtype: torch.dtype) -> dict[s
     return scores_of(found[1])
 
 
-def transported(sizes: Sizes, device: torch.device, window: tuple[int, int, float]) -> tuple[Windows, Windows]:
+def transported(sizes: Sizes, device: torch.device, window: tuple[int, int, float]) -> tuple[WindowSide, WindowSide]:
     """Both sides of the pairs: clustered embeddings, half of the tokens shared, some windows shorter."""
     generator = torch.Generator().manual_seed(0)
     table = torch.randn(sizes.vocab, sizes.widths[0], generator=generator) + torch.randn(
@@ -204,5 +204,5 @@ def transported(sizes: Sizes, device: torch.device, window: tuple[int, int, floa
     for side, length in zip(ids, window[:2], strict=True):
         lengths = torch.full((sizes.problems,), length)
         lengths[1::2] = max(1, length - 3)
-        sides.append(Windows(table.to(device), side[:, :length].contiguous().to(device), lengths.to(device)))
+        sides.append(WindowSide(table.to(device), side[:, :length].contiguous().to(device), lengths.to(device)))
     return sides[0], sides[1]

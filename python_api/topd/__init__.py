@@ -13,15 +13,21 @@ from topd.branching.windows import Windows, sample_windows, window_hidden
 from topd.divergences import JSD, Divergence, ForwardKL, ReverseKL, SkewKL, SkewReverseKL, TotalVariation
 from topd.head import Head, LowRank
 from topd.losses.entropy_aware import entropy_aware_opd
-from topd.losses.linear_divergence import linear_divergence, score_tokens
-from topd.losses.linear_logprobs import linear_logprobs, topk_logprobs
+from topd.losses.linear_divergence import linear_divergence
+from topd.losses.linear_logprobs import linear_logprobs
 from topd.losses.next_token_mask import next_token_mask
 from topd.losses.pad_topk import pad_topk
 from topd.losses.sampled import sampled_kl
-from topd.losses.soft_targets import soft_target_kl, topk_divergence
+from topd.losses.score_tokens import score_tokens
+from topd.losses.soft_targets import soft_target_kl
+from topd.losses.topk_divergence import topk_divergence
+from topd.losses.topk_logprobs import topk_logprobs
 from topd.models.hidden_states import hidden_states
-from topd.near_future.selection import divergent, false_alarm_weights, select_candidates
-from topd.near_future.transport import Transport, guidance_kl, near_future_divergence
+from topd.near_future.candidates import select_candidates
+from topd.near_future.false_alarms import false_alarm_weights
+from topd.near_future.gate import divergent
+from topd.near_future.guidance import guidance_kl
+from topd.near_future.transport import Transport, near_future_divergence
 from topd.objectives.config import OPDConfig, TOPDConfig
 from topd.objectives.objective import NearFuture, Objective
 from topd.objectives.opd import OPD

@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topd.checks.values import flag, floating, on_device, real, shaped
+from topd.checks.values import FLOATING, check_tensor, flag, real
+from topd.logits import shape_logits
+from topd.models.head_from_model import head_from_model
+from topd.models.verify_head import verify_head
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,8 +35,8 @@ class LowRank:
     scaling: float
 
     def __post_init__(self) -> None:
-        floating("LowRank.a", self.a)
-        floating("LowRank.b", self.b)
+        check_tensor("LowRank.a", self.a, dtype=FLOATING)
+        check_tensor("LowRank.b", self.b, dtype=FLOATING)
         real("LowRank.scaling", self.scaling)
         if self.a.dim() != 2 or self.b.dim() != 2 or self.a.shape[0] != self.b.shape[1]:
             raise ValueError(f"LowRank takes a [r, H] and b [V, r], got a {list(self.a.shape)} and b {list(self.b.shape)}")
@@ -41,7 +44,7 @@ class LowRank:
             raise ValueError(f"LowRank.a must have a rank r >= 1, got a {list(self.a.shape)}; leave the adapter None for none")
         if self.a.dtype != self.b.dtype:
             raise ValueError(f"LowRank.a and LowRank.b must share a dtype, got {self.a.dtype} and {self.b.dtype}")
-        on_device("LowRank.b", self.b, self.a.device, "LowRank.a")
+        check_tensor("LowRank.b", self.b, device=(self.a.device, "LowRank.a"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,20 +75,21 @@ class Head:
                 f"Head.weight must be a torch.Tensor, got the module {type(self.weight).__name__}; use "
                 "topd.Head.from_model(model), which also reads bias, scale, softcap and adapter, or pass its weight"
             )
-        weight = floating("Head.weight", self.weight)
+        weight = check_tensor("Head.weight", self.weight, dtype=FLOATING)
         if weight.dim() != 2 or weight.numel() == 0:
             raise ValueError(
                 f"Head.weight must be [V, H] with V, H >= 1, got {list(weight.shape)}; gather a sharded head before the call"
             )
         vocab, width = weight.shape
+        device = (weight.device, "Head.weight")
         if self.bias is not None:
-            floating("Head.bias", self.bias)
-            shaped("Head.bias", self.bias, (vocab,), "an entry for each row of Head.weight")
+            shape = ((vocab,), "an entry for each row of Head.weight")
+            check_tensor("Head.bias", self.bias, dtype=FLOATING, shape=shape)
             if self.bias.dtype != weight.dtype:
                 raise ValueError(
                     f"Head.bias must have the dtype of Head.weight, {weight.dtype}, got {self.bias.dtype}; cast it"
                 )
-            on_device("Head.bias", self.bias, weight.device, "Head.weight")
+            check_tensor("Head.bias", self.bias, device=device)
         real("Head.scale", self.scale)
         if self.softcap is not None:
             real("Head.softcap", self.softcap, low=0.0, open_low=True, hint="None means no softcap")
@@ -93,12 +97,12 @@ class Head:
             if not isinstance(self.adapter, LowRank):
                 raise TypeError(f"Head.adapter must be a topd.LowRank, got {type(self.adapter).__name__}")
             a, b = self.adapter.a, self.adapter.b
-            shaped("Head.adapter.a", a, (a.shape[0], width), "[r, H], H as in Head.weight")
-            shaped("Head.adapter.b", b, (vocab, b.shape[1]), "[V, r], V as in Head.weight")
-            on_device("Head.adapter", a, weight.device, "Head.weight")
+            check_tensor("Head.adapter.a", a, shape=((a.shape[0], width), "[r, H], H as in Head.weight"))
+            check_tensor("Head.adapter.b", b, shape=((vocab, b.shape[1]), "[V, r], V as in Head.weight"))
+            check_tensor("Head.adapter", a, device=device)
 
     def detach(self) -> "Head":
-        """The same head as a constant: shares storage, requires no grad. For a model that teaches itself."""
+        """Return the same head as a constant: it shares storage and requires no grad. For a model that teaches itself."""
         adapter = self.adapter
         if adapter is not None:
             adapter = LowRank(adapter.a.detach(), adapter.b.detach(), adapter.scaling)
@@ -106,7 +110,7 @@ class Head:
         return Head(self.weight.detach(), bias, scale=self.scale, softcap=self.softcap, adapter=adapter)
 
     def first(self, vocab: int) -> "Head":
-        """The head of the first `vocab` tokens: views, no copies."""
+        """Return the head of the first `vocab` tokens: views, no copies."""
         adapter = self.adapter
         if adapter is not None:
             adapter = LowRank(adapter.a, adapter.b[:vocab], adapter.scaling)
@@ -114,22 +118,28 @@ class Head:
         return Head(self.weight[:vocab], bias, scale=self.scale, softcap=self.softcap, adapter=adapter)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that it holds, by the name of their field."""
-        found = {"weight": self.weight}
+        """Return the tensors that it holds, by the name of their field."""
+        tensors = {"weight": self.weight}
         if self.bias is not None:
-            found["bias"] = self.bias
+            tensors["bias"] = self.bias
         if self.adapter is not None:
-            found |= {"adapter.a": self.adapter.a, "adapter.b": self.adapter.b}
-        return found
+            tensors |= {"adapter.a": self.adapter.a, "adapter.b": self.adapter.b}
+        return tensors
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The full logits [..., V] of hidden [..., H], in eager torch: for reading and testing, not for training.
+        """Return the full logits [..., V] of hidden [..., H], in eager torch: for reading and testing, not for training.
 
         float16 and bfloat16 are computed in float32, as the ops compute them.
         """
-        return shape_logits(
-            product(hidden, self, torch.promote_types(self.weight.dtype, torch.float32)), None, self.scale, self.softcap
-        )
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        hidden = hidden.to(dtype)
+        product = hidden @ self.weight.to(dtype).T
+        if self.adapter is not None:
+            low = hidden @ self.adapter.a.to(dtype).T
+            product = product + self.adapter.scaling * (low @ self.adapter.b.to(dtype).T)
+        if self.bias is not None:
+            product = product + self.bias.to(dtype)
+        return shape_logits(product, None, self.scale, self.softcap)
 
     @classmethod
     def from_model(cls, model: Any, *, verify: bool = True) -> "Head":
@@ -154,30 +164,10 @@ class Head:
             ValueError: the logits are not those of a Head, or not from one plain floating weight on this rank (quantised,
                 sharded, offloaded), or the model's own logits are others than the head's by more than rounding.
         """
-        from topd.models.head_from_model import head_from_model
-
         flag("verify", verify)
-        head = head_from_model(model)
+        parts = head_from_model(model)
+        adapter = None if parts.adapter is None else LowRank(*parts.adapter)
+        head = cls(parts.weight, parts.bias, scale=parts.scale, softcap=parts.softcap, adapter=adapter)
         if verify:
-            from topd.models.verify_head import verify_head
-
-            verify_head(model, head)
+            verify_head(model, parts)
         return head
-
-
-def shape_logits(product: Tensor, bias: Tensor | None, scale: float, softcap: float | None, temperature: float = 1.0) -> Tensor:
-    """From the matrix product (adapter included) to logits / temperature, as every eager path does it."""
-    if bias is not None:
-        product = product + bias
-    if softcap is not None:
-        return (softcap / temperature) * torch.tanh(product * (scale / softcap))
-    return product if scale == temperature else product * (scale / temperature)
-
-
-def product(hidden: Tensor, head: Head, dtype: torch.dtype) -> Tensor:
-    """hidden weightᵀ + bias + adapter, [N, V] in dtype; differentiable."""
-    hidden = hidden.to(dtype)
-    out = hidden @ head.weight.to(dtype).T
-    if head.adapter is not None:
-        out = out + head.adapter.scaling * ((hidden @ head.adapter.a.to(dtype).T) @ head.adapter.b.to(dtype).T)
-    return out if head.bias is None else out + head.bias.to(dtype)

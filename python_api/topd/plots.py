@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from topd.checks.values import floating, positive_int
+from topd.checks.values import FLOATING, check_tensor, positive_int
 from topd.near_future.transport import Transport
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def _check_groups(groups: object) -> dict[str, Tensor]:
     checked = {}
     for key, distances in groups.items():
         name = f"groups[{_string('each name in groups', key)!r}]"
-        value = floating(name, distances).detach().double().cpu()
+        value = check_tensor(name, distances, dtype=FLOATING).detach().double().cpu()
         if value.dim() != 1 or not value.numel():
             raise ValueError(f"{name} must be [m], m >= 1, got {list(value.shape)}; flatten it, and leave empty groups out")
         if not value.isfinite().all():

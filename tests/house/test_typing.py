@@ -15,8 +15,8 @@ import topd
 from topd import divergences, options
 from topd.backends import NAMES
 from topd.branching import windows
-from topd.losses import sampled, soft_targets
-from topd.near_future import selection
+from topd.losses import sampled, topk_divergence
+from topd.near_future import candidates, false_alarms, gate
 from topd.near_future.transport import SOLVERS
 from topd.objectives import config
 from topd.ops.transport import eager as transport
@@ -114,13 +114,13 @@ def test_the_checks_at_run_time_take_their_names_from_the_types() -> None:
         options.BackendName: NAMES,
         options.DivergenceName: tuple(divergences.BY_NAME),
         options.Estimator: sampled.ESTIMATORS,
-        options.Direction: soft_targets.DIRECTIONS,
-        options.Support: soft_targets.SUPPORTS,
+        options.Direction: topk_divergence.DIRECTIONS,
+        options.Support: topk_divergence.SUPPORTS,
         options.Cost: transport.COSTS,
         options.Solver: SOLVERS,
-        options.CandidateRule: selection.CANDIDATE_RULES,
-        options.GateRule: tuple(selection.GATE_VALUES),
-        options.FalseAlarmMode: selection.FALSE_ALARM_MODES,
+        options.CandidateRule: candidates.CANDIDATE_RULES,
+        options.GateRule: tuple(gate.GATE_VALUES),
+        options.FalseAlarmMode: false_alarms.FALSE_ALARM_MODES,
         options.StudentWindow: windows.STUDENT_WINDOWS,
         options.Reduction: config.REDUCTIONS,
         options.ScoreName: config.SCORES,

@@ -9,7 +9,7 @@ import torch
 from test_near_future import COSTS, DTYPES, TIGHT, exact_value, true_cost
 from torch import Tensor
 
-from topd.ops.transport.eager import Windows
+from topd.ops.transport.eager import WindowSide
 from topd.ops.transport.eager import transport as reference
 from topd.ops.transport.op import run_transport
 
@@ -19,7 +19,7 @@ from topd_kernels.transport import launches as kernels
 from topd_kernels.transport.launches import _transport, launches, transport
 
 V, D = 29, 6
-Sides = tuple[Windows, Windows]
+Sides = tuple[WindowSide, WindowSide]
 
 
 def random_sides(k_student: int, k_teacher: int, *, m: int = 2, ragged: bool = False, dtype=torch.float64) -> Sides:
@@ -30,13 +30,13 @@ def random_sides(k_student: int, k_teacher: int, *, m: int = 2, ragged: bool = F
         if ragged:
             lengths = torch.randint(1, window + 1, (m,))
             ids[torch.arange(window) >= lengths.unsqueeze(1)] = past
-        sides.append(Windows(torch.randn(V, D).to(dtype), ids, lengths))
+        sides.append(WindowSide(torch.randn(V, D).to(dtype), ids, lengths))
     return sides[0], sides[1]
 
 
 def of_vectors(*sides: list[list[float]], dtype: torch.dtype = torch.float64) -> Sides:
     """One problem between the listed vectors."""
-    found = (Windows(torch.tensor(x, dtype=dtype), torch.arange(len(x))[None], torch.tensor([len(x)])) for x in sides)
+    found = (WindowSide(torch.tensor(x, dtype=dtype), torch.arange(len(x))[None], torch.tensor([len(x)])) for x in sides)
     return tuple(found)
 
 
@@ -144,7 +144,7 @@ def test_panels_agree_with_a_tile(device):
 def test_longer_windows_are_left_to_the_reference(device):
     sides = random_sides(129, 130, m=1)
     numbers = {"max_iterations": 200, "tolerance": 1e-4}
-    on_device = [Windows(*(part.to(device) for part in side)) for side in sides]
+    on_device = [WindowSide(*(part.to(device) for part in side)) for side in sides]
     found, true = run_transport("triton", *on_device, "cosine", 0.05, **numbers), reference(*sides, "cosine", 0.05, **numbers)
     for one, other in zip(found, true, strict=True):
         torch.testing.assert_close(one.cpu(), other)
@@ -223,7 +223,7 @@ def test_nan_stays_with_its_problem(device, cost, side, windows):
 @pytest.mark.parametrize("cost", COSTS)
 def test_equal_windows_are_no_distance_apart(device, cost):
     table, ids = torch.randn(40, 300), torch.randperm(40)[None, :13]
-    one, other = (Windows(table, each, torch.tensor([13])) for each in (ids, ids.flip(1)))
+    one, other = (WindowSide(table, each, torch.tensor([13])) for each in (ids, ids.flip(1)))
     assert solved((one, other), device, cost, 0.01)[0].item() <= 1e-6
 
 
@@ -231,7 +231,7 @@ def test_equal_windows_are_no_distance_apart(device, cost):
 def test_repeats_bit_for_bit_and_problems_do_not_touch(device, windows):
     sides = random_sides(*windows, m=3, ragged=True, dtype=torch.float32)
     found, again = solved(sides, device), solved(sides, device)
-    alone = solved(tuple(Windows(x.table, x.ids[1:2], x.lengths[1:2]) for x in sides), device)
+    alone = solved(tuple(WindowSide(x.table, x.ids[1:2], x.lengths[1:2]) for x in sides), device)
     for one, other, single in zip(found, again, alone, strict=True):
         assert torch.equal(one, other)
         assert torch.equal(one[1:2], single)
@@ -268,7 +268,7 @@ def test_no_problems(device, windows):
     assert [x.shape for x in (distance, plan, error)] == [(0,), (0, *windows), (0,)]
 
 
-def call(*sides: Windows, cost: str = "cosine") -> Any:
+def call(*sides: WindowSide, cost: str = "cosine") -> Any:
     return launches(*(x for side in sides for x in side), cost, 0.05, 10, 1e-4)
 
 

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from topd.near_future.selection import divergent, false_alarm_weights, select_candidates
+from topd import divergent, false_alarm_weights, select_candidates
 
 INF, NAN = math.inf, math.nan
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

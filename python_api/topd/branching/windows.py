@@ -24,8 +24,8 @@ from topd.checks.rollouts import (
     check_rollouts,
     end_tokens,
 )
-from topd.checks.values import choice, on_device, positive_int, real, shaped, tensor
-from topd.losses.operands import typed
+from topd.checks.tokens import check_lengths
+from topd.checks.values import check_tensor, choice, positive_int, real
 from topd.models.decoder import Decoder, decoder_of
 from topd.options import StudentWindow
 
@@ -161,15 +161,11 @@ def replay(
 
 
 def _check_side(windows: Windows, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-    tokens = typed("windows.student_tokens", windows.student_tokens, torch.int64)
-    m = tensor("windows.positions", windows.positions).shape[0]
+    device = (input_ids.device, "input_ids")
+    tokens = check_tensor("windows.student_tokens", windows.student_tokens, dtype=torch.int64, device=device)
+    m = check_tensor("windows.positions", windows.positions).shape[0]
     if tokens.dim() != 2 or tokens.shape[0] != m or not tokens.shape[1]:
         raise ValueError(f"windows.student_tokens must be [{m}, K], a row for each position, got {list(tokens.shape)}")
-    lengths = typed("windows.student_lengths", windows.student_lengths, torch.int64)
-    shaped("windows.student_lengths", lengths, (m,), "one for each position")
-    on_device("windows.student_tokens", tokens, input_ids.device, "input_ids")
-    on_device("windows.student_lengths", lengths, input_ids.device, "input_ids")
-    if lengths.device.type == "cpu" and ((lengths < 1) | (lengths > tokens.shape[1])).any():
-        bad = lengths[(lengths < 1) | (lengths > tokens.shape[1])][0].item()
-        raise ValueError(f"windows.student_lengths must lie in [1, {tokens.shape[1]}], the windows' width, got {bad}")
-    return tokens, lengths
+    shape = ((m,), "one for each position")
+    name, lengths = "windows.student_lengths", windows.student_lengths
+    return tokens, check_lengths(name, lengths, tokens.shape[1], shape=shape, device=device)

@@ -1,12 +1,12 @@
-"""Rollouts and positions as the public functions take them, checked."""
+"""Checks of rollouts, positions in them and what models make of them, as the public functions take them."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from topd.checks.values import LARGEST_INT, on_device, shaped, tensor
-from topd.losses.operands import typed
+from topd.checks.tokens import check_position_form, refuse_positions
+from topd.checks.values import LARGEST_INT, check_tensor
 from topd.models.decoder import embedded_tokens
 
 
@@ -23,12 +23,11 @@ def check_differentiable(name: str, model: Any) -> None:
 
 
 def binary(name: str, value: object, like: Tensor, like_name: str) -> Tensor:
-    """A [B, T] mask of bools or of the integers 0 and 1, as bool."""
-    checked = tensor(name, value)
+    """Return a mask of bools or of the integers 0 and 1 as bool; it has the shape of `like`, [B, T] or [N]."""
+    checked = check_tensor(name, value)
     if checked.dtype.is_floating_point or checked.dtype.is_complex:
         raise TypeError(f"{name} must be bool or integers 0 and 1, got {checked.dtype}; compare it, mask > 0.5, to make one")
-    shaped(name, checked, tuple(like.shape), f"the shape of {like_name}")
-    on_device(name, checked, like.device, like_name)
+    check_tensor(name, checked, shape=(like.shape, f"the shape of {like_name}"), device=(like.device, like_name))
     if checked.dtype == torch.bool:
         return checked
     if checked.device.type == "cpu" and ((checked != 0) & (checked != 1)).any():
@@ -38,8 +37,8 @@ def binary(name: str, value: object, like: Tensor, like_name: str) -> Tensor:
 
 
 def check_rollouts(input_ids: object, attention_mask: object) -> tuple[Tensor, Tensor]:
-    """input_ids [B, T] int64 and the attention mask as bool."""
-    ids = typed("input_ids", input_ids, torch.int64)
+    """Check rollouts, and return input_ids [B, T] int64 and their attention mask as bool."""
+    ids = check_tensor("input_ids", input_ids, dtype=torch.int64)
     if ids.dim() != 2:
         raise ValueError(f"input_ids must be [B, T], a row for each rollout, got {list(ids.shape)}; unsqueeze a single one")
     return ids, binary("attention_mask", attention_mask, ids, "input_ids")
@@ -63,40 +62,31 @@ def check_ids(name: str, ids: Tensor, **models: Any) -> None:
 
 
 def check_positions(positions: object, attended: Tensor) -> Tensor:
-    """[m, 2] int64 (row, column), both the column's token and the one before it attended; checked on the CPU."""
-    checked = on_device("positions", typed("positions", positions, torch.int64), attended.device, "input_ids")
-    if checked.dim() != 2 or checked.shape[1] != 2:
-        raise ValueError(
-            f"positions must be [m, 2] (row, column), as select_candidates returns them, got {list(checked.shape)}"
-        )
+    """Check positions [m, 2] (row, column) of rollouts: on the CPU also that the column's token and the one before it are
+    attended."""
+    checked = check_position_form(positions, attended, "input_ids")
     if checked.device.type == "cpu" and checked.numel():
         row, column = checked.unbind(-1)
         outside = (row < 0) | (row >= attended.shape[0]) | (column < 1) | (column >= attended.shape[1])
-        _refuse(outside, checked, f"lie in input_ids, which is {list(attended.shape)}, from column 1 on")
-        _refuse(~(attended[row, column] & attended[row, column - 1]), checked, "be attended, and the column before them too")
+        remedy = "select them among response tokens"
+        refuse_positions(outside, checked, f"lie in input_ids, which is {list(attended.shape)}, from column 1 on", remedy)
+        unattended = ~(attended[row, column] & attended[row, column - 1])
+        refuse_positions(unattended, checked, "be attended, and the column before them too", remedy)
     return checked
 
 
-def _refuse(bad: Tensor, positions: Tensor, rule: str) -> None:
-    if bad.any():
-        first = int(bad.nonzero()[0])
-        raise ValueError(
-            f"positions must {rule}, got {positions[first].tolist()} (index {first}); select them among response tokens"
-        )
-
-
 def end_tokens(eos_token_id: object, model: Any) -> list[int]:
-    """The end-of-sequence tokens: as given, or those of the model's generation_config; maybe none."""
-    found = eos_token_id
-    if found is None:
-        found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-        found = found.tolist() if isinstance(found, Tensor) else found
-    if found is None:
+    """Return the end-of-sequence tokens: those given, or those of the model's generation_config; maybe none."""
+    ends = eos_token_id
+    if ends is None:
+        ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        ends = ends.tolist() if isinstance(ends, Tensor) else ends
+    if ends is None:
         return []
     listed: list[int] = []
-    for each in found if isinstance(found, list | tuple) else [found]:
+    for each in ends if isinstance(ends, list | tuple) else [ends]:
         if isinstance(each, bool) or not isinstance(each, int):
-            raise TypeError(f"eos_token_id must be an int, a list of ints or None, got {found!r}")
+            raise TypeError(f"eos_token_id must be an int, a list of ints or None, got {ends!r}")
         if eos_token_id is not None and not 0 <= each <= LARGEST_INT:
             raise ValueError(f"eos_token_id must be >= 0 and an id, got {each}; None for the generation_config's, [] for none")
         listed.append(each)

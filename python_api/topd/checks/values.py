@@ -1,8 +1,8 @@
-"""Argument checks. Every message names the argument, the rule, what came and what to do."""
+"""Checks of numbers, options and tensors. Every message names the argument, the rule, what came and what to do."""
 
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -40,23 +40,26 @@ def real(
 
 
 def _shown(value: float) -> str:
-    """A number as a message shows it: ints beyond float64's range by their length."""
+    """Return a number as a message shows it: ints beyond float64's range by their length."""
     return repr(value) if isinstance(value, float) or -LARGEST <= value <= LARGEST else f"an int of {value.bit_length()} bits"
 
 
 def flag(name: str, value: object) -> bool:
+    """Return True or False; refuse what merely counts as one."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
     return value
 
 
 def choice(name: str, value: object, choices: tuple[str, ...]) -> str:
+    """Return one of the names that an option may have."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
     return value
 
 
 def positive_int(name: str, value: object, *, hint: str = "") -> int:
+    """Return an int > 0 that 64 bits hold."""
     tail = f"; {hint}" if hint else ""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}{tail}")
@@ -66,16 +69,100 @@ def positive_int(name: str, value: object, *, hint: str = "") -> int:
     return value
 
 
-def tensor(name: str, value: object) -> Tensor:
-    """Check for a dense tensor, one that keeps each of its entries in memory at a stride of its own. Returns it in a form that
-    autograd may keep (`keepable`)."""
+def check_temperature(temperature: object) -> float:
+    """Return a temperature, a number > 0."""
+    return real("temperature", temperature, low=0.0, open_low=True)
+
+
+def check_workspace(workspace_bytes: object) -> None:
+    """Check the bound for the tiles of logits: an int > 0, or None."""
+    if workspace_bytes is not None:
+        positive_int("workspace_bytes", workspace_bytes, hint="None for the default")
+
+
+def check_rule_value(option: str, rule: str, name: str, value: object) -> float:
+    """Return the value that goes with a rule of `select_candidates` or `divergent`: a count, a number or a fraction.
+
+    Args:
+        option: the argument that holds the rule, for the message.
+        rule: the rule, already checked.
+        name: the argument that holds the value.
+        value: what came.
+    """
+    takes = f"{option}={rule!r} takes"
+    if rule == "top_k":
+        return positive_int(name, value, hint=f"{takes} a count of its own")
+    if rule in ("threshold", "mean_plus_std"):
+        return real(name, value, hint=f"{takes} a finite number of its own")
+    return real(name, value, low=0.0, high=1.0, open_low=rule == "top_fraction", hint=f"{takes} a fraction")
+
+
+def check_range(name: str, value: float, dtype: torch.dtype) -> None:
+    """Check that a number neither overflows nor vanishes in the dtype in which a call computes."""
+    info = torch.finfo(dtype)
+    if value != 0 and not info.tiny <= abs(value) <= info.max:
+        raise ValueError(
+            f"{name} must be 0 or of magnitude {info.tiny:.3g} to {info.max:.3g}, which {dtype}, in which this call computes, "
+            f"can hold, got {value!r}; choose another one{'' if dtype == torch.float64 else ', or pass float64 tensors'}"
+        )
+
+
+def check_tensor(
+    name: str,
+    value: object,
+    *,
+    dtype: torch.dtype | tuple[torch.dtype, ...] | None = None,
+    shape: tuple[Sequence[int], str] | None = None,
+    device: tuple[torch.device, str] | None = None,
+) -> Tensor:
+    """Check a dense tensor: one that keeps each of its entries in memory at a stride of its own.
+
+    Args:
+        name: the argument, as the caller knows it.
+        value: what came.
+        dtype: exactly this one, or FLOATING, any of the four that the kernels take; None: any.
+        shape: the shape that it must have, and the words that say where this comes from.
+        device: the device that it must be on, and the name of the argument that is there.
+
+    Returns:
+        The tensor in a form that autograd may keep (`keepable`).
+
+    Raises:
+        TypeError: no tensor, not a dense one, or of another dtype.
+        ValueError: another shape or device.
+    """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.layout != torch.strided or value.is_nested:
         kind = "a nested tensor" if value.is_nested else f"the layout {value.layout}"
         remedy = "to_padded_tensor, with a mask," if value.is_nested else ".to_dense()"
         raise TypeError(f"{name} must be a dense tensor, got {kind}; make it one with {remedy} first")
+    if isinstance(dtype, tuple):
+        if value.dtype not in dtype:
+            raise TypeError(
+                f"{name} must be float32, float64, bfloat16 or float16, got {value.dtype}; dequantise or cast it first"
+            )
+    elif dtype is not None and value.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, got {value.dtype}; cast it with .to({dtype})")
+    if shape is not None and tuple(value.shape) != tuple(shape[0]):
+        raise ValueError(f"{name} must have shape {list(shape[0])} ({shape[1]}), got {list(value.shape)}")
+    if device is not None and value.device != device[0]:
+        raise ValueError(f"{name} is on {value.device}, but {device[1]} is on {device[0]}; move them to one device")
     return keepable(value)
+
+
+def per_token(
+    name: str, value: object, dtype: torch.dtype | tuple[torch.dtype, ...], hidden: Tensor, hidden_name: str
+) -> Tensor:
+    """Return a tensor with one entry for each row of hidden [..., H], checked and made flat, [N]."""
+    shape, device = (hidden.shape[:-1], f"the leading shape of {hidden_name}"), (hidden.device, hidden_name)
+    return check_tensor(name, value, dtype=dtype, shape=shape, device=device).reshape(-1)
+
+
+def check_constant(name: str, value: Tensor, what: str = "the teacher") -> None:
+    """Refuse a tensor that requires grad where the call differentiates nothing of it."""
+    if value.requires_grad:
+        raise ValueError(f"{name} must not require grad: {what} is a constant; pass {name}.detach()")
 
 
 def keepable(constant: Tensor) -> Tensor:
@@ -93,7 +180,7 @@ def keepable(constant: Tensor) -> Tensor:
 
 
 def differentiable(name: str, value: Tensor) -> Tensor:
-    """`keepable`, of a tensor that is differentiated where it requires grad."""
+    """Return a tensor that is differentiated where it requires grad, in a form that autograd may keep (`keepable`)."""
     value = keepable(value)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not value.requires_grad or not value.is_inference():
         return value
@@ -103,32 +190,16 @@ def differentiable(name: str, value: Tensor) -> Tensor:
     )
 
 
-def floating(name: str, value: object) -> Tensor:
-    """A dense tensor of one of the four floating dtypes that the kernels take."""
-    checked = tensor(name, value)
-    if checked.dtype not in FLOATING:
-        raise TypeError(
-            f"{name} must be float32, float64, bfloat16 or float16, got {checked.dtype}; dequantise or cast it first"
-        )
-    return checked
-
-
-def shaped(name: str, value: Tensor, shape: tuple[int, ...], what: str) -> Tensor:
-    """`what` says where the expected shape comes from."""
-    if tuple(value.shape) != tuple(shape):
-        raise ValueError(f"{name} must have shape {list(shape)} ({what}), got {list(value.shape)}")
-    return value
-
-
-def on_device(name: str, value: Tensor, device: torch.device, other: str) -> Tensor:
-    if value.device != device:
-        raise ValueError(f"{name} is on {value.device}, but {other} is on {device}; move them to one device")
-    return value
+def refuse_nan(name: str, value: Tensor, mask: Tensor | None, hint: str) -> None:
+    """Refuse a NaN where the mask is True; only on the CPU, since on a GPU the check would stall the stream."""
+    bad = value.isnan() if mask is None else value.isnan() & mask
+    if value.device.type == "cpu" and bad.any():
+        raise ValueError(f"{name} must not be NaN where it counts, got nan at index {bad.nonzero()[0].tolist()}; {hint}")
 
 
 def in_vocabulary(name: str, ids: Tensor, vocab: int, what: str, *, low: int = 0) -> Tensor:
-    """ids of unmasked rows, checked to be in [low, vocab) on a CPU; on a GPU the check would stall the stream. `what` says
-    whose vocabulary it is."""
+    """Check on a CPU that the ids of unmasked rows lie in [low, vocab), and return them; on a GPU the check would stall the
+    stream. `what` says whose vocabulary it is."""
     if ids.device.type == "cpu" and ids.numel() and (int(ids.min()) < low or int(ids.max()) >= vocab):
         worst = int(ids[(ids < low) | (ids >= vocab)][0])
         raise ValueError(f"{name} must lie in [0, {vocab}), {what}, where mask is True, got {worst}; mask such rows out")
@@ -136,6 +207,7 @@ def in_vocabulary(name: str, ids: Tensor, vocab: int, what: str, *, low: int = 0
 
 
 def no_second_derivative(op: str) -> RuntimeError:
+    """Return the error for an op whose backward is differentiated."""
     return RuntimeError(
         f"topd.{op} has no second derivative, but its backward was differentiated (create_graph=True); differentiate once, or "
         "write the loss from topd.Head.logits and torch.log_softmax"

@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from topd.checks.values import on_device
+from topd.checks.values import check_tensor
 from topd.integrations.rollouts import sample_rollouts
 from topd.integrations.running_means import RunningMeans
 from topd.integrations.tokenizers import check_tokenizers
@@ -231,7 +231,7 @@ def count_items(batch: Mapping[str, Any], reduction: str) -> Tensor:
     if "cu_seqlens" not in batch:
         return response.any(-1).sum()
     total = torch.cat([response.new_zeros(1, dtype=torch.int64), response.cumsum(0)])
-    bounds = on_device("cu_seqlens", batch["cu_seqlens"], response.device, "response_mask").long()
+    bounds = check_tensor("cu_seqlens", batch["cu_seqlens"], device=(response.device, "response_mask")).long()
     return (total[bounds].diff() > 0).sum()
 
 

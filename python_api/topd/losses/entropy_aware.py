@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topd.checks.values import positive_int, real
+from topd.checks.values import check_range, positive_int, real
 from topd.head import Head
 from topd.losses.linear_divergence import linear_divergence
-from topd.losses.linear_logprobs import topk_logprobs
-from topd.losses.operands import autocast, cast, check_range, check_side
+from topd.losses.operands import autocast, cast, check_side
 from topd.losses.soft_targets import soft_target_kl
+from topd.losses.topk_logprobs import topk_logprobs
 from topd.options import BackendName
 from topd.scores import TokenScores
 
@@ -30,7 +30,7 @@ def entropy_aware_opd(
     workspace_bytes: int | None = None,
     backend: BackendName | None = None,
 ) -> Tensor:
-    """Reverse KL, and where the teacher is undecided also the forward KL to its most likely tokens:
+    """Return the reverse KL, and where the teacher is undecided also the forward KL to its most likely tokens.
 
     KL(p_S || p_T) + coef 1[H(p_T) >= entropy_threshold] KL(top-k of p_T, renormalised || p_S).
 

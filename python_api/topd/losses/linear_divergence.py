@@ -1,4 +1,4 @@
-"""The public primitives: arguments checked, leading shapes flattened, then the op."""
+"""`linear_divergence`, the first primitive: its arguments are checked, leading shapes made flat, then the op runs."""
 
 import math
 from typing import Literal, overload
@@ -7,21 +7,26 @@ import torch
 from torch import Tensor
 
 from topd.backends import choose_backend
-from topd.checks.values import flag, no_forward_mode, on_device, real, shaped, tensor
+from topd.checks.values import (
+    FLOATING,
+    check_range,
+    check_temperature,
+    check_tensor,
+    check_workspace,
+    flag,
+    no_forward_mode,
+    per_token,
+    real,
+)
 from topd.divergences import Divergence, DivergenceLike, resolve_divergence
 from topd.head import Head
 from topd.losses.operands import (
     autocast,
-    check_head,
     check_head_range,
-    check_range,
     check_side,
-    check_temperature,
-    check_workspace,
     kept_side,
     needs,
     op_side,
-    per_token,
     softcap_of,
 )
 from topd.ops.linear_divergence import eager as reference
@@ -33,6 +38,7 @@ from topd.scores import TokenScores, unpack_scores
 
 
 def _refuse_teacher_grad(teacher_hidden: Tensor, teacher: Head) -> None:
+    """Refuse a teacher that would be differentiated."""
     if teacher_hidden.requires_grad:
         raise ValueError(
             "teacher_hidden must not require grad: the teacher is a constant; run the teacher under torch.no_grad(), or pass "
@@ -47,17 +53,18 @@ def _refuse_teacher_grad(teacher_hidden: Tensor, teacher: Head) -> None:
 
 
 def _check_pair(student_hidden: Tensor, student: Head, teacher_hidden: Tensor, teacher: Head) -> None:
+    """Check that each side's hidden states go with its head, and both sides with each other."""
     check_side("student_hidden", student_hidden, "student", student)
     check_side("teacher_hidden", teacher_hidden, "teacher", teacher)
-    expected = (*student_hidden.shape[:-1], teacher_hidden.shape[-1])
-    shaped("teacher_hidden", teacher_hidden, expected, "the leading shape of student_hidden")
-    on_device("teacher_hidden", teacher_hidden, student_hidden.device, "student_hidden")
+    shape = ((*student_hidden.shape[:-1], teacher_hidden.shape[-1]), "the leading shape of student_hidden")
+    check_tensor("teacher_hidden", teacher_hidden, shape=shape, device=(student_hidden.device, "student_hidden"))
     _refuse_teacher_grad(teacher_hidden, teacher)
 
 
 def _check_options(
     temperature: object, hard_weight: object, tokens: object, return_scores: object, workspace_bytes: object
 ) -> None:
+    """Check what can be checked without the tensors."""
     check_temperature(temperature)
     flag("return_scores", return_scores)
     if real("hard_weight", hard_weight, low=0.0) and tokens is None:
@@ -80,6 +87,7 @@ def _check_numbers(
 
 
 def _spec(student: Head, teacher: Head, temperature: float, divergence: Divergence, hard_weight: float) -> RowSpec:
+    """Return the numbers that the op computes each row with."""
     return RowSpec(
         float(student.scale),
         softcap_of(student),
@@ -165,7 +173,7 @@ def linear_divergence(
     workspace_bytes: int | None = None,
     backend: BackendName | None = None,
 ) -> Tensor | tuple[Tensor, TokenScores]:
-    """Per-token divergence between a student and a teacher, from hidden states, without [N, V] logits.
+    """Return the divergence between a student and a teacher for each token, from hidden states, without [N, V] logits.
 
     Exact value and gradients for any upstream gradient, at the cost of four matrix products (three with a frozen head).
 
@@ -210,7 +218,7 @@ def linear_divergence(
     like = (student_hidden, "student_hidden")
     flat_mask = None if mask is None else per_token("mask", mask, torch.bool, *like)
     flat_tokens = None if tokens is None else per_token("tokens", tokens, torch.int64, *like)
-    hint = None if weights_hint is None else per_token("weights_hint", weights_hint, None, *like).detach()
+    hint = None if weights_hint is None else per_token("weights_hint", weights_hint, FLOATING, *like).detach()
     name = choose_backend(backend, student_hidden.device)
 
     student_hidden, student = autocast(student_hidden.reshape(-1, student_hidden.shape[-1]), student)
@@ -231,43 +239,3 @@ def linear_divergence(
         value, scores, *_ = torch.ops.topd.linear_divergence(*common, hint, *wanted)
     value = value.reshape(shape)
     return (value, unpack_scores(scores, shape, has_tokens=tokens is not None)) if return_scores else value
-
-
-def score_tokens(
-    student_hidden: Tensor,
-    student: Head,
-    teacher_hidden: Tensor,
-    teacher: Head,
-    *,
-    tokens: Tensor | None = None,
-    mask: Tensor | None = None,
-    temperature: float = 1.0,
-) -> TokenScores:
-    """Both KLs, entropies, log-probabilities, agreement and lost mass of each token, in one pass without gradients.
-
-    Args:
-        student_hidden, student, teacher_hidden, teacher: as in `linear_divergence`; all are detached here.
-        tokens: [...] int64, the sampled tokens, or None: then the two log-probabilities are None.
-        mask: [...] bool; False rows are 0 and False.
-        temperature: > 0; governs every score.
-
-    Returns:
-        TokenScores of [...] tensors, float32 (float64 if an input is), nats; 2 matrix products.
-
-    Raises:
-        TypeError, ValueError: as `linear_divergence`.
-    """
-    with torch.no_grad():
-        result = linear_divergence(
-            tensor("student_hidden", student_hidden).detach(),
-            check_head("student", student).detach(),
-            tensor("teacher_hidden", teacher_hidden).detach(),
-            check_head("teacher", teacher).detach(),
-            divergence="forward_kl",
-            temperature=temperature,
-            mask=mask,
-            tokens=tokens,
-            return_scores=True,
-        )
-    assert isinstance(result, tuple)
-    return result[1]

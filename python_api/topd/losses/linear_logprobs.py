@@ -1,47 +1,36 @@
-"""`linear_logprobs`, the second primitive, and `topk_logprobs`, which makes an offline teacher's targets."""
+"""`linear_logprobs`, the second primitive: its arguments are checked, leading shapes made flat, then the op runs."""
 
-from typing import Literal, NamedTuple, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from topd.backends import choose_backend
-from topd.checks.values import flag, no_forward_mode, on_device, positive_int, shaped
+from topd.checks.tokens import check_chosen_ids
+from topd.checks.values import (
+    FLOATING,
+    check_range,
+    check_temperature,
+    check_workspace,
+    flag,
+    no_forward_mode,
+    per_token,
+)
 from topd.head import Head
 from topd.losses.operands import (
     autocast,
     check_head_range,
-    check_range,
     check_side,
-    check_temperature,
-    check_workspace,
     kept_side,
     needs,
     op_side,
-    per_token,
     softcap_of,
-    typed,
 )
 from topd.ops.linear_logprobs import eager as reference
 from topd.ops.linear_logprobs.eager import LogprobSpec
 from topd.ops.shared.few_rows import may_keep
 from topd.ops.shared.numbers import numbers_of
 from topd.options import BackendName
-
-# For who unpacks topk_logprobs in the order that it had before 0.2.
-TOPK_ORDER = "topd.topk_logprobs returns (logprobs, ids), as torch.topk does, no longer (ids, logprobs)"
-
-
-class TopK(NamedTuple):
-    """The k most likely tokens of each row, the largest first.
-
-    Attributes:
-        logprobs: [..., k] floating, nats; -inf where there is no token.
-        ids: [..., k] int64; 0 where there is no token.
-    """
-
-    logprobs: Tensor
-    ids: Tensor
 
 
 @overload
@@ -101,7 +90,7 @@ def linear_logprobs(
     workspace_bytes: int | None = None,
     backend: BackendName | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-probabilities of chosen tokens, and the entropy, from hidden states, without [N, V] logits.
+    """Return log-probabilities of chosen tokens, and the entropy, from hidden states, without [N, V] logits.
 
     Exact values and gradients for any upstream gradient, at the cost of three matrix products (two with a frozen head). With
     M = 1 and the next tokens as ids, minus the result is the cross-entropy.
@@ -144,19 +133,6 @@ def linear_logprobs(
     return (logprobs, entropy) if return_entropy else logprobs
 
 
-def check_ids(name: str, ids: object, hidden: Tensor) -> Tensor:
-    """ids [..., M] for hidden [..., H]."""
-    if isinstance(ids, Tensor) and ids.is_floating_point():
-        raise TypeError(f"{name} must be torch.int64, got {ids.dtype}; cast ids with .to(torch.int64); {TOPK_ORDER}")
-    checked = typed(name, ids, torch.int64)
-    if checked.dim() != hidden.dim():
-        raise ValueError(
-            f"{name} must be [..., M] with the leading shape of hidden, {list(hidden.shape[:-1])}, got {list(checked.shape)}"
-        )
-    shaped(name, checked, (*hidden.shape[:-1], checked.shape[-1]), "the leading shape of hidden, then M")
-    return on_device(name, checked, hidden.device, "hidden")
-
-
 def check_numbers(head: Head, temperature: float, dtype: torch.dtype) -> None:
     """Check that the tile, float32 or wider, holds the numbers that the kernels compute with."""
     dtype = torch.promote_types(dtype, torch.float32)
@@ -178,7 +154,7 @@ def logprobs_and_outside(
     padded: bool = False,
     dense: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`linear_logprobs`, and beside it the log of the mass outside each row's ids.
+    """Return what `linear_logprobs` does, and beside it the log of the mass outside each row's ids.
 
     Args:
         padded: an id of -1 stands for no token: log-probability -inf, no gradient.
@@ -190,13 +166,13 @@ def logprobs_and_outside(
     """
     check_side("hidden", hidden, "head", head)
     hidden, head = kept_side("hidden", hidden, "head", head)
-    ids = check_ids("ids", ids, hidden)
+    ids = check_chosen_ids("ids", ids, hidden)
     check_temperature(temperature)
     check_workspace(workspace_bytes)
     no_forward_mode("linear_logprobs", (hidden, *head.tensors().values()))
     like = (hidden, "hidden")
     flat_mask = None if mask is None else per_token("mask", mask, torch.bool, *like)
-    hint = None if weights_hint is None else per_token("weights_hint", weights_hint, None, *like).detach()
+    hint = None if weights_hint is None else per_token("weights_hint", weights_hint, FLOATING, *like).detach()
     name = choose_backend(backend, hidden.device)
     shape, flat_ids = tuple(hidden.shape[:-1]), ids.reshape(hidden.shape[:-1].numel(), ids.shape[-1])
     states, head = autocast(hidden.reshape(-1, hidden.shape[-1]), head)
@@ -212,47 +188,3 @@ def logprobs_and_outside(
         found = torch.ops.topd.linear_logprobs(*common, hint, *needs(states, head), may_keep(), entropy)
         logprobs, entropies, outside = found[:3]
     return logprobs.reshape(ids.shape), entropies.reshape(shape) if entropy else entropies, outside.reshape(shape)
-
-
-@torch.no_grad()
-def topk_logprobs(
-    hidden: Tensor,
-    head: Head,
-    k: int,
-    *,
-    temperature: float = 1.0,
-    mask: Tensor | None = None,
-    workspace_bytes: int | None = None,
-) -> TopK:
-    """The k most likely tokens of each row and their log-probabilities, in chunks, without gradients: an offline teacher.
-
-    Args:
-        hidden: [..., H] floating, dtype of `head.weight`.
-        head: Head.
-        k: 1 <= k <= V.
-        temperature: > 0; the logits are divided by it, after the softcap.
-        mask: [...] bool; False rows cost nothing; their ids are 0 and their log-probabilities -inf.
-        workspace_bytes: bound for the tile of logits, as in `linear_logprobs`.
-
-    Returns:
-        (logprobs, ids), in the order of torch.topk, with these names: log-probabilities [..., k] float32 (float64 for
-        float64), nats, the largest first, and ids [..., k] int64.
-
-    Raises:
-        TypeError, ValueError: a wrong type, shape, dtype, device, range or option.
-    """
-    check_side("hidden", hidden, "head", head)
-    check_temperature(temperature)
-    check_workspace(workspace_bytes)
-    vocab = head.weight.shape[0]
-    if positive_int("k", k) > vocab:
-        raise ValueError(f"k must be at most the vocabulary's {vocab} entries, got {k}")
-    flat_mask = None if mask is None else per_token("mask", mask, torch.bool, hidden, "hidden")
-    states, head = autocast(hidden.reshape(-1, hidden.shape[-1]), head.detach())
-    check_numbers(head, temperature, states.dtype)
-    numbers = numbers_of(temperature)
-    spec = LogprobSpec(float(head.scale), softcap_of(head), float(temperature) if numbers is None else 1.0)
-    common = (*op_side(states, head), flat_mask, *spec, numbers, k, workspace_bytes)
-    ids, logprobs = torch.ops.topd.topk_logprobs(*common)
-    shape = (*hidden.shape[:-1], k)
-    return TopK(logprobs.reshape(shape), ids.reshape(shape))

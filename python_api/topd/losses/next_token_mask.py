@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from topd.checks.values import tensor
-from topd.losses.operands import typed
+from topd.checks.values import check_tensor
 
 
 def next_token_mask(response_mask: Tensor | None = None, *, labels: Tensor | None = None, ignore_index: int = -100) -> Tensor:
@@ -45,7 +44,7 @@ def next_token_mask(response_mask: Tensor | None = None, *, labels: Tensor | Non
         raise ValueError(f"give either response_mask or labels, got {came}")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
-    mask = _response(response_mask) if labels is None else typed("labels", labels, torch.int64)
+    mask = _response(response_mask) if labels is None else check_tensor("labels", labels, dtype=torch.int64)
     counts = mask if labels is None else mask != ignore_index
     if counts.dim() != 2:
         name = "response_mask" if labels is None else "labels"
@@ -54,7 +53,8 @@ def next_token_mask(response_mask: Tensor | None = None, *, labels: Tensor | Non
 
 
 def _response(mask: object) -> Tensor:
-    checked = tensor("response_mask", mask)
+    """Return a mask of bools or of the integers 0 and 1 as bool."""
+    checked = check_tensor("response_mask", mask)
     if checked.dtype.is_floating_point or checked.dtype.is_complex:
         raise TypeError(f"response_mask must be bool or integers 0 and 1, got {checked.dtype}; compare it, mask > 0.5")
     if checked.dtype == torch.bool:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topd.checks.values import positive_int, tensor
-from topd.losses.linear_logprobs import TopK
+from topd.checks.values import check_tensor, positive_int
+from topd.losses.topk_logprobs import TopK
 
 FORMS = "a mapping of ids to log-probabilities, a list of pairs (id, logprob), or None where nothing is known"
 
@@ -53,6 +53,7 @@ def pad_topk(answers: Sequence[Sequence[Any]], mask: Tensor | None = None, *, k:
 
 
 def _sequence(name: str, value: object) -> Sequence[Any]:
+    """Check for a list."""
     if isinstance(value, str | Mapping) or not isinstance(value, Sequence):
         raise TypeError(
             f"{name} must be a list, got {type(value).__name__}; give a list of sequences, each a list of its tokens"
@@ -61,11 +62,12 @@ def _sequence(name: str, value: object) -> Sequence[Any]:
 
 
 def _tokens_of(b: int, sequence: object) -> list[list[tuple[int, float]]]:
+    """Return the entries of each token of a sequence."""
     return [_entries(f"answers[{b}][{t}]", answer) for t, answer in enumerate(_sequence(f"answers[{b}]", sequence))]
 
 
 def _entries(name: str, answer: Any) -> list[tuple[int, float]]:
-    """The (id, log-probability) pairs of one token."""
+    """Return the (id, log-probability) pairs of one token."""
     if answer is None:
         return []
     if isinstance(answer, Mapping):
@@ -78,6 +80,7 @@ def _entries(name: str, answer: Any) -> list[tuple[int, float]]:
 
 
 def _pair(name: str, pair: Any) -> tuple[int, float]:
+    """Return one entry of a token as a pair of numbers."""
     if isinstance(pair, str | Mapping) or not isinstance(pair, Sequence) or len(pair) != 2:
         raise TypeError(f"{name} must be {FORMS}, got the entry {pair!r}")
     token, value = pair
@@ -96,11 +99,11 @@ def _pair(name: str, pair: Any) -> tuple[int, float]:
 
 
 def _places(rows: list[list[Any]], mask: Tensor | None) -> Tensor:
-    """[B, T] bool on the CPU: where the tokens stand."""
+    """Return where the tokens stand, [B, T] bool on the CPU."""
     lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
     if mask is None:
         return torch.arange(max(map(len, rows), default=0)) < lengths.unsqueeze(-1)
-    place = tensor("mask", mask).cpu()
+    place = check_tensor("mask", mask).cpu()
     if place.is_floating_point() or place.dim() != 2 or len(place) != len(rows):
         raise ValueError(
             f"mask must be bool or integers 0 and 1, [{len(rows)}, T], a row for each sequence, got {place.dtype} "

@@ -5,7 +5,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from topd.checks.values import choice, floating, on_device, real, shaped
+from topd.checks.values import FLOATING, check_constant, check_tensor, choice, real
 from topd.ops.shared.row_math import phi
 from topd.options import Estimator
 
@@ -15,7 +15,7 @@ ESTIMATORS: tuple[str, ...] = get_args(Estimator)
 def sampled_kl(
     student_logprob: Tensor, teacher_logprob: Tensor, *, estimator: Estimator = "k1", clamp: float | None = None
 ) -> Tensor:
-    """Estimates of the reverse KL from the log-probabilities of sampled tokens, r = log p_S - log p_T.
+    """Return estimates of the reverse KL from the log-probabilities of sampled tokens, r = log p_S - log p_T.
 
     Args:
         student_logprob: [...] floating, nats, of tokens sampled from the student; differentiated.
@@ -31,12 +31,10 @@ def sampled_kl(
         TypeError, ValueError: a wrong type, shape, dtype or option, or a teacher_logprob that requires grad.
     """
     choice("estimator", estimator, ESTIMATORS)
-    student = floating("student_logprob", student_logprob)
-    teacher = floating("teacher_logprob", teacher_logprob)
-    shaped("teacher_logprob", teacher, tuple(student.shape), "the shape of student_logprob")
-    on_device("teacher_logprob", teacher, student.device, "student_logprob")
-    if teacher.requires_grad:
-        raise ValueError("teacher_logprob must not require grad: the teacher is a constant; pass teacher_logprob.detach()")
+    student = check_tensor("student_logprob", student_logprob, dtype=FLOATING)
+    shape, device = (student.shape, "the shape of student_logprob"), (student.device, "student_logprob")
+    teacher = check_tensor("teacher_logprob", teacher_logprob, dtype=FLOATING, shape=shape, device=device)
+    check_constant("teacher_logprob", teacher)
     if clamp is not None:
         real("clamp", clamp, low=0.0, open_low=True, hint="None means no clamp")
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topd.head import Head, shape_logits
-from topd.models.head_from_model import base_of, innermost, refuse_prompt_learning, unwrapped_model
+from topd.head import Head
+from topd.logits import shape_logits
+from topd.models.head_from_model import base_of, refuse_prompt_learning, unwrapped_model
+from topd.models.output_layer import innermost
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 FEW = range(8, 65)  # rows of logits that a CPU computes faster from the head's side

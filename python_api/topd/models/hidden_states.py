@@ -7,7 +7,7 @@ from torch import Tensor
 
 from topd.branching.prefill import position_ids_of
 from topd.checks.rollouts import check_ids, check_rollouts
-from topd.checks.values import tensor
+from topd.checks.values import check_tensor
 from topd.head import Head
 from topd.models.data_parallel import check_synchronised
 from topd.models.decoder import Decoder, decoder_of
@@ -56,7 +56,7 @@ def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor | None =
             decides itself; a token that the model does not have (checked on the CPU); gradients that several processes would
             not exchange; a model as `topd.Head.from_model` refuses it.
     """
-    whole = torch.ones_like(tensor("input_ids", input_ids), dtype=torch.bool)
+    whole = torch.ones_like(check_tensor("input_ids", input_ids), dtype=torch.bool)
     ids, attended = check_rollouts(input_ids, whole if attention_mask is None else attention_mask)
     if not ids.numel():
         raise ValueError(f"input_ids must hold a token, got {list(ids.shape)}; leave an empty batch out")

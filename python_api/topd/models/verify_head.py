@@ -1,4 +1,4 @@
-"""Whether a model's own forward makes its logits as its head says, seen on a few random states.
+"""Compare the logits that a model's own forward gives with those of its head, on a few random states.
 
 The model's forward runs on a copy of the model object that shares every tensor. In it one stand-in for the base model returns
 random states, and one for the output embeddings multiplies with their weight. No layer of the model runs: its modes, hooks,
@@ -12,8 +12,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from topd.head import Head, LowRank, shape_logits
-from topd.models.head_from_model import BUILD_BY_HAND, base_of, linear_and_adapter, refuse, unwrapped_model
+from topd.logits import shape_logits
+from topd.models.head_from_model import HeadParts, base_of, unwrapped_model
+from topd.models.output_layer import BUILD_BY_HAND, AdapterParts, linear_and_adapter, refuse
 
 # States of three sizes: logits near 0, and logits that a softcap holds.
 SIZES = (1.0, 8.0, 64.0)
@@ -25,7 +26,7 @@ TOLERANCE_TF32 = 4e-3  # a GPU may multiply float32 so
 _verified: WeakKeyDictionary[nn.Module, tuple[Any, ...]] = WeakKeyDictionary()
 
 
-def verify_head(model: Any, head: Head) -> None:
+def verify_head(model: Any, head: HeadParts) -> None:
     """Check that the forward of the model's class makes its logits as `head` does; a model is looked at once.
 
     A model in which no base model is seen (a class that is not transformers') is not checked: what its head reads is unknown.
@@ -33,7 +34,7 @@ def verify_head(model: Any, head: Head) -> None:
 
     Args:
         model: as `topd.Head.from_model` takes it.
-        head: as `topd.Head.from_model` builds it.
+        head: as `head_from_model` reads it.
 
     Raises:
         ValueError: the logits differ by more than rounding, or the forward cannot run on input_ids alone.
@@ -49,7 +50,8 @@ def verify_head(model: Any, head: Head) -> None:
 
 
 @torch.no_grad()
-def _compare(model: nn.Module, base: nn.Module, layer: nn.Module, head: Head) -> None:
+def _compare(model: nn.Module, base: nn.Module, layer: nn.Module, head: HeadParts) -> None:
+    """Run the forward on a twin of the model, and refuse logits that are not the head's."""
     name, weight = type(model).__name__, head.weight
     generator = torch.Generator("cpu").manual_seed(0)
     states = torch.randn(1, len(SIZES), weight.shape[1], generator=generator, device="cpu", dtype=torch.float32)
@@ -73,6 +75,7 @@ def _compare(model: nn.Module, base: nn.Module, layer: nn.Module, head: Head) ->
 
 
 def _logits_of(output: Any) -> Tensor:
+    """Return the logits in what a forward returned."""
     logits = output[0] if isinstance(output, tuple) else getattr(output, "logits", output)
     if not isinstance(logits, Tensor):
         raise TypeError(f"it returned no logits but a {type(output).__name__}")
@@ -100,7 +103,7 @@ def _judge(logits: Tensor, expected: Tensor, weight: Tensor, name: str) -> None:
 
 
 class _Output(tuple[Tensor, ...]):
-    """What a base model returns: its states first, by either name; nothing else."""
+    """The output of a base model: its states first, by either name; nothing else."""
 
     __slots__ = ()
 
@@ -132,7 +135,7 @@ class _Body:
 class _Layer:
     """Stands for the output embeddings: their product without hooks and wrappers."""
 
-    def __init__(self, layer: nn.Module, linear: nn.Linear, adapter: LowRank | None) -> None:
+    def __init__(self, layer: nn.Module, linear: nn.Linear, adapter: AdapterParts | None) -> None:
         self._layer, self._linear, self._adapter = layer, linear, adapter
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -150,7 +153,7 @@ class _Layer:
 
 
 def _with_stand_ins(model: nn.Module, stand_ins: list[tuple[nn.Module, Any]]) -> nn.Module:
-    """A copy of the model object, every tensor shared, with stand-ins in the places of parts of it."""
+    """Return a copy of the model object, every tensor shared, with stand-ins in the places of parts of it."""
     names = {id(module): name for name, module in model.named_modules()}
     whole: nn.Module = _copy(model)
     for part, stand_in in stand_ins:
@@ -163,7 +166,7 @@ def _with_stand_ins(model: nn.Module, stand_ins: list[tuple[nn.Module, Any]]) ->
 
 
 def _copy(module: Any) -> Any:
-    """A copy of the object in eval mode, with its own table of modules, without hooks or a forward that was put on it."""
+    """Return a copy of the object in eval mode, with its own table of modules, without hooks or a forward put on the object."""
     twin = object.__new__(type(module))
     vars(twin).update(vars(module))
     vars(twin).update(_modules=dict(module._modules), training=False)

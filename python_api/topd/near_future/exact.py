@@ -1,19 +1,19 @@
 """Exact optimal transport between windows, one pair after another on the CPU, by scipy and POT."""
 
+import importlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from topd.ops.transport.eager import Windows, cost_matrix
+from topd.ops.transport.eager import WindowSide, cost_matrix
 
 # Pairs whose costs are formed together.
 PIECE = 64
 
 
 def _solver(package: str, module: str) -> Any:
-    import importlib
-
+    """Import a module of a package that only this solver needs."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -21,8 +21,9 @@ def _solver(package: str, module: str) -> Any:
         raise ImportError(f"solver='exact' needs {package} for these windows, which is not installed: {extra}") from error
 
 
-def exact_transport(student: Windows, teacher: Windows, cost: str) -> tuple[Tensor, Tensor, Tensor]:
-    """distance [m], plan [m, K_S, K_T], marginal_error [m] (0), float32 (float64 where a table is), on the windows' device."""
+def exact_transport(student: WindowSide, teacher: WindowSide, cost: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return distance [m], plan [m, K_S, K_T] and marginal_error [m] (0), float32 (float64 where a table is), on the windows'
+    device."""
     device = student.ids.device
     dtype = torch.promote_types(torch.promote_types(student.table.dtype, teacher.table.dtype), torch.float32)
     m, shape = student.ids.shape[0], (student.ids.shape[1], teacher.ids.shape[1])
@@ -37,15 +38,15 @@ def exact_transport(student: Windows, teacher: Windows, cost: str) -> tuple[Tens
                     f"embedding, or the vectors, must be finite within the windows' lengths, got a NaN or inf in window "
                     f"{start + offset}; the exact solver cannot rank its costs"
                 )
-            found = _solve(matrix[:rows, :columns])
-            plan[start + offset, :rows, :columns] = found
-            distance[start + offset] = (found * matrix[:rows, :columns]).sum()
+            solved = _solve(matrix[:rows, :columns])
+            plan[start + offset, :rows, :columns] = solved
+            distance[start + offset] = (solved * matrix[:rows, :columns]).sum()
     error = torch.zeros(m, dtype=dtype, device=device)
     return distance.to(device, dtype), plan.to(device, dtype), error
 
 
 def _solve(cost: Tensor) -> Tensor:
-    """The plan of one pair: an assignment where the windows are equally long, a linear program otherwise."""
+    """Return the plan of one pair: an assignment where the windows are equally long, a linear program otherwise."""
     rows, columns = cost.shape
     if rows == columns:
         optimize = _solver("scipy", "scipy.optimize")

@@ -1,9 +1,10 @@
-"""Near future: optimal transport between a student's and a teacher's continuation of one prefix, and guidance by its plan.
+"""The near future's distance: optimal transport between a student's and a teacher's continuation of one prefix.
 
 The score of TOPD (arXiv 2606.00305): D_OT = min <P, C> over plans between the two windows' tokens, both uniformly weighted. A
 plan's rows are student positions, its columns teacher positions.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -11,14 +12,12 @@ import torch
 from torch import Tensor
 
 from topd.backends import choose_backend
-from topd.checks.values import choice, floating, on_device, positive_int, real, shaped, tensor
-from topd.head import Head
-from topd.losses.operands import check_side, typed
-from topd.losses.soft_targets import check_ids_in_vocabulary, check_targets, checks_values, soft_target_kl
+from topd.checks.tokens import check_lengths
+from topd.checks.values import FLOATING, check_tensor, choice, positive_int, real
 from topd.near_future.exact import exact_transport
-from topd.ops.transport.eager import COSTS, Windows
+from topd.ops.transport.eager import COSTS, WindowSide
 from topd.ops.transport.op import run_transport
-from topd.options import BackendName, Cost, Solver
+from topd.options import Cost, Solver
 
 SOLVERS: tuple[str, ...] = get_args(Solver)
 MAX_WINDOW = 128
@@ -26,7 +25,7 @@ MAX_WINDOW = 128
 
 @dataclass(frozen=True, eq=False)
 class Transport:
-    """What `near_future_divergence` finds of each pair of windows; constants.
+    """The distance and the plan between each pair of windows, as `near_future_divergence` returns them; constants.
 
     Attributes:
         distance: [m] <P, C>, without the entropy term, in the unit of the cost.
@@ -57,7 +56,7 @@ def near_future_divergence(
     max_iterations: int = 200,
     tolerance: float = 1e-4,
 ) -> Transport:
-    """Optimal-transport distance and plan between m pairs of short windows of tokens.
+    """Return the optimal-transport distance and plan between m pairs of short windows of tokens.
 
     Args:
         student_tokens, teacher_tokens: [m, K_s], [m, K_t] int64, 1 <= K <= 128; ids past a window's length are never read.
@@ -96,24 +95,20 @@ def near_future_divergence(
     if solver == "exact":
         return Transport(*exact_transport(student, teacher, cost))
     backend = choose_backend(None, student.ids.device)
-    found = run_transport(backend, student, teacher, cost, epsilon, max_iterations=max_iterations, tolerance=tolerance)
-    return Transport(*found)
+    results = run_transport(backend, student, teacher, cost, epsilon, max_iterations=max_iterations, tolerance=tolerance)
+    return Transport(*results)
 
 
-def _lengths(name: str, lengths: object, ids: Tensor) -> Tensor:
-    m, window = ids.shape
+def window_lengths(name: str, lengths: object, windows: Sequence[int], device: torch.device) -> Tensor:
+    """Return the checked lengths [m] int64 of windows [m, K]; None: all of each counts."""
+    m, width = windows
     if lengths is None:
-        return torch.full((m,), window, dtype=torch.int64, device=ids.device)
-    checked = on_device(
-        name, shaped(name, typed(name, lengths, torch.int64), (m,), "one for each window"), ids.device, "windows"
-    )
-    if checked.device.type == "cpu" and ((checked < 1) | (checked > window)).any():
-        bad = checked[(checked < 1) | (checked > window)][0].item()
-        raise ValueError(f"{name} must lie in [1, {window}], the windows' width, got {bad}")
-    return checked
+        return torch.full((m,), width, dtype=torch.int64, device=device)
+    return check_lengths(name, lengths, width, shape=((m,), "one for each window"), device=(device, "windows"))
 
 
-def _check_window(name: str, width: int) -> None:
+def _check_width(name: str, width: int) -> None:
+    """Check how many tokens windows hold."""
     if not 1 <= width <= MAX_WINDOW:
         raise ValueError(f"{name} must hold windows of 1 to {MAX_WINDOW} tokens, got {width}")
 
@@ -125,131 +120,60 @@ def _from_tokens(
     cost: str,
     student_lengths: object,
     teacher_lengths: object,
-) -> tuple[Windows, Windows]:
-    student = typed("student_tokens", student_tokens, torch.int64)
-    teacher = typed("teacher_tokens", teacher_tokens, torch.int64)
+) -> tuple[WindowSide, WindowSide]:
+    """Check tokens with their embedding, and return both sides' windows."""
+    student = check_tensor("student_tokens", student_tokens, dtype=torch.int64)
+    teacher = check_tensor("teacher_tokens", teacher_tokens, dtype=torch.int64)
     for name, tokens in (("student_tokens", student), ("teacher_tokens", teacher)):
         if tokens.dim() != 2:
             raise ValueError(f"{name} must be [m, K], got {list(tokens.shape)}")
-        _check_window(name, tokens.shape[1])
-    shaped("teacher_tokens", teacher, (student.shape[0], teacher.shape[1]), "m as in student_tokens")
-    on_device("teacher_tokens", teacher, student.device, "student_tokens")
-    sides = [
-        (student, _lengths("student_lengths", student_lengths, student), "student_tokens"),
-        (teacher, _lengths("teacher_lengths", teacher_lengths, teacher), "teacher_tokens"),
-    ]
+        _check_width(name, tokens.shape[1])
+    device = (student.device, "student_tokens")
+    shape = ((student.shape[0], teacher.shape[1]), "m as in student_tokens")
+    check_tensor("teacher_tokens", teacher, shape=shape, device=device)
+    own = window_lengths("student_lengths", student_lengths, student.shape, student.device)
+    other = window_lengths("teacher_lengths", teacher_lengths, teacher.shape, student.device)
     if cost == "mismatch" and embedding is None:
         embedding = torch.empty((0, 1), device=student.device)
-    table = floating("embedding", embedding)
+    table = check_tensor("embedding", embedding, dtype=FLOATING)
     if table.dim() != 2:
         raise ValueError(f"embedding must be [V, d], got {list(table.shape)}")
-    on_device("embedding", table, student.device, "student_tokens")
-    for ids, lengths, name in sides if cost != "mismatch" and table.device.type == "cpu" else []:
-        counted = torch.arange(ids.shape[1]) < lengths.unsqueeze(-1)
-        if (bad := counted & ((ids < 0) | (ids >= table.shape[0]))).any():
-            raise ValueError(
-                f"{name} must lie in [0, {table.shape[0]}), the rows of embedding, within the windows' lengths, got "
-                f"{ids[bad][0].item()}"
-            )
-    first, second = (Windows(table, ids, lengths) for ids, lengths, _ in sides)
-    return first, second
+    check_tensor("embedding", table, device=device)
+    sides = WindowSide(table, student, own), WindowSide(table, teacher, other)
+    if cost != "mismatch" and table.device.type == "cpu":
+        for name, side in zip(("student_tokens", "teacher_tokens"), sides, strict=True):
+            _check_embedded(name, side)
+    return sides
+
+
+def _check_embedded(name: str, side: WindowSide) -> None:
+    """Check that the table has a row for each id within the windows' lengths."""
+    if (bad := side.valid & ((side.ids < 0) | (side.ids >= side.table.shape[0]))).any():
+        raise ValueError(
+            f"{name} must lie in [0, {side.table.shape[0]}), the rows of embedding, within the windows' lengths, got "
+            f"{side.ids[bad][0].item()}"
+        )
 
 
 def _from_vectors(
     student_vectors: object, teacher_vectors: object, cost: str, student_lengths: object, teacher_lengths: object
-) -> tuple[Windows, Windows]:
+) -> tuple[WindowSide, WindowSide]:
+    """Check vectors in the place of tokens, and return both sides' windows, each with a table of its own."""
     if cost == "mismatch":
         raise ValueError('cost "mismatch" compares tokens, got vectors; pass student_tokens and teacher_tokens')
-    student = floating("student_vectors", student_vectors)
-    teacher = floating("teacher_vectors", teacher_vectors)
+    student = check_tensor("student_vectors", student_vectors, dtype=FLOATING)
+    teacher = check_tensor("teacher_vectors", teacher_vectors, dtype=FLOATING)
     for name, vectors in (("student_vectors", student), ("teacher_vectors", teacher)):
         if vectors.dim() != 3:
             raise ValueError(f"{name} must be [m, K, d], got {list(vectors.shape)}")
-        _check_window(name, vectors.shape[1])
-    expected = (student.shape[0], teacher.shape[1], student.shape[2])
-    shaped("teacher_vectors", teacher, expected, "m and d as in student_vectors")
-    on_device("teacher_vectors", teacher, student.device, "student_vectors")
+        _check_width(name, vectors.shape[1])
+    shape = ((student.shape[0], teacher.shape[1], student.shape[2]), "m and d as in student_vectors")
+    check_tensor("teacher_vectors", teacher, shape=shape, device=(student.device, "student_vectors"))
 
-    def windows(vectors: Tensor, lengths: object, name: str) -> Windows:
+    def windows(vectors: Tensor, lengths: object, name: str) -> WindowSide:
         m, window, width = vectors.shape
         ids = torch.arange(m * window, device=vectors.device).reshape(m, window)
-        return Windows(vectors.reshape(m * window, width), ids, _lengths(name, lengths, ids))
+        counted = window_lengths(name, lengths, (m, window), vectors.device)
+        return WindowSide(vectors.reshape(m * window, width), ids, counted)
 
     return windows(student, student_lengths, "student_lengths"), windows(teacher, teacher_lengths, "teacher_lengths")
-
-
-def guidance_kl(
-    window_hidden: Tensor,
-    head: Head,
-    teacher_tokens: Tensor,
-    plan: Tensor,
-    *,
-    student_lengths: Tensor | None = None,
-    temperature: float = 1.0,
-    weights_hint: Tensor | None = None,
-    workspace_bytes: int | None = None,
-    backend: BackendName | None = None,
-) -> Tensor:
-    """The multi-token guidance of a divergent point: the mean over the student's window of KL(target_i || p_S), where target_i
-    spreads row i of the plan, normalised, over the teacher's tokens. A token that stands at several places counts once.
-
-    Args:
-        window_hidden: [m, K_s, H] floating, the states that predict each token of the student's windows; differentiated.
-        head: the student's Head.
-        teacher_tokens: [m, K_t] int64; where the plan is 0 they are never read.
-        plan: [m, K_s, K_t] floating, >= 0, constant, as `near_future_divergence` returns it.
-        student_lengths: [m] int64, 1 <= length <= K_s; positions at and past it contribute 0. None: all of the window counts.
-        temperature: > 0, of the student.
-        weights_hint: [m] floating, what the result will be multiplied by, up to one factor: speed alone.
-        workspace_bytes, backend: as in `linear_logprobs`.
-
-    Returns:
-        [m] float32 (float64 for float64), nats; 3 matrix products over m K_s rows (2 with a frozen head).
-
-    Raises:
-        TypeError, ValueError: a wrong type, shape, dtype, device, range or option; on the CPU also a row of the plan within the
-            lengths that sums to 0.
-
-    Source: arXiv 2606.00305, L_traj with uniform marginals.
-    """
-    check_side("window_hidden", window_hidden, "head", head)
-    states = tensor("window_hidden", window_hidden)
-    if states.dim() != 3:
-        raise ValueError(f"window_hidden must be [m, K_s, H], got {list(states.shape)}")
-    m, window, _ = states.shape
-    tokens = typed("teacher_tokens", teacher_tokens, torch.int64)
-    if tokens.dim() != 2 or tokens.shape[0] != m:
-        raise ValueError(f"teacher_tokens must be [{m}, K_t], m as in window_hidden, got {list(tokens.shape)}")
-    on_device("teacher_tokens", tokens, states.device, "window_hidden")
-    weights = shaped("plan", floating("plan", plan), (m, window, tokens.shape[1]), "[m, K_s, K_t]")
-    on_device("plan", weights, states.device, "window_hidden")
-    if weights.requires_grad:
-        raise ValueError("plan must not require grad: it is a constant; pass plan.detach()")
-    lengths = _lengths("student_lengths", student_lengths, torch.empty((m, window), device=states.device))
-    valid = torch.arange(window, device=states.device) < lengths.unsqueeze(-1)
-    lengths = lengths.clamp_min(1)  # windows of no token have a mean of 0
-    if checks_values(states):
-        weights = weights.masked_fill(~valid.unsqueeze(-1), 0.0)
-        check_targets("plan", weights, valid, normalize=True)
-        check_ids_in_vocabulary("teacher_tokens", tokens, (weights != 0).any(1), head.weight.shape[0])
-    hint = None if weights_hint is None else _row_hint(weights_hint, lengths, window)
-    per_position = soft_target_kl(
-        states,
-        head,
-        tokens.unsqueeze(1).expand(m, window, tokens.shape[1]),
-        weights,
-        normalize=True,
-        temperature=temperature,
-        mask=valid,
-        weights_hint=hint if hint is not None else (valid / lengths.unsqueeze(-1)),
-        workspace_bytes=workspace_bytes,
-        backend=backend,
-    )
-    return per_position.sum(-1) / lengths
-
-
-def _row_hint(hint: object, lengths: Tensor, window: int) -> Tensor:
-    """[m, K_s] from one weight a window."""
-    checked = shaped("weights_hint", floating("weights_hint", hint), tuple(lengths.shape), "one for each window")
-    on_device("weights_hint", checked, lengths.device, "window_hidden")
-    return (checked / lengths).unsqueeze(-1).expand(lengths.shape[0], window)

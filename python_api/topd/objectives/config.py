@@ -7,11 +7,12 @@ from typing import TypeVar, get_args
 from torch import Tensor
 
 from topd.branching.windows import STUDENT_WINDOWS
-from topd.checks.values import choice, floating, positive_int, real
+from topd.checks.values import FLOATING, check_rule_value, check_temperature, check_tensor, choice, positive_int, real
 from topd.divergences import DivergenceLike, resolve_divergence
-from topd.losses.operands import check_temperature
-from topd.losses.soft_targets import SUPPORTS
-from topd.near_future.selection import CANDIDATE_RULES, FALSE_ALARM_MODES, GATE_VALUES
+from topd.losses.topk_divergence import SUPPORTS
+from topd.near_future.candidates import CANDIDATE_RULES
+from topd.near_future.false_alarms import FALSE_ALARM_MODES
+from topd.near_future.gate import GATE_VALUES
 from topd.near_future.transport import MAX_WINDOW, SOLVERS
 from topd.ops.transport.eager import COSTS
 from topd.options import (
@@ -118,7 +119,7 @@ class TOPDConfig(OPDConfig):
         super().__post_init__()
         choice("score", self.score, SCORES)
         choice("candidates", self.candidates, CANDIDATE_RULES)
-        _check_candidate_value(self.candidates, self.candidate_value)
+        check_rule_value("candidates", self.candidates, "candidate_value", self.candidate_value)
         if type(self.min_separation) is not int or self.min_separation != 0:
             positive_int("min_separation", self.min_separation, hint="or 0, for none")
         if positive_int("horizon", self.horizon) > MAX_WINDOW:
@@ -130,7 +131,8 @@ class TOPDConfig(OPDConfig):
         real("epsilon", self.epsilon, low=0.0, open_low=True)
         self._check_embedding()
         choice("gate", self.gate, tuple(GATE_VALUES))
-        _check_gate_value(self.gate, GATE_VALUES[self.gate] if self.gate_value is None else self.gate_value)
+        gate_value = GATE_VALUES[self.gate] if self.gate_value is None else self.gate_value
+        check_rule_value("gate", self.gate, "gate_value", gate_value)
         if self.topk_support != "tail":
             raise ValueError(
                 f"topk_support is of topd.OPD with teacher=None, got {self.topk_support!r} for topd.TOPD, whose teacher is a "
@@ -146,7 +148,7 @@ class TOPDConfig(OPDConfig):
 
     def _check_embedding(self) -> None:
         if isinstance(self.embedding, Tensor):
-            if floating("embedding", self.embedding).dim() != 2:
+            if check_tensor("embedding", self.embedding, dtype=FLOATING).dim() != 2:
                 raise ValueError(f"embedding must be a table [V, d], got {list(self.embedding.shape)}")
         elif not isinstance(self.embedding, str):
             raise TypeError(f"embedding must be a name or a tensor [V, d], got {type(self.embedding).__name__}")
@@ -154,24 +156,6 @@ class TOPDConfig(OPDConfig):
             choice("embedding", self.embedding, EMBEDDINGS)
         if self.cost == "mismatch" and self.embedding == "student_hidden":
             raise ValueError('cost "mismatch" compares tokens, got embedding "student_hidden"; take another of the two')
-
-
-def _check_candidate_value(rule: str, value: object) -> None:
-    takes = f"candidates={rule!r} takes"
-    if rule == "top_k":
-        positive_int("candidate_value", value, hint=f"{takes} a count of its own")
-    elif rule == "threshold":
-        real("candidate_value", value, hint=f"{takes} a finite score of its own")
-    else:
-        real("candidate_value", value, low=0.0, high=1.0, open_low=rule == "top_fraction", hint=f"{takes} a fraction")
-
-
-def _check_gate_value(rule: str, value: object) -> None:
-    takes = f"gate={rule!r} takes"
-    if rule == "lowest_fraction_out":
-        real("gate_value", value, low=0.0, high=1.0, hint=f"{takes} a fraction")
-    else:
-        real("gate_value", value, hint=f"{takes} a finite number{' of its own' if rule == 'threshold' else ''}")
 
 
 def config_of(config: object, kind: type[Config]) -> Config:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from topd.checks.rollouts import binary, check_differentiable, check_ids
-from topd.losses.operands import check_offsets, typed
+from topd.checks.tokens import check_offsets
+from topd.checks.values import check_tensor
 from topd.models.decoder import Decoder, decoder_of
 from topd.objectives.batch import Stages, at_token, compare_states, scores_at_token
 from topd.objectives.config import OPDConfig
@@ -62,7 +63,7 @@ def check_packed(batch: Mapping[str, Any]) -> Packed:
             raise ValueError(f"a packed batch must hold {', '.join(PACKED_KEYS)}, got no {key}; it has {sorted(batch)}")
     if "attention_mask" in batch:
         raise ValueError("a packed batch must hold no attention_mask, since it has no padding, got one; leave it out")
-    ids = typed("input_ids", batch["input_ids"], torch.int64)
+    ids = check_tensor("input_ids", batch["input_ids"], dtype=torch.int64)
     if ids.dim() != 1:
         raise ValueError(f"input_ids must be [N] with cu_seqlens, got {list(ids.shape)}; leave padding and batch dimension out")
     bounds = check_offsets(batch["cu_seqlens"], ids, "input_ids")

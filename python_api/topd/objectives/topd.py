@@ -20,8 +20,11 @@ from topd.branching.continuations import BRANCHES, continue_from, from_rollout, 
 from topd.branching.windows import Windows, replay
 from topd.checks.rollouts import check_generator, end_tokens
 from topd.models.decoder import Decoder, vocabulary_of
-from topd.near_future.selection import divergent, false_alarm_weights, select_candidates
-from topd.near_future.transport import Transport, guidance_kl, near_future_divergence
+from topd.near_future.candidates import select_candidates
+from topd.near_future.false_alarms import false_alarm_weights
+from topd.near_future.gate import divergent
+from topd.near_future.guidance import guidance_kl
+from topd.near_future.transport import Transport, near_future_divergence
 from topd.objectives.batch import (
     KEYS,
     Rollouts,

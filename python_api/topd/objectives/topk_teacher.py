@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from topd.branching.prefill import prefill
+from topd.checks.distributions import check_ids_in_vocabulary, check_topk_values, checks_values
 from topd.checks.rollouts import check_differentiable, check_ids
-from topd.checks.values import floating, on_device, shaped
+from topd.checks.tokens import TOPK_ORDER
+from topd.checks.values import FLOATING, check_tensor
 from topd.divergences import ForwardKL, ReverseKL, resolve_divergence
 from topd.head import Head
-from topd.losses.linear_logprobs import TOPK_ORDER, TopK, linear_logprobs
-from topd.losses.operands import typed
-from topd.losses.soft_targets import check_ids_in_vocabulary, check_topk_values, checks_values, topk_divergence
+from topd.losses.linear_logprobs import linear_logprobs
+from topd.losses.topk_divergence import topk_divergence
+from topd.losses.topk_logprobs import TopK
 from topd.models.decoder import decoder_of
 from topd.objectives.batch import (
     Rollouts,
@@ -86,16 +88,17 @@ def check_topk(topk: TopK, input_ids: Tensor, response: Tensor, vocab: int) -> T
     ids = topk.ids
     if isinstance(ids, Tensor) and ids.is_floating_point():
         raise TypeError(f"teacher_topk_ids must be torch.int64, got {ids.dtype}; {TOPK_ORDER}")
-    ids = typed("teacher_topk_ids", ids, torch.int64)
+    ids = check_tensor("teacher_topk_ids", ids, dtype=torch.int64)
     expected = (*input_ids.shape, ids.shape[-1] if ids.dim() == input_ids.dim() + 1 else "k")
     if tuple(ids.shape) != expected or not ids.shape[-1]:
         raise ValueError(
             f"teacher_topk_ids must be [{', '.join(map(str, input_ids.shape))}, k], k >= 1 tokens for each of input_ids, got "
             f"{list(ids.shape)}; column t speaks of the token input_ids[:, t]"
         )
-    on_device("teacher_topk_ids", ids, input_ids.device, "input_ids")
-    logprobs = shaped("teacher_topk_logprobs", floating(TOPK_KEYS[0], topk.logprobs), tuple(ids.shape), "as teacher_topk_ids")
-    on_device("teacher_topk_logprobs", logprobs, input_ids.device, "input_ids")
+    device = (input_ids.device, "input_ids")
+    check_tensor("teacher_topk_ids", ids, device=device)
+    shape = (ids.shape, "as teacher_topk_ids")
+    logprobs = check_tensor("teacher_topk_logprobs", topk.logprobs, dtype=FLOATING, shape=shape, device=device)
     if logprobs.requires_grad:
         raise ValueError("teacher_topk_logprobs must not require grad: the teacher is a constant; pass it detached")
     if not checks_values(response):

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from topd.checks.values import in_vocabulary, no_second_derivative
-from topd.head import Head, shape_logits
+from topd.head import Head
+from topd.logits import shape_logits
 from topd.ops.shared.full_products import head_product
 from topd.ops.shared.row_math import Distribution, distribution, kl_terms, log_ratio, mixture
 from topd.scores import FIELDS

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from topd.checks.values import in_vocabulary, no_second_derivative
-from topd.head import Head, shape_logits
+from topd.head import Head
+from topd.logits import shape_logits
 from topd.ops.shared.full_products import head_product
 from topd.ops.shared.repeats import runs_of
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from topd.backends import multiplies_bf16
-from topd.head import shape_logits
+from topd.logits import shape_logits
 from topd.ops.shared.numbers import numbers_in
 from topd.ops.shared.one_pass import chosen_rows, workspace
 from topd.ops.shared.plan import plan_chunks

@@ -28,7 +28,7 @@ RIDGE = 1e-6  # of a marginal, on the Hessian
 ARMIJO, MAX_HALVINGS = 1e-4, 20
 
 
-class Windows(NamedTuple):
+class WindowSide(NamedTuple):
     """One side of the m pairs: rows of `table` [V, d] at `ids` [m, K], of which the first `lengths` [m] count."""
 
     table: Tensor
@@ -46,7 +46,7 @@ class Windows(NamedTuple):
         return found.masked_fill(~self.valid[at].unsqueeze(-1), 0.0)
 
 
-def cost_matrix(student: Windows, teacher: Windows, cost: str, at: slice) -> Tensor:
+def cost_matrix(student: WindowSide, teacher: WindowSide, cost: str, at: slice) -> Tensor:
     """C [m', K_S, K_T] in float64 of the chosen pairs; 0 past the lengths. A zero vector has cosine 0."""
     if cost == "mismatch":
         found = (student.ids[at].unsqueeze(-1) != teacher.ids[at].unsqueeze(-2)).double()
@@ -66,7 +66,7 @@ def _unit(vectors: Tensor) -> Tensor:
     return vectors / norm.masked_fill(norm == 0, 1.0)
 
 
-def marginals(side: Windows) -> Tensor:
+def marginals(side: WindowSide) -> Tensor:
     """[m, K] float64: 1 / length, 0 past it."""
     return side.valid.double() / side.lengths.clamp_min(1).unsqueeze(-1)
 
@@ -160,7 +160,7 @@ def rounded(plan: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def transport(
-    student: Windows, teacher: Windows, cost: str, epsilon: float, *, max_iterations: int, tolerance: float
+    student: WindowSide, teacher: WindowSide, cost: str, epsilon: float, *, max_iterations: int, tolerance: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """distance [m], plan [m, K_S, K_T], marginal_error [m] in float64."""
     rows = max(1, PIECE // (max(student.ids.shape[1], teacher.ids.shape[1]) * student.table.shape[1]))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from topd.backends import kernel
-from topd.ops.transport.eager import Windows, transport
+from topd.ops.transport.eager import WindowSide, transport
 
 torch.library.define(
     "topd::transport",
@@ -35,7 +35,14 @@ def _fake(
 
 
 def run_transport(
-    backend: str, student: Windows, teacher: Windows, cost: str, epsilon: float, *, max_iterations: int, tolerance: float
+    backend: str,
+    student: WindowSide,
+    teacher: WindowSide,
+    cost: str,
+    epsilon: float,
+    *,
+    max_iterations: int,
+    tolerance: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """distance [m], plan [m, K_S, K_T], marginal_error [m], float32 (float64 where a table is)."""
     numbers = (cost, epsilon, max_iterations, tolerance)
