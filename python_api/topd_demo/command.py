@@ -250,9 +250,9 @@ class _Demo:
     def _train(self, trainer: "Trainer", stopping: threading.Event) -> bool:
         """One method to its end, or to where it is stopped, with a checkpoint."""
         trainer.resume()
-        found = trainer.run
-        self.runs.append(found)
-        self.display.start(found.method, found.done)
+        run = trainer.run
+        self.runs.append(run)
+        self.display.start(run.method, run.done)
         journal = self.folder / METRICS
         files.write_lines(journal, [record for each in self.runs for record in each.records])
         try:
@@ -260,9 +260,9 @@ class _Demo:
                 with journal.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(record) + "\n")
                 self.display.show(record)
-                if stopping.is_set() and found.done < self.settings.steps:
+                if stopping.is_set() and run.done < self.settings.steps:
                     trainer.save()
                     return False
         finally:
             self.display.stop()
-        return not stopping.is_set() or found.method == self.settings.methods[-1]
+        return not stopping.is_set() or run.method == self.settings.methods[-1]

@@ -77,23 +77,23 @@ class Display:
 
     def _numbers(self) -> str:
         """Beside the method and the bar it fits 80 columns."""
-        found = [f"{self.latest['step']:>3}/{self.settings.steps}"]
+        parts = [f"{self.latest['step']:>3}/{self.settings.steps}"]
         if "loss" in self.latest:
-            found.append(f"loss {self.latest['loss']:.2f}")
+            parts.append(f"loss {self.latest['loss']:.2f}")
         if self.held_out is not None:
-            found.append(f"held-out KL {self.held_out:.2f}")
+            parts.append(f"held-out KL {self.held_out:.2f}")
         if "loss" in self.latest:
-            found.append(f"{self.latest['tokens_a_second']:.0f} tok/s")
+            parts.append(f"{self.latest['tokens_a_second']:.0f} tok/s")
             if self.latest["memory_mib"] is not None:
-                found.append(f"{self.latest['memory_mib'] / 1024:.1f} GiB")
-        return " ".join([*found, self.left()])
+                parts.append(f"{self.latest['memory_mib'] / 1024:.1f} GiB")
+        return " ".join([*parts, self.left()])
 
-    def summary(self, found: Summary) -> None:
+    def summary(self, summary: Summary) -> None:
         """The tables at the end."""
-        self._table("Reverse KL to the teacher on held-out prompts, nats per token", found.outcome)
-        if found.loss is not None:
-            self._table("The loss alone, value and gradients", found.loss)
-        self._table("Where a step's time goes", found.stages)
+        self._table("Reverse KL to the teacher on held-out prompts, nats per token", summary.outcome)
+        if summary.loss is not None:
+            self._table("The loss alone, value and gradients", summary.loss)
+        self._table("Where a step's time goes", summary.stages)
 
     def _table(self, title: str, numbers: Numbers) -> None:
         header, rows = numbers
@@ -107,15 +107,15 @@ class Display:
     def samples(self, before: list[list[str]] | None, after: dict[str, list[list[str]]]) -> None:
         """The first held-out prompt, answered before and after."""
         answers: list[tuple[str, list[list[str]] | None]] = [("before", before)]
-        answers += [(NAMES[name], found) for name, found in after.items()]
-        first = next((found for _, found in answers if found), None)
+        answers += [(NAMES[name], texts) for name, texts in after.items()]
+        first = next((texts for _, texts in answers if texts), None)
         if first is None:
             return
         grid = Table.grid(padding=(0, 2, 0, 0))
         grid.add_row(Text("prompt", style="dim"), Text(one_line(first[0][0])))
-        for name, found in answers:
-            if found:
-                grid.add_row(Text(name, style="dim"), Text(one_line(found[0][1])))
+        for name, texts in answers:
+            if texts:
+                grid.add_row(Text(name, style="dim"), Text(one_line(texts[0][1])))
         self.console.print(Text("\nThe student's answer to a held-out prompt", style="bold"), grid)
 
     def window_pair(self, pair: WindowPair) -> None:

@@ -30,12 +30,12 @@ class Evaluation:
 def evaluate(models: Models, prompts: list[str], settings: Settings) -> Evaluation:
     """On responses that the student samples now, from the same seed every time."""
     batch = held_out_batch(models, prompts, settings)
-    found = topd.OPD(models.student, models.teacher, allow_unequal_vocabularies=True)(batch)  # padding beyond the tokenizer
+    objective = topd.OPD(models.student, models.teacher, allow_unequal_vocabularies=True)(batch)  # padding beyond the tokenizer
     texts = [
         models.tokenizer.decode(ids[response], skip_special_tokens=True)
         for ids, response in zip(batch["input_ids"][:SAMPLES], batch["response_mask"][:SAMPLES].bool(), strict=True)
     ]
-    return Evaluation(found.loss.item(), [[prompt, text] for prompt, text in zip(prompts, texts, strict=False)])
+    return Evaluation(objective.loss.item(), [[prompt, text] for prompt, text in zip(prompts, texts, strict=False)])
 
 
 def held_out_batch(models: Models, prompts: list[str], settings: Settings) -> dict[str, Any]:

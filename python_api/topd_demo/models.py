@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from topd.cli.errors import CommandError, require
-from topd.models.decoder import vocabulary_of
+from topd.models.properties import vocabulary_of
 from topd_demo import smollm2
 from topd_demo.settings import Settings
 

@@ -48,7 +48,7 @@ def _save_png(figure: "Figure", path: Path) -> None:
 
 def build(runs: list[Run], cost: LossCost | None, settings: Settings, description: str) -> str:
     """The page."""
-    found = summarise(runs, cost)
+    summary = summarise(runs, cost)
     pair = next((run for run in reversed(runs) if run.pair is not None), None)
     panels = [inline(figures.panel(name, runs)) for name in figures.PANELS]
     done = all(run.done == settings.steps for run in runs)
@@ -57,10 +57,10 @@ def build(runs: list[Run], cost: LossCost | None, settings: Settings, descriptio
         state="" if done else '<p class="note">The run was stopped before its end; this is what there was.</p>',
         tiles="".join(_tile(run) for run in runs if run.before is not None),
         curves="".join(f"<figure>{panel}</figure>" for panel in panels),
-        outcome=_table(found.outcome),
-        loss=_table(found.loss) if found.loss else "<p class='note'>Not measured: the run did not get there.</p>",
+        outcome=_table(summary.outcome),
+        loss=_table(summary.loss) if summary.loss else "<p class='note'>Not measured: the run did not get there.</p>",
         agreement=f"The two values differ by {cost.difference:.0e} of their size." if cost else "",
-        stages=_table(found.stages),
+        stages=_table(summary.stages),
         samples=_samples(runs),
         windows=_windows(pair),
         settings=_table((("option", "value"), [(name, _shown(value)) for name, value in settings.to_json().items()])),
@@ -117,11 +117,13 @@ def _samples(runs: list[Run]) -> str:
     shown = [run for run in runs if run.before is not None and run.after is not None]
     if not shown:
         return ""
-    found = []
+    blocks = []
     assert shown[0].before is not None
     for place, (prompt, before) in enumerate(shown[0].before.samples):
         answers = [("before", before)]
         answers += [(figures.NAMES[run.method], run.after.samples[place][1]) for run in shown if run.after is not None]
         lines = "".join(f"<dt>{name}</dt><dd>{html.escape(' '.join(text.split()))}</dd>" for name, text in answers)
-        found.append(f'<div class="sample"><p class="prompt">{html.escape(" ".join(prompt.split()))}</p><dl>{lines}</dl></div>')
-    return "".join(found)
+        blocks.append(
+            f'<div class="sample"><p class="prompt">{html.escape(" ".join(prompt.split()))}</p><dl>{lines}</dl></div>'
+        )
+    return "".join(blocks)

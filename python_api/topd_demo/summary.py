@@ -63,8 +63,8 @@ def _stages(runs: list[Run]) -> Table:
 
 
 def _median(run: Run, key: str) -> str:
-    found = [record[key] for record in run.records if key in record]
-    return f"{statistics.median(found):.2f}" if found else "-"
+    values = [record[key] for record in run.records if key in record]
+    return f"{statistics.median(values):.2f}" if values else "-"
 
 
 def _loss(cost: LossCost) -> Table:

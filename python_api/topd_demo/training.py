@@ -146,10 +146,10 @@ class Trainer:
                 self.save()
 
     def _evaluated(self, known: Evaluation | None = None) -> Record:
-        found = known or evaluate(self.models, self.prompts.held_out, self.settings)
-        self.run.before = self.run.before or found
-        self.run.after = found
-        record = {"method": self.run.method, "step": self.run.done, "held_out_reverse_kl": found.reverse_kl}
+        evaluation = known or evaluate(self.models, self.prompts.held_out, self.settings)
+        self.run.before = self.run.before or evaluation
+        self.run.after = evaluation
+        record = {"method": self.run.method, "step": self.run.done, "held_out_reverse_kl": evaluation.reverse_kl}
         self.run.records.append(record)
         return record
 
@@ -157,25 +157,25 @@ class Trainer:
         settings, student = self.settings, self.models.student
         device, seed = torch.device(settings.device), settings.seed * STEP_SEED + index
         start = time.perf_counter()
-        at = index * settings.batch
-        ids, attended = encode(self.models.tokenizer, self.prompts.train[at : at + settings.batch], device)
+        first = index * settings.batch
+        ids, attended = encode(self.models.tokenizer, self.prompts.train[first : first + settings.batch], device)
         torch.manual_seed(seed)
         options = {"max_new_tokens": settings.tokens, "vocabulary": self.models.common_vocabulary}
         batch = sample_rollouts(student, ids, attended, **options)
         sampled = time.perf_counter()
-        found = self.objective(batch, generator=torch.Generator(device).manual_seed(seed))
+        objective = self.objective(batch, generator=torch.Generator(device).manual_seed(seed))
         losses = time.perf_counter()
-        found.loss.backward()
+        objective.loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), settings.clip)
         backward = time.perf_counter()
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate * schedule(index, settings.steps, settings.warmup)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if found.near_future is not None:
-            self.run.pair = furthest_pair(found.near_future, batch["input_ids"], self.models.tokenizer) or self.run.pair
+        if objective.near_future is not None:
+            self.run.pair = furthest_pair(objective.near_future, batch["input_ids"], self.models.tokenizer) or self.run.pair
         end = time.perf_counter()
-        metrics = {name: value.item() for name, value in found.metrics.items()}
+        metrics = {name: value.item() for name, value in objective.metrics.items()}
         seconds = {"rollouts": sampled - start, "objective": losses - sampled, "backward": backward - losses}
         seconds |= {"optimizer": end - backward, "step": end - start}
         return {

@@ -45,11 +45,11 @@ class WindowPair:
         ]
 
 
-def furthest_pair(found: NearFuture, input_ids: torch.Tensor, tokenizer: Any) -> WindowPair | None:
+def furthest_pair(near_future: NearFuture, input_ids: torch.Tensor, tokenizer: Any) -> WindowPair | None:
     """Of a step's windows the two that are furthest apart; None where there are none. input_ids [B, T]: its rollouts."""
-    if not found.divergent.numel():
+    if not near_future.divergent.numel():
         return None
-    index, windows = int(found.transport.distance.argmax()), found.windows
+    index, windows = int(near_future.transport.distance.argmax()), near_future.windows
     row, column = windows.positions[index].tolist()
 
     def texts(tokens: torch.Tensor, lengths: torch.Tensor) -> list[str]:
@@ -57,8 +57,13 @@ def furthest_pair(found: NearFuture, input_ids: torch.Tensor, tokenizer: Any) ->
 
     students = texts(windows.student_tokens, windows.student_lengths)
     teachers = texts(windows.teacher_tokens, windows.teacher_lengths)
-    plan = found.transport.plan[index, : len(students), : len(teachers)]
+    plan = near_future.transport.plan[index, : len(students), : len(teachers)]
     prefix = tokenizer.decode(input_ids[row, max(column - PREFIX, 0) : column], skip_special_tokens=True)
     return WindowPair(
-        prefix, students, teachers, found.transport.distance[index].item(), plan.tolist(), bool(found.divergent[index])
+        prefix,
+        students,
+        teachers,
+        near_future.transport.distance[index].item(),
+        plan.tolist(),
+        bool(near_future.divergent[index]),
     )

@@ -29,14 +29,14 @@ class _Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    found = _Parser(prog="topd", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("--version", action="version", version=f"topd {topd.__version__}")
-    commands = found.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
+    parser = _Parser(prog="topd", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"topd {topd.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
     demo.add_to(commands)
     doctor.add_to(commands)
     for each in commands.choices.values():
         each.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return found
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Options of the objectives; refused when they are made, not when a step runs."""
+"""Options of the objectives; a wrong one is refused when the configuration is created, not when a step runs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -94,8 +94,7 @@ class TOPDConfig(OPDConfig):
         TypeError, ValueError: an option of the wrong type or range, or two that do not go together.
 
     Source: arXiv 2606.00305 for the method, candidates' share, horizon, gate by a high distance, guidance and "keep"; it
-    publishes
-    no score, decoding, cost, embedding, solver, gate rule or lambda: those defaults are ours.
+    publishes no score, decoding, cost, embedding, solver, gate rule or lambda: those defaults are ours.
     """
 
     score: ScoreName = "teacher_nll"
@@ -145,6 +144,7 @@ class TOPDConfig(OPDConfig):
             )
 
     def _check_embedding(self) -> None:
+        """Check that the embedding is a name or a table, and that the cost can use it."""
         if isinstance(self.embedding, Tensor):
             if floating("embedding", self.embedding).dim() != 2:
                 raise ValueError(f"embedding must be a table [V, d], got {list(self.embedding.shape)}")
@@ -157,6 +157,7 @@ class TOPDConfig(OPDConfig):
 
 
 def _check_candidate_value(rule: str, value: object) -> None:
+    """Check that the value is one that the rule of the candidates takes."""
     takes = f"candidates={rule!r} takes"
     if rule == "top_k":
         positive_int("candidate_value", value, hint=f"{takes} a count of its own")
@@ -167,6 +168,7 @@ def _check_candidate_value(rule: str, value: object) -> None:
 
 
 def _check_gate_value(rule: str, value: object) -> None:
+    """Check that the value is one that the rule of the gate takes."""
     takes = f"gate={rule!r} takes"
     if rule == "lowest_fraction_out":
         real("gate_value", value, low=0.0, high=1.0, hint=f"{takes} a fraction")
