@@ -31,7 +31,7 @@ THEME = {
 
 
 def write(folder: Path, runs: list[Run], cost: LossCost | None, settings: Settings, description: str) -> Path:
-    """Everything there is so far; the page's path."""
+    """Write everything that there is so far; return the page's path."""
     _save_png(figures.curves(runs), folder / "curves.png")
     pairs = [figure for run in runs if (figure := figures.windows(run)) is not None]
     if pairs:
@@ -42,12 +42,13 @@ def write(folder: Path, runs: list[Run], cost: LossCost | None, settings: Settin
 
 
 def _save_png(figure: "Figure", path: Path) -> None:
+    """Write a figure as a picture."""
     with files.whole(path) as unfinished:
         figure.savefig(unfinished, format="png", bbox_inches="tight")
 
 
 def build(runs: list[Run], cost: LossCost | None, settings: Settings, description: str) -> str:
-    """The page."""
+    """Return the page."""
     summary = summarise(runs, cost)
     pair = next((run for run in reversed(runs) if run.pair is not None), None)
     panels = [inline(figures.panel(name, runs)) for name in figures.PANELS]
@@ -68,7 +69,7 @@ def build(runs: list[Run], cost: LossCost | None, settings: Settings, descriptio
 
 
 def inline(figure: "Figure") -> str:
-    """An SVG whose colours are the page's."""
+    """Return a figure as SVG whose colours are the page's."""
     import matplotlib
 
     buffer = io.StringIO()
@@ -83,6 +84,7 @@ def inline(figure: "Figure") -> str:
 
 
 def _tile(run: Run) -> str:
+    """Return a method's reverse KL before and after."""
     assert run.before is not None
     assert run.after is not None
     change = run.after.reverse_kl / run.before.reverse_kl - 1
@@ -94,6 +96,7 @@ def _tile(run: Run) -> str:
 
 
 def _table(numbers: Table) -> str:
+    """Return a table."""
     header, rows = numbers
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
@@ -101,10 +104,12 @@ def _table(numbers: Table) -> str:
 
 
 def _shown(value: object) -> str:
+    """Return an option's value as the page shows it."""
     return ", ".join(map(str, value)) if isinstance(value, tuple | list) else "-" if value is None else str(value)
 
 
 def _windows(run: Run | None) -> str:
+    """Return TOPD's pair of windows."""
     if run is None or run.pair is None:
         return "<p class='note'>TOPD did not run.</p>"
     drawn = figures.windows(run)
@@ -114,6 +119,7 @@ def _windows(run: Run | None) -> str:
 
 
 def _samples(runs: list[Run]) -> str:
+    """Return the student's answers before and after."""
     shown = [run for run in runs if run.before is not None and run.after is not None]
     if not shown:
         return ""

@@ -101,6 +101,16 @@ def test_the_module_is_a_command():
     assert "doctor" in done.stdout
 
 
+@pytest.mark.parametrize("words", ["--help", "demo --help", "doctor"])
+def test_nothing_of_the_demo_is_imported_unless_it_runs(words):
+    code = f"import sys, topd.cli.main as command\ntry: command.main({words.split()})\nfinally: print(sorted(sys.modules))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    loaded = out.splitlines()[-1]
+    assert "'topd.cli.demo'" in loaded
+    assert "'topd_demo" not in loaded
+    assert "'rich'" not in loaded
+
+
 def test_peak_memory_is_that_of_the_block():
     import torch
 

@@ -11,7 +11,7 @@ from tiny_demo import QUICK, demo, metrics, tokenizer
 
 import topd
 from topd.cli.main import main
-from topd_demo import command, prompts, smollm2, training
+from topd_demo import prompts, smollm2, start, training
 from topd_demo.display import Display, one_line
 from topd_demo.settings import Settings
 from topd_demo.window_pair import furthest_pair
@@ -24,7 +24,7 @@ def whole_run(tmp_path_factory, pair):
     """A run that nothing stops; its folder."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "QUICK", QUICK)
+        patch.setattr(start, "QUICK", QUICK)
         assert demo(pair, folder) == 0
     return folder
 
@@ -43,7 +43,7 @@ def test_metrics_have_every_step_and_evaluation(whole_run):
     judged = [(r["method"], r["step"]) for r in records if "held_out_reverse_kl" in r]
     assert steps == [(method, step) for method in ("opd", "topd") for step in (1, 2, 3, 4)]
     assert judged == [(method, step) for method in ("opd", "topd") for step in (0, 2, 4)]
-    first, second = (next(r for r in found if r["method"] == method) for method in ("opd", "topd"))
+    first, second = (next(r for r in records if r["method"] == method) for method in ("opd", "topd"))
     assert first["held_out_reverse_kl"] == second["held_out_reverse_kl"]  # the same start
 
 
@@ -120,7 +120,7 @@ def test_ctrl_c_leaves_a_report_and_a_checkpoint(tmp_path, pair, whole_run, monk
 
 @pytest.mark.skipif(bool(smollm2.missing()), reason=smollm2.missing() or "installed")
 def test_one_step_of_the_real_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "QUICK", {"held_out": 2, "held_out_tokens": 6, "horizon": 6, "batch": 2})
+    monkeypatch.setattr(start, "QUICK", {"held_out": 2, "held_out_tokens": 6, "horizon": 6, "batch": 2})
     assert main(["demo", "--quick", "--steps", "1", "--method", "topd", "--tokens", "8", "--out", str(tmp_path / "run")]) == 0
     first, step, last = metrics(tmp_path / "run")
     assert min(first["held_out_reverse_kl"], step["opd_loss"], last["held_out_reverse_kl"]) > 1  # six layers of it babble

@@ -37,7 +37,7 @@ class Check(NamedTuple):
 
 
 def add_to(commands: Any) -> None:
-    """The subcommand, among those of argparse."""
+    """Add the subcommand to those of argparse."""
     parser = commands.add_parser(
         "doctor", help=HELP, description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -45,7 +45,7 @@ def add_to(commands: Any) -> None:
 
 
 def run(_arguments: argparse.Namespace) -> int:
-    """The exit status."""
+    """Run the command; return the exit status."""
     if line := missing_extension():
         print(f"{line}\n")
     for title, lines in (("versions", versions()), ("backends", backends()), ("machine", machine())):
@@ -60,6 +60,7 @@ def run(_arguments: argparse.Namespace) -> int:
 
 
 def _print(title: str, lines: Any) -> None:
+    """Print a section."""
     print(title)
     for name, value in lines:
         print(f"  {name:15} {value}")
@@ -67,7 +68,7 @@ def _print(title: str, lines: Any) -> None:
 
 
 def versions() -> Iterator[tuple[str, str]]:
-    """Of the interpreter, torch, topd and what they can work with."""
+    """Yield the versions of the interpreter, torch, topd and what they can work with."""
     yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     yield "torch", torch.__version__
     for name in ("topd", *PACKAGES):
@@ -78,13 +79,13 @@ def versions() -> Iterator[tuple[str, str]]:
 
 
 def backends() -> Iterator[tuple[str, str]]:
-    """Each with what it runs on, or why it is missing; and how the extension was built."""
+    """Yield each backend with what it runs on, or why it is missing; and how the extension was built."""
     for name, backend in topd.backends().items():
         yield name, backend.detail if backend.available else f"missing: {backend.detail}"
 
 
 def machine() -> Iterator[tuple[str, str]]:
-    """Processor, threads, memory, devices."""
+    """Yield lines on processor, threads, memory and devices."""
     yield "cpu", f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
     noisy = [name for name in QUIET if name not in os.environ]
     advice = f"; on shared cores set {' and '.join(noisy)} (PASSIVE, 0)" if noisy else ""
@@ -100,7 +101,7 @@ def machine() -> Iterator[tuple[str, str]]:
 
 
 def checks() -> Iterator[Check]:
-    """Every backend that runs here against float64, and a transport whose result is known; a missing extension is a failure."""
+    """Check every backend that runs here against float64, and a transport whose result is known; a missing extension fails."""
     for name, backend in topd.backends().items():
         if name == "cpp" and missing_extension():
             yield Check("cpp, cpu", False, "missing, see the first line")
@@ -110,7 +111,7 @@ def checks() -> Iterator[Check]:
 
 
 def _devices(backend: topd.Backend) -> list[str]:
-    """Where it runs here; not Triton's interpreter, which is for tests and slow."""
+    """Return the devices that a backend runs on here; not Triton's interpreter, which is for tests and slow."""
     if not backend.available:
         return []
     on_gpu = ["cuda"] if torch.cuda.is_available() else []
@@ -119,6 +120,7 @@ def _devices(backend: topd.Backend) -> list[str]:
 
 
 def _checked(name: str, error: Callable[[], float]) -> Check:
+    """Measure an error; one that is raised is a check that fails."""
     try:
         largest = error()
     except Exception as problem:
@@ -127,7 +129,7 @@ def _checked(name: str, error: Callable[[], float]) -> Check:
 
 
 def loss_error(backend: BackendName, device: str) -> float:
-    """Of every divergence and its gradients beside float64 on full logits, relative to the largest element."""
+    """Return the largest error of every divergence and its gradients beside float64, relative to the largest element."""
     generator = torch.Generator().manual_seed(0)
     sizes = ((37, 24), (1001, 24), (37, 40), (1001, 40))
     given = [torch.randn(size, generator=generator) * 0.3 for size in sizes]
@@ -141,6 +143,7 @@ def loss_error(backend: BackendName, device: str) -> float:
 
 
 def _loss(given: list[torch.Tensor], divergence: topd.Divergence, backend: BackendName) -> list[torch.Tensor]:
+    """Return a divergence and its gradients to the student's hidden states and weight."""
     hidden, weight = (x.clone().requires_grad_() for x in given[:2])
     loss = topd.linear_divergence(
         hidden, topd.Head(weight), given[2], topd.Head(given[3]), divergence=divergence, backend=backend
@@ -152,7 +155,7 @@ def _loss(given: list[torch.Tensor], divergence: topd.Divergence, backend: Backe
 
 
 def transport_error() -> float:
-    """Of the distance between windows that are permutations of each other, which is 0, and of the plan's rows."""
+    """Return the error of the distance between permutations of one window, which is 0, and of the plan's rows."""
     tokens = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
     transport = topd.near_future_divergence(tokens, tokens.flip(1), torch.eye(10), cost="cosine", epsilon=0.01)
     return max(transport.distance.abs().max().item(), (transport.plan.sum(-1) - 0.25).abs().max().item())
