@@ -26,7 +26,7 @@ class Prefill:
 
     @property
     def attended(self) -> Tensor:
-        """[B, T] bool."""
+        """Which tokens are attended, [B, T] bool."""
         return self.trunk.valid
 
     def constant(self) -> "Prefill":

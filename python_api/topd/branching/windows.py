@@ -55,6 +55,11 @@ class Windows:
     teacher_way: str = BRANCHES
 
 
+def both_windows(positions: Tensor, student: Continuations, teacher: Continuations) -> Windows:
+    """Return both models' continuations from the same positions as Windows."""
+    return Windows(positions, student.tokens, teacher.tokens, student.lengths, teacher.lengths, student.way, teacher.way)
+
+
 def sample_windows(
     student_model: Any,
     teacher_model: Any,
@@ -136,7 +141,7 @@ def window_hidden(student_model: Any, input_ids: Tensor, attention_mask: Tensor,
     if not isinstance(windows, Windows):
         raise TypeError(f"windows must be a topd.Windows, got {type(windows).__name__}; sample_windows returns one")
     positions = check_positions(windows.positions, attended)
-    tokens, lengths = _check_student_side(windows, ids)
+    tokens, lengths = _check_side(windows, ids)
     decoder = decoder_of(student_model)
     check_differentiable("student_model", decoder.model)
     check_ids("input_ids", ids, student=embedded_tokens(student_model))
@@ -146,13 +151,7 @@ def window_hidden(student_model: Any, input_ids: Tensor, attention_mask: Tensor,
     return prefix.hidden, replay(decoder, prefix, positions, tokens, lengths)
 
 
-def both_windows(positions: Tensor, student: Continuations, teacher: Continuations) -> Windows:
-    """Return both models' continuations from the same positions as Windows."""
-    return Windows(positions, student.tokens, teacher.tokens, student.lengths, teacher.lengths, student.way, teacher.way)
-
-
-def _check_student_side(windows: Windows, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Check the student's tokens [m, K] and lengths [m] and return them."""
+def _check_side(windows: Windows, input_ids: Tensor) -> tuple[Tensor, Tensor]:
     tokens = typed("windows.student_tokens", windows.student_tokens, torch.int64)
     m = tensor("windows.positions", windows.positions).shape[0]
     if tokens.dim() != 2 or tokens.shape[0] != m or not tokens.shape[1]:

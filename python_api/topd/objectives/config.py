@@ -157,7 +157,6 @@ class TOPDConfig(OPDConfig):
 
 
 def _check_candidate_value(rule: str, value: object) -> None:
-    """Check that the value is one that the rule of the candidates takes."""
     takes = f"candidates={rule!r} takes"
     if rule == "top_k":
         positive_int("candidate_value", value, hint=f"{takes} a count of its own")
@@ -168,7 +167,6 @@ def _check_candidate_value(rule: str, value: object) -> None:
 
 
 def _check_gate_value(rule: str, value: object) -> None:
-    """Check that the value is one that the rule of the gate takes."""
     takes = f"gate={rule!r} takes"
     if rule == "lowest_fraction_out":
         real("gate_value", value, low=0.0, high=1.0, hint=f"{takes} a fraction")
