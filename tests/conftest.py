@@ -78,6 +78,6 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def small_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
     from tiny_demo import QUICK
 
-    from topd_demo import command
+    from topd_demo import start
 
-    monkeypatch.setattr(command, "QUICK", QUICK)
+    monkeypatch.setattr(start, "QUICK", QUICK)

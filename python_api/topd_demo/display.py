@@ -21,7 +21,7 @@ PLAIN_EVERY = 5  # steps between two lines where the output is no terminal
 
 
 class Display:
-    """Of one run of the demo."""
+    """The terminal of one run of the demo."""
 
     def __init__(self, settings: Settings, console: Console | None = None) -> None:
         self.settings, self.console = settings, console or Console(highlight=False)
@@ -31,10 +31,11 @@ class Display:
         self.held_out: float | None = None
 
     def say(self, text: str) -> None:
+        """Print a line."""
         self.console.print(text, markup=False)
 
     def start(self, method: str, done: int) -> None:
-        """A method's training begins, or goes on."""
+        """Begin to show a method's training, or go on."""
         self.method, self.began, self.first = method, time.monotonic(), done
         self.latest, self.held_out = {"step": done}, None
         if self.console.is_terminal:
@@ -42,7 +43,7 @@ class Display:
             self.live.start()
 
     def show(self, record: Record) -> None:
-        """A step, or an evaluation."""
+        """Show a step, or an evaluation."""
         if "held_out_reverse_kl" in record:
             self.held_out = record["held_out_reverse_kl"]
         else:
@@ -53,13 +54,13 @@ class Display:
             self.console.print(self._text(), markup=False)
 
     def stop(self) -> None:
-        """The method's line stays as it is."""
+        """Leave the method's line as it is."""
         if self.live is not None:
             self.live.stop()
             self.live = None
 
     def left(self) -> str:
-        """Of this method, at the pace of its steps so far; at its end what it took."""
+        """Return the time left to this method, at the pace of its steps so far; at its end the time it took."""
         done, left = self.latest["step"] - self.first, self.settings.steps - self.latest["step"]
         passed = time.monotonic() - self.began
         if not left:
@@ -67,35 +68,38 @@ class Display:
         return f"{_clock(passed / done * left)} left" if done else "-:-- left"
 
     def _line(self) -> Table:
+        """Return the line that moves."""
         grid = Table.grid(padding=(0, 1))
         bar = ProgressBar(total=self.settings.steps, completed=self.latest["step"], width=BAR)
         grid.add_row(Text(f"{NAMES[self.method]:4}", style="bold"), bar, Text(self._numbers()))
         return grid
 
     def _text(self) -> str:
+        """Return the plain line."""
         return f"{NAMES[self.method]:4} {self._numbers()}"
 
     def _numbers(self) -> str:
-        """Beside the method and the bar it fits 80 columns."""
-        found = [f"{self.latest['step']:>3}/{self.settings.steps}"]
+        """Return the step's numbers; beside the method and the bar they fit 80 columns."""
+        parts = [f"{self.latest['step']:>3}/{self.settings.steps}"]
         if "loss" in self.latest:
-            found.append(f"loss {self.latest['loss']:.2f}")
+            parts.append(f"loss {self.latest['loss']:.2f}")
         if self.held_out is not None:
-            found.append(f"held-out KL {self.held_out:.2f}")
+            parts.append(f"held-out KL {self.held_out:.2f}")
         if "loss" in self.latest:
-            found.append(f"{self.latest['tokens_a_second']:.0f} tok/s")
+            parts.append(f"{self.latest['tokens_a_second']:.0f} tok/s")
             if self.latest["memory_mib"] is not None:
-                found.append(f"{self.latest['memory_mib'] / 1024:.1f} GiB")
-        return " ".join([*found, self.left()])
+                parts.append(f"{self.latest['memory_mib'] / 1024:.1f} GiB")
+        return " ".join([*parts, self.left()])
 
-    def summary(self, found: Summary) -> None:
-        """The tables at the end."""
-        self._table("Reverse KL to the teacher on held-out prompts, nats per token", found.outcome)
-        if found.loss is not None:
-            self._table("The loss alone, value and gradients", found.loss)
-        self._table("Where a step's time goes", found.stages)
+    def summary(self, summary: Summary) -> None:
+        """Show the tables at the end."""
+        self._table("Reverse KL to the teacher on held-out prompts, nats per token", summary.outcome)
+        if summary.loss is not None:
+            self._table("The loss alone, value and gradients", summary.loss)
+        self._table("Where a step's time goes", summary.stages)
 
     def _table(self, title: str, numbers: Numbers) -> None:
+        """Show one table."""
         header, rows = numbers
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
         for place, name in enumerate(header):
@@ -105,21 +109,21 @@ class Display:
         self.console.print(Text(f"\n{title}", style="bold"), table)
 
     def samples(self, before: list[list[str]] | None, after: dict[str, list[list[str]]]) -> None:
-        """The first held-out prompt, answered before and after."""
+        """Show the first held-out prompt, answered before and after."""
         answers: list[tuple[str, list[list[str]] | None]] = [("before", before)]
-        answers += [(NAMES[name], found) for name, found in after.items()]
-        first = next((found for _, found in answers if found), None)
+        answers += [(NAMES[name], texts) for name, texts in after.items()]
+        first = next((texts for _, texts in answers if texts), None)
         if first is None:
             return
         grid = Table.grid(padding=(0, 2, 0, 0))
         grid.add_row(Text("prompt", style="dim"), Text(one_line(first[0][0])))
-        for name, found in answers:
-            if found:
-                grid.add_row(Text(name, style="dim"), Text(one_line(found[0][1])))
+        for name, texts in answers:
+            if texts:
+                grid.add_row(Text(name, style="dim"), Text(one_line(texts[0][1])))
         self.console.print(Text("\nThe student's answer to a held-out prompt", style="bold"), grid)
 
     def window_pair(self, pair: WindowPair) -> None:
-        """The two continuations, and which of their tokens the plan moves the most mass between."""
+        """Show the two continuations, and which of their tokens the plan moves the most mass between."""
         grid = Table.grid(padding=(0, 2, 0, 0))
         grid.add_row(Text("prefix", style="dim"), Text(f"... {one_line(pair.prefix)}"))
         for name, tokens in (("student", pair.student_tokens), ("teacher", pair.teacher_tokens)):
@@ -132,9 +136,10 @@ class Display:
 
 
 def _clock(seconds: float) -> str:
+    """Return minutes and seconds."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 def one_line(text: str) -> str:
-    """As a terminal may print it: whatever a model wrote, no control character."""
+    """Return a text as a terminal may print it: whatever a model wrote, no control character."""
     return "".join(c if c.isprintable() else "·" for c in " ".join(text.split()))

@@ -16,7 +16,8 @@ SAMPLES = 4
 
 @dataclass
 class Evaluation:
-    """
+    """How far the student was from the teacher.
+
     Attributes:
         reverse_kl: KL(p_S || p_T), the mean over the tokens of the student's responses, nats.
         samples: the first prompts with the student's responses.
@@ -28,18 +29,18 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(models: Models, prompts: list[str], settings: Settings) -> Evaluation:
-    """On responses that the student samples now, from the same seed every time."""
+    """Compare both models on responses that the student samples now, from the same seed every time."""
     batch = held_out_batch(models, prompts, settings)
-    found = topd.OPD(models.student, models.teacher, allow_unequal_vocabularies=True)(batch)  # padding beyond the tokenizer
+    objective = topd.OPD(models.student, models.teacher, allow_unequal_vocabularies=True)(batch)  # padding beyond the tokenizer
     texts = [
         models.tokenizer.decode(ids[response], skip_special_tokens=True)
         for ids, response in zip(batch["input_ids"][:SAMPLES], batch["response_mask"][:SAMPLES].bool(), strict=True)
     ]
-    return Evaluation(found.loss.item(), [[prompt, text] for prompt, text in zip(prompts, texts, strict=False)])
+    return Evaluation(objective.loss.item(), [[prompt, text] for prompt, text in zip(prompts, texts, strict=False)])
 
 
 def held_out_batch(models: Models, prompts: list[str], settings: Settings) -> dict[str, Any]:
-    """Rollouts of the student on the held-out prompts."""
+    """Sample rollouts of the student on the held-out prompts."""
     ids, attended = encode(models.tokenizer, prompts, torch.device(settings.device))
     torch.manual_seed(settings.seed)
     options = {"max_new_tokens": settings.held_out_tokens, "vocabulary": models.common_vocabulary}

@@ -20,16 +20,17 @@ PANELS = {
 
 
 def curves(runs: list[Run]) -> "Figure":
-    """Reverse KL on the held-out prompts, and the training loss, step by step."""
+    """Draw reverse KL on the held-out prompts and the training loss, step by step."""
     return _figure(list(PANELS), runs)
 
 
 def panel(key: str, runs: list[Run]) -> "Figure":
-    """One of the two alone."""
+    """Draw one of the two alone."""
     return _figure([key], runs)
 
 
 def _figure(keys: list[str], runs: list[Run]) -> "Figure":
+    """Draw panels side by side."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.0 * len(keys), 3.2), dpi=150, facecolor="white", layout="constrained")
@@ -56,7 +57,7 @@ def _figure(keys: list[str], runs: list[Run]) -> "Figure":
 
 
 def windows(run: Run) -> "Figure | None":
-    """TOPD's latest pair; None of another method."""
+    """Draw TOPD's latest pair; return None for another method."""
     pair = run.pair
     if pair is None:
         return None

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 import topd
-from topd.branching.prefill import prefill
 from topd.cli.memory import peak_mib
-from topd.models.decoder import decoder_of
 from topd_demo.models import Models
 
 ROUNDS = 3
@@ -20,7 +18,8 @@ ROUNDS = 3
 
 @dataclass
 class LossCost:
-    """
+    """What both losses cost.
+
     Attributes:
         tokens, vocab: the batch's tokens, those of the prompts too, and the vocabulary's size.
         seconds, eager_seconds: of value and gradients, medians of interleaved rounds.
@@ -38,19 +37,19 @@ class LossCost:
 
 
 def measure_loss(models: Models, batch: dict[str, Any]) -> LossCost:
-    """Reverse KL, mean over all tokens, so that there are enough to tell; hidden states and head differentiated."""
-    student, teacher = decoder_of(models.student), decoder_of(models.teacher)
+    """Measure reverse KL, the mean over all tokens, so that there are enough to tell; hidden states and head are
+    differentiated."""
     ids, attended = batch["input_ids"], batch["attention_mask"].bool()
     rows = attended[:, 1:] & attended[:, :-1]
     with torch.no_grad():
-        student_hidden = prefill(student, ids, attended, cache=False).hidden[:, :-1][rows]
-        teacher_hidden = prefill(teacher, ids, attended, cache=False).hidden[:, :-1][rows]
-    hidden = student_hidden.detach().requires_grad_()
-    weight = student.head.weight.detach().clone().requires_grad_()
-    teacher_head = teacher.head.detach()
+        student_hidden, student = topd.hidden_states(models.student, ids, attended)
+        teacher_hidden, teacher = topd.hidden_states(models.teacher, ids, attended)
+    hidden = student_hidden[:, :-1][rows].requires_grad_()
+    weight = student.weight.detach().clone().requires_grad_()
+    constant, teacher = teacher_hidden[:, :-1][rows], teacher.detach()
     contenders: dict[str, Callable[[], Tensor]] = {
-        "topd": lambda: topd.linear_divergence(hidden, topd.Head(weight), teacher_hidden, teacher_head).mean(),
-        "eager": lambda: eager_loss(hidden, weight, teacher_hidden, teacher_head.weight),
+        "topd": lambda: topd.linear_divergence(hidden, topd.Head(weight), constant, teacher).mean(),
+        "eager": lambda: eager_loss(hidden, weight, constant, teacher.weight),
     }
     values: dict[str, float] = {}
     peaks: dict[str, float | None] = {}
@@ -76,7 +75,7 @@ def measure_loss(models: Models, batch: dict[str, Any]) -> LossCost:
 
 
 def eager_loss(student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> Tensor:
-    """As it is usually written: full logits, two log-softmaxes, a sum."""
+    """Return the loss as it is usually written: full logits, two log-softmaxes, a sum."""
     common = min(student_weight.shape[0], teacher_weight.shape[0])
     student = torch.log_softmax(student_hidden @ student_weight[:common].T, dim=-1)
     teacher = torch.log_softmax(teacher_hidden @ teacher_weight[:common].T, dim=-1)

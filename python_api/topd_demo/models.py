@@ -5,28 +5,29 @@ from typing import Any, NamedTuple
 
 import torch
 
+import topd
 from topd.cli.errors import CommandError, require
-from topd.models.decoder import vocabulary_of
 from topd_demo import smollm2
 from topd_demo.settings import Settings
 
 
 class Models(NamedTuple):
-    """In eval mode, float32, on the run's device; the student trains."""
+    """Both models, in eval mode, float32, on the run's device; the student trains.
+
+    Attributes:
+        common_vocabulary: the tokens that both read; what either has beyond them is padding.
+    """
 
     student: Any
     teacher: Any
     tokenizer: Any
     description: str
-
-    @property
-    def common_vocabulary(self) -> int:
-        """The tokens that both models read; what either has beyond them is padding."""
-        return min(vocabulary_of(self.student), vocabulary_of(self.teacher))
+    common_vocabulary: int
 
 
 def load(settings: Settings) -> Models:
-    """
+    """Load both models and their tokenizer.
+
     Raises:
         CommandError: a package or a model is missing, or the two do not share their tokens.
     """
@@ -47,10 +48,13 @@ def load(settings: Settings) -> Models:
         parameter.requires_grad_(False)
     device = torch.device(settings.device)
     description = f"{settings.teacher or 'SmolLM2-135M-Instruct'} teaches {name}"
-    return Models(student.to(device).eval(), teacher.to(device).eval(), tokenizer, description)
+    student, teacher = student.to(device).eval(), teacher.to(device).eval()
+    common = min(topd.Head.from_model(model).weight.shape[0] for model in (student, teacher))
+    return Models(student, teacher, tokenizer, description, common)
 
 
 def _teacher(settings: Settings) -> tuple[Any, Any]:
+    """Load the teacher and its tokenizer."""
     if settings.teacher is not None:
         if settings.student is None:
             raise CommandError(f"a student for {settings.teacher} is missing: name one with --student")
@@ -61,6 +65,7 @@ def _teacher(settings: Settings) -> tuple[Any, Any]:
 
 
 def _pretrained(name: str, role: str) -> Any:
+    """Load a model of the hub or of a folder."""
     from transformers import AutoModelForCausalLM
 
     try:
@@ -72,7 +77,7 @@ def _pretrained(name: str, role: str) -> Any:
 
 
 def _tokenizer(name: str, otherwise: Any = None) -> Any:
-    """The model's own; `otherwise` where its folder has none."""
+    """Load a model's own tokenizer; return `otherwise` where its folder has none."""
     from transformers import AutoTokenizer
 
     has_none = Path(name).is_dir() and not any(
@@ -87,11 +92,12 @@ def _tokenizer(name: str, otherwise: Any = None) -> Any:
 
 
 def _short(error: Exception) -> str:
+    """Return the beginning of an error's text."""
     return str(error).strip().partition("\n")[0][:120].rstrip(".")
 
 
 def check_tokenizers(teacher: Any, student: Any) -> None:
-    """Every token has one id in both.
+    """Check that every token has one id in both tokenizers.
 
     Raises:
         CommandError: otherwise.
@@ -109,7 +115,7 @@ def check_tokenizers(teacher: Any, student: Any) -> None:
 
 
 def check_vocabularies(student: Any, teacher: Any, tokenizer: Any) -> None:
-    """Both heads have a row for every token; rows beyond them (padding) may differ.
+    """Check that both heads have a row for every token; rows beyond them (padding) may differ.
 
     Raises:
         CommandError: otherwise.

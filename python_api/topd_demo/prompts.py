@@ -37,7 +37,7 @@ class Prompts(NamedTuple):
 
 
 def make_prompts(train: int, held_out: int, seed: int) -> Prompts:
-    """As many questions of either kind, the same for the same numbers and seed.
+    """Return as many questions of either kind, the same for the same numbers and seed.
 
     Raises:
         CommandError: reasoning-gym, or a package that it needs, is not installed.
@@ -47,6 +47,7 @@ def make_prompts(train: int, held_out: int, seed: int) -> Prompts:
 
 
 def _generated(count: int, seed: int, without: frozenset[str]) -> Iterator[str]:
+    """Yield short questions of reasoning-gym's generators in turn, none of them twice."""
     try:
         import reasoning_gym
     except ImportError as error:
@@ -65,14 +66,14 @@ def _generated(count: int, seed: int, without: frozenset[str]) -> Iterator[str]:
 
 
 def _mixed(generated: Iterator[str], chat: tuple[str, ...], count: int, seed: int) -> list[str]:
-    """The first of every CHAT_SHARE is of a chat, in an order that the seed shuffles, over and over."""
+    """Take the first of every CHAT_SHARE from a chat, in an order that the seed shuffles, over and over."""
     order = list(chat)
     random.Random(seed).shuffle(order)
     return [order[i // CHAT_SHARE % len(order)] if i % CHAT_SHARE == 0 else next(generated) for i in range(count)]
 
 
 def encode(tokenizer: Any, prompts: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
-    """input_ids and attention_mask [B, P], padded on the left, by the model's chat template where it has one."""
+    """Return input_ids and attention_mask [B, P], padded on the left, by the model's chat template where it has one."""
     texts = prompts
     if tokenizer.chat_template is not None:
         chats = [[{"role": "user", "content": prompt}] for prompt in prompts]

@@ -31,7 +31,7 @@ THEME = {
 
 
 def write(folder: Path, runs: list[Run], cost: LossCost | None, settings: Settings, description: str) -> Path:
-    """Everything there is so far; the page's path."""
+    """Write everything that there is so far; return the page's path."""
     _save_png(figures.curves(runs), folder / "curves.png")
     pairs = [figure for run in runs if (figure := figures.windows(run)) is not None]
     if pairs:
@@ -42,13 +42,14 @@ def write(folder: Path, runs: list[Run], cost: LossCost | None, settings: Settin
 
 
 def _save_png(figure: "Figure", path: Path) -> None:
+    """Write a figure as a picture."""
     with files.whole(path) as unfinished:
         figure.savefig(unfinished, format="png", bbox_inches="tight")
 
 
 def build(runs: list[Run], cost: LossCost | None, settings: Settings, description: str) -> str:
-    """The page."""
-    found = summarise(runs, cost)
+    """Return the page."""
+    summary = summarise(runs, cost)
     pair = next((run for run in reversed(runs) if run.pair is not None), None)
     panels = [inline(figures.panel(name, runs)) for name in figures.PANELS]
     done = all(run.done == settings.steps for run in runs)
@@ -57,10 +58,10 @@ def build(runs: list[Run], cost: LossCost | None, settings: Settings, descriptio
         state="" if done else '<p class="note">The run was stopped before its end; this is what there was.</p>',
         tiles="".join(_tile(run) for run in runs if run.before is not None),
         curves="".join(f"<figure>{panel}</figure>" for panel in panels),
-        outcome=_table(found.outcome),
-        loss=_table(found.loss) if found.loss else "<p class='note'>Not measured: the run did not get there.</p>",
+        outcome=_table(summary.outcome),
+        loss=_table(summary.loss) if summary.loss else "<p class='note'>Not measured: the run did not get there.</p>",
         agreement=f"The two values differ by {cost.difference:.0e} of their size." if cost else "",
-        stages=_table(found.stages),
+        stages=_table(summary.stages),
         samples=_samples(runs),
         windows=_windows(pair),
         settings=_table((("option", "value"), [(name, _shown(value)) for name, value in settings.to_json().items()])),
@@ -68,7 +69,7 @@ def build(runs: list[Run], cost: LossCost | None, settings: Settings, descriptio
 
 
 def inline(figure: "Figure") -> str:
-    """An SVG whose colours are the page's."""
+    """Return a figure as SVG whose colours are the page's."""
     import matplotlib
 
     buffer = io.StringIO()
@@ -83,6 +84,7 @@ def inline(figure: "Figure") -> str:
 
 
 def _tile(run: Run) -> str:
+    """Return a method's reverse KL before and after."""
     assert run.before is not None
     assert run.after is not None
     change = run.after.reverse_kl / run.before.reverse_kl - 1
@@ -94,6 +96,7 @@ def _tile(run: Run) -> str:
 
 
 def _table(numbers: Table) -> str:
+    """Return a table."""
     header, rows = numbers
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
@@ -101,10 +104,12 @@ def _table(numbers: Table) -> str:
 
 
 def _shown(value: object) -> str:
+    """Return an option's value as the page shows it."""
     return ", ".join(map(str, value)) if isinstance(value, tuple | list) else "-" if value is None else str(value)
 
 
 def _windows(run: Run | None) -> str:
+    """Return TOPD's pair of windows."""
     if run is None or run.pair is None:
         return "<p class='note'>TOPD did not run.</p>"
     drawn = figures.windows(run)
@@ -114,14 +119,17 @@ def _windows(run: Run | None) -> str:
 
 
 def _samples(runs: list[Run]) -> str:
+    """Return the student's answers before and after."""
     shown = [run for run in runs if run.before is not None and run.after is not None]
     if not shown:
         return ""
-    found = []
+    blocks = []
     assert shown[0].before is not None
     for place, (prompt, before) in enumerate(shown[0].before.samples):
         answers = [("before", before)]
         answers += [(figures.NAMES[run.method], run.after.samples[place][1]) for run in shown if run.after is not None]
         lines = "".join(f"<dt>{name}</dt><dd>{html.escape(' '.join(text.split()))}</dd>" for name, text in answers)
-        found.append(f'<div class="sample"><p class="prompt">{html.escape(" ".join(prompt.split()))}</p><dl>{lines}</dl></div>')
-    return "".join(found)
+        blocks.append(
+            f'<div class="sample"><p class="prompt">{html.escape(" ".join(prompt.split()))}</p><dl>{lines}</dl></div>'
+        )
+    return "".join(blocks)

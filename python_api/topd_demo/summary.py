@@ -26,7 +26,7 @@ Table = tuple[tuple[str, ...], list[tuple[str, ...]]]  # header, rows
 
 @dataclass(frozen=True)
 class Summary:
-    """Tables: a header and its rows."""
+    """The tables that a run ends with."""
 
     outcome: Table
     stages: Table
@@ -34,12 +34,13 @@ class Summary:
 
 
 def summarise(runs: list[Run], cost: LossCost | None) -> Summary:
-    """Of everything that was done so far."""
+    """Sum up everything that was done so far."""
     shown = [run for run in runs if run.before is not None]
     return Summary(_outcome(shown), _stages(shown), None if cost is None else _loss(cost))
 
 
 def _outcome(runs: list[Run]) -> Table:
+    """Return what each method reached."""
     rows: list[tuple[str, ...]] = []
     for run in runs:
         assert run.before is not None
@@ -54,6 +55,7 @@ def _outcome(runs: list[Run]) -> Table:
 
 
 def _stages(runs: list[Run]) -> Table:
+    """Return where a step's time goes."""
     rows = []
     for key, name in STAGES.items():
         cells = [_median(run, f"seconds_{key}") for run in runs]
@@ -63,11 +65,14 @@ def _stages(runs: list[Run]) -> Table:
 
 
 def _median(run: Run, key: str) -> str:
-    found = [record[key] for record in run.records if key in record]
-    return f"{statistics.median(found):.2f}" if found else "-"
+    """Return the median over a run's records."""
+    values = [record[key] for record in run.records if key in record]
+    return f"{statistics.median(values):.2f}" if values else "-"
 
 
 def _loss(cost: LossCost) -> Table:
+    """Return what the loss costs."""
+
     def mib(value: float | None) -> str:
         return "not measured" if value is None else f"{value:,.0f} MiB"
 

@@ -1,7 +1,7 @@
 """One method's run: rollouts of the student, the objective, an optimizer step; evaluations, checkpoints, and going on from one.
 
 Nothing random is carried from step to step: rollouts and windows of step n are drawn from (seed, n), so that a run that goes on
-from a checkpoint makes the very numbers that it would have made.
+from a checkpoint gets the very numbers that it would have got.
 """
 
 import time
@@ -47,7 +47,7 @@ class Run:
 
 
 def schedule(index: int, steps: int, warmup: int) -> float:
-    """Of the learning rate at a step: a linear warm-up, then a linear fall to a tenth."""
+    """Return the factor of the learning rate at a step: a linear warm-up, then a linear fall to a tenth."""
     if index < warmup:
         return (index + 1) / warmup
     return 1.0 - 0.9 * (index - warmup) / max(steps - 1 - warmup, 1)
@@ -86,7 +86,7 @@ class Trainer:
             self.objective = topd.OPD(*pair, allow_unequal_vocabularies=True)
 
     def resume(self) -> bool:
-        """Go on from the checkpoint; False where there is none.
+        """Go on from the checkpoint; return False where there is none.
 
         Raises:
             CommandError: it is damaged, or another run's.
@@ -105,6 +105,7 @@ class Trainer:
         return True
 
     def _load(self) -> None:
+        """Read the checkpoint; raise where it is not one of this run."""
         with torch.serialization.safe_globals([Run, Evaluation, WindowPair]):
             state = torch.load(self.path, map_location=torch.device(self.settings.device), weights_only=True)
         run = state["run"]
@@ -120,19 +121,19 @@ class Trainer:
         self.run = run
 
     def save(self) -> None:
-        """The checkpoint; of a finished run without the optimizer's state and the weights."""
+        """Write the checkpoint; that of a finished run has neither the optimizer's state nor the weights."""
         state: dict[str, Any] = {"run": self.run}
         if self.run.done < self.settings.steps:
             state |= {"student": self.models.student.state_dict(), "optimizer": self.optimizer.state_dict()}
         files.save(self.path, state, torch.save)
 
     def checkpoint_bytes(self) -> int:
-        """Weights and both moments."""
+        """Return the size of a checkpoint: weights and both moments."""
         parameters: list[Tensor] = list(self.models.student.parameters())
         return 3 * sum(p.numel() * p.element_size() for p in parameters)
 
     def steps(self) -> Iterator[Record]:
-        """Train on; every record as it comes."""
+        """Train on, and yield every record as it comes."""
         run, settings = self.run, self.settings
         if run.before is None:
             yield self._evaluated(self.known)
@@ -146,36 +147,38 @@ class Trainer:
                 self.save()
 
     def _evaluated(self, known: Evaluation | None = None) -> Record:
-        found = known or evaluate(self.models, self.prompts.held_out, self.settings)
-        self.run.before = self.run.before or found
-        self.run.after = found
-        record = {"method": self.run.method, "step": self.run.done, "held_out_reverse_kl": found.reverse_kl}
+        """Evaluate the student, and return the record."""
+        evaluation = known or evaluate(self.models, self.prompts.held_out, self.settings)
+        self.run.before = self.run.before or evaluation
+        self.run.after = evaluation
+        record = {"method": self.run.method, "step": self.run.done, "held_out_reverse_kl": evaluation.reverse_kl}
         self.run.records.append(record)
         return record
 
     def _step(self, index: int) -> Record:
+        """Take a step, and return its record."""
         settings, student = self.settings, self.models.student
         device, seed = torch.device(settings.device), settings.seed * STEP_SEED + index
         start = time.perf_counter()
-        at = index * settings.batch
-        ids, attended = encode(self.models.tokenizer, self.prompts.train[at : at + settings.batch], device)
+        first = index * settings.batch
+        ids, attended = encode(self.models.tokenizer, self.prompts.train[first : first + settings.batch], device)
         torch.manual_seed(seed)
         options = {"max_new_tokens": settings.tokens, "vocabulary": self.models.common_vocabulary}
         batch = sample_rollouts(student, ids, attended, **options)
         sampled = time.perf_counter()
-        found = self.objective(batch, generator=torch.Generator(device).manual_seed(seed))
+        objective = self.objective(batch, generator=torch.Generator(device).manual_seed(seed))
         losses = time.perf_counter()
-        found.loss.backward()
+        objective.loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), settings.clip)
         backward = time.perf_counter()
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate * schedule(index, settings.steps, settings.warmup)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if found.near_future is not None:
-            self.run.pair = furthest_pair(found.near_future, batch["input_ids"], self.models.tokenizer) or self.run.pair
+        if objective.near_future is not None:
+            self.run.pair = furthest_pair(objective.near_future, batch["input_ids"], self.models.tokenizer) or self.run.pair
         end = time.perf_counter()
-        metrics = {name: value.item() for name, value in found.metrics.items()}
+        metrics = {name: value.item() for name, value in objective.metrics.items()}
         seconds = {"rollouts": sampled - start, "objective": losses - sampled, "backward": backward - losses}
         seconds |= {"optimizer": end - backward, "step": end - start}
         return {

@@ -5,15 +5,15 @@ from typing import Any
 
 import torch
 
-from topd.near_future.transport import Transport
-from topd.objectives.objective import NearFuture
+import topd
 
 PREFIX = 24  # tokens of the prefix that are kept
 
 
 @dataclass
 class WindowPair:
-    """
+    """Both windows at one position, as text.
+
     Attributes:
         prefix: the end of the text that both windows continue.
         student_tokens, teacher_tokens: their texts, one by one.
@@ -29,13 +29,13 @@ class WindowPair:
     plan: list[list[float]]
     divergent: bool
 
-    def transport(self) -> Transport:
-        """As `topd.plots` takes it: one pair."""
+    def transport(self) -> topd.Transport:
+        """Return the plan as `topd.plots` takes it: of one pair."""
         plan = torch.tensor([self.plan])
-        return Transport(torch.tensor([self.distance]), plan, torch.zeros(1))
+        return topd.Transport(torch.tensor([self.distance]), plan, torch.zeros(1))
 
     def heaviest(self, count: int) -> list[tuple[str, str, float]]:
-        """The links with the most mass: student token, teacher token, share of all mass."""
+        """Return the links with the most mass: student token, teacher token, share of all mass."""
         plan = torch.tensor(self.plan)
         shares, places = (plan / plan.sum()).flatten().topk(min(count, plan.numel()))
         rows, columns = places // plan.shape[1], places % plan.shape[1]
@@ -45,11 +45,11 @@ class WindowPair:
         ]
 
 
-def furthest_pair(found: NearFuture, input_ids: torch.Tensor, tokenizer: Any) -> WindowPair | None:
-    """Of a step's windows the two that are furthest apart; None where there are none. input_ids [B, T]: its rollouts."""
-    if not found.divergent.numel():
+def furthest_pair(near_future: topd.NearFuture, input_ids: torch.Tensor, tokenizer: Any) -> WindowPair | None:
+    """Return the two windows of a step that are furthest apart; None where there are none. input_ids [B, T]: its rollouts."""
+    if not near_future.divergent.numel():
         return None
-    index, windows = int(found.transport.distance.argmax()), found.windows
+    index, windows = int(near_future.transport.distance.argmax()), near_future.windows
     row, column = windows.positions[index].tolist()
 
     def texts(tokens: torch.Tensor, lengths: torch.Tensor) -> list[str]:
@@ -57,8 +57,13 @@ def furthest_pair(found: NearFuture, input_ids: torch.Tensor, tokenizer: Any) ->
 
     students = texts(windows.student_tokens, windows.student_lengths)
     teachers = texts(windows.teacher_tokens, windows.teacher_lengths)
-    plan = found.transport.plan[index, : len(students), : len(teachers)]
+    plan = near_future.transport.plan[index, : len(students), : len(teachers)]
     prefix = tokenizer.decode(input_ids[row, max(column - PREFIX, 0) : column], skip_special_tokens=True)
     return WindowPair(
-        prefix, students, teachers, found.transport.distance[index].item(), plan.tolist(), bool(found.divergent[index])
+        prefix,
+        students,
+        teachers,
+        near_future.transport.distance[index].item(),
+        plan.tolist(),
+        bool(near_future.divergent[index]),
     )

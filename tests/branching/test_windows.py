@@ -11,9 +11,9 @@ from tiny_models import ENDS, KINDS, POSITIONS, VOCAB, bloom, checkpoint_activat
 import topd
 from topd.branching import decode
 from topd.branching.continuations import continue_from
-from topd.branching.decode import most_likely
 from topd.checks.rollouts import check_rollouts
 from topd.models.decoder import decoder_of
+from topd.models.sampling import Sampling, most_likely
 from topd_demo import smollm2
 
 HORIZON = 9
@@ -92,14 +92,29 @@ def test_a_model_that_cannot_branch_falls_back_and_says_so():
     assert_windows(student, ids, mask, POSITIONS, found.student_tokens, found.student_lengths)
 
 
+def test_generate_follows_the_model_whatever_its_generation_config_says():
+    """As branching does: suppressed tokens, penalties and a least length are no part of the distribution that a loss sees."""
+    student, teacher = bloom(), tiny("llama")
+    ids, mask = ragged()
+    expected = topd.sample_windows(student, teacher, ids, mask, POSITIONS, horizon=HORIZON, temperature=0.0, eos_token_id=ENDS)
+    drawn = expected.student_tokens[:, 0].unique().tolist()
+    own = {"suppress_tokens": drawn, "repetition_penalty": 3.0, "min_new_tokens": HORIZON, "top_k": 2, "num_beams": 2}
+    for name, value in own.items():
+        setattr(student.generation_config, name, value)
+    windows = topd.sample_windows(student, teacher, ids, mask, POSITIONS, horizon=HORIZON, temperature=0.0, eos_token_id=ENDS)
+    assert torch.equal(windows.student_tokens, expected.student_tokens)
+    assert torch.equal(windows.student_lengths, expected.student_lengths)
+    assert student.generation_config.suppress_tokens == drawn
+
+
 def test_both_ways_give_the_same_windows():
     model = tiny("qwen3")
     ids, mask = ragged()
     decoder, (_, attended) = decoder_of(model), check_rollouts(ids, mask)
-    options = {"horizon": HORIZON, "temperature": 0.0, "generator": None, "ends": ENDS, "vocab": VOCAB}
-    branched = continue_from(decoder, ids, attended, POSITIONS, **options)
+    greedy = Sampling(HORIZON, temperature=0.0, generator=None, ends=ENDS, vocab=VOCAB)
+    branched = continue_from(decoder, ids, attended, POSITIONS, greedy)
     object.__setattr__(decoder, "obstacle", "as if")
-    batched = continue_from(decoder, ids, attended, POSITIONS, **options)
+    batched = continue_from(decoder, ids, attended, POSITIONS, greedy)
     assert (branched.way, batched.way) == ("branches", "generate: as if")
     assert torch.equal(branched.tokens, batched.tokens)
     assert torch.equal(branched.lengths, batched.lengths)
@@ -127,8 +142,8 @@ def test_sampled_windows_follow_the_models_distribution(way, temperature):
     if way == "generate":
         object.__setattr__(decoder, "obstacle", "as if")
     generator = torch.Generator().manual_seed(3)
-    options = {"horizon": 2, "temperature": temperature, "generator": generator, "ends": [], "vocab": 5}
-    tokens = continue_from(decoder, ids, torch.ones(1, 5, dtype=torch.bool), positions, **options).tokens
+    sampling = Sampling(2, temperature, generator, ends=[], vocab=5)
+    tokens = continue_from(decoder, ids, torch.ones(1, 5, dtype=torch.bool), positions, sampling).tokens
     counts = (tokens[:, 0] * 5 + tokens[:, 1]).bincount(minlength=25).double()
     with torch.no_grad():
         both = torch.cat([ids[:, :3].expand(5, 3), torch.arange(5).unsqueeze(1)], dim=1)

@@ -11,7 +11,7 @@ from tiny_demo import QUICK, demo, metrics, tokenizer
 
 import topd
 from topd.cli.main import main
-from topd_demo import command, prompts, smollm2, training
+from topd_demo import prompts, smollm2, start, training
 from topd_demo.display import Display, one_line
 from topd_demo.settings import Settings
 from topd_demo.window_pair import furthest_pair
@@ -24,7 +24,7 @@ def whole_run(tmp_path_factory, pair):
     """A run that nothing stops; its folder."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "QUICK", QUICK)
+        patch.setattr(start, "QUICK", QUICK)
         assert demo(pair, folder) == 0
     return folder
 
@@ -38,12 +38,12 @@ def test_the_folder_holds_the_report(whole_run):
 
 
 def test_metrics_have_every_step_and_evaluation(whole_run):
-    found = metrics(whole_run)
-    steps = [(r["method"], r["step"]) for r in found if "loss" in r]
-    judged = [(r["method"], r["step"]) for r in found if "held_out_reverse_kl" in r]
+    records = metrics(whole_run)
+    steps = [(r["method"], r["step"]) for r in records if "loss" in r]
+    judged = [(r["method"], r["step"]) for r in records if "held_out_reverse_kl" in r]
     assert steps == [(method, step) for method in ("opd", "topd") for step in (1, 2, 3, 4)]
     assert judged == [(method, step) for method in ("opd", "topd") for step in (0, 2, 4)]
-    first, second = (next(r for r in found if r["method"] == method) for method in ("opd", "topd"))
+    first, second = (next(r for r in records if r["method"] == method) for method in ("opd", "topd"))
     assert first["held_out_reverse_kl"] == second["held_out_reverse_kl"]  # the same start
 
 
@@ -120,7 +120,7 @@ def test_ctrl_c_leaves_a_report_and_a_checkpoint(tmp_path, pair, whole_run, monk
 
 @pytest.mark.skipif(bool(smollm2.missing()), reason=smollm2.missing() or "installed")
 def test_one_step_of_the_real_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "QUICK", {"held_out": 2, "held_out_tokens": 6, "horizon": 6, "batch": 2})
+    monkeypatch.setattr(start, "QUICK", {"held_out": 2, "held_out_tokens": 6, "horizon": 6, "batch": 2})
     assert main(["demo", "--quick", "--steps", "1", "--method", "topd", "--tokens", "8", "--out", str(tmp_path / "run")]) == 0
     first, step, last = metrics(tmp_path / "run")
     assert min(first["held_out_reverse_kl"], step["opd_loss"], last["held_out_reverse_kl"]) > 1  # six layers of it babble
@@ -146,13 +146,13 @@ def test_plain_output_fits_eighty_columns(tmp_path, pair, monkeypatch, capsys):
 
 
 def test_prompts_repeat_and_do_not_leak():
-    found = prompts.make_prompts(40, 12, 3)
-    assert found == prompts.make_prompts(40, 12, 3)
-    assert found != prompts.make_prompts(40, 12, 4)
-    assert (len(found.train), len(found.held_out)) == (40, 12)
-    assert not set(found.train) & set(found.held_out)
-    assert sum(prompt in prompts.CHAT for prompt in found.train) == 10
-    assert max(map(len, found.train + found.held_out)) <= prompts.LONGEST
+    texts = prompts.make_prompts(40, 12, 3)
+    assert texts == prompts.make_prompts(40, 12, 3)
+    assert texts != prompts.make_prompts(40, 12, 4)
+    assert (len(texts.train), len(texts.held_out)) == (40, 12)
+    assert not set(texts.train) & set(texts.held_out)
+    assert sum(prompt in prompts.CHAT for prompt in texts.train) == 10
+    assert max(map(len, texts.train + texts.held_out)) <= prompts.LONGEST
 
 
 def test_prompts_are_padded_on_the_left():
@@ -189,9 +189,9 @@ def test_a_window_pair_names_its_prefix_and_its_heaviest_links():
     )
     plan = torch.tensor([[[0.5, 0.0], [0.0, 0.5]], [[0.3, 0.7], [0.0, 0.0]]])
     transport = topd.Transport(torch.tensor([0.1, 0.4]), plan, torch.zeros(2))
-    found = furthest_pair(topd.NearFuture(windows, transport, torch.tensor([False, True]), torch.zeros(1, 6)), ids, words)
-    assert (found.prefix, found.student_tokens, found.teacher_tokens, found.divergent) == ("abcd", ["x"], ["u", "v"], True)
-    assert found.heaviest(5) == [("x", "v", pytest.approx(0.7)), ("x", "u", pytest.approx(0.3))]
+    pair = furthest_pair(topd.NearFuture(windows, transport, torch.tensor([False, True]), torch.zeros(1, 6)), ids, words)
+    assert (pair.prefix, pair.student_tokens, pair.teacher_tokens, pair.divergent) == ("abcd", ["x"], ["u", "v"], True)
+    assert pair.heaviest(5) == [("x", "v", pytest.approx(0.7)), ("x", "u", pytest.approx(0.3))]
     assert (
         furthest_pair(topd.NearFuture(windows, transport, torch.zeros(0, dtype=torch.bool), torch.zeros(1, 6)), ids, words)
         is None

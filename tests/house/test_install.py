@@ -99,6 +99,14 @@ def test_a_build_that_was_not_wanted_is_skipped(sources):
     assert (done.returncode, done.stderr, built(sources)) == (0, "", [])
 
 
+def test_an_installation_holds_the_demo_and_its_page(sources):
+    done = setup(sources, "build_py", "--build-lib", "out", TOPD_BUILD_CPP="0")
+    assert done.returncode == 0, done.stderr
+    demo = ROOT / "python_api" / "topd_demo"
+    files = {path.name for path in (sources / "out" / "topd_demo").iterdir()}
+    assert files == {path.name for path in demo.iterdir() if path.is_file()} >= {"command.py", "page.html"}
+
+
 def test_another_wish_is_refused_in_one_line(sources):
     done = setup(sources, *BUILD, TOPD_BUILD_CPP="yes")
     assert done.returncode == 1

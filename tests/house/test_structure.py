@@ -122,8 +122,6 @@ def test_the_graph_has_what_everyone_can_see():
 
 # To be emptied.
 UPWARD = {
-    ("topd.checks.rollouts", "topd.models.decoder"),
-    ("topd.models.hidden_states", "topd.branching.prefill"),
     ("topd.ops.shared.few_rows", "topd.ops.linear_divergence.loop"),
     ("topd.ops.shared.few_rows", "topd.ops.linear_logprobs.gradient"),
     ("topd.ops.shared.few_rows", "topd.ops.linear_logprobs.loop"),

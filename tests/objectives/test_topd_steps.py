@@ -110,10 +110,10 @@ def test_nothing_is_computed_twice(monkeypatch):
         model.model.register_forward_hook(
             lambda _, __, kwargs, ___, name=name: shapes[name].append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
         )
-    import topd.objectives.batch as rollouts
+    from topd.objectives import batch as comparison
 
-    original = rollouts.linear_divergence
-    monkeypatch.setattr(rollouts, "linear_divergence", lambda *a, **k: calls.append(1) or original(*a, **k))
+    original = comparison.linear_divergence
+    monkeypatch.setattr(comparison, "linear_divergence", lambda *a, **k: calls.append(1) or original(*a, **k))
     found = step(student, teacher, batch)
     steps = [(9, 1)] * 5
     assert shapes["teacher"] == [(3, 20), *steps]

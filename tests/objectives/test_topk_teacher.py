@@ -8,6 +8,7 @@ from test_opd import backward, batch_of, models, reduced
 
 import topd
 from topd.integrations.rollouts import pack_rollouts
+from topd.objectives.batch import Padded
 from topd.objectives.topk_teacher import compare_topk
 
 K = 5
@@ -167,12 +168,13 @@ def test_a_topk_of_inference_mode_changes_nothing():
 def test_a_step_costs_the_divergence_and_one_product_for_the_scores(frozen, hard_weight, products):
     hidden = torch.randn(1, N + 1, H, requires_grad=True)
     head = topd.Head(torch.randn(V, H, requires_grad=not frozen))
-    tokens, response = torch.randint(V, (1, N + 1)), torch.ones(1, N + 1, dtype=torch.bool)
+    every = torch.ones(1, N + 1, dtype=torch.bool)
+    batch = Padded(torch.randint(V, (1, N + 1)), attended=every, response=every)
     topk = topd.topk_logprobs(torch.randn(1, N + 1, H), topd.Head(torch.randn(V, H)), K)
     config = topd.OPDConfig("forward_kl", hard_weight=hard_weight)
 
     def step():
-        compare_topk(hidden, head, tokens, response, topk, None, config).loss.mean().backward()
+        compare_topk(hidden, head, batch, topk, config).loss.mean().backward()
 
     assert matrix_products(step) == products
 

@@ -1,4 +1,4 @@
-"""Cache layers for transformers' `Cache`; each grows from a prefix [B, heads, T, d] that stays as it is."""
+"""Layers for transformers' `Cache`; each grows from a prefix [B, heads, T, d] that stays as it is."""
 
 from typing import Any
 
@@ -67,16 +67,18 @@ class SharedLayer(DynamicLayer):  # type: ignore[misc]
         return int(self.keys.shape[2]) + self.steps
 
 
-def prefix_cache(found: Prefill) -> Any:
-    return Cache(layers=[PrefixLayer(*layer) for layer in found.layers or []])
+def prefix_cache(layers: list[tuple[Tensor, Tensor]]) -> Any:
+    """Return a cache of a prefix's keys and values, through which gradients go."""
+    return Cache(layers=[PrefixLayer(*layer) for layer in layers])
 
 
-def tree_cache(found: Prefill, columns: int, room: int) -> Any:
-    """Of the first `columns` of the rollouts."""
-    layers = found.layers or []
+def tree_cache(prefix: Prefill, columns: int, room: int) -> Any:
+    """Return a cache of the prefix's first `columns`, with room for as many further tokens in each row."""
+    layers = prefix.layers or []
     return Cache(layers=[TreeLayer(keys[:, :, :columns], values[:, :, :columns], room) for keys, values in layers])
 
 
-def shared_cache(found: Prefill, columns: int, places: Places, steps: int) -> Any:
-    layers = found.layers or []
+def shared_cache(prefix: Prefill, columns: int, places: Places, steps: int) -> Any:
+    """Return a cache of the prefix's first `columns`, shared by the branches at `places`, each with room for its own steps."""
+    layers = prefix.layers or []
     return Cache(layers=[SharedLayer(keys[:, :, :columns], values[:, :, :columns], places, steps) for keys, values in layers])

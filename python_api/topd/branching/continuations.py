@@ -9,11 +9,14 @@ from topd.branching.decode import decode
 from topd.branching.generate import generate
 from topd.branching.prefill import Prefill, prefill
 from topd.models.decoder import Decoder
+from topd.models.sampling import Sampling
 
 BRANCHES, ROLLOUT = "branches", "rollout"
 
 
 class Continuations(NamedTuple):
+    """One model's windows."""
+
     tokens: Tensor  # [m, K] int64, 0 past the lengths
     lengths: Tensor  # [m] int64
     way: str  # "branches", "rollout", or "generate: " and why
@@ -25,50 +28,31 @@ def continue_from(
     input_ids: Tensor,
     attended: Tensor,
     positions: Tensor,
+    sampling: Sampling,
     *,
-    found: Prefill | None = None,
-    horizon: int,
-    temperature: float,
-    generator: torch.Generator | None,
-    ends: list[int],
-    vocab: int,
+    prefix: Prefill | None = None,
 ) -> Continuations:
-    """Windows [m, horizon]; `found` is a pass over the rollouts that was made already, used if it has a cache."""
+    """Continue the prefix before each position.
+
+    Args:
+        input_ids, attended: [B, T], the rollouts.
+        positions: [m, 2] int64 (row, column), column >= 1, any order.
+        prefix: a pass over the rollouts; where it has a cache, the windows grow from that.
+    """
     way = f"generate: {decoder.obstacle}" if decoder.obstacle else BRANCHES
     if not positions.numel():
-        return Continuations(positions.new_zeros(0, horizon), positions.new_zeros(0), way)
+        return Continuations(positions.new_zeros(0, sampling.horizon), positions.new_zeros(0), way)
     if decoder.obstacle:
-        tokens, lengths = generate(
-            decoder,
-            input_ids,
-            attended,
-            positions,
-            horizon=horizon,
-            temperature=temperature,
-            generator=generator,
-            ends=ends,
-            vocab=vocab,
-        )
-        return Continuations(tokens, lengths, way)
+        return Continuations(*generate(decoder, input_ids, attended, positions, sampling), way)
     with decoder.cache_allowed():
-        if found is None or found.layers is None:
+        if prefix is None or prefix.layers is None:
             columns = int(positions[:, 1].max())
-            found = prefill(decoder, input_ids[:, :columns], attended[:, :columns], cache=True)
-        tokens, lengths = decode(
-            decoder,
-            found,
-            positions,
-            horizon=horizon,
-            temperature=temperature,
-            generator=generator,
-            ends=ends,
-            vocab=vocab,
-        )
-    return Continuations(tokens, lengths, way)
+            prefix = prefill(decoder, input_ids[:, :columns], attended[:, :columns], cache=True)
+        return Continuations(*decode(decoder, prefix, positions, sampling), way)
 
 
 def from_rollout(input_ids: Tensor, attended: Tensor, positions: Tensor, horizon: int) -> Continuations:
-    """The rollout's own next tokens: windows end at its last attended column."""
+    """Take the rollout's own next tokens: windows end at its last attended column."""
     row, column = positions.unbind(-1)
     left = attended.sum(-1)[row] - (attended.long().cumsum(-1)[row, column] - 1)
     lengths = left.clamp_max(horizon)
@@ -77,15 +61,15 @@ def from_rollout(input_ids: Tensor, attended: Tensor, positions: Tensor, horizon
     return Continuations(tokens.masked_fill(~counted, 0), lengths, ROLLOUT)
 
 
-def rollout_states(hidden: Tensor, attended: Tensor, positions: Tensor, lengths: Tensor, width: int) -> Tensor:
-    """[m, width, H] of the rollouts' states [B, T, H]: those that predict the tokens of `from_rollout`; 0 past the lengths."""
-    states = hidden[positions[:, :1], _rollout_columns(attended, positions, width, -1)]
+def rollout_states(prefix: Prefill, positions: Tensor, lengths: Tensor, width: int) -> Tensor:
+    """Return [m, width, H], the rollouts' states that predict the tokens of `from_rollout`; 0 past the lengths."""
+    states = prefix.hidden[positions[:, :1], _rollout_columns(prefix.attended, positions, width, -1)]
     counted = torch.arange(width, device=positions.device) < lengths.unsqueeze(-1)
     return torch.where(counted.unsqueeze(-1), states, 0.0)
 
 
 def _rollout_columns(attended: Tensor, positions: Tensor, width: int, shift: int) -> Tensor:
-    """[m, width]: the attended columns from each position on, counted from `shift` of them further."""
+    """Return [m, width]: the attended columns from each position on, counted from `shift` of them further."""
     row, column = positions.unbind(-1)
     order = (~attended).byte().argsort(dim=-1, stable=True)  # the attended columns first
     first = attended.long().cumsum(-1)[row, column] - 1 + shift

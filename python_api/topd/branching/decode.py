@@ -14,54 +14,24 @@ from topd.branching.nodes import Nodes, attention_masks
 from topd.branching.prefill import Prefill
 from topd.branching.shared_states import Places
 from topd.models.decoder import Decoder
+from topd.models.sampling import Sampling, draw
 
 # Branches that have ended run along until no more than this share is left: dropping them copies the others' buffers.
 REPACK = 0.75
-BLOCK = 1024
-
-
-def draw(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
-    """One token for each row of logits [M, V]; temperature 0 takes the most likely one."""
-    return most_likely(perturbed(logits, temperature, generator))
-
-
-def most_likely(scores: Tensor) -> Tensor:
-    """argmax of [M, V], the first of equals. By blocks on a CPU: there torch's argmax takes ten times as long as its amax."""
-    vocab = scores.shape[-1]
-    blocks = vocab // BLOCK
-    if blocks < 2 or scores.device.type != "cpu":
-        return scores.argmax(-1)
-    across = scores.t()  # where scores lie column by column, [V, M] is what amax runs through in order
-    if across.is_contiguous():
-        tops = across[: blocks * BLOCK].unflatten(0, (blocks, BLOCK)).amax(1).t()
-    else:
-        tops = scores[:, : blocks * BLOCK].unflatten(-1, (blocks, BLOCK)).amax(-1)
-    if vocab % BLOCK:
-        tops = torch.cat([tops, scores[:, blocks * BLOCK :].amax(-1, keepdim=True)], dim=-1)
-    start = tops.argmax(-1, keepdim=True) * BLOCK
-    place = (start + torch.arange(BLOCK)).clamp_max(vocab - 1)
-    found: Tensor = start[:, 0] + scores.gather(-1, place).argmax(-1)
-    return found
-
-
-def perturbed(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
-    """Scores whose largest entry is a sample: logits / temperature plus Gumbel noise."""
-    if temperature == 0:
-        return logits
-    noise = torch.empty_like(logits).exponential_(generator=generator)
-    return logits / temperature - noise.clamp_min_(torch.finfo(noise.dtype).tiny).log_()
 
 
 class _Steps(Protocol):
+    """All branches, one token after another."""
+
     def step(self, tokens: Tensor) -> Tensor:
-        """tokens [M] to their states [M, H]."""
+        """Read one token of each branch, [M]; return their states [M, H]."""
 
     def keep(self, branches: Tensor) -> None:
         """Go on with these of the M branches."""
 
 
 def _own_nodes(trunk: Nodes, positions: Tensor, steps: int) -> Nodes:
-    """[M, steps]: each branch's tokens to come, as window 0 of a row of its own."""
+    """Return [M, steps] nodes: each branch's tokens to come, as window 0 of a row of its own."""
     before = positions[:, 1:] - 1
     order = torch.arange(steps, device=positions.device).expand(positions.shape[0], steps)
     position = trunk.position[positions[:, 0]].gather(1, before) + 1 + order
@@ -69,21 +39,23 @@ def _own_nodes(trunk: Nodes, positions: Tensor, steps: int) -> Nodes:
 
 
 class _SharedSteps:
-    def __init__(self, decoder: Decoder, found: Prefill, positions: Tensor, steps: int) -> None:
+    """Steps where attention is torch's own: each branch is a sequence of one token over `SharedStates`."""
+
+    def __init__(self, decoder: Decoder, prefix: Prefill, positions: Tensor, steps: int) -> None:
         from topd.branching.caches import shared_cache
 
         row = positions[:, 0]
         self.decoder, self.done = decoder, 0
-        self.rows, self.columns = found.hidden.shape[0], int(positions[:, 1].max())
+        self.rows, self.columns = prefix.hidden.shape[0], int(positions[:, 1].max())
         self.places = Places.of(row, self.rows)
-        self.cache = shared_cache(found, self.columns, self.places, steps)
-        trunk = found.trunk.columns(0, self.columns)
-        self.nodes = trunk.pick(row).join(_own_nodes(found.trunk, positions, steps))
-        self.dtype = found.hidden.dtype
+        self.cache = shared_cache(prefix, self.columns, self.places, steps)
+        trunk = prefix.trunk.columns(0, self.columns)
+        self.nodes = trunk.pick(row).join(_own_nodes(prefix.trunk, positions, steps))
+        self.dtype = prefix.hidden.dtype
 
     def step(self, tokens: Tensor) -> Tensor:
-        at = self.columns + self.done
-        queries, keys = self.nodes.columns(at, at + 1), self.nodes.columns(0, at + 1)
+        column = self.columns + self.done
+        queries, keys = self.nodes.columns(column, column + 1), self.nodes.columns(0, column + 1)
         mask = attention_masks(queries, keys, self.decoder.sliding, self.dtype)
         self.done += 1
         return self.decoder.states(tokens.unsqueeze(-1), mask, queries.position, self.cache)[:, 0]
@@ -96,20 +68,23 @@ class _SharedSteps:
 
 
 class _TreeSteps:
-    def __init__(self, decoder: Decoder, found: Prefill, positions: Tensor, steps: int) -> None:
+    """Steps where attention is written out: the branches of a rollout are one sequence, held apart by the mask."""
+
+    def __init__(self, decoder: Decoder, prefix: Prefill, positions: Tensor, steps: int) -> None:
         from topd.branching.caches import tree_cache
 
-        places = Places.of(positions[:, 0], found.hidden.shape[0])
+        places = Places.of(positions[:, 0], prefix.hidden.shape[0])
         m = positions.shape[0]
         self.slot = torch.arange(m, device=positions.device) if places.slot is None else places.slot
         self.decoder, self.done = decoder, 0
         self.shape, self.columns = (places.rows, places.most), int(positions[:, 1].max())
-        self.cache = tree_cache(found, self.columns, places.most * steps)
-        self.nodes = found.trunk.columns(0, self.columns).join(self._own(found.trunk, positions, steps))
-        self.dtype = found.hidden.dtype
+        self.cache = tree_cache(prefix, self.columns, places.most * steps)
+        self.nodes = prefix.trunk.columns(0, self.columns).join(self._own(prefix.trunk, positions, steps))
+        self.dtype = prefix.hidden.dtype
 
     def _own(self, trunk: Nodes, positions: Tensor, steps: int) -> Nodes:
-        """[B, steps n]: first every branch's first token, then every branch's second; empty places see themselves."""
+        """Return [B, steps n] nodes: first every branch's first token, then every branch's second. Empty places see
+        themselves."""
         rows, most = self.shape
         own = _own_nodes(trunk, positions, steps)
         blank = positions.new_zeros(rows * most, steps)
@@ -123,8 +98,8 @@ class _TreeSteps:
 
     def step(self, tokens: Tensor) -> Tensor:
         rows, most = self.shape
-        at = self.columns + self.done * most
-        queries, keys = self.nodes.columns(at, at + most), self.nodes.columns(0, at + most)
+        start = self.columns + self.done * most
+        queries, keys = self.nodes.columns(start, start + most), self.nodes.columns(0, start + most)
         mask = attention_masks(queries, keys, self.decoder.sliding, self.dtype)
         self.done += 1
         table = tokens.new_zeros(rows * most).index_copy_(0, self.slot, tokens).view(rows, most)
@@ -135,57 +110,72 @@ class _TreeSteps:
         self.slot = self.slot[branches]
 
 
+class _Draws:
+    """The tokens of all windows so far, and which windows go on.
+
+    Attributes:
+        tokens: [m, horizon] int64, 0 past a window's end.
+        lengths: [m] int64.
+        running: [M] the windows whose branches are still there.
+        alive: [M] bool, which of them have not ended.
+    """
+
+    def __init__(self, positions: Tensor, sampling: Sampling) -> None:
+        m, device = positions.shape[0], positions.device
+        self.tokens, self.lengths = positions.new_zeros(m, sampling.horizon), positions.new_zeros(m)
+        self.running = torch.arange(m, device=device)
+        self.alive = torch.ones(m, dtype=torch.bool, device=device)
+        self.stops = torch.tensor(sampling.ends, dtype=torch.int64, device=device)
+
+    def add(self, place: int, drawn: Tensor) -> None:
+        """Write one token [M] of each running window."""
+        self.tokens[self.running, place] = torch.where(self.alive, drawn, 0)
+        self.lengths[self.running] += self.alive
+        if self.stops.numel():
+            self.alive = self.alive & ~torch.isin(drawn, self.stops)
+
+    def kept(self) -> Tensor | None:
+        """Return the branches that have not ended, where few enough are left to be worth a copy; None: go on with all."""
+        if not self.stops.numel():
+            return None
+        left = int(self.alive.sum())
+        return self.alive.nonzero()[:, 0] if left <= REPACK * self.alive.numel() else None
+
+    def keep(self, branches: Tensor) -> None:
+        """Go on with these of the M branches."""
+        self.running, self.alive = self.running[branches], self.alive[branches]
+
+
 @torch.no_grad()
-def decode(
-    decoder: Decoder,
-    found: Prefill,
-    positions: Tensor,
-    *,
-    horizon: int,
-    temperature: float,
-    generator: torch.Generator | None,
-    ends: list[int],
-    vocab: int,
-) -> tuple[Tensor, Tensor]:
-    """A window from each position, by branching.
+def decode(decoder: Decoder, prefix: Prefill, positions: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Continue the prefix before each position, by branching.
 
     Args:
-        found: the pass over the rollouts, with its cache.
+        prefix: the pass over the rollouts, with its cache.
         positions: [m, 2] int64 (row, column), column >= 1, any order.
-        ends: the end-of-sequence tokens; may be empty.
-        vocab: only ids below it are drawn.
 
     Returns:
         tokens [m, horizon] int64, 0 past a window's end, and lengths [m] int64, an end-of-sequence token counted.
     """
-    found = found.constant()
+    prefix = prefix.constant()
     order = positions[:, 0].argsort(stable=True)
     positions, inverse = positions[order], order.argsort()
-    tokens = positions.new_zeros(positions.shape[0], horizon)
-    lengths = positions.new_zeros(positions.shape[0])
-    running = torch.arange(positions.shape[0], device=positions.device)  # the windows that the rows of `hidden` belong to
-    alive = torch.ones_like(running, dtype=torch.bool)
-    stops = torch.tensor(ends, dtype=torch.int64, device=positions.device)
-    way = _SharedSteps if decoder.model.config._attn_implementation == "sdpa" else _TreeSteps
+    draws = _Draws(positions, sampling)
+    kind = _SharedSteps if decoder.model.config._attn_implementation == "sdpa" else _TreeSteps
     steps: _Steps | None = None
-    hidden = found.hidden[positions[:, 0], positions[:, 1] - 1]
-    for place in range(horizon):
-        drawn = draw(decoder.logits(hidden, vocab), temperature, generator)
-        tokens[running, place] = torch.where(alive, drawn, 0)
-        lengths[running] += alive
-        if ends:
-            alive = alive & ~torch.isin(drawn, stops)
-            left = int(alive.sum())
-            if not left:
+    hidden = prefix.hidden[positions[:, 0], positions[:, 1] - 1]
+    for place in range(sampling.horizon):
+        drawn = draw(decoder.logits(hidden, sampling.vocab), sampling.temperature, sampling.generator)
+        draws.add(place, drawn)
+        kept = draws.kept()
+        if kept is not None:
+            if not kept.numel():
                 break
-            if left <= REPACK * alive.numel():
-                kept = alive.nonzero()[:, 0]
-                running, alive, drawn = running[kept], alive[kept], drawn[kept]
-                if steps is None:
-                    steps = way(decoder, found, positions[running], horizon - 1)
-                else:
-                    steps.keep(kept)
-        if place + 1 < horizon:
-            steps = steps or way(decoder, found, positions[running], horizon - 1)
+            draws.keep(kept)
+            drawn = drawn[kept]
+            if steps is not None:
+                steps.keep(kept)
+        if place + 1 < sampling.horizon:
+            steps = steps or kind(decoder, prefix, positions[draws.running], sampling.horizon - 1)
             hidden = steps.step(drawn)
-    return tokens[inverse], lengths[inverse]
+    return draws.tokens[inverse], draws.lengths[inverse]

@@ -13,7 +13,7 @@ TRUNK = -1
 
 
 def number_within(row: Tensor) -> Tensor:
-    """[m] int64: how many earlier entries have the same row."""
+    """Return [m] int64: how many earlier entries have the same row."""
     order = row.argsort(stable=True)
     counts = row.bincount()
     number = torch.empty_like(row)
@@ -41,23 +41,25 @@ class Nodes:
 
     @classmethod
     def trunk(cls, attended: Tensor, position_ids: Tensor) -> "Nodes":
+        """Return the nodes of rollouts [B, T]."""
         columns = torch.arange(attended.shape[1], device=attended.device).expand_as(position_ids)
         return cls(torch.full_like(columns, TRUNK), columns, columns, position_ids, attended)
 
     def pick(self, rows: Tensor) -> "Nodes":
-        """The nodes of these rows, in this order."""
+        """Return the nodes of these rows, in this order."""
         return Nodes(*(getattr(self, field.name)[rows] for field in fields(self)))
 
     def columns(self, start: int, stop: int) -> "Nodes":
+        """Return the nodes in these columns."""
         return Nodes(*(getattr(self, field.name)[:, start:stop] for field in fields(self)))
 
     def join(self, other: "Nodes") -> "Nodes":
-        """Both, one after the other in each row."""
+        """Return both, one after the other in each row."""
         return Nodes(*(torch.cat([getattr(self, f.name), getattr(other, f.name)], dim=1) for f in fields(self)))
 
 
 def visible(queries: Nodes, keys: Nodes, sliding: int | None = None) -> Tensor:
-    """[B, S_q, S_k] bool."""
+    """Return [B, S_q, S_k] bool: which keys each query sees."""
     window, order, limit, position = (getattr(queries, name).unsqueeze(-1) for name in ("window", "order", "limit", "position"))
     key_window, key_order = keys.window.unsqueeze(1), keys.order.unsqueeze(1)
     seen = torch.where(key_window == TRUNK, key_order <= limit, (key_window == window) & (key_order <= order))
@@ -68,7 +70,7 @@ def visible(queries: Nodes, keys: Nodes, sliding: int | None = None) -> Tensor:
 def attention_masks(
     queries: Nodes, keys: Nodes, sliding: dict[str, int | None], dtype: torch.dtype
 ) -> Tensor | dict[str, Tensor]:
-    """Additive [B, 1, S_q, S_k]: one tensor for layers of one kind, else one for each kind by its name.
+    """Return additive masks [B, 1, S_q, S_k]: one tensor for layers of one kind, else one for each kind by its name.
 
     A query that sees nobody (padding) sees everybody: a softmax over nothing would be NaN where autocast turns the lowest
     number into -inf.

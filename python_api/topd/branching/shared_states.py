@@ -33,6 +33,7 @@ class Places:
 
     @classmethod
     def of(cls, row: Tensor, rows: int) -> "Places":
+        """Return the places of branches whose rollouts `row` [M] names in rising order, of `rows` rollouts."""
         counts = row.bincount(minlength=rows)
         most = int(counts.max())
         if rows * most == row.numel():
@@ -40,21 +41,21 @@ class Places:
         return cls(row, row * most + number_within(row), rows, most)
 
     def spread(self, value: Tensor) -> Tensor:
-        """[M, heads, r, x] to [B, heads, n r, x], 0 where there is no branch."""
+        """Turn [M, heads, r, x] into [B, heads, n r, x], 0 where there is no branch."""
         if self.slot is not None:
             value = value.new_zeros(self.rows * self.most, *value.shape[1:]).index_copy_(0, self.slot, value)
         _, heads, r, x = value.shape
         return value.view(self.rows, self.most, heads, r, x).transpose(1, 2).reshape(self.rows, heads, self.most * r, x)
 
     def collect(self, value: Tensor, r: int) -> Tensor:
-        """Back again."""
+        """Turn [B, heads, n r, x] into [M, heads, r, x]: what `spread` spread out."""
         _, heads, _, x = value.shape
         value = value.view(self.rows, heads, self.most, r, x).transpose(1, 2).reshape(self.rows * self.most, heads, r, x)
         return value if self.slot is None else value[self.slot]
 
 
 class SharedStates:
-    """Stands for [M, heads, T + steps, d].
+    """Stand for keys or values [M, heads, T + steps, d] that are never formed.
 
     Args:
         common: [B, heads, T, d], shared by the branches of a rollout.
@@ -68,6 +69,7 @@ class SharedStates:
 
     @cached_property
     def whole(self) -> Tensor:
+        """The tensor itself."""
         return torch.cat([self.common[self.places.row], self.own], dim=2)
 
     def __getattr__(self, name: str) -> Any:
@@ -95,13 +97,14 @@ class SharedStates:
 
 
 def _whole(value: Any) -> Any:
+    """Replace each SharedStates in an argument by the tensor that it stands for."""
     if isinstance(value, list | tuple):
         return type(value)(map(_whole, value))
     return value.whole if isinstance(value, SharedStates) else value
 
 
 def shared_attention(query: Tensor, keys: SharedStates, values: SharedStates, mask: Tensor, scale: float | None) -> Tensor:
-    """softmax(scale query keysᵀ + mask) values, without forming keys or values.
+    """Return softmax(scale query keysᵀ + mask) values, without forming keys or values.
 
     Args:
         query: [M, h, q, d], where h q is a multiple of the keys' heads, consecutive query heads on one of them.
@@ -118,6 +121,6 @@ def shared_attention(query: Tensor, keys: SharedStates, values: SharedStates, ma
     scores = torch.cat([common, scaled @ keys.own.mT], dim=-1)
     wide = torch.promote_types(scores.dtype, torch.float32)
     weights = (scores.to(wide) + mask).softmax(-1).to(query.dtype)
-    found = places.collect(places.spread(weights[..., :columns]) @ values.common, r)
-    found += weights[..., columns:] @ values.own
-    return found.reshape(*query.shape[:-1], found.shape[-1])
+    output = places.collect(places.spread(weights[..., :columns]) @ values.common, r)
+    output += weights[..., columns:] @ values.own
+    return output.reshape(*query.shape[:-1], output.shape[-1])

@@ -13,9 +13,9 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from topd.branching.continuations import BRANCHES, continue_from, from_rollout
-from topd.branching.prefill import Prefill, prefill
-from topd.branching.replay import replay_in_one_pass, replay_over_cache, replay_separately
+from topd.branching.continuations import BRANCHES, Continuations, continue_from, from_rollout
+from topd.branching.prefill import prefill
+from topd.branching.replay import replay
 from topd.checks.rollouts import (
     check_differentiable,
     check_generator,
@@ -26,7 +26,9 @@ from topd.checks.rollouts import (
 )
 from topd.checks.tokens import check_lengths
 from topd.checks.values import check_tensor, choice, positive_int, real
-from topd.models.decoder import Decoder, decoder_of
+from topd.models.decoder import decoder_of
+from topd.models.properties import embedded_tokens
+from topd.models.sampling import Sampling
 from topd.options import StudentWindow
 
 STUDENT_WINDOWS: tuple[str, ...] = get_args(StudentWindow)
@@ -40,7 +42,7 @@ class Windows:
         positions: [m, 2] int64 (row, column): the column of the window's first token.
         student_tokens, teacher_tokens: [m, K] int64, 0 past the lengths.
         student_lengths, teacher_lengths: [m] int64, 1 to K; an end-of-sequence token counts.
-        student_way, teacher_way: how they were made: "branches", one forward a step over a shared cache; "generate: " and the
+        student_way, teacher_way: where they come from: "branches", one forward a step over a shared cache; "generate: " and the
             reason, batches of left-padded prefixes; "rollout", taken from it.
     """
 
@@ -51,6 +53,11 @@ class Windows:
     teacher_lengths: Tensor
     student_way: str = BRANCHES
     teacher_way: str = BRANCHES
+
+
+def both_windows(positions: Tensor, student: Continuations, teacher: Continuations) -> Windows:
+    """Return both models' continuations from the same positions as Windows."""
+    return Windows(positions, student.tokens, teacher.tokens, student.lengths, teacher.lengths, student.way, teacher.way)
 
 
 def sample_windows(
@@ -66,7 +73,7 @@ def sample_windows(
     generator: torch.Generator | None = None,
     eos_token_id: int | list[int] | None = None,
 ) -> Windows:
-    """Student and teacher each continue from the prefix before every position.
+    """Let student and teacher each continue from the prefix before every position.
 
     Args:
         student_model, teacher_model: causal language models of transformers, also inside PEFT. One that cannot branch is
@@ -94,27 +101,25 @@ def sample_windows(
     Source: arXiv 2606.00305: windows of 50 tokens of both models from one prefix of the student's. Decoding is our choice.
     """
     ids, attended = check_rollouts(input_ids, attention_mask)
-    at = check_positions(positions, attended)
+    positions = check_positions(positions, attended)
     positive_int("horizon", horizon)
     real("temperature", temperature, low=0.0)
     choice("student_window", student_window, STUDENT_WINDOWS)
     check_generator(generator, ids.device)
     student, teacher = decoder_of(student_model), decoder_of(teacher_model)
-    check_ids("input_ids", ids, student=student_model, teacher=teacher_model)
-    ends = end_tokens(eos_token_id, student.model)
-    own = student.head.weight.shape[0]
-    options: dict[str, Any] = {"horizon": horizon, "temperature": temperature, "generator": generator, "ends": ends}
+    check_ids("input_ids", ids, student=embedded_tokens(student_model), teacher=embedded_tokens(teacher_model))
+    ends, own = end_tokens(eos_token_id, student.model), student.head.weight.shape[0]
     if student_window == "rollout":
-        students = from_rollout(ids, attended, at, horizon)
+        students = from_rollout(ids, attended, positions, horizon)
     else:
-        students = continue_from(student, ids, attended, at, vocab=own, **options)
+        students = continue_from(student, ids, attended, positions, Sampling(horizon, temperature, generator, ends, own))
     common = min(own, teacher.head.weight.shape[0])
-    teachers = continue_from(teacher, ids, attended, at, vocab=common, **options)
-    return Windows(at, students.tokens, teachers.tokens, students.lengths, teachers.lengths, students.way, teachers.way)
+    teachers = continue_from(teacher, ids, attended, positions, Sampling(horizon, temperature, generator, ends, common))
+    return both_windows(positions, students, teachers)
 
 
 def window_hidden(student_model: Any, input_ids: Tensor, attention_mask: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
-    """The student over rollouts and all their windows, with gradient.
+    """Return the student's states over rollouts and all their windows, with gradient.
 
     One pass over the rollouts, whose key-value cache the windows' tokens attend to, all windows of a group in one forward.
     Where a cache is forbidden (gradient checkpointing) a group is one forward together with its rollouts; a model that cannot
@@ -135,29 +140,15 @@ def window_hidden(student_model: Any, input_ids: Tensor, attention_mask: Tensor,
     ids, attended = check_rollouts(input_ids, attention_mask)
     if not isinstance(windows, Windows):
         raise TypeError(f"windows must be a topd.Windows, got {type(windows).__name__}; sample_windows returns one")
-    at = check_positions(windows.positions, attended)
+    positions = check_positions(windows.positions, attended)
     tokens, lengths = _check_side(windows, ids)
     decoder = decoder_of(student_model)
     check_differentiable("student_model", decoder.model)
-    check_ids("input_ids", ids, student=student_model)
+    check_ids("input_ids", ids, student=embedded_tokens(student_model))
     counted = torch.arange(tokens.shape[1], device=tokens.device) < lengths.unsqueeze(-1)
-    check_ids("windows.student_tokens", tokens.masked_fill(~counted, 0), student=student_model)
-    found = prefill(decoder, ids, attended, cache=not (decoder.obstacle or decoder.forbids_cache))
-    return found.hidden, replay(decoder, found, ids, attended, at, tokens, lengths)
-
-
-def replay(
-    decoder: Decoder, found: Prefill, input_ids: Tensor, attended: Tensor, positions: Tensor, tokens: Tensor, lengths: Tensor
-) -> Tensor:
-    """The states that predict the windows' tokens, [m, K, H], by the way that the model and its pass `found` allow."""
-    if not tokens.numel():
-        return found.hidden.new_zeros(*tokens.shape, found.hidden.shape[-1])
-    windows = (positions, tokens, lengths)
-    if found.layers is not None:
-        return replay_over_cache(decoder, found, *windows)
-    if decoder.obstacle:
-        return replay_separately(decoder, input_ids, attended, *windows)
-    return replay_in_one_pass(decoder, input_ids, found.trunk, *windows)
+    check_ids("windows.student_tokens", tokens.masked_fill(~counted, 0), student=embedded_tokens(student_model))
+    prefix = prefill(decoder, ids, attended, cache=decoder.keeps_cache)
+    return prefix.hidden, replay(decoder, prefix, positions, tokens, lengths)
 
 
 def _check_side(windows: Windows, input_ids: Tensor) -> tuple[Tensor, Tensor]:

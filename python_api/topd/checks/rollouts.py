@@ -7,7 +7,6 @@ from torch import Tensor
 
 from topd.checks.tokens import check_position_form, refuse_positions
 from topd.checks.values import LARGEST_INT, check_tensor
-from topd.models.decoder import embedded_tokens
 
 
 def check_differentiable(name: str, model: Any) -> None:
@@ -44,11 +43,14 @@ def check_rollouts(input_ids: object, attention_mask: object) -> tuple[Tensor, T
     return ids, binary("attention_mask", attention_mask, ids, "input_ids")
 
 
-def check_ids(name: str, ids: Tensor, **models: Any) -> None:
-    """Check on the CPU that each model, given by its name, has an input embedding for every id, padding included."""
+def check_ids(name: str, ids: Tensor, **sizes: int | None) -> None:
+    """Check on the CPU that each model has an input embedding for every id, padding included.
+
+    Args:
+        sizes: how many tokens each model's input embeddings hold, by its name; None: not known.
+    """
     if ids.device.type != "cpu" or not ids.numel():
         return
-    sizes = {side: embedded_tokens(model) for side, model in models.items()}
     for side, rows in sizes.items():
         if rows is None or (int(ids.min()) >= 0 and int(ids.max()) < rows):
             continue

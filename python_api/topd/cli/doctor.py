@@ -37,29 +37,30 @@ class Check(NamedTuple):
 
 
 def add_to(commands: Any) -> None:
-    """The subcommand, among those of argparse."""
-    found = commands.add_parser(
+    """Add the subcommand to those of argparse."""
+    parser = commands.add_parser(
         "doctor", help=HELP, description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    found.set_defaults(run=run)
+    parser.set_defaults(run=run)
 
 
 def run(_arguments: argparse.Namespace) -> int:
-    """The exit status."""
+    """Run the command; return the exit status."""
     if line := missing_extension():
         print(f"{line}\n")
     for title, lines in (("versions", versions()), ("backends", backends()), ("machine", machine())):
         _print(title, lines)
     start = time.perf_counter()
-    found = list(checks())
-    _print("self-check", [(each.name, f"{'ok' if each.passed else 'FAILED'}  {each.detail}") for each in found])
-    failed = sum(not each.passed for each in found)
-    verdict = f"{failed} of {len(found)} checks failed" if failed else f"all {len(found)} checks passed"
+    results = list(checks())
+    _print("self-check", [(each.name, f"{'ok' if each.passed else 'FAILED'}  {each.detail}") for each in results])
+    failed = sum(not each.passed for each in results)
+    verdict = f"{failed} of {len(results)} checks failed" if failed else f"all {len(results)} checks passed"
     print(f"{verdict} in {time.perf_counter() - start:.1f} s")
     return 1 if failed else 0
 
 
 def _print(title: str, lines: Any) -> None:
+    """Print a section."""
     print(title)
     for name, value in lines:
         print(f"  {name:15} {value}")
@@ -67,7 +68,7 @@ def _print(title: str, lines: Any) -> None:
 
 
 def versions() -> Iterator[tuple[str, str]]:
-    """Of the interpreter, torch, topd and what they can work with."""
+    """Yield the versions of the interpreter, torch, topd and what they can work with."""
     yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     yield "torch", torch.__version__
     for name in ("topd", *PACKAGES):
@@ -78,13 +79,13 @@ def versions() -> Iterator[tuple[str, str]]:
 
 
 def backends() -> Iterator[tuple[str, str]]:
-    """Each with what it runs on, or why it is missing; and how the extension was built."""
-    for name, found in topd.backends().items():
-        yield name, found.detail if found.available else f"missing: {found.detail}"
+    """Yield each backend with what it runs on, or why it is missing; and how the extension was built."""
+    for name, backend in topd.backends().items():
+        yield name, backend.detail if backend.available else f"missing: {backend.detail}"
 
 
 def machine() -> Iterator[tuple[str, str]]:
-    """Processor, threads, memory, devices."""
+    """Yield lines on processor, threads, memory and devices."""
     yield "cpu", f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
     noisy = [name for name in QUIET if name not in os.environ]
     advice = f"; on shared cores set {' and '.join(noisy)} (PASSIVE, 0)" if noisy else ""
@@ -93,24 +94,24 @@ def machine() -> Iterator[tuple[str, str]]:
     if total is not None and used is not None:
         yield "memory", f"{total / 1024:.1f} GiB, this process {used / 1024:.1f} GiB"
     for index in range(torch.cuda.device_count()):
-        found = torch.cuda.get_device_properties(index)
-        yield f"cuda:{index}", f"{found.name}, {found.total_memory / 1024**3:.0f} GiB"
+        device = torch.cuda.get_device_properties(index)
+        yield f"cuda:{index}", f"{device.name}, {device.total_memory / 1024**3:.0f} GiB"
     if not torch.cuda.is_available():
         yield "gpu", "none"
 
 
 def checks() -> Iterator[Check]:
-    """Every backend that runs here against float64, and a transport whose result is known; a missing extension is a failure."""
-    for name, found in topd.backends().items():
+    """Check every backend that runs here against float64, and a transport whose result is known; a missing extension fails."""
+    for name, backend in topd.backends().items():
         if name == "cpp" and missing_extension():
             yield Check("cpp, cpu", False, "missing, see the first line")
-        for device in _devices(found):
-            yield _checked(f"{name}, {device}", functools.partial(loss_error, found.name, device))
+        for device in _devices(backend):
+            yield _checked(f"{name}, {device}", functools.partial(loss_error, backend.name, device))
     yield _checked("transport", transport_error)
 
 
 def _devices(backend: topd.Backend) -> list[str]:
-    """Where it runs here; not Triton's interpreter, which is for tests and slow."""
+    """Return the devices that a backend runs on here; not Triton's interpreter, which is for tests and slow."""
     if not backend.available:
         return []
     on_gpu = ["cuda"] if torch.cuda.is_available() else []
@@ -119,28 +120,30 @@ def _devices(backend: topd.Backend) -> list[str]:
 
 
 def _checked(name: str, error: Callable[[], float]) -> Check:
+    """Measure an error; one that is raised is a check that fails."""
     try:
-        found = error()
+        largest = error()
     except Exception as problem:
         return Check(name, False, f"{type(problem).__name__}: {str(problem).partition(chr(10))[0]}")
-    return Check(name, found <= TOLERANCE, f"largest relative error {found:.0e}")
+    return Check(name, largest <= TOLERANCE, f"largest relative error {largest:.0e}")
 
 
 def loss_error(backend: BackendName, device: str) -> float:
-    """Of every divergence and its gradients beside float64 on full logits, relative to the largest element."""
+    """Return the largest error of every divergence and its gradients beside float64, relative to the largest element."""
     generator = torch.Generator().manual_seed(0)
     sizes = ((37, 24), (1001, 24), (37, 40), (1001, 40))
     given = [torch.randn(size, generator=generator) * 0.3 for size in sizes]
     worst = 0.0
     for divergence in BY_NAME.values():
-        found = _loss([x.to(device) for x in given], divergence, backend)
+        values = _loss([x.to(device) for x in given], divergence, backend)
         truth = _loss([x.double() for x in given], divergence, "reference")
-        for ours, exact in zip(found, truth, strict=True):
+        for ours, exact in zip(values, truth, strict=True):
             worst = max(worst, ((ours.cpu().double() - exact).abs().max() / exact.abs().max()).item())
     return worst
 
 
 def _loss(given: list[torch.Tensor], divergence: topd.Divergence, backend: BackendName) -> list[torch.Tensor]:
+    """Return a divergence and its gradients to the student's hidden states and weight."""
     hidden, weight = (x.clone().requires_grad_() for x in given[:2])
     loss = topd.linear_divergence(
         hidden, topd.Head(weight), given[2], topd.Head(given[3]), divergence=divergence, backend=backend
@@ -152,7 +155,7 @@ def _loss(given: list[torch.Tensor], divergence: topd.Divergence, backend: Backe
 
 
 def transport_error() -> float:
-    """Of the distance between windows that are permutations of each other, which is 0, and of the plan's rows."""
+    """Return the error of the distance between permutations of one window, which is 0, and of the plan's rows."""
     tokens = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
-    found = topd.near_future_divergence(tokens, tokens.flip(1), torch.eye(10), cost="cosine", epsilon=0.01)
-    return max(found.distance.abs().max().item(), (found.plan.sum(-1) - 0.25).abs().max().item())
+    transport = topd.near_future_divergence(tokens, tokens.flip(1), torch.eye(10), cost="cosine", epsilon=0.01)
+    return max(transport.distance.abs().max().item(), (transport.plan.sum(-1) - 0.25).abs().max().item())

@@ -11,14 +11,14 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class CommandError(Exception):
-    """Its text is the line."""
+    """An error whose text is the line that the command ends with."""
 
 
 def require(packages: Iterable[str], purpose: str, remedy: str) -> None:
-    """Every package can be found, by the name it is imported by.
+    """Check that every package can be found, by the name it is imported by.
 
     Raises:
-        CommandError: one cannot.
+        CommandError: one of them cannot.
     """
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
@@ -29,7 +29,7 @@ def require(packages: Iterable[str], purpose: str, remedy: str) -> None:
 
 
 def explained(error: BaseException) -> str | None:
-    """The line for an error that is not the code's fault; None for any other."""
+    """Return the line for an error that is not the code's fault; None for any other."""
     if isinstance(error, CommandError):
         return str(error)
     if isinstance(error, torch.OutOfMemoryError):

@@ -22,7 +22,7 @@ UNFINISHED = re.compile(r"\.(?P<name>.+)\.\d+\.unfinished")
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A path to write to; what stands there takes `path`'s place when the block ends without an error, else it goes."""
+    """Yield a path to write to; what stands there takes `path`'s place when the block ends without an error, else it goes."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
         with _opened_for_writing(unfinished):
@@ -35,7 +35,7 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def _opened_for_writing(path: Path) -> IO[bytes]:
-    """A new file at the path, locked until it is closed; again where `remove_leftovers` took it before it was locked."""
+    """Open a new file, locked until it is closed; once more where `remove_leftovers` took it before it was locked."""
     while True:
         file = path.open("wb")
         if fcntl is None:
@@ -61,19 +61,22 @@ def remove_leftovers(folder: Path, names: Collection[str]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a text."""
     with whole(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: object) -> None:
+    """Write a value as JSON."""
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
-    """JSON, a line each."""
+    """Write records as JSON, a line each."""
     write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def save(path: Path, value: Mapping[str, Any], writer: Callable[[Mapping[str, Any], Path], None]) -> None:
+    """Write a value by a function of it and a path, as torch.save is one."""
     with whole(path) as unfinished:
         writer(value, unfinished)

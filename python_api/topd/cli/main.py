@@ -9,9 +9,8 @@ from typing import NoReturn
 
 import topd
 from topd.backends import missing_extension
-from topd.cli import doctor
+from topd.cli import demo, doctor
 from topd.cli.errors import INTERRUPTED, explained
-from topd_demo import command as demo
 
 DESCRIPTION = """\
 topd distils language models on-policy: a student learns from its own text,
@@ -21,26 +20,26 @@ EPILOG = "`topd COMMAND --help` explains a command and its options."
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage in front of it."""
+    """A parser that says what is wrong in one line, without the usage in front of it."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; `{self.prog} --help` explains the options\n")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The whole command line."""
-    found = _Parser(prog="topd", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("--version", action="version", version=f"topd {topd.__version__}")
-    commands = found.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
+    """Return the parser of the whole command line."""
+    words = _Parser(prog="topd", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words.add_argument("--version", action="version", version=f"topd {topd.__version__}")
+    commands = words.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
     demo.add_to(commands)
     doctor.add_to(commands)
     for each in commands.choices.values():
         each.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return found
+    return words
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0, 1 for a failure, 2 for wrong words, 130 after Ctrl-C."""
+    """Run the command; return 0, or 1 for a failure, 2 for wrong words, 130 after Ctrl-C."""
     arguments = parser().parse_args(argv)
     try:
         with warnings.catch_warnings():
@@ -60,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _first_line(error: Exception) -> str:
+    """Return the kind of an error and the first line of its text."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}".rstrip(": ")
 
 

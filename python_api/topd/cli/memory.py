@@ -9,13 +9,12 @@ from pathlib import Path
 
 import torch
 
-from topd.ops.shared.plan import MIB
-
+MIB = 1 << 20
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def resident_mib(field: str = "VmRSS") -> float | None:
-    """VmRSS or VmHWM of this process; None where the system does not say."""
+    """Return VmRSS or VmHWM of this process; None where the system does not say."""
     try:
         lines = STATUS.read_text().splitlines()
     except OSError:
@@ -24,12 +23,12 @@ def resident_mib(field: str = "VmRSS") -> float | None:
 
 
 def used_mib(device: torch.device) -> float | None:
-    """Of the device, by torch; on a CPU of this process."""
+    """Return what is in use on the device, by torch; on a CPU by this process."""
     return torch.cuda.memory_allocated(device) / MIB if device.type == "cuda" else resident_mib()
 
 
 def total_mib() -> float | None:
-    """Of the machine."""
+    """Return the memory of the machine."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / MIB
     except (ValueError, OSError, AttributeError):
@@ -38,7 +37,7 @@ def total_mib() -> float | None:
 
 @contextmanager
 def peak_mib(device: torch.device) -> Iterator[Callable[[], float | None]]:
-    """What is used at the peak beyond what is used now, read by calling what it gives; None where it cannot be measured."""
+    """Yield a function that returns what was in use at the peak beyond what is in use now; None where it cannot be measured."""
     if device.type == "cuda":
         gc.collect()
         torch.cuda.synchronize(device)
@@ -56,7 +55,7 @@ def peak_mib(device: torch.device) -> Iterator[Callable[[], float | None]]:
 
 
 def settled_mib() -> float | None:
-    """Resident now, with free pages of the heap given back and the high-water mark reset to it; None where it cannot be."""
+    """Give free pages of the heap back, reset the high-water mark, and return what is resident; None where that fails."""
     gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,7 +1,6 @@
 """Rollouts of a transformers causal language model, drawn from its own distribution.
 
-Whatever a model's generation_config holds (top-k, top-p, penalties, suppressed tokens) would make its rollouts follow another
-distribution than the one that the loss differentiates. Meanwhile the model has a bare one; its own comes back.
+They follow the distribution that the loss differentiates, whatever the model's generation_config says: `topd.models.sampling`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,9 +12,10 @@ from torch import Tensor
 
 from topd.checks.rollouts import check_ids, check_rollouts, end_tokens
 from topd.checks.values import positive_int, real
-from topd.models.decoder import vocabulary_of
 from topd.models.head_from_model import refuse_prompt_learning, unwrapped_model
-from topd.objectives.batch import check_batch
+from topd.models.properties import embedded_tokens, vocabulary_of
+from topd.models.sampling import bare_settings, generated, until_end
+from topd.objectives.batch import check_padded
 from topd.objectives.topk_teacher import TOPK_KEYS, take_topk
 
 
@@ -31,7 +31,7 @@ def sample_rollouts(
     pad_token_id: int | None = None,
     vocabulary: int | None = None,
 ) -> dict[str, Tensor]:
-    """The model's own continuations of prompts, as the batch that an objective takes.
+    """Let the model continue prompts, and return the batch that an objective takes.
 
     Tokens are drawn from the model's full distribution at `temperature`, by its public `generate`: no top-k, no top-p, no
     penalty. The model is in eval mode meanwhile; the modes of its modules come back. Draws come from torch's own generator.
@@ -58,17 +58,16 @@ def sample_rollouts(
     positive_int("max_new_tokens", max_new_tokens)
     temperature = real("temperature", temperature, low=0.0, hint="0 is greedy")
     ids, attended = _check_prompts(input_ids, attention_mask)
-    check_ids("input_ids", ids, model=inner)
+    check_ids("input_ids", ids, model=embedded_tokens(inner))
     ends = end_tokens(eos_token_id, inner)
     padding = _padding(pad_token_id, inner)
-    settings = _plain_settings(max_new_tokens, temperature, ends, padding)
+    full = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    settings = bare_settings(max_new_tokens, ends, padding, **(full if temperature else {"do_sample": False}))
     if vocabulary is not None:
         settings.suppress_tokens = list(range(positive_int("vocabulary", vocabulary), vocabulary_of(inner))) or None
-    with _eval_mode(inner), _configured(inner, settings):
-        whole = inner.generate(ids, attention_mask=attended.long(), generation_config=settings)
-    new = whole[:, ids.shape[1] :]
-    stops = torch.isin(new, torch.tensor(ends, dtype=torch.int64, device=new.device))
-    kept = stops.long().cumsum(-1) - stops.long() == 0
+    with _eval_mode(inner):
+        new = generated(inner, ids, attended, settings)
+    kept = until_end(new, ends)
     return {
         "input_ids": torch.cat([ids, new.masked_fill(~kept, padding)], dim=1),
         "attention_mask": torch.cat([attended, kept], dim=1),
@@ -77,7 +76,7 @@ def sample_rollouts(
 
 
 def pack_rollouts(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A padded batch, as `sample_rollouts` makes it, without its padding: the packed form that `topd.OPD` takes too.
+    """Leave the padding of a batch of `sample_rollouts` out: the packed form, which `topd.OPD` takes too.
 
     Args:
         batch: input_ids [B, T] int64, attention_mask and response_mask [B, T] bool, or integers 0 and 1; it may hold a
@@ -87,10 +86,10 @@ def pack_rollouts(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         input_ids [N] int64, response_mask [N] bool, cu_seqlens [B + 1] int32, with N the attended tokens; the top-k [N, k].
 
     Raises:
-        TypeError, ValueError: as of `topd.OPD`.
+        TypeError, ValueError: as `topd.OPD`.
     """
     topk, rest = take_topk(batch) if any(key in batch for key in TOPK_KEYS) else (None, batch)
-    rollouts = check_batch(rest)
+    rollouts = check_padded(rest)
     kept = rollouts.attended
     bounds = torch.nn.functional.pad(kept.sum(-1).cumsum(0), (1, 0))
     packed = {
@@ -104,6 +103,7 @@ def pack_rollouts(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _generating(model: Any) -> Any:
+    """Return the model under its wrappers; refuse one that cannot generate."""
     refuse_prompt_learning(model)
     inner = unwrapped_model(model)
     if not hasattr(inner, "generate"):
@@ -112,6 +112,7 @@ def _generating(model: Any) -> Any:
 
 
 def _check_prompts(input_ids: object, attention_mask: object) -> tuple[Tensor, Tensor]:
+    """Check prompts [B, P], padded on the left, and return them with their mask as bool."""
     ids, attended = check_rollouts(input_ids, attention_mask)
     if ids.numel() == 0:
         raise ValueError(f"input_ids must hold a prompt in each row, got {list(ids.shape)}; start one with a token")
@@ -125,38 +126,18 @@ def _check_prompts(input_ids: object, attention_mask: object) -> tuple[Tensor, T
 
 
 def _padding(pad_token_id: object, model: Any) -> int:
+    """Return what stands after a response: as given, or as the model's generation_config has it."""
     if pad_token_id is None:
-        found = getattr(model.generation_config, "pad_token_id", None)
-        return found if isinstance(found, int) else 0
+        own = getattr(model.generation_config, "pad_token_id", None)
+        return own if isinstance(own, int) else 0
     if pad_token_id != 0 or isinstance(pad_token_id, bool):
         return positive_int("pad_token_id", pad_token_id, hint="or 0")
     return 0
 
 
-def _plain_settings(max_new_tokens: int, temperature: float, ends: list[int], padding: int) -> Any:
-    from transformers import GenerationConfig
-
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
-    )
-    return GenerationConfig(
-        **sampling, max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=padding, disable_compile=True
-    )
-
-
-@contextmanager
-def _configured(model: Any, settings: Any) -> Iterator[None]:
-    """`generate` fills what a call leaves open from the model's generation_config: meanwhile that is the call's own."""
-    own = model.generation_config
-    model.generation_config = settings
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
 @contextmanager
 def _eval_mode(model: Any) -> Iterator[None]:
+    """Put the model in eval mode meanwhile; the modes of its modules come back."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -76,7 +76,7 @@ def tokenizer_in_folder(model: Any) -> Any:
 
 
 def _vocabulary(name: str, tokenizer: Any) -> dict[str, int]:
-    """The ids by their tokens, with the added ones."""
+    """Return the ids by their tokens, with the added ones."""
     inner: Any = tokenizer if hasattr(tokenizer, "get_vocab") else getattr(tokenizer, "tokenizer", None)
     if not hasattr(inner, "get_vocab"):
         raise TypeError(f"{name} must be a tokenizer with get_vocab, or a processor with one, got {type(tokenizer).__name__}")

@@ -18,7 +18,7 @@ from topd.integrations.rollouts import sample_rollouts
 from topd.integrations.running_means import RunningMeans
 from topd.integrations.tokenizers import check_tokenizers
 from topd.models.data_parallel import is_sharded_in_place
-from topd.models.decoder import vocabulary_of
+from topd.models.properties import vocabulary_of
 from topd.objectives.opd import OPD
 from topd.objectives.topd import TOPD
 
@@ -88,6 +88,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
             transformers.set_seed(self.args.seed + self.args.process_index)
 
     def _place_teacher(self) -> None:
+        """Put the teacher in eval mode, and on the student's device where it is free to move."""
         teacher = self.objective.teacher
         if teacher is None or teacher is self.objective.student:
             return
@@ -98,7 +99,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | None]:
-        """The micro-batches of an optimizer step with their rollouts, and how many items they hold over all processes."""
+        """Return the micro-batches of an optimizer step with their rollouts, and how many items all processes have in them."""
         batches = [self._with_rollouts(batch) for batch in list(islice(epoch_iterator, num_batches))]
         if not batches:
             return batches, None
@@ -108,6 +109,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         return batches, items.clamp_min(1)
 
     def _with_rollouts(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return a batch with its rollouts: as it came, or prompts that the student has continued."""
         if not isinstance(batch, Mapping):
             raise TypeError(f"data_collator must make mappings of tensors, got {type(batch).__name__}")
         batch = self._prepare_inputs(dict(batch))
@@ -132,12 +134,12 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
                 options = {**self._readable_tokens(), **self.rollout}
                 sampled = {**batch, **sample_rollouts(student, batch["input_ids"], batch["attention_mask"], **options)}
         if not isinstance(sampled, Mapping) or "response_mask" not in sampled:
-            found = sorted(sampled) if isinstance(sampled, Mapping) else type(sampled).__name__
-            raise ValueError(f"rollout must return a batch with response_mask, got {found}; see sample_rollouts for its form")
+            came = sorted(sampled) if isinstance(sampled, Mapping) else type(sampled).__name__
+            raise ValueError(f"rollout must return a batch with response_mask, got {came}; see sample_rollouts for its form")
         return self._prepare_inputs(dict(sampled))  # type: ignore[no-any-return]
 
     def _readable_tokens(self) -> dict[str, Any]:
-        """Rollouts hold no token that a teacher with a smaller vocabulary could not read."""
+        """Return the option that keeps tokens out of the rollouts which a teacher with a smaller vocabulary could not read."""
         student, teacher = self.objective.student, self.objective.teacher
         if teacher is None or vocabulary_of(teacher) >= vocabulary_of(student):
             return {}
@@ -150,13 +152,13 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        """The objective's loss of a micro-batch that has its rollouts."""
-        found: dict[str, Tensor] = {}
+        """Return the objective's loss of a micro-batch that has its rollouts."""
+        metrics: dict[str, Tensor] = {}
 
         def forward(batch: Mapping[str, Any]) -> Tensor:
             with self.accelerator.autocast():
                 objective = self.objective(batch, num_items=num_items_in_batch)
-            found.update(objective.metrics)
+            metrics.update(objective.metrics)
             return objective.loss
 
         loss: Tensor = through_wrapper(model, self.accelerator.unwrap_model(model), forward, inputs)
@@ -166,19 +168,20 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
                 factor = self.accelerator.num_processes
             steps = self.current_gradient_accumulation_steps
         self.loss_is_scaled_for_ga = num_items_in_batch is not None
-        self._means["train" if model.training else "eval"].add(found, factor * steps)
+        self._means["train" if model.training else "eval"].add(metrics, factor * steps)
         loss = loss * factor
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def prediction_step(
         self, model: Any, inputs: Mapping[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, None, None]:
-        """The loss of an evaluation batch on rollouts of its own; there are no logits and no labels."""
+        """Return the loss of an evaluation batch on rollouts of its own; there are no logits and no labels."""
         with torch.no_grad():
             loss = self.compute_loss(model, self._with_rollouts(inputs))
         return loss.detach(), None, None
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **options: Any) -> Any:
+        """Evaluate as Trainer does, and add the objective's metrics."""
         self._means["eval"].take()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **options)
         means = self._means["eval"].take(self._across_processes)
@@ -186,18 +189,20 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's log; beside a training loss stand the objective's metrics, averaged since the last one."""
+        """Log as Trainer does; beside a training loss stand the objective's metrics, averaged since the last one."""
         if "loss" in logs:
             logs |= self._means["train"].take(self._across_processes)
         super().log(logs, start_time)
 
     def _across_processes(self, values: Tensor) -> Tensor:
+        """Return the mean of a tensor over all processes."""
         if self.args.world_size == 1:
             return values
         return self.accelerator.reduce(values.to(self.args.device), "mean")  # type: ignore[no-any-return]
 
 
 def check_rollout(rollout: Any) -> Rollout | None:
+    """Check how batches of prompts are continued, and return it."""
     if rollout is None or callable(rollout):
         return rollout  # type: ignore[no-any-return]
     if not isinstance(rollout, Mapping):
@@ -209,6 +214,7 @@ def check_rollout(rollout: Any) -> Rollout | None:
 
 
 def _check_options(args: Any, options: Mapping[str, Any]) -> None:
+    """Refuse what Trainer could do and this trainer cannot."""
     refused = (
         (options.get("model") is not None, "model", "the objective's student is the model"),
         (options.get("model_init") is not None, "model_init", "the objective holds the student"),
@@ -224,7 +230,7 @@ def _check_options(args: Any, options: Mapping[str, Any]) -> None:
 
 
 def count_items(batch: Mapping[str, Any], reduction: str) -> Tensor:
-    """What a batch adds to a step's denominator: its response tokens, or its responses that are not empty."""
+    """Return what a batch adds to a step's denominator: its response tokens, or its responses that are not empty."""
     response: Tensor = batch["response_mask"] != 0
     if reduction == "token":
         return response.sum()
@@ -236,7 +242,7 @@ def count_items(batch: Mapping[str, Any], reduction: str) -> Tensor:
 
 
 def through_wrapper(model: Any, inner: Any, forward: Callable[[Any], Tensor], inputs: Any) -> Tensor:
-    """forward(inputs) as the forward of what wraps `inner`: DDP and FSDP prepare their communication there.
+    """Call forward(inputs) as the forward of what wraps `inner`: DDP and FSDP prepare their communication there.
 
     `inner.forward` is replaced on the instance until the wrapper reaches it, and is itself again before `forward` runs.
     """

@@ -114,7 +114,7 @@ class TOPDTrainer(trl.DistillationTrainer):  # type: ignore[misc]
     def _compute_loss(
         self, unwrapped_student: Any, inputs: Mapping[str, Any], num_items_in_batch: Tensor | int | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss, the sum of the student's entropies, and how many completion tokens they are over."""
+        """Return the loss, the sum of the student's entropies, and how many completion tokens they are over."""
         batch, teacher = to_batch(inputs), None
         if self.teacher_topk is not None:
             batch |= asked_topk(self.teacher_topk, batch)
@@ -130,12 +130,15 @@ class TOPDTrainer(trl.DistillationTrainer):  # type: ignore[misc]
         return result.loss, result.scores.student_entropy.sum(), batch["response_mask"].sum()
 
     def training_step(self, *arguments: Any, **options: Any) -> Any:
+        """Take TRL's step, and make sure that its loss was topd's."""
         return self._with_topds_loss(super().training_step, *arguments, **options)
 
     def prediction_step(self, *arguments: Any, **options: Any) -> Any:
+        """Take TRL's evaluation step, and make sure that its loss was topd's."""
         return self._with_topds_loss(super().prediction_step, *arguments, **options)
 
     def _with_topds_loss(self, step: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Take a step; raise where it did not come to `_compute_loss`."""
         self._loss_was_topds = False
         output = step(*arguments, **options)
         if not self._loss_was_topds:
@@ -174,7 +177,7 @@ def as_numbers(metrics: Mapping[str, Tensor], parts: int) -> dict[str, float]:
 
 
 def to_batch(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """TRL's prompts and completions as the batch of an objective; what tools wrote is attended but no response."""
+    """Turn TRL's prompts and completions into the batch of an objective; what tools wrote is attended but no response."""
     images = [key for key in MULTIMODAL if inputs.get(key) is not None]
     if images:
         raise ValueError(f"inputs must be text alone, got {images[0]}; topd's objectives read no images")
@@ -187,7 +190,7 @@ def to_batch(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def asked_topk(teacher_topk: TeacherTopK, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The batch keys of a top-k teacher from the user's function, on the batch's device; OPD checks the tensors."""
+    """Ask the user's function for the batch keys of a top-k teacher, on the batch's device; OPD checks the tensors."""
     answer = teacher_topk(dict(batch))
     if not isinstance(answer, tuple) or len(answer) != 2 or not all(isinstance(each, Tensor) for each in answer):
         raise TypeError(
@@ -198,6 +201,7 @@ def asked_topk(teacher_topk: TeacherTopK, batch: Mapping[str, Tensor]) -> dict[s
 
 
 def _check_topk_config(config: OPDConfig) -> None:
+    """Check that the configuration is one that a teacher's top-k can serve."""
     if isinstance(config, TOPDConfig):
         raise ValueError(
             "objective_config must be a topd.OPDConfig where teacher_topk is given, got a TOPDConfig, whose method continues a "
@@ -207,14 +211,14 @@ def _check_topk_config(config: OPDConfig) -> None:
 
 
 def divergence_of(beta: float) -> Divergence:
-    """What TRL's beta names."""
+    """Return the divergence that TRL's beta names."""
     if beta in (0.0, 1.0):
         return ReverseKL() if beta else ForwardKL()
     return JSD(beta)
 
 
 def resolve_config(config: OPDConfig | None, beta: float, temperature: float) -> OPDConfig:
-    """The objective's configuration beside TRL's arguments, which it may not contradict."""
+    """Return the objective's configuration beside TRL's arguments, which it may not contradict."""
     named = divergence_of(beta)
     if config is None:
         return TOPDConfig(divergence=named, temperature=temperature, window_temperature=temperature)

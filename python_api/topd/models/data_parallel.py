@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from topd.models.decoder import has_sharded_head
+from topd.models.properties import has_sharded_head
 
 RECIPE = """\
 put the loss into a module around the plain student and wrap that:
@@ -82,6 +82,7 @@ def is_sharded_in_place(model: Any) -> bool:
 
 
 def _refuse(name: str, wrapper: nn.Module) -> NoReturn:
+    """Raise the error that says how a wrapper has to go around the loss."""
     raise ValueError(
         f"{name} must be used inside the forward of its data-parallel wrapper, or its processes do not exchange gradients, got "
         f"a {type(wrapper).__name__} whose forward is not running; {RECIPE}"

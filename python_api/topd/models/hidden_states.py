@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topd.branching.prefill import position_ids_of
 from topd.checks.rollouts import check_ids, check_rollouts
 from topd.checks.values import check_tensor
 from topd.head import Head
 from topd.models.data_parallel import check_synchronised
-from topd.models.decoder import Decoder, decoder_of
+from topd.models.decoder import Decoder, decoder_of, position_ids_of
+from topd.models.properties import embedded_tokens
 
 # What a call decides itself, and why.
 OWN = {
@@ -60,7 +60,7 @@ def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor | None =
     ids, attended = check_rollouts(input_ids, whole if attention_mask is None else attention_mask)
     if not ids.numel():
         raise ValueError(f"input_ids must hold a token, got {list(ids.shape)}; leave an empty batch out")
-    check_ids("input_ids", ids, model=model)
+    check_ids("input_ids", ids, model=embedded_tokens(model))
     check_synchronised(model, look_around=False, name="model")
     decoder = decoder_of(model)
     _check_inputs(decoder, inputs)

@@ -1,4 +1,4 @@
-"""Options of the objectives; refused when they are made, not when a step runs."""
+"""Options of the objectives; a wrong one is refused when the configuration is created, not when a step runs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -95,8 +95,7 @@ class TOPDConfig(OPDConfig):
         TypeError, ValueError: an option of the wrong type or range, or two that do not go together.
 
     Source: arXiv 2606.00305 for the method, candidates' share, horizon, gate by a high distance, guidance and "keep"; it
-    publishes
-    no score, decoding, cost, embedding, solver, gate rule or lambda: those defaults are ours.
+    publishes no score, decoding, cost, embedding, solver, gate rule or lambda: those defaults are ours.
     """
 
     score: ScoreName = "teacher_nll"
@@ -147,6 +146,7 @@ class TOPDConfig(OPDConfig):
             )
 
     def _check_embedding(self) -> None:
+        """Check that the embedding is a name or a table, and that the cost can use it."""
         if isinstance(self.embedding, Tensor):
             if check_tensor("embedding", self.embedding, dtype=FLOATING).dim() != 2:
                 raise ValueError(f"embedding must be a table [V, d], got {list(self.embedding.shape)}")

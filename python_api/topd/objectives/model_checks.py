@@ -7,7 +7,7 @@ from torch import nn
 
 from topd.checks.values import flag
 from topd.models.data_parallel import check_synchronised
-from topd.models.decoder import runs_uncompiled, vocabulary_of
+from topd.models.properties import runs_uncompiled, vocabulary_of
 from topd.objectives.vocabularies import check_vocabularies
 
 
@@ -48,6 +48,7 @@ class ModelChecks:
             )
 
     def _warn(self, key: str, message: str) -> None:
+        """Warn, and remember that this was said."""
         self._said.add(key)
         warnings.warn(message, UserWarning, stacklevel=4)
 
@@ -58,6 +59,7 @@ def has_active_dropout(model: Any) -> bool:
 
 
 def _drops(module: nn.Module) -> bool:
+    """Return whether a module drops anything in train mode."""
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return module.p > 0
     return any("dropout" in name and isinstance(rate, float) and rate > 0 for name, rate in vars(module).items())

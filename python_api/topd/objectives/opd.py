@@ -13,27 +13,18 @@ import torch
 from torch import Tensor
 
 from topd.checks.rollouts import check_generator
-from topd.objectives.batch import (
-    KEYS,
-    Stages,
-    as_metrics,
-    check_batch,
-    check_items,
-    check_keys,
-    mean_scores,
-    reduce_tokens,
-    token_pass,
-)
+from topd.objectives.batch import Batch, check_batch, open_models, token_losses
 from topd.objectives.config import OPDConfig, config_of
+from topd.objectives.metrics import Stages, as_metrics, mean_scores
 from topd.objectives.model_checks import ModelChecks
 from topd.objectives.objective import Objective
-from topd.objectives.packed import PACKED_KEYS, check_packed, is_packed, packed_pass, reduce_packed
-from topd.objectives.topk_teacher import direction_of, packed_topk_pass, padded_topk_pass, refuse_topk, take_topk
+from topd.objectives.reduction import check_items, reduce_tokens
+from topd.objectives.topk_teacher import direction_of, refuse_topk, take_topk, topk_losses
 from topd.scores import TokenScores
 
 
 class OPD:
-    """The objective.
+    """On-policy distillation: the loss of rollouts that the student sampled.
 
     Args:
         student: a causal language model of transformers, also inside PEFT; its parameters that require grad are trained. A
@@ -75,7 +66,7 @@ class OPD:
         num_items: float | Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Objective:
-        """The loss of rollouts that the student sampled.
+        """Return the loss of rollouts that the student sampled.
 
         Args:
             batch: input_ids [B, T] int64; attention_mask and response_mask [B, T] bool, or integers 0 and 1. A response token
@@ -102,60 +93,51 @@ class OPD:
                 does not have (checked on the CPU); a packed batch and a model that cannot keep its sequences apart; gradients
                 that several processes would not exchange; a top-k beside a teacher model, or neither.
         """
-        config, stages = self.config, Stages()
         check_generator(generator)
-        items = check_items(num_items)
+        items, stages = check_items(num_items), Stages()
         if self.teacher is None:
             return self._from_topk(batch, items, stages)
         refuse_topk(batch, "OPD")
-        if is_packed(batch):
-            packed = check_packed(batch)
-            check_keys(batch, PACKED_KEYS)
-            self._checks.before_step(self.student, self.teacher)
-            response = packed.response
-            per_token, scores = packed_pass(self.student, self.teacher, packed, config, stages)
-            loss = reduce_packed(per_token, packed, config.reduction, items)
-        else:
-            rollouts = check_batch(batch)
-            check_keys(batch, KEYS)
-            self._checks.before_step(self.student, self.teacher)
-            response = rollouts.response
-            found = token_pass(self.student, self.teacher, rollouts, config, stages, cache=False)
-            scores = found.scores
-            loss = reduce_tokens(found.loss, response, config.reduction, items).loss
-        return self._objective(loss, scores, response, stages, mean_scores(scores, response))
+        rollouts = check_batch(batch)
+        self._checks.before_step(self.student, self.teacher)
+        student, teacher = open_models(self.student, self.teacher, rollouts)
+        with stages.stage("student_forward"):
+            student_hidden = rollouts.hidden(student)
+        with stages.stage("teacher_forward"), torch.no_grad():
+            teacher_hidden = rollouts.hidden(teacher)
+        with stages.stage("divergence"):
+            loss, scores = token_losses((student_hidden, student.head), (teacher_hidden, teacher.head), rollouts, self.config)
+        return self._objective(rollouts, loss, scores, items, stages, mean_scores(scores, rollouts.response))
 
     def _from_topk(self, batch: Mapping[str, Tensor], items: float | Tensor | None, stages: Stages) -> Objective:
+        """Return the loss of rollouts whose teacher is known by its top-k alone."""
         topk, rest = take_topk(batch)
-        if is_packed(rest):
-            packed = check_packed(rest)
-            check_keys(rest, PACKED_KEYS)
-            self._checks.before_step(self.student, None)
-            response = packed.response
-            tokens = packed_topk_pass(self.student, packed, topk, self.config, stages)
-            loss = reduce_packed(tokens.loss, packed, self.config.reduction, items)
-        else:
-            rollouts = check_batch(rest)
-            check_keys(rest, KEYS)
-            self._checks.before_step(self.student, None)
-            response = rollouts.response
-            tokens = padded_topk_pass(self.student, rollouts, topk, self.config, stages)
-            loss = reduce_tokens(tokens.loss, response, self.config.reduction, items).loss
-        count = response.sum().clamp_min(1)
+        rollouts = check_batch(rest)
+        self._checks.before_step(self.student, None)
+        loss, scores, mass = topk_losses(self.student, rollouts, topk, self.config, stages)
+        count = rollouts.response.sum().clamp_min(1)
         means = {
-            "student_entropy": tokens.scores.student_entropy.sum() / count,
-            "teacher_topk_mass": tokens.mass.sum() / count,
-            "infinite_tokens": tokens.loss.isinf().sum(),
+            "student_entropy": scores.student_entropy.sum() / count,
+            "teacher_topk_mass": mass.sum() / count,
+            "infinite_tokens": loss.isinf().sum(),
         }
-        return self._objective(loss, tokens.scores, response, stages, means)
+        return self._objective(rollouts, loss, scores, items, stages, means)
 
     def _objective(
-        self, loss: Tensor, scores: TokenScores, response: Tensor, stages: Stages, means: Mapping[str, Tensor]
+        self,
+        rollouts: Batch,
+        per_token: Tensor,
+        scores: TokenScores,
+        items: float | Tensor | None,
+        stages: Stages,
+        means: Mapping[str, Tensor],
     ) -> Objective:
+        """Reduce the tokens' losses, and put the step's numbers beside them."""
+        loss = reduce_tokens(per_token, rollouts, self.config.reduction, items).loss
         metrics: dict[str, Tensor | float] = {
             "loss": loss,
             "opd_loss": loss,
-            "tokens": response.sum(),
+            "tokens": rollouts.response.sum(),
             "sequence_reduction": float(self.config.reduction == "sequence"),
             **means,
             **stages.seconds,

@@ -3,50 +3,72 @@
     L = L_OPD + lambda * mean over divergent points of L_traj
     L_traj(t) = 1 / K_S sum_i KL(target_i || p_S(. | x, y_<t, x^S_<i)),  target_i row i of the transport plan, normalised
 
+The stages are the methods of `TOPD` below, in this order:
+
+    _pass          one forward of each model over the rollouts; the loss and the scores of each token
+    _candidates    the tokens whose score is high
+    _windows       both models continue from the prefix before each candidate
+    _transport     the distance between the two continuations, and the plan that moves one onto the other
+    _gate          which candidates really diverge; the others are false alarms
+    _weights       what a false alarm weighs in L_OPD
+    _guidance      L_traj: the student's window follows the plan's mixture of the teacher's tokens
+
 Nothing is computed twice: the student's one forward with gradient fills the cache that its windows grow from and that their
 states are computed on; the teacher's one forward gives states and cache; one `linear_divergence` gives the loss and the scores
 that choose the candidates, and weights that change afterwards at false alarms cost only those rows.
 """
 
-import math
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from topd.branching.continuations import BRANCHES, continue_from, from_rollout, rollout_states
-from topd.branching.windows import Windows, replay
+from topd.branching.continuations import continue_from, from_rollout, rollout_states
+from topd.branching.prefill import Prefill, prefill
+from topd.branching.replay import replay
+from topd.branching.windows import Windows, both_windows
 from topd.checks.rollouts import check_generator, end_tokens
-from topd.models.decoder import Decoder, vocabulary_of
+from topd.models.decoder import Decoder
+from topd.models.properties import vocabulary_of
+from topd.models.sampling import Sampling
 from topd.near_future.candidates import select_candidates
 from topd.near_future.false_alarms import false_alarm_weights
 from topd.near_future.gate import divergent
 from topd.near_future.guidance import guidance_kl
 from topd.near_future.transport import Transport, near_future_divergence
 from topd.objectives.batch import (
-    KEYS,
-    Rollouts,
-    Stages,
-    TokenPass,
-    as_metrics,
-    check_batch,
-    check_items,
+    PADDED_KEYS,
+    Padded,
     check_keys,
-    mean_scores,
-    reduce_tokens,
-    token_pass,
+    check_padded,
+    open_models,
+    token_losses,
 )
 from topd.objectives.config import TOPDConfig, config_of
+from topd.objectives.metrics import Stages, as_metrics, mean_scores, near_future_metrics
 from topd.objectives.model_checks import ModelChecks
 from topd.objectives.objective import NearFuture, Objective
+from topd.objectives.reduction import check_items, reduce_tokens
 from topd.objectives.topk_teacher import refuse_topk
 from topd.scores import TokenScores
 
 
+class _Pass(NamedTuple):
+    """Both models' pass over the rollouts: the loss of each response token [B, T], 0 elsewhere, and its scores."""
+
+    rollouts: Padded
+    student: Decoder
+    teacher: Decoder
+    student_states: Prefill
+    teacher_states: Prefill
+    loss: Tensor
+    scores: TokenScores
+
+
 class TOPD:
-    """The objective.
+    """Trajectory-aware on-policy distillation: OPD's loss, and guidance at the points where the near futures differ.
 
     Args:
         student, teacher: as of `OPD`. Both are used in the mode that they are in.
@@ -82,7 +104,7 @@ class TOPD:
         num_items: float | Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Objective:
-        """The loss of rollouts that the student sampled.
+        """Return the loss of rollouts that the student sampled.
 
         Args:
             batch: input_ids [B, T] int64; attention_mask and response_mask [B, T] bool, or integers 0 and 1. A response token
@@ -106,120 +128,144 @@ class TOPD:
                 does not have (checked on the CPU); gradients that several processes would not exchange.
         """
         refuse_topk(batch, "TOPD")
-        rollouts, items, config = check_batch(batch), check_items(num_items), self.config
-        check_keys(batch, KEYS)
+        rollouts, items, config = check_padded(batch), check_items(num_items), self.config
+        check_keys(batch, PADDED_KEYS)
         check_generator(generator)
         self._checks.before_step(self.student, self.teacher)
         stages = Stages("window_forward", "guidance")
-        found = token_pass(self.student, self.teacher, rollouts, config, stages, cache=True)
-        score = score_of(found.scores, config.score)
-        positions = select_candidates(
-            score,
-            mask=rollouts.response,
-            rule=config.candidates,
-            value=config.candidate_value,
-            min_separation=config.min_separation,
-        )
-        windows = self._windows(found, rollouts, positions, stages, generator)
-        with stages.stage("transport"):
-            transport = self._transport(found, rollouts, windows)
-        real = divergent(transport.distance, rule=config.gate, value=config.gate_value)
-        weights = None
-        if config.false_alarms != "keep":
-            weights = false_alarm_weights(score, positions, real, mask=rollouts.response, mode=config.false_alarms)
-        opd_loss, share = reduce_tokens(found.loss, rollouts.response, config.reduction, items, weights)
-        guidance = share * self._guidance(found, rollouts, windows, transport, real, stages)
+        tokens = self._pass(rollouts, stages)
+        score = score_of(tokens.scores, config.score)
+        positions = self._candidates(score, rollouts)
+        windows = self._windows(tokens, positions, generator, stages)
+        transport = self._transport(tokens, windows, stages)
+        near_future = NearFuture(windows, transport, self._gate(transport), score)
+        weights = self._weights(near_future, rollouts)
+        opd_loss, share = reduce_tokens(tokens.loss, rollouts, config.reduction, items, weights)
+        guidance = share * self._guidance(tokens, near_future, stages)
         loss = opd_loss + config.guidance_weight * guidance if config.guidance_weight else opd_loss
-        near_future = NearFuture(windows, transport, real, score)
         metrics: dict[str, Tensor | float] = {
             "loss": loss,
             "opd_loss": opd_loss,
             "guidance_loss": guidance,
             "tokens": rollouts.response.sum(),
             "sequence_reduction": float(config.reduction == "sequence"),
-            "second_forward": float(found.student_states.layers is None),
-            **mean_scores(found.scores, rollouts.response),
-            **_near_future_metrics(near_future),
+            "second_forward": float(tokens.student_states.layers is None),
+            **mean_scores(tokens.scores, rollouts.response),
+            **near_future_metrics(near_future),
             **stages.seconds,
         }
-        return Objective(loss, as_metrics(metrics), found.scores, near_future)
+        return Objective(loss, as_metrics(metrics), tokens.scores, near_future)
 
-    def _windows(
-        self, found: TokenPass, rollouts: Rollouts, positions: Tensor, stages: Stages, generator: torch.Generator | None
-    ) -> Windows:
-        config = self.config
-        own, others = found.student.head.weight.shape[0], found.teacher.head.weight.shape[0]
-        table = _table(config.embedding, found.student, found.teacher)
-        drawn = own if table is None else min(own, table.shape[0])
+    def _pass(self, rollouts: Padded, stages: Stages) -> _Pass:
+        """Run each model once, the student with gradient, and compare them at every token; keep the caches for the windows."""
+        student, teacher = open_models(self.student, self.teacher, rollouts)
         ids, attended = rollouts.input_ids, rollouts.attended
-        options: dict[str, Any] = {
-            "horizon": config.horizon,
-            "temperature": config.window_temperature,
-            "generator": generator,
-            "ends": end_tokens(None, found.student.model),
-        }
+        with stages.stage("student_forward"):
+            student_states = prefill(student, ids, attended, cache=student.keeps_cache)
+        with stages.stage("teacher_forward"), torch.no_grad():
+            teacher_states = prefill(teacher, ids, attended, cache=teacher.keeps_cache)
+        with stages.stage("divergence"):
+            sides = (student_states.hidden, student.head), (teacher_states.hidden, teacher.head)
+            loss, scores = token_losses(*sides, rollouts, self.config)
+        return _Pass(rollouts, student, teacher, student_states, teacher_states, loss, scores)
+
+    def _candidates(self, score: Tensor, rollouts: Padded) -> Tensor:
+        """Choose the candidates, positions [m, 2], by the score [B, T] of the response tokens."""
+        config = self.config
+        return select_candidates(
+            score,
+            mask=rollouts.response,
+            rule=config.candidates,
+            value=config.candidate_value,
+            min_separation=config.min_separation,
+        )
+
+    def _windows(self, tokens: _Pass, positions: Tensor, generator: torch.Generator | None, stages: Stages) -> Windows:
+        """Let both models continue from the prefix before each candidate; the student draws first."""
+        config, ends = self.config, end_tokens(None, tokens.student.model)
+        ids, attended = tokens.rollouts.input_ids, tokens.rollouts.attended
+        own, others = tokens.student.head.weight.shape[0], tokens.teacher.head.weight.shape[0]
+        table = _table(config.embedding, tokens.student, tokens.teacher)
+
+        def sampling(vocab: int) -> Sampling:
+            return Sampling(config.horizon, config.window_temperature, generator, ends, vocab)
+
         with stages.stage("student_windows"):
             if config.student_window == "rollout":
                 students = from_rollout(ids, attended, positions, config.horizon)
             else:
-                cached = found.student_states
-                students = continue_from(found.student, ids, attended, positions, found=cached, vocab=drawn, **options)
+                drawn = sampling(own if table is None else min(own, table.shape[0]))
+                students = continue_from(tokens.student, ids, attended, positions, drawn, prefix=tokens.student_states)
         with stages.stage("teacher_windows"):
-            cached, common = found.teacher_states, min(own, others)
-            teachers = continue_from(found.teacher, ids, attended, positions, found=cached, vocab=common, **options)
-        return Windows(
-            positions, students.tokens, teachers.tokens, students.lengths, teachers.lengths, students.way, teachers.way
-        )
+            drawn = sampling(min(own, others))
+            teachers = continue_from(tokens.teacher, ids, attended, positions, drawn, prefix=tokens.teacher_states)
+        return both_windows(positions, students, teachers)
 
     @torch.no_grad()
-    def _transport(self, found: TokenPass, rollouts: Rollouts, windows: Windows) -> Transport:
+    def _transport(self, tokens: _Pass, windows: Windows, stages: Stages) -> Transport:
+        """Compare the two continuations of each candidate by optimal transport between their tokens."""
         config = self.config
         options: dict[str, Any] = {"cost": config.cost, "solver": config.solver, "epsilon": config.epsilon}
         options |= {"student_lengths": windows.student_lengths, "teacher_lengths": windows.teacher_lengths}
-        table = _table(config.embedding, found.student, found.teacher)
-        if table is None:
-            vectors = [
-                self._states_at(found, rollouts, windows.positions, tokens, length)
-                for tokens, length in (
-                    (windows.student_tokens, windows.student_lengths),
-                    (windows.teacher_tokens, windows.teacher_lengths),
-                )
-            ]
-            return near_future_divergence(student_vectors=vectors[0], teacher_vectors=vectors[1], **options)
-        return near_future_divergence(windows.student_tokens, windows.teacher_tokens, table.detach(), **options)
+        table = _table(config.embedding, tokens.student, tokens.teacher)
+        with stages.stage("transport"):
+            if table is not None:
+                return near_future_divergence(windows.student_tokens, windows.teacher_tokens, table.detach(), **options)
+            students = _states_of(tokens, windows.positions, windows.student_tokens, windows.student_lengths)
+            teachers = _states_of(tokens, windows.positions, windows.teacher_tokens, windows.teacher_lengths)
+            return near_future_divergence(student_vectors=students, teacher_vectors=teachers, **options)
 
-    def _states_at(self, found: TokenPass, rollouts: Rollouts, positions: Tensor, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """[m, K, H], the student's state at each token of a window: the one that would predict the next."""
-        longer = torch.cat([tokens, torch.zeros_like(tokens[:, :1])], dim=1)
-        states = found.student_states.constant()
-        return replay(found.student, states, rollouts.input_ids, rollouts.attended, positions, longer, lengths + 1)[:, 1:]
+    def _gate(self, transport: Transport) -> Tensor:
+        """Decide which candidates really diverge, [m] bool: those whose distance is high too."""
+        return divergent(transport.distance, rule=self.config.gate, value=self.config.gate_value)
 
-    def _guidance(
-        self, found: TokenPass, rollouts: Rollouts, windows: Windows, transport: Transport, real: Tensor, stages: Stages
-    ) -> Tensor:
-        """The mean over divergent points, 0 where there is none; no gradient where it weighs nothing."""
-        chosen = real.nonzero()[:, 0]
+    def _weights(self, near_future: NearFuture, rollouts: Padded) -> Tensor | None:
+        """Return what each token weighs in L_OPD, [B, T], where false alarms weigh less; None: all weigh 1."""
+        mode, positions = self.config.false_alarms, near_future.windows.positions
+        if mode == "keep":
+            return None
+        return false_alarm_weights(near_future.score, positions, near_future.divergent, mask=rollouts.response, mode=mode)
+
+    def _guidance(self, tokens: _Pass, near_future: NearFuture, stages: Stages) -> Tensor:
+        """Return the mean of L_traj over the divergent points, 0 where there is none; no gradient where it weighs nothing."""
+        windows, chosen = near_future.windows, near_future.divergent.nonzero()[:, 0]
         if not chosen.numel():
-            return found.loss.new_zeros(())
+            return tokens.loss.new_zeros(())
         positions, lengths = windows.positions[chosen], windows.student_lengths[chosen]
-        tokens, states = windows.student_tokens[chosen], found.student_states
+        student_tokens, states = windows.student_tokens[chosen], tokens.student_states
         with nullcontext() if self.config.guidance_weight else torch.no_grad():
             with stages.stage("window_forward"):
                 if self.config.student_window == "rollout":
-                    hidden = rollout_states(states.hidden, rollouts.attended, positions, lengths, tokens.shape[1])
+                    hidden = rollout_states(states, positions, lengths, student_tokens.shape[1])
                 else:
-                    ids, attended = rollouts.input_ids, rollouts.attended
-                    hidden = replay(found.student, states, ids, attended, positions, tokens, lengths)
+                    hidden = replay(tokens.student, states, positions, student_tokens, lengths)
             with stages.stage("guidance"):
                 per_point = guidance_kl(
                     hidden,
-                    found.student.head,
+                    tokens.student.head,
                     windows.teacher_tokens[chosen],
-                    transport.plan[chosen],
+                    near_future.transport.plan[chosen],
                     student_lengths=lengths,
                     temperature=self.config.temperature,
                 )
         return per_point.mean()
+
+
+def score_of(scores: TokenScores, name: str) -> Tensor:
+    """Return the score [B, T] by which candidates are chosen."""
+    assert scores.teacher_logprob is not None
+    assert scores.student_logprob is not None
+    if name == "reverse_kl":
+        return scores.reverse_kl
+    if name == "gap":
+        return scores.student_logprob - scores.teacher_logprob
+    return -(scores.teacher_logprob if name == "teacher_nll" else scores.student_logprob)
+
+
+def _states_of(tokens: _Pass, positions: Tensor, window: Tensor, lengths: Tensor) -> Tensor:
+    """Return [m, K, H], the student's state on each token of a window [m, K]: the one that would predict the next."""
+    longer = torch.cat([window, torch.zeros_like(window[:, :1])], dim=1)
+    return replay(tokens.student, tokens.student_states.constant(), positions, longer, lengths + 1)[:, 1:]
 
 
 def _table(embedding: str | Tensor, student: Decoder, teacher: Decoder) -> Tensor | None:
@@ -240,36 +286,3 @@ def _check_table(embedding: Tensor, common: int) -> None:
             f"embedding must have a row for each of the {common:,} tokens that both models have, got {list(embedding.shape)}; "
             'give the rest a row, or take "student" or "teacher"'
         )
-
-
-def score_of(scores: TokenScores, name: str) -> Tensor:
-    """[B, T], by which candidates are chosen."""
-    assert scores.teacher_logprob is not None
-    assert scores.student_logprob is not None
-    if name == "reverse_kl":
-        return scores.reverse_kl
-    if name == "gap":
-        return scores.student_logprob - scores.teacher_logprob
-    return -(scores.teacher_logprob if name == "teacher_nll" else scores.student_logprob)
-
-
-def _near_future_metrics(found: NearFuture) -> dict[str, Tensor | float]:
-    windows, real, distance = found.windows, found.divergent, found.transport.distance
-    candidates, points = real.numel(), real.sum()
-
-    def median(values: Tensor) -> Tensor | float:
-        return values.median() if values.numel() else math.nan
-
-    lengths = torch.cat([windows.student_lengths, windows.teacher_lengths])
-    return {
-        "candidates": candidates,
-        "divergent_points": points,
-        "false_alarms": candidates - points,
-        "low_divergence_share": (candidates - points) / max(candidates, 1),
-        "distance_divergent": median(distance[real]),
-        "distance_false_alarm": median(distance[~real]),
-        "marginal_error": found.transport.marginal_error.max() if candidates else 0.0,
-        "window_length": lengths.float().mean() if candidates else 0.0,
-        "student_branches": float(windows.student_way == BRANCHES),
-        "teacher_branches": float(windows.teacher_way == BRANCHES),
-    }

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from topd.branching.prefill import prefill
 from topd.checks.distributions import check_ids_in_vocabulary, check_topk_values, checks_values
 from topd.checks.rollouts import check_differentiable, check_ids
 from topd.checks.tokens import TOPK_ORDER
@@ -22,23 +21,22 @@ from topd.head import Head
 from topd.losses.linear_logprobs import linear_logprobs
 from topd.losses.topk_divergence import topk_divergence
 from topd.losses.topk_logprobs import TopK
-from topd.models.decoder import decoder_of
+from topd.models.properties import embedded_tokens
 from topd.objectives.batch import (
-    Rollouts,
-    Stages,
-    at_token,
-    reduction_hint,
-    scores_at_token,
+    Batch,
+    by_token,
+    scores_by_token,
 )
 from topd.objectives.config import OPDConfig
-from topd.objectives.packed import Packed, packing_decoder
+from topd.objectives.metrics import Stages
+from topd.objectives.reduction import reduction_hint
 from topd.options import Direction
 from topd.scores import TokenScores
 
 TOPK_KEYS = ("teacher_topk_logprobs", "teacher_topk_ids")
 
 
-class TopKPass(NamedTuple):
+class TopKLosses(NamedTuple):
     """The loss of each response token, [B, T] or [N], 0 elsewhere; its scores; and the teacher's mass on its k tokens."""
 
     loss: Tensor
@@ -70,7 +68,7 @@ def refuse_topk(batch: object, method: str) -> None:
 
 
 def take_topk(batch: Mapping[str, Any]) -> tuple[TopK, dict[str, Any]]:
-    """The teacher's top-k of a batch, not yet checked, and the rest of the batch."""
+    """Return the teacher's top-k of a batch, not yet checked, and the rest of the batch."""
     if not isinstance(batch, Mapping):
         raise TypeError(f"batch must be a mapping of tensors, got {type(batch).__name__}")
     rest = dict(batch)
@@ -84,7 +82,7 @@ def take_topk(batch: Mapping[str, Any]) -> tuple[TopK, dict[str, Any]]:
 
 
 def check_topk(topk: TopK, input_ids: Tensor, response: Tensor, vocab: int) -> TopK:
-    """The top-k [..., k] for tokens [...]; values are checked on the CPU, where response is True."""
+    """Check the top-k [..., k] for tokens [...], and return it; values are checked on the CPU, where response is True."""
     ids = topk.ids
     if isinstance(ids, Tensor) and ids.is_floating_point():
         raise TypeError(f"teacher_topk_ids must be torch.int64, got {ids.dtype}; {TOPK_ORDER}")
@@ -114,39 +112,24 @@ def check_topk(topk: TopK, input_ids: Tensor, response: Tensor, vocab: int) -> T
     return TopK(logprobs, ids)
 
 
-def padded_topk_pass(student_model: Any, rollouts: Rollouts, topk: TopK, config: OPDConfig, stages: Stages) -> TopKPass:
-    """One forward of the student over rollouts [B, T], and what each token costs."""
-    student = decoder_of(student_model)
+def topk_losses(student_model: Any, batch: Batch, topk: TopK, config: OPDConfig, stages: Stages) -> TopKLosses:
+    """Run the student over the rollouts and compare it with the teacher's top-k."""
+    student = batch.decoder("student", student_model)
     check_differentiable("student", student.model)
-    topk = check_topk(topk, rollouts.input_ids, rollouts.response, student.head.weight.shape[0])
-    check_ids("input_ids", rollouts.input_ids, student=student_model)
+    topk = check_topk(topk, batch.input_ids, batch.response, student.head.weight.shape[0])
+    check_ids("input_ids", batch.input_ids, student=embedded_tokens(student_model))
     with stages.stage("student_forward"):
-        hidden = prefill(student, rollouts.input_ids, rollouts.attended, cache=False).hidden
-    hint = reduction_hint(rollouts.response, config.reduction)
+        hidden = batch.hidden(student)
     with stages.stage("divergence"):
-        return compare_topk(hidden, student.head, rollouts.input_ids, rollouts.response, topk, hint, config)
+        return compare_topk(hidden, student.head, batch, topk, config)
 
 
-def packed_topk_pass(student_model: Any, packed: Packed, topk: TopK, config: OPDConfig, stages: Stages) -> TopKPass:
-    """The same over packed rollouts [N]."""
-    student = packing_decoder("student", student_model)
-    check_differentiable("student", student.model)
-    topk = check_topk(topk, packed.input_ids, packed.response, student.head.weight.shape[0])
-    check_ids("input_ids", packed.input_ids, student=student_model)
-    with stages.stage("student_forward"):
-        hidden = student.packed_states(packed.input_ids, packed.position_ids, packed.bounds)
-    hint = 1.0 / packed.siblings()[1:] if config.reduction == "sequence" else None
-    with stages.stage("divergence"):
-        return compare_topk(hidden, student.head, packed.input_ids, packed.response, topk, hint, config)
-
-
-def compare_topk(
-    hidden: Tensor, head: Head, tokens: Tensor, response: Tensor, topk: TopK, hint: Tensor | None, config: OPDConfig
-) -> TopKPass:
+def compare_topk(hidden: Tensor, head: Head, batch: Batch, topk: TopK, config: OPDConfig) -> TopKLosses:
     """Compare states [..., T, H] with the tokens one column later. Costs `topk_divergence`, one matrix product for the scores,
     and for hard_weight three more (two with a frozen head)."""
-    states, mask, next_tokens = hidden[..., :-1, :], response[..., 1:], tokens[..., 1:]
+    states, mask, next_tokens = hidden[..., :-1, :], batch.response[..., 1:], batch.input_ids[..., 1:]
     logprobs, ids = topk.logprobs[..., 1:, :], topk.ids[..., 1:, :]
+    hint = reduction_hint(batch, config.reduction)
     options: dict[str, Any] = {"temperature": config.temperature, "mask": mask, "weights_hint": hint}
     direction = direction_of(config)
     loss = topk_divergence(states, head, ids, logprobs, direction=direction, support=config.topk_support, **options)
@@ -158,12 +141,12 @@ def compare_topk(
         loss = loss - config.hard_weight * student_logprob
     scores = _scores(student_logprob.detach(), student_entropy.detach(), next_tokens, mask, TopK(logprobs, ids))
     mass = logprobs.double().exp().sum(-1).masked_fill(~mask, 0.0)
-    columns = tokens.shape[-1]
-    return TopKPass(at_token(loss, columns), scores_at_token(scores, columns), at_token(mass, columns))
+    columns = batch.input_ids.shape[-1]
+    return TopKLosses(by_token(loss, columns), scores_by_token(scores, columns), by_token(mass, columns))
 
 
 def _scores(logprob: Tensor, entropy: Tensor, tokens: Tensor, mask: Tensor, topk: TopK) -> TokenScores:
-    """What is known of each token; NaN or None what a top-k does not say."""
+    """Return what is known of each token, NaN or None where a top-k does not say it."""
     unknown = torch.zeros_like(logprob).masked_fill(mask, torch.nan)
     same = (topk.ids == tokens.unsqueeze(-1)) & ~topk.logprobs.isneginf()
     known = topk.logprobs.masked_fill(~same, -torch.inf).amax(-1).to(logprob.dtype)
