@@ -75,8 +75,9 @@ def cast(hidden: Tensor, head: Head, dtype: torch.dtype) -> tuple[Tensor, Head]:
 def kept_side(hidden_name: str, hidden: Tensor, head_name: str, head: Head) -> tuple[Tensor, Head]:
     """Return hidden states and head as autograd can keep them; refuse by name what it can neither keep nor differentiate."""
     tensors = head.tensors()
-    # torch.compile cannot trace is_inference.
-    if torch.compiler.is_compiling() or not any(value.is_inference() for value in (hidden, *tensors.values())):
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # which cannot trace is_inference
+        return hidden, head
+    if not any(value.is_inference() for value in (hidden, *tensors.values())):
         return hidden, head
     hidden = differentiable(hidden_name, hidden)
     tensors = {name: differentiable(f"{head_name}.{name}", value) for name, value in tensors.items()}

@@ -135,10 +135,9 @@ def _from_tokens(
     other = window_lengths("teacher_lengths", teacher_lengths, teacher.shape, student.device)
     if cost == "mismatch" and embedding is None:
         embedding = torch.empty((0, 1), device=student.device)
-    table = check_tensor("embedding", embedding, dtype=FLOATING)
+    table = check_tensor("embedding", embedding, dtype=FLOATING, device=device)
     if table.dim() != 2:
         raise ValueError(f"embedding must be [V, d], got {list(table.shape)}")
-    check_tensor("embedding", table, device=device)
     sides = WindowSide(table, student, own), WindowSide(table, teacher, other)
     if cost != "mismatch" and table.device.type == "cpu":
         for name, side in zip(("student_tokens", "teacher_tokens"), sides, strict=True):
