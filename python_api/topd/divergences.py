@@ -24,6 +24,7 @@ class Divergence:
 
     @property
     def parameter(self) -> float:
+        """The number that the ops take; 0 where there is none."""
         return 0.0
 
 
@@ -151,13 +152,14 @@ def resolve_divergence(divergence: DivergenceLike) -> Divergence:
 
 
 def _of_name(name: str) -> Divergence:
+    """Return the divergence of a name, with its defaults."""
     if name not in BY_NAME:
         raise ValueError(f"divergence must be one of {', '.join(map(repr, BY_NAME))} or an instance, got {name!r}")
     return BY_NAME[name]
 
 
 def _from_mapping(divergence: Mapping[str, object]) -> Divergence:
-    """The divergence of a name and its parameters."""
+    """Return the divergence of a name and its parameters."""
     parameters = dict(divergence)
     name = parameters.pop("name", None)
     if not isinstance(name, str):

@@ -36,7 +36,7 @@ class LowRank:
 
     def __post_init__(self) -> None:
         check_tensor("LowRank.a", self.a, dtype=FLOATING)
-        check_tensor("LowRank.b", self.b, dtype=FLOATING)
+        check_tensor("LowRank.b", self.b, dtype=FLOATING, device=(self.a.device, "LowRank.a"))
         real("LowRank.scaling", self.scaling)
         if self.a.dim() != 2 or self.b.dim() != 2 or self.a.shape[0] != self.b.shape[1]:
             raise ValueError(f"LowRank takes a [r, H] and b [V, r], got a {list(self.a.shape)} and b {list(self.b.shape)}")
@@ -44,7 +44,6 @@ class LowRank:
             raise ValueError(f"LowRank.a must have a rank r >= 1, got a {list(self.a.shape)}; leave the adapter None for none")
         if self.a.dtype != self.b.dtype:
             raise ValueError(f"LowRank.a and LowRank.b must share a dtype, got {self.a.dtype} and {self.b.dtype}")
-        check_tensor("LowRank.b", self.b, device=(self.a.device, "LowRank.a"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,12 +83,11 @@ class Head:
         device = (weight.device, "Head.weight")
         if self.bias is not None:
             shape = ((vocab,), "an entry for each row of Head.weight")
-            check_tensor("Head.bias", self.bias, dtype=FLOATING, shape=shape)
+            check_tensor("Head.bias", self.bias, dtype=FLOATING, shape=shape, device=device)
             if self.bias.dtype != weight.dtype:
                 raise ValueError(
                     f"Head.bias must have the dtype of Head.weight, {weight.dtype}, got {self.bias.dtype}; cast it"
                 )
-            check_tensor("Head.bias", self.bias, device=device)
         real("Head.scale", self.scale)
         if self.softcap is not None:
             real("Head.softcap", self.softcap, low=0.0, open_low=True, hint="None means no softcap")

@@ -29,6 +29,7 @@ VISIBLE = {" ": "␣", "\n": "↵", "\t": "⇥"}
 
 
 def _figure(width: float, height: float, **options: Any) -> "Figure":
+    """Return an empty figure of so many inches."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -37,7 +38,7 @@ def _figure(width: float, height: float, **options: Any) -> "Figure":
 
 
 def plot_distance_distribution(groups: Mapping[str, Tensor], *, title: str | None = None) -> "Figure":
-    """The distribution of the near-future distance in each group of tokens, with its median.
+    """Draw the distribution of the near-future distance in each group of tokens, with its median.
 
     A histogram a group, scaled to its own peak; up to 300 values are also drawn one by one, fewer than 20 without a histogram.
 
@@ -73,13 +74,14 @@ def plot_distance_distribution(groups: Mapping[str, Tensor], *, title: str | Non
 
 
 def _string(name: str, value: object) -> str:
+    """Check for a string."""
     if not isinstance(value, str):
         raise TypeError(f"{name} must be a string, got {type(value).__name__}")
     return value
 
 
 def _check_groups(groups: object) -> dict[str, Tensor]:
-    """Float64, on the CPU."""
+    """Check the groups' distances, and return them as float64 on the CPU."""
     if not isinstance(groups, Mapping) or not groups:
         raise ValueError(f"groups must be a mapping from one name or more to distances, got {groups!r:.60}")
     checked = {}
@@ -95,7 +97,7 @@ def _check_groups(groups: object) -> dict[str, Tensor]:
 
 
 def _draw_group(panel: Any, value: Tensor, span: float, color: str) -> None:
-    """The histogram, its bins after Freedman and Diaconis, up to height 1; single values below; the median's figure above."""
+    """Draw a histogram up to height 1, its bins after Freedman and Diaconis; single values below, the median's figure above."""
     low, lower, median, upper, high = value.quantile(torch.linspace(0, 1, 5, dtype=value.dtype)).tolist()
     single, few = value.numel() <= MOST_SINGLE, value.numel() < FEWEST
     if few:
@@ -120,6 +122,7 @@ def _draw_group(panel: Any, value: Tensor, span: float, color: str) -> None:
 
 
 def _three_figures(value: float) -> str:
+    """Return a number in three significant figures."""
     return f"{value:#.3g}".rstrip(".")
 
 
@@ -133,7 +136,7 @@ def plot_window_pair(
     teacher_length: int | None = None,
     title: str | None = None,
 ) -> "Figure":
-    """One window pair: the student's tokens above, the teacher's below, and a link wherever the plan moves mass.
+    """Draw one window pair: the student's tokens above, the teacher's below, and a link wherever the plan moves mass.
 
     A link's width and opacity follow its mass, its colour says whether the texts are equal. Links under 5 % of the heaviest are
     left out, which the figure says. Spaces, newlines and tabs are made visible, texts over 14 columns shortened.
@@ -163,7 +166,7 @@ def plot_window_pair(
 
 
 def _check_plan(transport: object, index: object) -> Tensor:
-    """[K_s, K_t] float64, on the CPU."""
+    """Check a pair's plan, and return it as float64 [K_s, K_t] on the CPU."""
     if not isinstance(transport, Transport):
         raise TypeError(f"transport must be a topd.Transport, got {type(transport).__name__}; call near_future_divergence")
     if type(index) is not int or not 0 <= index < len(transport.plan):
@@ -175,7 +178,7 @@ def _check_plan(transport: object, index: object) -> Tensor:
 
 
 def _check_texts(side: str, tokens: object, length: int | None, mass: Tensor) -> list[str]:
-    """The texts within the window's length."""
+    """Check the texts of a side, and return those within the window's length."""
     name, width, last = f"{side}_tokens", mass.numel(), int(mass.nonzero()[-1]) + 1
     if isinstance(tokens, str) or not isinstance(tokens, Sequence) or not all(isinstance(text, str) for text in tokens):
         raise TypeError(f"{name} must be a list of strings, one for each token; decode the tokens one by one")
@@ -188,11 +191,12 @@ def _check_texts(side: str, tokens: object, length: int | None, mass: Tensor) ->
 
 
 def _columns(text: str) -> int:
+    """Return how many columns of a monospaced font a text takes."""
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def _label(text: str) -> str:
-    """The text with every character visible, in MAX_LABEL columns."""
+    """Return the text with every character visible, in MAX_LABEL columns."""
     shown = "".join(VISIBLE.get(c) or (c if c.isprintable() else c.encode("unicode_escape").decode()) for c in text) or "∅"
     if _columns(shown) <= MAX_LABEL:
         return shown
@@ -200,7 +204,7 @@ def _label(text: str) -> str:
 
 
 def _draw_pair(plan: Tensor, students: list[str], teachers: list[str], heading: str) -> "Figure":
-    """All is placed in inches, before it is drawn; labels stand upright where they would not fit side by side."""
+    """Draw a pair, placed in inches; labels stand upright where they would not fit side by side."""
     labels = [[_label(text) for text in side] for side in (students, teachers)]
     tall = [COLUMN * max(map(_columns, side)) for side in labels]
     count, left = max(map(len, labels)), 0.95
@@ -228,7 +232,7 @@ def _draw_pair(plan: Tensor, students: list[str], teachers: list[str], heading: 
 
 
 def _draw_links(axes: Any, share: Tensor, same: Tensor, start: float, pitch: float, upper: float, lower: float) -> None:
-    """Curves from the student's row to the teacher's, the heaviest on top, and the key below the rows."""
+    """Draw curves from the student's row to the teacher's, the heaviest on top, and the key below the rows."""
     from matplotlib import collections, lines, path
 
     drawn = (share >= LEAST_SHARE).nonzero()

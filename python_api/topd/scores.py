@@ -1,4 +1,4 @@
-"""Per-token scores that fall out of one pass over the logits."""
+"""The scores of each token that one pass over the logits gives."""
 
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ FIELDS = (
 
 @dataclass(frozen=True, eq=False)
 class TokenScores:
-    """What one pass says of each token; constants, shaped as the hidden states' leading dimensions, 0 or False where masked.
+    """The scores of each token: constants in the shape of the hidden states' leading dimensions, 0 or False where masked.
 
     Attributes:
         forward_kl, reverse_kl: KL(p_T || p_S) and KL(p_S || p_T), nats, never clipped.
@@ -44,7 +44,7 @@ class TokenScores:
 
 
 def unpack_scores(scores: Tensor, shape: tuple[int, ...], *, has_tokens: bool) -> TokenScores:
-    """From the ops' [9, N] tensor to named fields of the caller's shape."""
+    """Return the ops' scores [9, N] as named fields of the caller's shape."""
     field = {name: scores[i].reshape(shape) for i, name in enumerate(FIELDS)}
     return TokenScores(
         forward_kl=field["forward_kl"],

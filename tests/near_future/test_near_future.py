@@ -13,7 +13,7 @@ from test_plan import Largest
 
 import topd
 from topd import near_future_divergence
-from topd.ops.transport.eager import Windows
+from topd.ops.transport.eager import WindowSide
 from topd.ops.transport.op import run_transport
 
 linprog = pytest.importorskip("scipy.optimize").linprog
@@ -493,7 +493,7 @@ def both(
     """The compiled op and the reference on random ragged windows."""
     sides = []
     for window in (k_student, k_teacher):
-        sides.append(Windows(table, torch.randint(len(table), (m, window)), torch.randint(1, window + 1, (m,))))
+        sides.append(WindowSide(table, torch.randint(len(table), (m, window)), torch.randint(1, window + 1, (m,))))
     options = {"max_iterations": 200, "tolerance": 1e-4} | options
     compiled, reference = (topd.Transport(*run_transport(name, *sides, *numbers, **options)) for name in ("cpp", "eager"))
     return compiled, reference
@@ -694,7 +694,7 @@ def test_no_tensor_of_the_tables_size_is_made(solver):
     with largest:
         if solver == "eager":
             full = [torch.full((3,), ids.shape[1]) for ids in (student, teacher)]
-            windows = Windows(table, student, full[0]), Windows(table, teacher, full[1])
+            windows = WindowSide(table, student, full[0]), WindowSide(table, teacher, full[1])
             distance = run_transport("eager", *windows, "cosine", 0.05, max_iterations=200, tolerance=1e-4)[0]
         else:
             distance = near_future_divergence(student, teacher, table, solver=solver).distance

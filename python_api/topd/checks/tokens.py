@@ -18,14 +18,13 @@ def check_chosen_ids(name: str, ids: object, hidden: Tensor) -> Tensor:
     """Check the ids [..., M] of the tokens that are looked at in each row of hidden [..., H]."""
     if isinstance(ids, Tensor) and ids.is_floating_point():
         raise TypeError(f"{name} must be torch.int64, got {ids.dtype}; cast ids with .to(torch.int64); {TOPK_ORDER}")
-    checked = check_tensor(name, ids, dtype=torch.int64)
+    checked = check_tensor(name, ids, dtype=torch.int64, device=(hidden.device, "hidden"))
     if checked.dim() != hidden.dim():
         raise ValueError(
             f"{name} must be [..., M] with the leading shape of hidden, {list(hidden.shape[:-1])}, got {list(checked.shape)}"
         )
-    expected = (*hidden.shape[:-1], checked.shape[-1])
-    shape = (expected, "the leading shape of hidden, then M")
-    return check_tensor(name, checked, shape=shape, device=(hidden.device, "hidden"))
+    shape = (*hidden.shape[:-1], checked.shape[-1])
+    return check_tensor(name, checked, shape=(shape, "the leading shape of hidden, then M"))
 
 
 def check_lengths(

@@ -20,15 +20,7 @@ from topd.checks.values import (
 )
 from topd.divergences import Divergence, DivergenceLike, resolve_divergence
 from topd.head import Head
-from topd.losses.operands import (
-    autocast,
-    check_head_range,
-    check_side,
-    kept_side,
-    needs,
-    op_side,
-    softcap_of,
-)
+from topd.losses.operands import autocast, check_head_range, check_side, kept_side, needs, op_side, softcap_of
 from topd.ops.linear_divergence import eager as reference
 from topd.ops.linear_divergence.eager import RowSpec
 from topd.ops.shared.few_rows import may_keep

@@ -7,25 +7,9 @@ from torch import Tensor
 
 from topd.backends import choose_backend
 from topd.checks.tokens import check_chosen_ids
-from topd.checks.values import (
-    FLOATING,
-    check_range,
-    check_temperature,
-    check_workspace,
-    flag,
-    no_forward_mode,
-    per_token,
-)
+from topd.checks.values import FLOATING, check_range, check_temperature, check_workspace, flag, no_forward_mode, per_token
 from topd.head import Head
-from topd.losses.operands import (
-    autocast,
-    check_head_range,
-    check_side,
-    kept_side,
-    needs,
-    op_side,
-    softcap_of,
-)
+from topd.losses.operands import autocast, check_head_range, check_side, kept_side, needs, op_side, softcap_of
 from topd.ops.linear_logprobs import eager as reference
 from topd.ops.linear_logprobs.eager import LogprobSpec
 from topd.ops.shared.few_rows import may_keep

@@ -27,7 +27,7 @@ def check_side(hidden_name: str, hidden: object, head_name: str, head: object) -
     if states.dim() < 1 or states.shape[-1] != width:
         raise ValueError(f"{hidden_name} must be [..., {width}], the width of {head_name}.weight, got {list(states.shape)}")
     check_tensor(f"{head_name}.weight", head.weight, device=(states.device, hidden_name))
-    if not autocast_enabled(states.device) and states.dtype != head.weight.dtype:
+    if states.dtype != head.weight.dtype and not autocast_enabled(states.device):
         raise ValueError(
             f"{hidden_name} and {head_name}.weight must share a dtype, got {states.dtype} and {head.weight.dtype}; cast one of "
             "them"
@@ -74,10 +74,13 @@ def cast(hidden: Tensor, head: Head, dtype: torch.dtype) -> tuple[Tensor, Head]:
 
 def kept_side(hidden_name: str, hidden: Tensor, head_name: str, head: Head) -> tuple[Tensor, Head]:
     """Return hidden states and head as autograd can keep them; refuse by name what it can neither keep nor differentiate."""
-    hidden = differentiable(hidden_name, hidden)
-    tensors = {name: differentiable(f"{head_name}.{name}", value) for name, value in head.tensors().items()}
-    if all(tensors[name] is value for name, value in head.tensors().items()):
+    tensors = head.tensors()
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # which cannot trace is_inference
         return hidden, head
+    if not any(value.is_inference() for value in (hidden, *tensors.values())):
+        return hidden, head
+    hidden = differentiable(hidden_name, hidden)
+    tensors = {name: differentiable(f"{head_name}.{name}", value) for name, value in tensors.items()}
     adapter = head.adapter
     if adapter is not None:
         adapter = LowRank(tensors["adapter.a"], tensors["adapter.b"], adapter.scaling)

@@ -52,11 +52,10 @@ def guidance_kl(
     if states.dim() != 3:
         raise ValueError(f"window_hidden must be [m, K_s, H], got {list(states.shape)}")
     m, window, _ = states.shape
-    tokens = check_tensor("teacher_tokens", teacher_tokens, dtype=torch.int64)
+    device = (states.device, "window_hidden")
+    tokens = check_tensor("teacher_tokens", teacher_tokens, dtype=torch.int64, device=device)
     if tokens.dim() != 2 or tokens.shape[0] != m:
         raise ValueError(f"teacher_tokens must be [{m}, K_t], m as in window_hidden, got {list(tokens.shape)}")
-    device = (states.device, "window_hidden")
-    check_tensor("teacher_tokens", tokens, device=device)
     shape = ((m, window, tokens.shape[1]), "[m, K_s, K_t]")
     weights = check_tensor("plan", plan, dtype=FLOATING, shape=shape, device=device)
     check_constant("plan", weights, "it")

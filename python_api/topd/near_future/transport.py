@@ -135,10 +135,9 @@ def _from_tokens(
     other = window_lengths("teacher_lengths", teacher_lengths, teacher.shape, student.device)
     if cost == "mismatch" and embedding is None:
         embedding = torch.empty((0, 1), device=student.device)
-    table = check_tensor("embedding", embedding, dtype=FLOATING)
+    table = check_tensor("embedding", embedding, dtype=FLOATING, device=device)
     if table.dim() != 2:
         raise ValueError(f"embedding must be [V, d], got {list(table.shape)}")
-    check_tensor("embedding", table, device=device)
     sides = WindowSide(table, student, own), WindowSide(table, teacher, other)
     if cost != "mismatch" and table.device.type == "cpu":
         for name, side in zip(("student_tokens", "teacher_tokens"), sides, strict=True):
@@ -170,10 +169,11 @@ def _from_vectors(
     shape = ((student.shape[0], teacher.shape[1], student.shape[2]), "m and d as in student_vectors")
     check_tensor("teacher_vectors", teacher, shape=shape, device=(student.device, "student_vectors"))
 
-    def windows(vectors: Tensor, lengths: object, name: str) -> WindowSide:
-        m, window, width = vectors.shape
-        ids = torch.arange(m * window, device=vectors.device).reshape(m, window)
-        counted = window_lengths(name, lengths, (m, window), vectors.device)
-        return WindowSide(vectors.reshape(m * window, width), ids, counted)
+    return _side_of("student_lengths", student_lengths, student), _side_of("teacher_lengths", teacher_lengths, teacher)
 
-    return windows(student, student_lengths, "student_lengths"), windows(teacher, teacher_lengths, "teacher_lengths")
+
+def _side_of(name: str, lengths: object, vectors: Tensor) -> WindowSide:
+    """Return vectors [m, K, d] as the windows of one side: their own table, each row named once."""
+    m, window, width = vectors.shape
+    ids = torch.arange(m * window, device=vectors.device).reshape(m, window)
+    return WindowSide(vectors.reshape(m * window, width), ids, window_lengths(name, lengths, (m, window), vectors.device))

@@ -86,15 +86,14 @@ def check_topk(topk: TopK, input_ids: Tensor, response: Tensor, vocab: int) -> T
     ids = topk.ids
     if isinstance(ids, Tensor) and ids.is_floating_point():
         raise TypeError(f"teacher_topk_ids must be torch.int64, got {ids.dtype}; {TOPK_ORDER}")
-    ids = check_tensor("teacher_topk_ids", ids, dtype=torch.int64)
+    device = (input_ids.device, "input_ids")
+    ids = check_tensor("teacher_topk_ids", ids, dtype=torch.int64, device=device)
     expected = (*input_ids.shape, ids.shape[-1] if ids.dim() == input_ids.dim() + 1 else "k")
     if tuple(ids.shape) != expected or not ids.shape[-1]:
         raise ValueError(
             f"teacher_topk_ids must be [{', '.join(map(str, input_ids.shape))}, k], k >= 1 tokens for each of input_ids, got "
             f"{list(ids.shape)}; column t speaks of the token input_ids[:, t]"
         )
-    device = (input_ids.device, "input_ids")
-    check_tensor("teacher_topk_ids", ids, device=device)
     shape = (ids.shape, "as teacher_topk_ids")
     logprobs = check_tensor("teacher_topk_logprobs", topk.logprobs, dtype=FLOATING, shape=shape, device=device)
     if logprobs.requires_grad:

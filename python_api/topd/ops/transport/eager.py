@@ -29,7 +29,8 @@ ARMIJO, MAX_HALVINGS = 1e-4, 20
 
 
 class WindowSide(NamedTuple):
-    """One side of the m pairs: rows of `table` [V, d] at `ids` [m, K], of which the first `lengths` [m] count."""
+    """One side, student or teacher, of m pairs of windows: rows of `table` [V, d] at `ids` [m, K], of which the first `lengths`
+    [m] count."""
 
     table: Tensor
     ids: Tensor
