@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import topd
-from topd.ops.linear_divergence.eager import Rows, RowSpec, divergence_rows
+from topd.ops.linear_divergence.eager import divergence_rows
+from topd.ops.linear_divergence.spec import Rows, RowSpec
 from topd.scores import FIELDS
 
 pytestmark = pytest.mark.skipif(not topd.backends()["cpp"], reason=topd.backends()["cpp"].detail)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import topd
-from topd.ops.linear_logprobs.eager import LogprobRows, LogprobSpec, logprob_rows
+from topd.ops.linear_logprobs.eager import logprob_rows
+from topd.ops.linear_logprobs.spec import LogprobRows, LogprobSpec
 
 pytestmark = pytest.mark.skipif(not topd.backends()["cpp"], reason=topd.backends()["cpp"].detail)
 

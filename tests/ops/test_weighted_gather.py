@@ -5,17 +5,18 @@ import torch
 from torch import Tensor
 
 import topd
+from topd.ops.shared.engines import CPP, Engine, engine_of
 from topd.ops.weighted_gather.op import PIECE, weighted_gather
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(params=["eager", "cpp"])
-def chunked(request: pytest.FixtureRequest) -> str:
-    found = topd.backends()[request.param]
-    if not found:
-        pytest.skip(found.detail)
-    return request.param
+def chunked(request: pytest.FixtureRequest) -> Engine:
+    backend = topd.backends()[request.param]
+    if not backend:
+        pytest.skip(backend.detail)
+    return engine_of(request.param)
 
 
 def dense(ids: Tensor, weights: Tensor, vocab: int) -> Tensor:
@@ -127,5 +128,5 @@ def test_wrong_operands_are_refused():
         ((out, table.long(), ids, weights), "floating"),
     ):
         with pytest.raises(ValueError, match=message):
-            weighted_gather("cpp", *wrong)
+            weighted_gather(CPP, *wrong)
     assert not out.any()

@@ -6,16 +6,17 @@ from test_weighted_gather import DTYPES, dense
 from torch import Tensor
 
 import topd
+from topd.ops.shared.engines import CPP, Engine, engine_of
 from topd.ops.weighted_gather.op import PIECE
 from topd.ops.weighted_scatter.op import weighted_scatter
 
 
 @pytest.fixture(params=["eager", "cpp"])
-def chunked(request: pytest.FixtureRequest) -> str:
-    found = topd.backends()[request.param]
-    if not found:
-        pytest.skip(found.detail)
-    return request.param
+def chunked(request: pytest.FixtureRequest) -> Engine:
+    backend = topd.backends()[request.param]
+    if not backend:
+        pytest.skip(backend.detail)
+    return engine_of(request.param)
 
 
 def random_case(n: int, m: int, vocab: int, width: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,5 +127,5 @@ def test_wrong_operands_are_refused():
         ((out, rows.long(), ids, weights), "floating"),
     ):
         with pytest.raises(ValueError, match=message):
-            weighted_scatter("cpp", *wrong)
+            weighted_scatter(CPP, *wrong)
     assert not out.any()

@@ -22,10 +22,12 @@ from topd.losses.operands import (
     softcap_of,
     typed,
 )
-from topd.ops.linear_logprobs import eager as reference
-from topd.ops.linear_logprobs.eager import LogprobSpec
-from topd.ops.shared.few_rows import may_keep
-from topd.ops.shared.numbers import numbers_of
+from topd.ops.linear_logprobs import full_logits
+from topd.ops.linear_logprobs import op as linear_logprobs_op
+from topd.ops.linear_logprobs.spec import Call, LogprobSpec
+from topd.ops.shared.engines import engine_of
+from topd.ops.shared.tiles import Needs, Side
+from topd.ops.topk_logprobs import op as topk_op
 from topd.options import BackendName
 
 # For who unpacks topk_logprobs in the order that it had before 0.2.
@@ -203,14 +205,11 @@ def logprobs_and_outside(
     check_numbers(head, temperature, states.dtype)
     spec = LogprobSpec(float(head.scale), softcap_of(head), float(temperature))
     if name == "reference":
-        logprobs, entropies, outside = reference.linear_logprobs(states, head, flat_ids, flat_mask, spec, padded=padded)
+        logprobs, entropies, outside = full_logits.linear_logprobs(states, head, flat_ids, flat_mask, spec, padded=padded)
     else:
-        numbers = numbers_of(spec.temperature)
-        if numbers is not None:
-            spec = spec._replace(temperature=1.0)
-        common = (*op_side(states, head), flat_mask, flat_ids, *spec, workspace_bytes, name, padded, dense, numbers)
-        found = torch.ops.topd.linear_logprobs(*common, hint, *needs(states, head), may_keep(), entropy)
-        logprobs, entropies, outside = found[:3]
+        side, wanted = Side(*op_side(states, head)), Needs(*needs(states, head))
+        call = Call(side, flat_mask, flat_ids, spec, workspace_bytes, engine_of(name), padded, dense)
+        logprobs, entropies, outside = linear_logprobs_op.linear_logprobs(call, hint, wanted, entropy=entropy)
     return logprobs.reshape(ids.shape), entropies.reshape(shape) if entropy else entropies, outside.reshape(shape)
 
 
@@ -250,9 +249,7 @@ def topk_logprobs(
     flat_mask = None if mask is None else per_token("mask", mask, torch.bool, hidden, "hidden")
     states, head = autocast(hidden.reshape(-1, hidden.shape[-1]), head.detach())
     check_numbers(head, temperature, states.dtype)
-    numbers = numbers_of(temperature)
-    spec = LogprobSpec(float(head.scale), softcap_of(head), float(temperature) if numbers is None else 1.0)
-    common = (*op_side(states, head), flat_mask, *spec, numbers, k, workspace_bytes)
-    ids, logprobs = torch.ops.topd.topk_logprobs(*common)
+    numbers = (float(head.scale), softcap_of(head), float(temperature))
+    ids, logprobs = topk_op.topk_logprobs(topk_op.Inputs(Side(*op_side(states, head)), flat_mask, *numbers, k, workspace_bytes))
     shape = (*hidden.shape[:-1], k)
     return TopK(logprobs.reshape(shape), ids.reshape(shape))

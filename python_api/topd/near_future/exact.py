@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topd.ops.transport.eager import Windows, cost_matrix
+from topd.ops.transport.eager import cost_matrix
+from topd.ops.transport.spec import Windows
 
 # Pairs whose costs are formed together.
 PIECE = 64

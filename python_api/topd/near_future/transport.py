@@ -16,12 +16,11 @@ from topd.head import Head
 from topd.losses.operands import check_side, typed
 from topd.losses.soft_targets import check_ids_in_vocabulary, check_targets, checks_values, soft_target_kl
 from topd.near_future.exact import exact_transport
-from topd.ops.transport.eager import COSTS, Windows
 from topd.ops.transport.op import run_transport
+from topd.ops.transport.spec import COSTS, MAX_WINDOW, Windows
 from topd.options import BackendName, Cost, Solver
 
 SOLVERS: tuple[str, ...] = get_args(Solver)
-MAX_WINDOW = 128
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,8 +12,8 @@ from topd.divergences import DivergenceLike, resolve_divergence
 from topd.losses.operands import check_temperature
 from topd.losses.soft_targets import SUPPORTS
 from topd.near_future.selection import CANDIDATE_RULES, FALSE_ALARM_MODES, GATE_VALUES
-from topd.near_future.transport import MAX_WINDOW, SOLVERS
-from topd.ops.transport.eager import COSTS
+from topd.near_future.transport import SOLVERS
+from topd.ops.transport.spec import COSTS, MAX_WINDOW
 from topd.options import (
     CandidateRule,
     Cost,
