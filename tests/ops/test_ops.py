@@ -80,7 +80,7 @@ def test_opcheck_backward(options, uniform, backend, device):
     problem = random_problem(options, n=6, vocab=13).to(device)
     upstream = torch.randn(6, dtype=torch.float64, device=device)
     inputs = inputs_of(problem, backend, weights_hint=None if uniform else upstream.abs())
-    outputs = divergence.OUTPUTS.unpack(torch.ops.topd.linear_divergence(*divergence.INPUTS.pack(inputs)))
+    outputs = divergence.OUTPUTS.unpack(*torch.ops.topd.linear_divergence(*divergence.INPUTS.pack(inputs)))
     saved = divergence.Saved(inputs.call, outputs.kept, inputs.needs, uniform_hint=uniform)
     check(torch.ops.topd.linear_divergence_backward, (upstream, *divergence.SAVED.pack(saved)))
 
@@ -152,8 +152,8 @@ def test_a_compiled_training_step_is_the_eager_one(uniform, backend, device):
     weights = weights.to(device)
     eager, step = Step(problem, chunked(backend)), Step(problem, backend)
     compiled = step.train_on(torch.compile(step, fullgraph=True), problem, weights)
-    for found, expected in zip(compiled, eager.train_on(eager, problem, weights), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    for by_compiled, expected in zip(compiled, eager.train_on(eager, problem, weights), strict=True):
+        torch.testing.assert_close(by_compiled, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.usefixtures("cold_compiler")
@@ -203,7 +203,7 @@ def test_opcheck_logprobs_backward(options, entropy, dense, backend, device):
     problem = logprobs.random_problem(logprobs.OPTIONS[options], n=6, vocab=13, entropy=entropy).to(device)
     inputs = logprob_inputs(problem, backend)
     inputs = inputs._replace(call=inputs.call._replace(dense=dense))
-    outputs = logprob.OUTPUTS.unpack(torch.ops.topd.linear_logprobs(*logprob.INPUTS.pack(inputs)))
+    outputs = logprob.OUTPUTS.unpack(*torch.ops.topd.linear_logprobs(*logprob.INPUTS.pack(inputs)))
     upstream = torch.randn_like(outputs.logprobs), torch.randn_like(outputs.entropy) if entropy else None, None
     parts = (inputs.call, outputs.logprobs, outputs.outside, outputs.kept, inputs.needs)
     saved = logprob.Saved(*parts, uniform_hint=True)
@@ -262,11 +262,11 @@ def test_a_compiled_step_on_log_probabilities_is_the_eager_one(backend, device):
         leaves = problem.model.leaves(compare.TENSORS)
         tensors, losses = [getattr(leaves, tensor) for tensor in compare.TENSORS], []
         for _ in range(3):
-            found = loss_of(*tensors)
-            grads = torch.autograd.grad(found, tensors)
-            losses.append(found.detach())
+            value = loss_of(*tensors)
+            grads = torch.autograd.grad(value, tensors)
+            losses.append(value.detach())
             tensors = [(t - 0.01 * g).detach().requires_grad_() for t, g in zip(tensors, grads, strict=True)]
         return [*losses, *grads, *tensors]
 
-    for found, expected in zip(trained(torch.compile(loss, fullgraph=True)), trained(loss), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    for by_compiled, expected in zip(trained(torch.compile(loss, fullgraph=True)), trained(loss), strict=True):
+        torch.testing.assert_close(by_compiled, expected, rtol=1e-5, atol=1e-6)

@@ -103,15 +103,15 @@ def test_strides_of_every_operand(chunked):
 def test_any_number_of_threads_and_any_run_gives_the_same_bits(chunked):
     """Many rows of one id: the order of its sum is fixed."""
     rows, ids, weights = random_case(600, 8, 5, 64)
-    threads, found = torch.get_num_threads(), []
+    threads, sums = torch.get_num_threads(), []
     try:
         for count in (1, *[2] * 10):
             torch.set_num_threads(count)
-            found.append(torch.ones(5, 64))
-            weighted_scatter(chunked, found[-1], rows, ids, weights)
+            sums.append(torch.ones(5, 64))
+            weighted_scatter(chunked, sums[-1], rows, ids, weights)
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(found[0], again) for again in found[1:])
+    assert all(torch.equal(sums[0], again) for again in sums[1:])
 
 
 @pytest.mark.skipif(not topd.backends()["cpp"], reason=topd.backends()["cpp"].detail)

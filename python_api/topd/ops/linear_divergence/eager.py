@@ -173,7 +173,7 @@ def divergence_rows(
 
 @eager_kernel("divergence_rows")
 def _kernel(*flat: Any) -> RowsOutputs:
-    inputs = ROWS_INPUTS.unpack(flat)
+    inputs = ROWS_INPUTS.unpack(*flat)
     rows = _common_rows(inputs)
     if rows.grad_logits is not None:
         tile, vocab = inputs.student_product if inputs.grad_tile is None else inputs.grad_tile, rows.grad_logits.shape[-1]

@@ -67,9 +67,7 @@ def linear_divergence(call: Call, weights_hint: Tensor | None, needs: Needs, *, 
 
 def _settled(call: Call) -> Call:
     """Return the call with its spec's numbers read from the tensor that holds them inside torch.compile."""
-    spec = call.spec
-    values = numbers_in(call.numbers, spec.temperature, spec.parameter, spec.hard_weight)
-    return call._replace(spec=spec.with_numbers(*values))
+    return call if call.numbers is None else call._replace(spec=call.spec.with_numbers(*numbers_in(call.numbers)))
 
 
 def _empty(inputs: Inputs, *, keeps: bool, engine: Engine) -> Outputs:
@@ -94,17 +92,17 @@ def _keeps(inputs: Inputs) -> bool:
 
 
 def _forward(*flat: Any) -> tuple[Any, ...]:
-    inputs = INPUTS.unpack(flat)
-    inputs = inputs._replace(call=_settled(inputs.call))
-    call = inputs.call
+    inputs = INPUTS.unpack(*flat)
+    call = _settled(inputs.call)
     if any(inputs.needs):
         refuse_inference_tensors(CALL.named_tensors(call))
     with torch.no_grad(), torch.autocast(call.student.hidden.device.type, enabled=False):
-        return OUTPUTS.pack(_computed(inputs))
+        return OUTPUTS.pack(_computed(call, inputs))
 
 
-def _computed(inputs: Inputs) -> Outputs:
-    call, needs, keeps = inputs.call, inputs.needs, _keeps(inputs)
+def _computed(call: Call, inputs: Inputs) -> Outputs:
+    """Return the results of a call whose numbers are settled."""
+    needs, keeps = inputs.needs, _keeps(inputs)
     outputs = _empty(inputs, keeps=keeps, engine=call.backend)
     value, scores, (u, grads, hint, dlogits) = outputs.value, outputs.scores, outputs.kept
     chosen = chosen_rows(call.mask)
@@ -146,7 +144,7 @@ def _computed(inputs: Inputs) -> Outputs:
 
 
 def _backward(grad_value: Tensor, *flat: Any) -> tuple[Any, ...]:
-    call, kept, needs, uniform_hint = SAVED.unpack(flat)
+    call, kept, needs, uniform_hint = SAVED.unpack(*flat)
     call, student = _settled(call), call.student
     with torch.no_grad(), torch.autocast(grad_value.device.type, enabled=False):
         hidden = student.hidden.new_empty(0)
@@ -169,19 +167,19 @@ for _op, _implementation in (("linear_divergence", _forward), ("linear_divergenc
 
 @torch.library.register_fake("topd::linear_divergence")
 def _forward_fake(*flat: Any) -> tuple[Any, ...]:
-    inputs = INPUTS.unpack(flat)
+    inputs = INPUTS.unpack(*flat)
     return OUTPUTS.pack(_empty(inputs, keeps=_keeps(inputs), engine=EAGER))  # whose buffers are torch's own
 
 
 @torch.library.register_fake("topd::linear_divergence_backward")
 def _backward_fake(grad_value: Tensor, *flat: Any) -> tuple[Any, ...]:
-    inputs = SAVED.unpack(flat)
+    inputs = SAVED.unpack(*flat)
     return GRADIENTS.pack(Gradients(*unfilled_gradients(inputs.call.student, inputs.needs, inputs.call.dtype)))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    call, weights_hint, needs, _, _ = INPUTS.unpack(inputs)
-    outputs = OUTPUTS.unpack(output)
+    call, weights_hint, needs, _, _ = INPUTS.unpack(*inputs)
+    outputs = OUTPUTS.unpack(*output)
     ctx.set_materialize_grads(False)
     _, scores, *kept = output
     ctx.mark_non_differentiable(scores, *kept)

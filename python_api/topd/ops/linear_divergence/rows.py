@@ -21,7 +21,7 @@ torch.library.define("topd::divergence_rows", f"({ROWS_INPUTS.schema}) -> ({ROWS
 
 @torch.library.register_fake("topd::divergence_rows")
 def _fake(*flat: Any) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = ROWS_INPUTS.unpack(flat)
+    inputs = ROWS_INPUTS.unpack(*flat)
     product = inputs.student_product
     rows = product.shape[0]
     return (

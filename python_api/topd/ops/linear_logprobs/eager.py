@@ -111,7 +111,7 @@ def logprob_rows(
 
 @eager_kernel("logprob_rows")
 def _kernel(*flat: Any) -> RowsOutputs:
-    inputs = ROWS_INPUTS.unpack(flat)
+    inputs = ROWS_INPUTS.unpack(*flat)
     rows = logprob_rows(inputs.product, inputs.bias, inputs.ids, inputs.spec, grad=inputs.grad, entropy=inputs.entropy)
     if rows.outside_grad is not None:
         scaled_into(inputs.product if inputs.grad_tile is None else inputs.grad_tile, rows.outside_grad, inputs.grad_scale)

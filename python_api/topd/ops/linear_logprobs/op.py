@@ -76,7 +76,9 @@ def linear_logprobs(call: Call, weights_hint: Tensor | None, needs: Needs, *, en
 
 def _settled(call: Call) -> Call:
     """Return the call with its temperature read from the tensor that holds it inside torch.compile."""
-    (temperature,) = numbers_in(call.numbers, call.spec.temperature)
+    if call.numbers is None:
+        return call
+    (temperature,) = numbers_in(call.numbers)
     return call._replace(spec=call.spec._replace(temperature=temperature))
 
 
@@ -104,16 +106,17 @@ def _keeps(inputs: Inputs) -> bool:
 
 
 def _forward(*flat: Any) -> tuple[Any, ...]:
-    inputs = INPUTS.unpack(flat)
-    inputs = inputs._replace(call=_settled(inputs.call))
+    inputs = INPUTS.unpack(*flat)
+    call = _settled(inputs.call)
     if any(inputs.needs):
-        refuse_inference_tensors(CALL.named_tensors(inputs.call))
-    with torch.no_grad(), torch.autocast(inputs.call.side.hidden.device.type, enabled=False):
-        return OUTPUTS.pack(_computed(inputs))
+        refuse_inference_tensors(CALL.named_tensors(call))
+    with torch.no_grad(), torch.autocast(call.side.hidden.device.type, enabled=False):
+        return OUTPUTS.pack(_computed(call, inputs))
 
 
-def _computed(inputs: Inputs) -> Outputs:
-    call, needs, keeps = inputs.call, inputs.needs, _keeps(inputs)
+def _computed(call: Call, inputs: Inputs) -> Outputs:
+    """Return the results of a call whose numbers are settled."""
+    needs, keeps = inputs.needs, _keeps(inputs)
     outputs = _empty(inputs, keeps=keeps, engine=call.backend)
     kept = outputs.kept
     if kept.grads.wanted:
@@ -161,7 +164,7 @@ def _hint(call: Call, weights_hint: Tensor | None, like: Tensor) -> Tensor:
 def _backward(
     grad_logprobs: Tensor | None, grad_entropy: Tensor | None, grad_outside: Tensor | None, *flat: Any
 ) -> tuple[Any, ...]:
-    inputs = SAVED.unpack(flat)
+    inputs = SAVED.unpack(*flat)
     inputs = inputs._replace(call=_settled(inputs.call))
     call, kept, needs = inputs.call, inputs.kept, inputs.needs
     upstreams = Upstreams(grad_logprobs, grad_entropy, grad_outside)
@@ -190,7 +193,7 @@ for _op, _implementation in (("linear_logprobs", _forward), ("linear_logprobs_ba
 
 @torch.library.register_fake("topd::linear_logprobs")
 def _forward_fake(*flat: Any) -> tuple[Any, ...]:
-    inputs = INPUTS.unpack(flat)
+    inputs = INPUTS.unpack(*flat)
     return OUTPUTS.pack(_empty(inputs, keeps=_keeps(inputs), engine=EAGER))  # whose buffers are torch's own
 
 
@@ -198,13 +201,13 @@ def _forward_fake(*flat: Any) -> tuple[Any, ...]:
 def _backward_fake(
     grad_logprobs: Tensor | None, grad_entropy: Tensor | None, grad_outside: Tensor | None, *flat: Any
 ) -> tuple[Any, ...]:
-    inputs = SAVED.unpack(flat)
+    inputs = SAVED.unpack(*flat)
     return GRADIENTS.pack(Gradients(*unfilled_gradients(inputs.call.side, inputs.needs, inputs.call.dtype)))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    call, weights_hint, needs, _, entropy = INPUTS.unpack(inputs)
-    outputs = OUTPUTS.unpack(output)
+    call, weights_hint, needs, _, entropy = INPUTS.unpack(*inputs)
+    outputs = OUTPUTS.unpack(*output)
     _, _, _, *kept = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*kept)

@@ -21,7 +21,7 @@ torch.library.define("topd::logprob_rows", f"({ROWS_INPUTS.schema}) -> ({ROWS_OU
 
 @torch.library.register_fake("topd::logprob_rows")
 def _fake(*flat: Any) -> tuple[Tensor, ...]:
-    inputs = ROWS_INPUTS.unpack(flat)
+    inputs = ROWS_INPUTS.unpack(*flat)
     product, ids = inputs.product, inputs.ids
     rows = product.shape[0]
     return (

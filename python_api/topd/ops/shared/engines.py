@@ -89,7 +89,7 @@ class Cpp(Engine):
     keeps_few_rows = True
 
     def buffer(self, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
-        return advise_huge_pages(super().buffer(shape, like, dtype))
+        return advise_huge_pages(torch.empty(shape, dtype=dtype, device=like.device))
 
     def multiplies(self, dtype: torch.dtype, device: torch.device) -> bool:
         return dtype == torch.bfloat16 and multiplies_bf16()

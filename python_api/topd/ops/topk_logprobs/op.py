@@ -61,7 +61,7 @@ def topk_logprobs(inputs: Inputs) -> Outputs:
 
 
 def _computed(inputs: Inputs) -> Outputs:
-    (temperature,) = numbers_in(inputs.numbers, inputs.temperature)
+    (temperature,) = (inputs.temperature,) if inputs.numbers is None else numbers_in(inputs.numbers)
     (n, _), vocab, device = inputs.side.hidden.shape, inputs.side.weight.shape[0], inputs.side.hidden.device
     engine = CPP if device.type == "cpu" and multiplies_bf16() else EAGER
     side = inputs.side.widened(vocab, inputs.dtype, engine)
@@ -85,7 +85,7 @@ def _computed(inputs: Inputs) -> Outputs:
 
 
 def _implementation(*flat: Any) -> tuple[Any, ...]:
-    inputs = INPUTS.unpack(flat)
+    inputs = INPUTS.unpack(*flat)
     with torch.no_grad(), torch.autocast(inputs.side.hidden.device.type, enabled=False):
         return OUTPUTS.pack(_computed(inputs))
 
@@ -95,6 +95,6 @@ torch.library.impl("topd::topk_logprobs", "CompositeExplicitAutograd", _implemen
 
 @torch.library.register_fake("topd::topk_logprobs")
 def _fake(*flat: Any) -> tuple[Any, ...]:
-    inputs = INPUTS.unpack(flat)
+    inputs = INPUTS.unpack(*flat)
     hidden, shape = inputs.side.hidden, (inputs.side.hidden.shape[0], inputs.k)
     return OUTPUTS.pack(Outputs(hidden.new_empty(shape, dtype=torch.int64), hidden.new_empty(shape, dtype=inputs.dtype)))

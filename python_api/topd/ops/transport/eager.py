@@ -162,6 +162,6 @@ def transport(
 
 @eager_kernel("transport")
 def _kernel(*flat: Any) -> Outputs:
-    student, teacher, cost, epsilon, max_iterations, tolerance = inputs = INPUTS.unpack(flat)
+    student, teacher, cost, epsilon, max_iterations, tolerance = inputs = INPUTS.unpack(*flat)
     distance, plan, error = transport(student, teacher, cost, epsilon, max_iterations=max_iterations, tolerance=tolerance)
     return Outputs(distance.to(inputs.dtype), plan.to(inputs.dtype), error.to(inputs.dtype))

@@ -18,7 +18,7 @@ torch.library.define("topd::transport", f"({INPUTS.schema}) -> ({OUTPUTS.schema}
 
 @torch.library.register_fake("topd::transport")
 def _fake(*flat: Any) -> tuple[Any, ...]:
-    inputs = INPUTS.unpack(flat)
+    inputs = INPUTS.unpack(*flat)
     ids, dtype = inputs.student.ids, inputs.dtype
     (m, k_student), (_, k_teacher) = ids.shape, inputs.teacher.ids.shape
     sizes = ((m,), (m, k_student, k_teacher), (m,))
