@@ -38,7 +38,8 @@ class Backend:
 
 
 def _variants() -> list[str]:
-    """Builds of the extension that this processor can run, best first; torch's own reading of the processor decides."""
+    """Return the builds of the extension that this processor can run, best first; torch's own reading of the processor
+    decides."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return ["default"]
     capability = torch.backends.cpu.get_cpu_capability()
@@ -118,13 +119,13 @@ _warn_about_eager._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @functools.cache
 def _kernels() -> Any:
-    """The Triton kernels; importing them registers them for CUDA and ROCm."""
+    """Return the Triton kernels; importing them registers them for CUDA and ROCm."""
     return importlib.import_module("topd_kernels.register")
 
 
 def _triton_facts() -> tuple[bool, str, bool]:
-    """The fields of Triton's Backend as constants, which torch.compile takes; imports the kernels on first use, since that
-    takes a while."""
+    """Return the fields of Triton's Backend as constants, which torch.compile takes; imports the kernels on first use, since
+    that takes a while."""
     if importlib.util.find_spec("triton") is None:
         return False, 'triton is not installed; install it (>= 3.4), or use "eager" on a GPU', False
     if importlib.util.find_spec("topd_kernels") is None:
@@ -159,7 +160,7 @@ _WITHOUT_TRITON = {
 
 
 def backends() -> dict[str, Backend]:
-    """What this installation has: a `Backend` for each of "reference", "eager", "cpp" and "triton".
+    """Return what this installation has: a `Backend` for each of "reference", "eager", "cpp" and "triton".
 
     Returns:
         By name, whether it is available, and what it is or why it is missing. `Backend` is true where available.
@@ -168,8 +169,8 @@ def backends() -> dict[str, Backend]:
 
 
 def choose_backend(backend: BackendName | None, device: torch.device) -> BackendName:
-    """The backend to run on this device. A backend asked for by name never falls back; a CPU call that names none warns once
-    in a process where the compiled backend could run here and is missing.
+    """Return the backend to run on this device. A backend asked for by name never falls back; a CPU call that names none warns
+    once in a process where the compiled backend could run here and is missing.
 
     Raises:
         TypeError, ValueError: unknown, missing, or not for this device.

@@ -12,7 +12,7 @@ from compare import DIVERGENCES
 
 import topd
 from topd.ops.linear_divergence.eager import divergence_rows
-from topd.ops.linear_divergence.spec import Rows, RowSpec
+from topd.ops.linear_divergence.spec import ROWS_INPUTS, Rows, RowsInputs, RowSpec
 from topd.scores import FIELDS
 
 pytestmark = pytest.mark.skipif(not topd.backends()["cpp"], reason=topd.backends()["cpp"].detail)
@@ -166,3 +166,11 @@ def test_wrong_tiles_are_refused():
         by_cpp(torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.float64), spec)
     with pytest.raises(ValueError, match=r"tokens must lie in \[0, 3\), got 3"):
         by_cpp(torch.zeros(2, 3), torch.zeros(2, 4), spec, tokens=torch.tensor([0, 3]))
+    products = torch.zeros(2, 3), torch.zeros(2, 3)
+    for wrong, message in (
+        ({"grad_tile": torch.zeros(2, 3)}, "grad_tile must be None"),
+        ({"grad_scale": 2.0}, "must be 1, got 2"),
+    ):
+        inputs = RowsInputs(*products, None, None, None, spec, grad=True, scores=False)._replace(**wrong)
+        with pytest.raises(ValueError, match=message):
+            torch.ops.topd.divergence_rows(*ROWS_INPUTS.pack(inputs))

@@ -200,5 +200,8 @@ def test_wrong_tiles_are_refused():
     for bias in (torch.zeros(2), torch.zeros(3, dtype=torch.float64)):
         with pytest.raises(ValueError, match="bias"):
             call(bias=bias)
+    for wrong, message in (((tile.clone(), 1.0), "grad_tile must be None"), ((None, 2.0), "must be 1, got 2")):
+        with pytest.raises(ValueError, match=message):
+            torch.ops.topd.logprob_rows(tile, None, ids, *PLAIN, None, True, False, *wrong)
     with pytest.raises((NotImplementedError, RuntimeError), match="Half"):
         call(tile.half())

@@ -64,41 +64,24 @@ def logprob_rows(
     empty = rest_top.isneginf()
     shifted = (rest - rest_top.masked_fill(empty, 0.0)).exp()
     others = shifted.scatter(-1, rest_mode, 0.0).sum(-1, keepdim=True).double()  # beside the largest outside the ids
-
-    # The normaliser from its few parts in double, its own largest term kept apart: log1p of the others has digits.
-    counted = chosen.masked_fill(~first, -torch.inf).double()
-    top = torch.cat([counted, rest_top.double()], -1).amax(-1, keepdim=True)
-    finite = top.isfinite()
-    safe = top.masked_fill(~finite, 0.0)
-    outside_is_top = rest_top.double() == top
-    parts = (counted - safe).exp()
-    largest = torch.zeros_like(parts, dtype=torch.bool)
-    if parts.shape[-1]:
-        largest.scatter_(-1, counted.argmax(-1, keepdim=True), ~outside_is_top)
-    outside_sum = torch.where(outside_is_top, others, (rest_top.double() - safe).exp() * (1 + others))
-    log_rest = (outside_sum + parts.masked_fill(largest, 0.0).sum(-1, keepdim=True)).log1p()
-    finite = finite & log_rest.isfinite()
+    top, log_rest, finite = _normaliser(chosen.masked_fill(~first, -torch.inf).double(), rest_top.double(), others)
 
     def of_row(value: Tensor) -> Tensor:
         return value.masked_fill(~finite, torch.nan).to(product.dtype)
 
-    outside = ((rest_top.double() - safe) + others.log1p()) - log_rest
+    outside = ((rest_top.double() - top) + others.log1p()) - log_rest
     slope = slope_of(chosen, spec)
     entropies = product.new_empty(0)
     entropy_grad = outside_grad = None
     if entropy:
-        a = logits - safe.to(product.dtype)
-        p = (a - log_rest.to(product.dtype)).exp()
-        a = a.masked_fill(a.isneginf(), 0.0)
-        mean = (p * a).sum(-1, keepdim=True)
-        entropies = of_row(log_rest - mean)[..., 0]
-        entropy_grad = -p * (a - mean) * slope_of(logits, spec)
+        below_top, entropy_grad = _entropy(logits, top.to(product.dtype), log_rest.to(product.dtype), slope_of(logits, spec))
+        entropies = of_row(log_rest - below_top)[..., 0]
     if grad:
         outside_grad = (shifted / (1 + others).to(product.dtype)) * slope_of(rest, spec)
         outside_grad = outside_grad.masked_fill(empty | ~finite, 0.0)
         entropy_grad = None if entropy_grad is None else entropy_grad.masked_fill(~finite, 0.0)
     return LogprobRows(
-        of_row((chosen.double() - safe) - log_rest),
+        of_row((chosen.double() - top) - log_rest),
         entropies,
         of_row(outside)[..., 0],
         first,
@@ -107,6 +90,37 @@ def logprob_rows(
         outside_grad,
         entropy_grad if grad else None,
     )
+
+
+def _normaliser(counted: Tensor, rest_top: Tensor, others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return top = max z (0 where it is not finite), log Z - top, and whether both are finite, each [C, 1], from few parts in
+    double, of which the largest is kept apart: log1p of the others has digits.
+
+    Args:
+        counted: [C, M] the logits of the distinct ids, -inf elsewhere.
+        rest_top: [C, 1] the largest logit outside the ids.
+        others: [C, 1] the sum of exp(z - rest_top) over the others there.
+    """
+    top = torch.cat([counted, rest_top], -1).amax(-1, keepdim=True)
+    finite = top.isfinite()
+    safe = top.masked_fill(~finite, 0.0)
+    outside_is_top = rest_top == top
+    parts = (counted - safe).exp()
+    largest = torch.zeros_like(parts, dtype=torch.bool)
+    if parts.shape[-1]:
+        largest.scatter_(-1, counted.argmax(-1, keepdim=True), ~outside_is_top)
+    outside_sum = torch.where(outside_is_top, others, (rest_top - safe).exp() * (1 + others))
+    log_rest = (outside_sum + parts.masked_fill(largest, 0.0).sum(-1, keepdim=True)).log1p()
+    return safe, log_rest, finite & log_rest.isfinite()
+
+
+def _entropy(logits: Tensor, top: Tensor, log_rest: Tensor, slope: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Return E = sum p (z - top) [C, 1] and the entropy's gradient to the product [C, V]."""
+    a = logits - top
+    p = (a - log_rest).exp()
+    a = a.masked_fill(a.isneginf(), 0.0)
+    mean = (p * a).sum(-1, keepdim=True)
+    return mean, -p * (a - mean) * slope
 
 
 @eager_kernel("logprob_rows")
