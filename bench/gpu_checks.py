@@ -26,9 +26,10 @@ from bench.gpu_problems import (
 )
 from bench.gpu_repeats import again, variants
 from bench.numerics import make_logits, our_rows, true_kl
-from topd.ops.transport.eager import COSTS
+from topd.ops.shared.engines import EAGER, TRITON
 from topd.ops.transport.eager import transport as reference_transport
 from topd.ops.transport.op import run_transport
+from topd.ops.transport.spec import COSTS
 from topd.ops.weighted_gather.op import weighted_gather
 from topd.ops.weighted_scatter.op import weighted_scatter
 
@@ -120,9 +121,9 @@ def check_weighted(sizes: Sizes, device: torch.device) -> Iterator[Evidence]:
         ):
             held, given = out.to(device), source.to(dtype).to(device)
             found, true, size = held.clone(), held.double(), held.double().abs()
-            op("triton", found, given, ids, weights)
-            op("eager", true, given.double(), ids, weights.double())
-            op("eager", size, given.double().abs(), ids, weights.double().abs())
+            op(TRITON, found, given, ids, weights)
+            op(EAGER, true, given.double(), ids, weights.double())
+            op(EAGER, size, given.double().abs(), ids, weights.double().abs())
             bound = (most[name] + 2) * torch.finfo(torch.float32).eps
             relative = (found.double() - true) / size
             yield Evidence(f"weighted_{name} {_named(dtype)}", {"sums": Part(relative, torch.zeros_like(relative), bound, 1.0)})

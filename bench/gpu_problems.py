@@ -9,7 +9,7 @@ from torch import Tensor
 
 import topd
 from topd.ops.shared.plan import FUSED_BLOCK
-from topd.ops.transport.eager import WindowSide
+from topd.ops.transport.spec import WindowSide
 from topd.options import BackendName
 from topd.scores import FIELDS
 

@@ -20,8 +20,9 @@ from bench.peers import divergence_of_logprobs, trl_value, trl_version
 from bench.process import INTERRUPTED, positive
 from bench.report import machine_line, markdown_table, note, scientific, write_json
 from topd.backends import choose_backend
-from topd.ops.linear_divergence.eager import RowSpec
 from topd.ops.linear_divergence.rows import run_rows
+from topd.ops.linear_divergence.spec import RowsInputs, RowSpec
+from topd.ops.shared.engines import engine_of
 
 DIVERGENCES = ("reverse_kl", "forward_kl")
 TARGETS = (1e-3, 1e-5, 1e-7, 1e-8)
@@ -66,8 +67,8 @@ def true_kl(student: Tensor, teacher: Tensor, divergence: str) -> Tensor:
 def our_rows(student: Tensor, teacher: Tensor, divergence: str, backend: str) -> Tensor:
     """topd's row op on copies, which it may overwrite."""
     spec = RowSpec(1.0, None, 1.0, None, 1.0, divergence, float("inf") if divergence == "forward_kl" else 0.0, 0.0)
-    operands = (student.clone(), teacher.clone(), None, None, None)
-    return run_rows(backend, *operands, spec, grad=False, scores=False).value
+    inputs = RowsInputs(student.clone(), teacher.clone(), None, None, None, spec, grad=False, scores=False)
+    return run_rows(engine_of(backend), inputs).value
 
 
 def usual_rows(student: Tensor, teacher: Tensor, divergence: str) -> Tensor:

@@ -59,7 +59,7 @@ def without_extension(monkeypatch: pytest.MonkeyPatch) -> str:
     missing = Backend("cpp", False, "the C++ extension was not built; build it")
     monkeypatch.setattr(module, "_CPP", missing)
     monkeypatch.setattr(module, "_HAS_CPP", False)
-    monkeypatch.setitem(module._FOUND, "cpp", missing)
+    monkeypatch.setitem(module._WITHOUT_TRITON, "cpp", missing)
     monkeypatch.setattr(module, "_variants", lambda: ["avx2"])
     module._warn_once.cache_clear()
     return f'topd runs CPU calls on its slower backend "eager": {missing.detail}'

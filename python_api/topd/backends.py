@@ -38,7 +38,8 @@ class Backend:
 
 
 def _variants() -> list[str]:
-    """Builds of the extension that this processor can run, best first; torch's own reading of the processor decides."""
+    """Return the builds of the extension that this processor can run, best first; torch's own reading of the processor
+    decides."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return ["default"]
     capability = torch.backends.cpu.get_cpu_capability()
@@ -118,15 +119,17 @@ _warn_about_eager._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @functools.cache
 def _kernels() -> Any:
-    """The Triton kernels; importing them registers them for CUDA and ROCm."""
+    """Return the Triton kernels; importing them registers them for CUDA and ROCm."""
     return importlib.import_module("topd_kernels.register")
 
 
 def _triton_facts() -> tuple[bool, str, bool]:
-    """The fields of Triton's Backend as constants, which torch.compile takes; imports the kernels on first use, since that
-    takes a while."""
+    """Return the fields of Triton's Backend as constants, which torch.compile takes; imports the kernels on first use, since
+    that takes a while."""
     if importlib.util.find_spec("triton") is None:
         return False, 'triton is not installed; install it (>= 3.4), or use "eager" on a GPU', False
+    if importlib.util.find_spec("topd_kernels") is None:
+        return False, 'topd_kernels is not installed; install topd whole, or use "eager" on a GPU', False
     if _kernels().interpreted():
         return True, "CPU tensors through Triton's interpreter (TRITON_INTERPRET is set), for tests", True
     if not torch.cuda.is_available():
@@ -142,17 +145,14 @@ def _load_triton() -> Backend:
     return Backend("triton", *_triton_facts())
 
 
-def kernel(op: str, backend: str, device: torch.device) -> Callable[..., Any]:
-    """What runs topd::<op> on a compiled backend: the dispatcher by the tensors' device; on CPU tensors, where the dispatcher
-    knows the C++ kernels, Triton's launcher itself."""
-    if backend == "triton" and device.type == "cpu":
-        launcher: Callable[..., Any] = _kernels().LAUNCHERS[op]
-        return launcher
-    found: Callable[..., Any] = getattr(torch.ops.topd, op)
-    return found
+def triton_launcher(op: str) -> Callable[..., Any]:
+    """Return the launcher of topd::<op>, for CPU tensors in Triton's interpreter: there the dispatcher knows the C++
+    kernels."""
+    launcher: Callable[..., Any] = _kernels().LAUNCHERS[op]
+    return launcher
 
 
-_FOUND = {
+_WITHOUT_TRITON = {
     "reference": Backend("reference", True, "eager torch on full logits, any device: the definition of the math"),
     "eager": Backend("eager", True, "torch in chunks, any device"),
     "cpp": _CPP,
@@ -160,17 +160,17 @@ _FOUND = {
 
 
 def backends() -> dict[str, Backend]:
-    """What this installation has: a `Backend` for each of "reference", "eager", "cpp" and "triton".
+    """Return what this installation has: a `Backend` for each of "reference", "eager", "cpp" and "triton".
 
     Returns:
         By name, whether it is available, and what it is or why it is missing. `Backend` is true where available.
     """
-    return {**_FOUND, "triton": _load_triton()}
+    return {**_WITHOUT_TRITON, "triton": _load_triton()}
 
 
 def choose_backend(backend: BackendName | None, device: torch.device) -> BackendName:
-    """The backend to run on this device. A backend asked for by name never falls back; a CPU call that names none warns once
-    in a process where the compiled backend could run here and is missing.
+    """Return the backend to run on this device. A backend asked for by name never falls back; a CPU call that names none warns
+    once in a process where the compiled backend could run here and is missing.
 
     Raises:
         TypeError, ValueError: unknown, missing, or not for this device.
@@ -186,11 +186,11 @@ def choose_backend(backend: BackendName | None, device: torch.device) -> Backend
         raise TypeError(f"backend must be None or one of {', '.join(map(repr, NAMES))}, got {type(backend).__name__}")
     if backend not in NAMES:
         raise ValueError(f"backend must be None or one of {', '.join(map(repr, NAMES))}, got {backend!r}")
-    if not (found := _load_triton() if backend == "triton" else _FOUND[backend]):
-        raise ValueError(f'backend "{backend}" is not available here: {found.detail}')
+    if not (state := _load_triton() if backend == "triton" else _WITHOUT_TRITON[backend]):
+        raise ValueError(f'backend "{backend}" is not available here: {state.detail}')
     if backend == "cpp" and device.type != "cpu":
         raise ValueError(f'backend "cpp" runs on CPU tensors, got {device}; leave backend None to choose by device')
-    if backend == "triton" and device.type != "cuda" and not found.interpreted:
+    if backend == "triton" and device.type != "cuda" and not state.interpreted:
         raise ValueError(
             f'backend "triton" runs on CUDA and ROCm tensors, got {device}; leave backend None to choose by device'
         )

@@ -19,7 +19,7 @@ from topd.losses import sampled, topk_divergence
 from topd.near_future import candidates, false_alarms, gate
 from topd.near_future.transport import SOLVERS
 from topd.objectives import config
-from topd.ops.transport import eager as transport
+from topd.ops.transport import spec as transport
 
 pytest.importorskip("mypy")
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ from triton_cases import (
     spec_of,
 )
 
-from topd.ops.linear_divergence.eager import Rows
+from topd.ops.linear_divergence.spec import Rows
 from topd.scores import FIELDS
 
 pytestmark = NEEDS_TRITON

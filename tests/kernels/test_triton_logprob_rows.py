@@ -25,7 +25,7 @@ from triton_cases import (
 
 import topd
 from topd.losses.linear_logprobs import logprobs_and_outside
-from topd.ops.linear_logprobs.eager import LogprobRows, LogprobSpec
+from topd.ops.linear_logprobs.spec import LogprobRows, LogprobSpec
 
 pytestmark = NEEDS_TRITON
 INF, NAN = math.inf, math.nan

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from topd.head import Head
-from topd.ops.linear_divergence.eager import RowSpec
-from topd.ops.linear_divergence.eager import linear_divergence as reference
+from topd.ops.linear_divergence.full_logits import linear_divergence as reference
+from topd.ops.linear_divergence.spec import RowSpec
 from topd.ops.score_tokens.op import run_scores, serves
 from topd.ops.shared.tiles import Side
 from topd.scores import FIELDS

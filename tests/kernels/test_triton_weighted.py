@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from triton_cases import DEVICE, NEEDS_TRITON, there
 
+from topd.ops.shared.engines import TRITON
 from topd.ops.weighted_gather.op import weighted_gather
 from topd.ops.weighted_scatter.op import weighted_scatter
 
@@ -38,7 +39,7 @@ OPS = {"gather": (weighted_gather, gathered), "scatter": (weighted_scatter, scat
 
 def by_triton(name: str, out: Tensor, source: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     out = out.to(DEVICE, copy=True)
-    assert OPS[name][0]("triton", out, *(there(x) for x in (source, ids, weights))) is None
+    assert OPS[name][0](TRITON, out, *(there(x) for x in (source, ids, weights))) is None
     return out.cpu()
 
 

@@ -12,12 +12,14 @@ from compare import TENSORS, Model, Outcome, Problem, by_topd
 from torch import Tensor
 
 import topd
-from topd.ops.linear_divergence.eager import Rows, RowSpec
 from topd.ops.linear_divergence.eager import divergence_rows as reference_divergence
-from topd.ops.linear_divergence.op import N_COMMON, Call
-from topd.ops.linear_logprobs.eager import LogprobRows, LogprobSpec
+from topd.ops.linear_divergence.loop import plan_of as plan_of_call
+from topd.ops.linear_divergence.spec import Call, Rows, RowSpec
 from topd.ops.linear_logprobs.eager import logprob_rows as reference_logprobs
+from topd.ops.linear_logprobs.spec import LogprobRows, LogprobSpec
+from topd.ops.shared.engines import TRITON
 from topd.ops.shared.plan import ChunkPlan
+from topd.ops.shared.tiles import Side
 from topd.scores import FIELDS
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -227,12 +229,9 @@ def assert_within(found: Tensor, true: Tensor, allowed: Tensor, what: str) -> No
 
 def plan_of(problem: Problem, workspace_bytes: int) -> ChunkPlan:
     """The plan that a call without scores makes."""
-    student, teacher = problem.student, problem.teacher
-    call = [None] * N_COMMON
-    call[:6] = student.hidden, student.weight, None, None, None, 1.0
-    call[6:12] = teacher.hidden, teacher.weight, None, None, None, 1.0
-    call[14:24] = 1.0, None, 1.0, None, 1.0, "reverse_kl", 0.0, 0.0, workspace_bytes, "triton"
-    return Call.unpack(tuple(call)).loop(None).plan
+    sides = [Side(model.hidden, model.weight, None, None, None, 1.0) for model in (problem.student, problem.teacher)]
+    call = Call(*sides, None, None, spec_of("reverse_kl"), workspace_bytes, TRITON)
+    return plan_of_call(call, problem.student.hidden.shape[0])
 
 
 def logprob_outcome(

@@ -13,8 +13,8 @@ from test_plan import Largest
 
 import topd
 from topd import near_future_divergence
-from topd.ops.transport.eager import WindowSide
 from topd.ops.transport.op import run_transport
+from topd.ops.transport.spec import WindowSide
 
 linprog = pytest.importorskip("scipy.optimize").linprog
 linear_sum_assignment = pytest.importorskip("scipy.optimize").linear_sum_assignment

@@ -12,6 +12,11 @@ from compare import Problem, plain, random_problem
 from torch import Tensor
 
 import topd
+from topd.ops.linear_divergence import spec as divergence
+from topd.ops.linear_logprobs import spec as logprob
+from topd.ops.shared.engines import engine_of
+from topd.ops.shared.tiles import Needs, Side
+from topd.ops.topk_logprobs import op as topk
 
 OPTIONS = {
     "plain": {},
@@ -25,30 +30,26 @@ OPTIONS = {
 }
 
 
-def pack(op: Any, known: dict[str, Any]) -> tuple[Any, ...]:
-    """An op's arguments by the names in its schema; an optional one that is not known is None."""
-    arguments = op._schema.arguments
-    missing = [a.name for a in arguments if a.name not in known and "Optional" not in str(a.type)]
-    assert not missing, f"the schema of {op} has new arguments: {missing}"
-    return tuple(known.get(argument.name) for argument in arguments)
+def side_of(model: compare.Model) -> Side:
+    return Side(*(getattr(model, name) for name in compare.TENSORS), model.scaling)
 
 
-def known_arguments(problem: Problem, backend: str) -> dict[str, Any]:
-    known: dict[str, Any] = {"mask": problem.mask, "tokens": problem.tokens, "backend": backend}
-    for side in ("student", "teacher"):
-        model = getattr(problem, side)
-        known |= {f"{side}_{name}": getattr(model, name) for name in (*compare.TENSORS, "scaling", "scale", "softcap")}
-    names = ("hidden_grad", "weight_grad", "bias_grad", "adapter_grad", "keep", "scores")
-    return (
-        known
-        | dict.fromkeys(names, True)
-        | {
-            "temperature": problem.temperature,
-            "divergence": problem.divergence.name,
-            "parameter": problem.divergence.parameter,
-            "hard_weight": problem.hard_weight,
-        }
+def inputs_of(problem: Problem, backend: str, **changed: Any) -> divergence.Inputs:
+    """The arguments of topd::linear_divergence: every gradient of the student that it can have, and scores."""
+    student, teacher = problem.student, problem.teacher
+    spec = divergence.RowSpec(
+        student.scale,
+        student.softcap,
+        teacher.scale,
+        teacher.softcap,
+        problem.temperature,
+        problem.divergence.name,
+        problem.divergence.parameter,
+        problem.hard_weight,
     )
+    sides = side_of(student), side_of(teacher)
+    call = divergence.Call(*sides, problem.mask, problem.tokens, spec, None, engine_of(chunked(backend)))
+    return divergence.Inputs(call, None, needs(student), keep=True, scores=True)._replace(**changed)
 
 
 def chunked(backend: str) -> str:
@@ -57,47 +58,41 @@ def chunked(backend: str) -> str:
     return backend
 
 
-def needs(problem: Problem) -> dict[str, bool]:
-    return {"bias_grad": problem.student.bias is not None, "adapter_grad": problem.student.a is not None}
+def needs(model: compare.Model) -> Needs:
+    return Needs(True, True, model.bias is not None, model.a is not None)
+
+
+def check(op: Any, arguments: tuple[Any, ...]) -> None:
+    results = torch.library.opcheck(op.default, arguments)
+    assert set(results.values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_opcheck_forward(options, backend, device):
     problem = random_problem(options, n=6, vocab=13).to(device)
     problem = replace(problem, student=problem.student.leaves(compare.TENSORS))
-    op = torch.ops.topd.linear_divergence.default
-    known = known_arguments(problem, chunked(backend)) | needs(problem)
-    results = torch.library.opcheck(op, pack(op, known))
-    assert set(results.values()) == {"SUCCESS"}
+    check(torch.ops.topd.linear_divergence, divergence.INPUTS.pack(inputs_of(problem, backend)))
 
 
 @pytest.mark.parametrize("uniform", [True, False], ids=["no hint", "hint"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_opcheck_backward(options, uniform, backend, device):
-    """Its arguments: the upstream gradient, what both ops share, what forward kept, whether no hint came, flags."""
     problem = random_problem(options, n=6, vocab=13).to(device)
     upstream = torch.randn(6, dtype=torch.float64, device=device)
-    forward = torch.ops.topd.linear_divergence.default
-    known = known_arguments(problem, chunked(backend)) | needs(problem)
-    given = pack(forward, known if uniform else known | {"weights_hint": upstream.abs()})
-    shared = [argument.name for argument in forward._schema.arguments].index("weights_hint")
-    flags = (True, True, *needs(problem).values())
-    _, _, *kept = forward(*given)
-    arguments = (upstream, *given[:shared], *kept, uniform, *flags)
-    results = torch.library.opcheck(torch.ops.topd.linear_divergence_backward.default, arguments)
-    assert set(results.values()) == {"SUCCESS"}
+    inputs = inputs_of(problem, backend, weights_hint=None if uniform else upstream.abs())
+    outputs = divergence.OUTPUTS.unpack(*torch.ops.topd.linear_divergence(*divergence.INPUTS.pack(inputs)))
+    saved = divergence.Saved(inputs.call, outputs.kept, inputs.needs, uniform_hint=uniform)
+    check(torch.ops.topd.linear_divergence_backward, (upstream, *divergence.SAVED.pack(saved)))
 
 
 @pytest.mark.skipif(not topd.backends()["cpp"], reason=str(topd.backends()["cpp"]))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("flags", [(True, True), (False, False)], ids=["grad+scores", "value"])
 def test_opcheck_rows(flags, dtype):
-    op = torch.ops.topd.divergence_rows.default
-    known = known_arguments(random_problem(OPTIONS["everything"], n=5, vocab=13).to(dtype), "cpp")
-    known |= {"student_product": torch.randn(5, 15, dtype=dtype), "teacher_product": torch.randn(5, 13, dtype=dtype)}
-    known |= {"tokens": torch.arange(5), "grad": flags[0], "scores": flags[1]}
-    results = torch.library.opcheck(op, pack(op, known))
-    assert set(results.values()) == {"SUCCESS"}
+    problem = random_problem(OPTIONS["everything"], n=5, vocab=13).to(dtype)
+    spec, products = inputs_of(problem, "cpp").call.spec, (torch.randn(5, 15, dtype=dtype), torch.randn(5, 13, dtype=dtype))
+    inputs = divergence.RowsInputs(*products, problem.student.bias, problem.teacher.bias, torch.arange(5), spec, *flags)
+    check(torch.ops.topd.divergence_rows, divergence.ROWS_INPUTS.pack(inputs))
 
 
 @pytest.fixture
@@ -157,8 +152,8 @@ def test_a_compiled_training_step_is_the_eager_one(uniform, backend, device):
     weights = weights.to(device)
     eager, step = Step(problem, chunked(backend)), Step(problem, backend)
     compiled = step.train_on(torch.compile(step, fullgraph=True), problem, weights)
-    for found, expected in zip(compiled, eager.train_on(eager, problem, weights), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    for by_compiled, expected in zip(compiled, eager.train_on(eager, problem, weights), strict=True):
+        torch.testing.assert_close(by_compiled, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.usefixtures("cold_compiler")
@@ -181,12 +176,13 @@ def test_a_compiled_gradient_is_the_true_one(backend, device):
         compare.assert_near(getattr(student, tensor).grad, true, 1e-10, tensor)
 
 
-def logprob_arguments(problem: logprobs.Problem, backend: str) -> dict[str, Any]:
+def logprob_inputs(problem: logprobs.Problem, backend: str, **changed: Any) -> logprob.Inputs:
+    """As `inputs_of`, of topd::linear_logprobs."""
     model = problem.model
-    known = {name: getattr(model, name) for name in (*compare.TENSORS, "scaling", "scale", "softcap")}
-    flags = {"hidden_grad": True, "weight_grad": True, "bias_grad": model.bias is not None, "adapter_grad": model.a is not None}
-    settings = {"mask": problem.mask, "ids": problem.ids, "temperature": problem.temperature, "backend": backend}
-    return known | flags | settings | {"padded": False, "dense": True, "keep": True, "entropy": problem.entropy}
+    spec = logprob.LogprobSpec(model.scale, model.softcap, problem.temperature)
+    engine = engine_of(chunked(backend))
+    call = logprob.Call(side_of(model), problem.mask, problem.ids, spec, None, engine, padded=False, dense=True)
+    return logprob.Inputs(call, None, needs(model), keep=True, entropy=problem.entropy)._replace(**changed)
 
 
 LOGPROBS = ["plain", "everything"]
@@ -197,26 +193,21 @@ LOGPROBS = ["plain", "everything"]
 def test_opcheck_logprobs_forward(options, entropy, backend, device):
     problem = logprobs.random_problem(logprobs.OPTIONS[options], n=6, vocab=13, entropy=entropy).to(device)
     problem = replace(problem, model=problem.model.leaves(compare.TENSORS))
-    op = torch.ops.topd.linear_logprobs.default
-    results = torch.library.opcheck(op, pack(op, logprob_arguments(problem, chunked(backend))))
-    assert set(results.values()) == {"SUCCESS"}
+    check(torch.ops.topd.linear_logprobs, logprob.INPUTS.pack(logprob_inputs(problem, backend)))
 
 
 @pytest.mark.parametrize("dense", [True, False], ids=["dense", "later"])
 @pytest.mark.parametrize("entropy", [False, True], ids=["", "entropy"])
 @pytest.mark.parametrize("options", LOGPROBS)
 def test_opcheck_logprobs_backward(options, entropy, dense, backend, device):
-    """Its arguments: three upstream gradients, what both ops share, what forward returned but for the entropy, flags."""
     problem = logprobs.random_problem(logprobs.OPTIONS[options], n=6, vocab=13, entropy=entropy).to(device)
-    forward = torch.ops.topd.linear_logprobs.default
-    known = logprob_arguments(problem, chunked(backend)) | {"dense": dense}
-    given, names = pack(forward, known), [argument.name for argument in forward._schema.arguments]
-    found, entropies, outside, *kept = forward(*given)
-    upstream = torch.randn_like(found), torch.randn_like(entropies) if entropy else None, None
-    flags = [known[name] for name in ("hidden_grad", "weight_grad", "bias_grad", "adapter_grad")]
-    arguments = (*upstream, *given[: names.index("weights_hint")], found, outside, *kept, True, *flags)
-    results = torch.library.opcheck(torch.ops.topd.linear_logprobs_backward.default, arguments)
-    assert set(results.values()) == {"SUCCESS"}
+    inputs = logprob_inputs(problem, backend)
+    inputs = inputs._replace(call=inputs.call._replace(dense=dense))
+    outputs = logprob.OUTPUTS.unpack(*torch.ops.topd.linear_logprobs(*logprob.INPUTS.pack(inputs)))
+    upstream = torch.randn_like(outputs.logprobs), torch.randn_like(outputs.entropy) if entropy else None, None
+    parts = (inputs.call, outputs.logprobs, outputs.outside, outputs.kept, inputs.needs)
+    saved = logprob.Saved(*parts, uniform_hint=True)
+    check(torch.ops.topd.linear_logprobs_backward, (*upstream, *logprob.SAVED.pack(saved)))
 
 
 needs_cpp = pytest.mark.skipif(not topd.backends()["cpp"], reason=str(topd.backends()["cpp"]))
@@ -225,13 +216,11 @@ needs_cpp = pytest.mark.skipif(not topd.backends()["cpp"], reason=str(topd.backe
 @pytest.mark.parametrize("temperature", [None, 1.7], ids=["", "numbers"])
 def test_opcheck_topk_logprobs(temperature, device):
     problem = logprobs.random_problem(logprobs.OPTIONS["everything"], entropy=False).to(device)
-    model, op = problem.model, torch.ops.topd.topk_logprobs.default
-    known = {name: getattr(model, name) for name in (*compare.TENSORS, "scaling", "scale", "softcap")}
-    known |= {"mask": problem.mask, "temperature": problem.temperature, "k": 4}
-    if temperature:
-        known["numbers"] = torch.tensor([temperature], dtype=torch.float64)
-    results = torch.library.opcheck(op, pack(op, known))
-    assert set(results.values()) == {"SUCCESS"}
+    model = problem.model
+    numbers = torch.tensor([temperature], dtype=torch.float64) if temperature else None
+    spec = (model.scale, model.softcap, problem.temperature)
+    inputs = topk.Inputs(side_of(model), problem.mask, *spec, k=4, workspace_bytes=None, numbers=numbers)
+    check(torch.ops.topd.topk_logprobs, topk.INPUTS.pack(inputs))
 
 
 @needs_cpp
@@ -243,8 +232,7 @@ def test_opcheck_logprob_rows(flags, softcap, dtype):
     tile, bias, ids = torch.randn(5, 13, dtype=dtype), torch.randn(13, dtype=dtype), torch.randint(13, (5, 3))
     second = torch.empty_like(tile) if grad and entropy else None
     arguments = (tile, bias, ids, 0.5, softcap, 1.3, second, grad, entropy)
-    results = torch.library.opcheck(torch.ops.topd.logprob_rows.default, arguments)
-    assert set(results.values()) == {"SUCCESS"}
+    check(torch.ops.topd.logprob_rows, arguments)
 
 
 @needs_cpp
@@ -255,8 +243,7 @@ def test_opcheck_weighted(op):
     operands = torch.zeros(5, 4), torch.randn(13, 4).bfloat16()
     if op == "weighted_scatter":
         operands = torch.zeros(13, 4), torch.randn(5, 4).bfloat16()
-    results = torch.library.opcheck(getattr(torch.ops.topd, op).default, (*operands, ids, weights))
-    assert set(results.values()) == {"SUCCESS"}
+    check(getattr(torch.ops.topd, op), (*operands, ids, weights))
 
 
 @pytest.mark.usefixtures("cold_compiler")
@@ -275,11 +262,11 @@ def test_a_compiled_step_on_log_probabilities_is_the_eager_one(backend, device):
         leaves = problem.model.leaves(compare.TENSORS)
         tensors, losses = [getattr(leaves, tensor) for tensor in compare.TENSORS], []
         for _ in range(3):
-            found = loss_of(*tensors)
-            grads = torch.autograd.grad(found, tensors)
-            losses.append(found.detach())
+            value = loss_of(*tensors)
+            grads = torch.autograd.grad(value, tensors)
+            losses.append(value.detach())
             tensors = [(t - 0.01 * g).detach().requires_grad_() for t, g in zip(tensors, grads, strict=True)]
         return [*losses, *grads, *tensors]
 
-    for found, expected in zip(trained(torch.compile(loss, fullgraph=True)), trained(loss), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    for by_compiled, expected in zip(trained(torch.compile(loss, fullgraph=True)), trained(loss), strict=True):
+        torch.testing.assert_close(by_compiled, expected, rtol=1e-5, atol=1e-6)

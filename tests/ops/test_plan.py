@@ -99,7 +99,7 @@ class Largest(torch.utils._python_dispatch.TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        for found in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(found, torch.Tensor):
-                self.nbytes = max(self.nbytes, found.untyped_storage().nbytes())
+        for each in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(each, torch.Tensor):
+                self.nbytes = max(self.nbytes, each.untyped_storage().nbytes())
         return result

@@ -5,17 +5,18 @@ import torch
 from torch import Tensor
 
 import topd
+from topd.ops.shared.engines import CPP, Engine, engine_of
 from topd.ops.weighted_gather.op import PIECE, weighted_gather
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(params=["eager", "cpp"])
-def chunked(request: pytest.FixtureRequest) -> str:
-    found = topd.backends()[request.param]
-    if not found:
-        pytest.skip(found.detail)
-    return request.param
+def chunked(request: pytest.FixtureRequest) -> Engine:
+    backend = topd.backends()[request.param]
+    if not backend:
+        pytest.skip(backend.detail)
+    return engine_of(request.param)
 
 
 def dense(ids: Tensor, weights: Tensor, vocab: int) -> Tensor:
@@ -102,16 +103,16 @@ def test_strides_of_every_operand(chunked):
 
 def test_any_number_of_threads_gives_the_same_bits(chunked):
     table, ids, weights = random_case(300, 20, 50, 200)
-    threads, found = torch.get_num_threads(), []
+    threads, sums = torch.get_num_threads(), []
     try:
         for count in (1, 2, 2):
             torch.set_num_threads(count)
-            found.append(torch.ones(300, 200))
-            weighted_gather(chunked, found[-1], table, ids, weights)
+            sums.append(torch.ones(300, 200))
+            weighted_gather(chunked, sums[-1], table, ids, weights)
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[1], found[2])
+    assert torch.equal(sums[0], sums[1])
+    assert torch.equal(sums[1], sums[2])
 
 
 @pytest.mark.skipif(not topd.backends()["cpp"], reason=topd.backends()["cpp"].detail)
@@ -127,5 +128,5 @@ def test_wrong_operands_are_refused():
         ((out, table.long(), ids, weights), "floating"),
     ):
         with pytest.raises(ValueError, match=message):
-            weighted_gather("cpp", *wrong)
+            weighted_gather(CPP, *wrong)
     assert not out.any()

@@ -6,16 +6,17 @@ from test_weighted_gather import DTYPES, dense
 from torch import Tensor
 
 import topd
+from topd.ops.shared.engines import CPP, Engine, engine_of
 from topd.ops.weighted_gather.op import PIECE
 from topd.ops.weighted_scatter.op import weighted_scatter
 
 
 @pytest.fixture(params=["eager", "cpp"])
-def chunked(request: pytest.FixtureRequest) -> str:
-    found = topd.backends()[request.param]
-    if not found:
-        pytest.skip(found.detail)
-    return request.param
+def chunked(request: pytest.FixtureRequest) -> Engine:
+    backend = topd.backends()[request.param]
+    if not backend:
+        pytest.skip(backend.detail)
+    return engine_of(request.param)
 
 
 def random_case(n: int, m: int, vocab: int, width: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,15 +103,15 @@ def test_strides_of_every_operand(chunked):
 def test_any_number_of_threads_and_any_run_gives_the_same_bits(chunked):
     """Many rows of one id: the order of its sum is fixed."""
     rows, ids, weights = random_case(600, 8, 5, 64)
-    threads, found = torch.get_num_threads(), []
+    threads, sums = torch.get_num_threads(), []
     try:
         for count in (1, *[2] * 10):
             torch.set_num_threads(count)
-            found.append(torch.ones(5, 64))
-            weighted_scatter(chunked, found[-1], rows, ids, weights)
+            sums.append(torch.ones(5, 64))
+            weighted_scatter(chunked, sums[-1], rows, ids, weights)
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(found[0], again) for again in found[1:])
+    assert all(torch.equal(sums[0], again) for again in sums[1:])
 
 
 @pytest.mark.skipif(not topd.backends()["cpp"], reason=topd.backends()["cpp"].detail)
@@ -126,5 +127,5 @@ def test_wrong_operands_are_refused():
         ((out, rows.long(), ids, weights), "floating"),
     ):
         with pytest.raises(ValueError, match=message):
-            weighted_scatter("cpp", *wrong)
+            weighted_scatter(CPP, *wrong)
     assert not out.any()

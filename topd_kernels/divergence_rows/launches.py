@@ -19,7 +19,6 @@ from torch import Tensor
 
 from topd_kernels.divergence_rows.statistics import PARTS, ROW, constants, logits_pair, statistics
 from topd_kernels.divergence_rows.terms import FORWARD_KL, REVERSE_KL, kind_of, log_ratio, term_of
-from topd_kernels.shared.half_range import divergence_scale
 from topd_kernels.shared.launch import Launch, processors, run_all, splits_of
 from topd_kernels.shared.row_math import FAR, expm1, held, kl_term, logits_of, number, phi_pair, slope_of
 
@@ -346,10 +345,9 @@ def divergence_rows(
     *spec_grad_scores: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op `topd::divergence_rows`."""
-    *numbers, grad, scores, grad_tile = spec_grad_scores
+    *numbers, grad, scores, grad_tile, grad_scale = spec_grad_scores
     spec, to = Spec(*numbers), student if grad_tile is None else grad_tile
-    scale = divergence_scale(to.dtype, spec.divergence, spec.hard_weight, spec.student_scale / spec.temperature)
     operands = (student, teacher, student_bias, teacher_bias, tokens)
-    order, out = launches(*operands, spec, to if grad else None, scores, grad_scale=scale)
+    order, out = launches(*operands, spec, to if grad else None, scores, grad_scale=grad_scale)
     run_all(order)
     return tuple(out)

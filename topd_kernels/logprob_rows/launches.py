@@ -18,7 +18,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from topd_kernels.shared.half_range import logprob_scale
 from topd_kernels.shared.launch import Launch, processors, run_all, splits_of
 from topd_kernels.shared.row_math import LEFT_OUT, lane_update, log1p, logits_of, merge, number, over_lanes, slope_of
 
@@ -364,11 +363,12 @@ def logprob_rows(
     grad: bool,
     entropy: bool,
     grad_tile: Tensor | None = None,
+    grad_scale: float = 1.0,
 ) -> tuple[Tensor, ...]:
     """The op `topd::logprob_rows`."""
     to = product if grad_tile is None else grad_tile
     second = entropy_tile if grad and entropy else None
-    spec, grad_scale = Spec(scale, softcap, temperature), logprob_scale(to.dtype, scale / temperature)
+    spec = Spec(scale, softcap, temperature)
     order, out = launches(product, bias, ids, spec, second, to if grad else None, entropy, grad_scale=grad_scale)
     run_all(order)
     return tuple(out)

@@ -21,10 +21,11 @@ from topd.checks.values import (
 from topd.divergences import Divergence, DivergenceLike, resolve_divergence
 from topd.head import Head
 from topd.losses.operands import autocast, check_head_range, check_side, kept_side, needs, op_side, softcap_of
-from topd.ops.linear_divergence import eager as reference
-from topd.ops.linear_divergence.eager import RowSpec
-from topd.ops.shared.few_rows import may_keep
-from topd.ops.shared.numbers import numbers_of
+from topd.ops.linear_divergence import full_logits
+from topd.ops.linear_divergence import op as linear_divergence_op
+from topd.ops.linear_divergence.spec import Call, RowSpec
+from topd.ops.shared.engines import engine_of
+from topd.ops.shared.tiles import Needs, Side
 from topd.options import BackendName
 from topd.scores import TokenScores, unpack_scores
 
@@ -220,14 +221,11 @@ def linear_divergence(
     spec = _spec(student, teacher, temperature, chosen, hard_weight)
     if name == "reference":
         sides = (student_hidden, student, teacher_hidden, teacher)
-        value, scores = reference.linear_divergence(*sides, flat_mask, flat_tokens, spec)
+        value, scores = full_logits.linear_divergence(*sides, flat_mask, flat_tokens, spec)
     else:
-        numbers = numbers_of(spec.temperature, spec.parameter, spec.hard_weight)
-        if numbers is not None:
-            spec = spec.with_numbers(1.0, 0.0, 0.0)
-        common = (*op_side(student_hidden, student), *op_side(teacher_hidden, teacher), flat_mask, flat_tokens, *spec)
-        common = (*common, workspace_bytes, name, numbers)
-        wanted = (*needs(student_hidden, student), may_keep(), return_scores)
-        value, scores, *_ = torch.ops.topd.linear_divergence(*common, hint, *wanted)
+        both = Side(*op_side(student_hidden, student)), Side(*op_side(teacher_hidden, teacher))
+        operands = Call(*both, flat_mask, flat_tokens, spec, workspace_bytes, engine_of(name))
+        wanted = Needs(*needs(student_hidden, student))
+        value, scores = linear_divergence_op.linear_divergence(operands, hint, wanted, scores=return_scores)
     value = value.reshape(shape)
     return (value, unpack_scores(scores, shape, has_tokens=tokens is not None)) if return_scores else value

@@ -10,10 +10,11 @@ from topd.checks.tokens import check_chosen_ids
 from topd.checks.values import FLOATING, check_range, check_temperature, check_workspace, flag, no_forward_mode, per_token
 from topd.head import Head
 from topd.losses.operands import autocast, check_head_range, check_side, kept_side, needs, op_side, softcap_of
-from topd.ops.linear_logprobs import eager as reference
-from topd.ops.linear_logprobs.eager import LogprobSpec
-from topd.ops.shared.few_rows import may_keep
-from topd.ops.shared.numbers import numbers_of
+from topd.ops.linear_logprobs import full_logits
+from topd.ops.linear_logprobs import op as linear_logprobs_op
+from topd.ops.linear_logprobs.spec import Call, LogprobSpec
+from topd.ops.shared.engines import engine_of
+from topd.ops.shared.tiles import Needs, Side
 from topd.options import BackendName
 
 
@@ -163,12 +164,9 @@ def logprobs_and_outside(
     check_numbers(head, temperature, states.dtype)
     spec = LogprobSpec(float(head.scale), softcap_of(head), float(temperature))
     if name == "reference":
-        logprobs, entropies, outside = reference.linear_logprobs(states, head, flat_ids, flat_mask, spec, padded=padded)
+        logprobs, entropies, outside = full_logits.linear_logprobs(states, head, flat_ids, flat_mask, spec, padded=padded)
     else:
-        numbers = numbers_of(spec.temperature)
-        if numbers is not None:
-            spec = spec._replace(temperature=1.0)
-        common = (*op_side(states, head), flat_mask, flat_ids, *spec, workspace_bytes, name, padded, dense, numbers)
-        found = torch.ops.topd.linear_logprobs(*common, hint, *needs(states, head), may_keep(), entropy)
-        logprobs, entropies, outside = found[:3]
+        side, wanted = Side(*op_side(states, head)), Needs(*needs(states, head))
+        call = Call(side, flat_mask, flat_ids, spec, workspace_bytes, engine_of(name), padded, dense)
+        logprobs, entropies, outside = linear_logprobs_op.linear_logprobs(call, hint, wanted, entropy=entropy)
     return logprobs.reshape(ids.shape), entropies.reshape(shape) if entropy else entropies, outside.reshape(shape)

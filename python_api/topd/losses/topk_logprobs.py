@@ -9,8 +9,8 @@ from topd.checks.values import check_temperature, check_workspace, per_token, po
 from topd.head import Head
 from topd.losses.linear_logprobs import check_numbers
 from topd.losses.operands import autocast, check_side, op_side, softcap_of
-from topd.ops.linear_logprobs.eager import LogprobSpec
-from topd.ops.shared.numbers import numbers_of
+from topd.ops.shared.tiles import Side
+from topd.ops.topk_logprobs import op as topk_op
 
 
 class TopK(NamedTuple):
@@ -63,9 +63,7 @@ def topk_logprobs(
     flat_mask = None if mask is None else per_token("mask", mask, torch.bool, hidden, "hidden")
     states, head = autocast(hidden.reshape(-1, hidden.shape[-1]), head.detach())
     check_numbers(head, temperature, states.dtype)
-    numbers = numbers_of(temperature)
-    spec = LogprobSpec(float(head.scale), softcap_of(head), float(temperature) if numbers is None else 1.0)
-    common = (*op_side(states, head), flat_mask, *spec, numbers, k, workspace_bytes)
-    ids, logprobs = torch.ops.topd.topk_logprobs(*common)
+    numbers = (float(head.scale), softcap_of(head), float(temperature))
+    ids, logprobs = topk_op.topk_logprobs(topk_op.Inputs(Side(*op_side(states, head)), flat_mask, *numbers, k, workspace_bytes))
     shape = (*hidden.shape[:-1], k)
     return TopK(logprobs.reshape(shape), ids.reshape(shape))

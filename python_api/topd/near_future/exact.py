@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topd.ops.transport.eager import WindowSide, cost_matrix
+from topd.ops.transport.eager import cost_matrix
+from topd.ops.transport.spec import WindowSide
 
 # Pairs whose costs are formed together.
 PIECE = 64

@@ -15,12 +15,11 @@ from topd.backends import choose_backend
 from topd.checks.tokens import check_lengths
 from topd.checks.values import FLOATING, check_tensor, choice, positive_int, real
 from topd.near_future.exact import exact_transport
-from topd.ops.transport.eager import COSTS, WindowSide
 from topd.ops.transport.op import run_transport
+from topd.ops.transport.spec import COSTS, MAX_WINDOW, WindowSide
 from topd.options import Cost, Solver
 
 SOLVERS: tuple[str, ...] = get_args(Solver)
-MAX_WINDOW = 128
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,8 +13,8 @@ from topd.losses.topk_divergence import SUPPORTS
 from topd.near_future.candidates import CANDIDATE_RULES
 from topd.near_future.false_alarms import FALSE_ALARM_MODES
 from topd.near_future.gate import GATE_VALUES
-from topd.near_future.transport import MAX_WINDOW, SOLVERS
-from topd.ops.transport.eager import COSTS
+from topd.near_future.transport import SOLVERS
+from topd.ops.transport.spec import COSTS, MAX_WINDOW
 from topd.options import (
     CandidateRule,
     Cost,

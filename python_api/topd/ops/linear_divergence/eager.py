@@ -1,4 +1,4 @@
-"""topd::linear_divergence in eager torch on full logits: the definition of the math.
+"""The rows of linear_divergence in eager torch: what the backend "eager" runs between the matrix products.
 
 From logits (bias, scale, softcap and temperature applied) of the common vocabulary, with d = log p_T - log p_S and the terms of
 `topd.ops.shared.row_math`:
@@ -14,65 +14,45 @@ Where a value is inf the forward KL's gradient is still p_S - p_T and any other 
 +inf, or nothing but -inf, has no distribution: its value and scores are NaN, its gradient is reported through `finite`.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from topd.checks.values import in_vocabulary, no_second_derivative
-from topd.head import Head
 from topd.logits import shape_logits
-from topd.ops.shared.full_products import head_product
+from topd.ops.linear_divergence.spec import ROWS_INPUTS, Rows, RowsInputs, RowsOutputs, RowSpec
+from topd.ops.shared.engines import eager_kernel
+from topd.ops.shared.half_range import scaled_into
 from topd.ops.shared.row_math import Distribution, distribution, kl_terms, log_ratio, mixture
 from topd.scores import FIELDS
 
-COMMON_VOCABULARY = "the vocabulary that both heads share"
 
+class Pair(NamedTuple):
+    """Both sides of some rows and d = log p_T - log p_S [C, V]."""
 
-class RowSpec(NamedTuple):
-    """The numbers that turn two matrix products into divergences; the order of the op's arguments."""
-
-    student_scale: float
-    student_softcap: float | None
-    teacher_scale: float
-    teacher_softcap: float | None
-    temperature: float
-    divergence: str
-    parameter: float
-    hard_weight: float
-
-    def with_numbers(self, temperature: float, parameter: float, hard_weight: float) -> "RowSpec":
-        """The same with other values of what may change from call to call."""
-        return self._replace(temperature=temperature, parameter=parameter, hard_weight=hard_weight)
-
-    @property
-    def jumps(self) -> bool:
-        """Whether the gradient to the logits jumps: the total variation's where p_S = p_T, the entry clip's where an entry
-        reaches it."""
-        return self.divergence == "total_variation" or (self.divergence == "forward_kl" and self.parameter < float("inf"))
-
-
-class Rows(NamedTuple):
-    """Per row: value [C], scores [9, C] (or empty), finite [C] bool; grad_logits [C, V_s] to the raw product, or None."""
-
-    value: Tensor
-    scores: Tensor
-    finite: Tensor
-    grad_logits: Tensor | None
+    teacher: Distribution
+    student: Distribution
+    d: Tensor
 
 
 def _centred(p: Tensor, a: Tensor, student: Distribution) -> Tensor:
-    """p (A - sum p A) with A taken relative to the student's most likely entry; entries with p_S = 0 count nothing."""
+    """Return p (A - sum p A) with A taken relative to the student's most likely entry; entries with p_S = 0 count nothing."""
     a = (a - a.gather(-1, student.mode)).masked_fill(student.logits.isneginf(), 0.0)
     return p * (a - (p * a).sum(-1, keepdim=True))
 
 
 def _student_minus_teacher(p_teacher: Tensor, p_student: Tensor, d: Tensor) -> Tensor:
+    """Return p_S - p_T, which keeps its digits where the two are near."""
     return torch.where(d.abs() <= 1, p_teacher * torch.expm1(-d), p_student - p_teacher)
 
 
-def _forward_kl(p_teacher: Tensor, p_student: Tensor, d: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    """Value and gradient. With a clip, U = {e <= clip}, e = p_T d: sum of min(e, clip); p_S sum_U p_T - p_T 1_U."""
+ValueAndGrad = tuple[Tensor, Tensor]
+
+
+def _forward_kl(pair: Pair, clip: float) -> ValueAndGrad:
+    """Return value and gradient. With a clip, U = {e <= clip}, e = p_T d: sum of min(e, clip); p_S sum_U p_T - p_T 1_U."""
+    p_teacher, p_student, d = pair.teacher.probabilities, pair.student.probabilities, pair.d
     terms, gap = kl_terms(p_teacher, p_student, d), _student_minus_teacher(p_teacher, p_student, d)
     if clip == float("inf"):
         return terms.sum(-1), gap
@@ -83,36 +63,57 @@ def _forward_kl(p_teacher: Tensor, p_student: Tensor, d: Tensor, clip: float) ->
     return terms.sum(-1), grad - p_student * (p_teacher * clipped).sum(-1, keepdim=True)
 
 
-def _value_and_grad(
-    divergence: str, parameter: float, teacher: Distribution, student: Distribution, d: Tensor
-) -> tuple[Tensor, Tensor]:
-    p_teacher, p_student = teacher.probabilities, student.probabilities
-    if divergence == "forward_kl":
-        return _forward_kl(p_teacher, p_student, d, parameter)
-    if divergence == "total_variation":
-        gap = _student_minus_teacher(p_teacher, p_student, d)
-        return 0.5 * gap.abs().sum(-1), 0.5 * _centred(p_student, gap.sign(), student)
-    if divergence == "reverse_kl":
-        value, grad = kl_terms(p_student, p_teacher, -d).sum(-1), _centred(p_student, -d, student)
-    elif divergence == "jsd":
-        mix = mixture(p_teacher, p_student, d, parameter)
-        terms = parameter * kl_terms(p_teacher, mix.m, mix.teacher_d)
-        value = (terms + (1 - parameter) * kl_terms(p_student, mix.m, mix.student_d)).sum(-1)
-        grad = (1 - parameter) * _centred(p_student, mix.student_d, student)
-    elif divergence == "skew_kl":
-        mix = mixture(p_teacher, p_student, d, parameter)
-        value = kl_terms(p_teacher, mix.m, mix.teacher_d).sum(-1)
-        grad = -(1 - parameter) * _centred(p_student, mix.teacher_excess, student)
-    elif divergence == "skew_reverse_kl":
-        mix = mixture(p_teacher, p_student, d, 1.0 - parameter)
-        value = kl_terms(p_student, mix.m, mix.student_d).sum(-1)
-        grad = _centred(p_student, mix.student_d - parameter * mix.student_excess, student)
-    else:
-        raise ValueError(f"unknown divergence {divergence!r}")
+def _reverse_kl(pair: Pair, parameter: float) -> ValueAndGrad:
+    p_teacher, p_student, d = pair.teacher.probabilities, pair.student.probabilities, pair.d
+    return _none_where_infinite(kl_terms(p_student, p_teacher, -d).sum(-1), _centred(p_student, -d, pair.student))
+
+
+def _jsd(pair: Pair, beta: float) -> ValueAndGrad:
+    p_teacher, p_student, d = pair.teacher.probabilities, pair.student.probabilities, pair.d
+    mix = mixture(p_teacher, p_student, d, beta)
+    terms = beta * kl_terms(p_teacher, mix.m, mix.teacher_d)
+    value = (terms + (1 - beta) * kl_terms(p_student, mix.m, mix.student_d)).sum(-1)
+    return _none_where_infinite(value, (1 - beta) * _centred(p_student, mix.student_d, pair.student))
+
+
+def _skew_kl(pair: Pair, alpha: float) -> ValueAndGrad:
+    p_teacher, p_student, d = pair.teacher.probabilities, pair.student.probabilities, pair.d
+    mix = mixture(p_teacher, p_student, d, alpha)
+    value = kl_terms(p_teacher, mix.m, mix.teacher_d).sum(-1)
+    return _none_where_infinite(value, -(1 - alpha) * _centred(p_student, mix.teacher_excess, pair.student))
+
+
+def _skew_reverse_kl(pair: Pair, alpha: float) -> ValueAndGrad:
+    p_teacher, p_student, d = pair.teacher.probabilities, pair.student.probabilities, pair.d
+    mix = mixture(p_teacher, p_student, d, 1.0 - alpha)
+    value = kl_terms(p_student, mix.m, mix.student_d).sum(-1)
+    return _none_where_infinite(value, _centred(p_student, mix.student_d - alpha * mix.student_excess, pair.student))
+
+
+def _total_variation(pair: Pair, parameter: float) -> ValueAndGrad:
+    p_student = pair.student.probabilities
+    gap = _student_minus_teacher(pair.teacher.probabilities, p_student, pair.d)
+    return 0.5 * gap.abs().sum(-1), 0.5 * _centred(p_student, gap.sign(), pair.student)
+
+
+def _none_where_infinite(value: Tensor, grad: Tensor) -> ValueAndGrad:
+    """Return both, the gradient of a row 0 where its value is inf."""
     return value, torch.where(value.isinf().unsqueeze(-1), 0.0, grad)
 
 
+# Each from both sides and the divergence's parameter.
+DIVERGENCES: dict[str, Callable[[Pair, float], ValueAndGrad]] = {
+    "forward_kl": _forward_kl,
+    "reverse_kl": _reverse_kl,
+    "jsd": _jsd,
+    "skew_kl": _skew_kl,
+    "skew_reverse_kl": _skew_reverse_kl,
+    "total_variation": _total_variation,
+}
+
+
 def _lost_mass(logits: Tensor, common: Distribution) -> Tensor:
+    """Return the probability [C] beyond the common vocabulary."""
     vocab = common.logits.shape[-1]
     if logits.shape[-1] == vocab:
         return torch.zeros_like(common.top[..., 0])
@@ -126,18 +127,19 @@ def _entropy(side: Distribution) -> Tensor:
 
 
 def token_logprob(side: Distribution, tokens: Tensor) -> Tensor:
-    """log p(tokens) [C]; -inf for a token outside the vocabulary (only a GPU, which does not check, lets one come here)."""
+    """Return log p(tokens) [C]; -inf for a token outside the vocabulary (only a GPU, which does not check, lets one come
+    here)."""
     vocab = side.logits.shape[-1]
-    found = side.logprobs.gather(-1, tokens.clamp(0, vocab - 1).unsqueeze(-1))[..., 0]
-    return found.masked_fill((tokens < 0) | (tokens >= vocab), -torch.inf)
+    logprobs = side.logprobs.gather(-1, tokens.clamp(0, vocab - 1).unsqueeze(-1))[..., 0]
+    return logprobs.masked_fill((tokens < 0) | (tokens >= vocab), -torch.inf)
 
 
 def _cross_entropy_grad(student: Distribution, tokens: Tensor, logprob: Tensor) -> Tensor:
-    """p_S - onehot(token), the token's own entry as expm1(log p)."""
+    """Return p_S - onehot(token) [C, V], the token's own entry as expm1(log p)."""
     p = student.probabilities
-    at = tokens.clamp(0, p.shape[-1] - 1).unsqueeze(-1)
+    index = tokens.clamp(0, p.shape[-1] - 1).unsqueeze(-1)
     outside = ((tokens < 0) | (tokens >= p.shape[-1])).unsqueeze(-1)
-    return p.scatter(-1, at, torch.where(outside, p.gather(-1, at), logprob.unsqueeze(-1).expm1()))
+    return p.scatter(-1, index, torch.where(outside, p.gather(-1, index), logprob.unsqueeze(-1).expm1()))
 
 
 def divergence_rows(
@@ -151,7 +153,7 @@ def divergence_rows(
     grad: bool,
     scores: bool,
 ) -> Rows:
-    """From matrix products (adapters included) to divergences, scores and the gradient to the student's product.
+    """Return divergences, scores and the gradient to the student's product from matrix products (adapters included).
 
     Args:
         student_product, teacher_product: [C, V_s], [C, V_t] float32 or float64; constants.
@@ -160,13 +162,40 @@ def divergence_rows(
         spec: the numbers.
         grad, scores: what to compute beside the value.
     """
-    vocab = min(student_product.shape[-1], teacher_product.shape[-1])
-    student_full = shape_logits(student_product, student_bias, spec.student_scale, spec.student_softcap, spec.temperature)
-    teacher_full = shape_logits(teacher_product, teacher_bias, spec.teacher_scale, spec.teacher_softcap, spec.temperature)
+    inputs = RowsInputs(student_product, teacher_product, student_bias, teacher_bias, tokens, spec, grad, scores)
+    rows = _common_rows(inputs)
+    if rows.grad_logits is None:
+        return rows
+    padded = torch.zeros_like(student_product)
+    padded[..., : rows.grad_logits.shape[-1]] = rows.grad_logits
+    return rows._replace(grad_logits=padded)
+
+
+@eager_kernel("divergence_rows")
+def _kernel(*flat: Any) -> RowsOutputs:
+    inputs = ROWS_INPUTS.unpack(*flat)
+    rows = _common_rows(inputs)
+    if rows.grad_logits is not None:
+        tile, vocab = inputs.student_product if inputs.grad_tile is None else inputs.grad_tile, rows.grad_logits.shape[-1]
+        scaled_into(tile[:, :vocab], rows.grad_logits, inputs.grad_scale)
+        tile[:, vocab:] = 0.0
+    return RowsOutputs(rows.value, rows.scores, rows.finite)
+
+
+def _common_rows(inputs: RowsInputs) -> Rows:
+    """Return the rows with the gradient over the common vocabulary alone."""
+    spec, tokens = inputs.spec, inputs.tokens
+    student_full = shape_logits(
+        inputs.student_product, inputs.student_bias, spec.student_scale, spec.student_softcap, spec.temperature
+    )
+    teacher_full = shape_logits(
+        inputs.teacher_product, inputs.teacher_bias, spec.teacher_scale, spec.teacher_softcap, spec.temperature
+    )
+    vocab = min(student_full.shape[-1], teacher_full.shape[-1])
     student, teacher = distribution(student_full[..., :vocab]), distribution(teacher_full[..., :vocab])
-    d = log_ratio(teacher, student)
+    pair = Pair(teacher, student, log_ratio(teacher, student))
     finite = (student.exists & teacher.exists)[..., 0]
-    value, grad_logits = _value_and_grad(spec.divergence, spec.parameter, teacher, student, d)
+    value, grad_logits = DIVERGENCES[spec.divergence](pair, spec.parameter)
 
     student_logprob = teacher_logprob = torch.zeros_like(value)
     if tokens is not None:
@@ -175,85 +204,40 @@ def divergence_rows(
             value = value - spec.hard_weight * student_logprob
             grad_logits = grad_logits + spec.hard_weight * _cross_entropy_grad(student, tokens, student_logprob)
 
-    found = value.new_empty((0, *value.shape))
-    if scores:
-        p_teacher, p_student = teacher.probabilities, student.probabilities
-        columns = {
-            "forward_kl": kl_terms(p_teacher, p_student, d).sum(-1),
-            "reverse_kl": kl_terms(p_student, p_teacher, -d).sum(-1),
-            "student_entropy": _entropy(student),
-            "teacher_entropy": _entropy(teacher),
+    scores = value.new_empty((0, *value.shape))
+    if inputs.scores:
+        known = {
             "student_logprob": student_logprob,
             "teacher_logprob": teacher_logprob,
-            "top1_agreement": (student.mode == teacher.mode)[..., 0].to(value.dtype),
             "student_lost_mass": _lost_mass(student_full, student),
             "teacher_lost_mass": _lost_mass(teacher_full, teacher),
         }
-        found = torch.stack([columns[name] for name in FIELDS]).masked_fill(~finite, torch.nan)
+        scores = _scores(pair, known).masked_fill(~finite, torch.nan)
     value = value.masked_fill(~finite, torch.nan)
-    if not grad:
-        return Rows(value, found, finite, None)
+    if not inputs.grad:
+        return Rows(value, scores, finite, None)
+    grad_logits = _through_shape(grad_logits, student, spec).masked_fill(~finite.unsqueeze(-1), 0.0)
+    return Rows(value, scores, finite, grad_logits)
 
+
+def _scores(pair: Pair, known: dict[str, Tensor]) -> Tensor:
+    """Return the scores [9, C] from both distributions and the scores that are known already."""
+    teacher, student, d = pair
+    p_teacher, p_student = teacher.probabilities, student.probabilities
+    columns = known | {
+        "forward_kl": kl_terms(p_teacher, p_student, d).sum(-1),
+        "reverse_kl": kl_terms(p_student, p_teacher, -d).sum(-1),
+        "student_entropy": _entropy(student),
+        "teacher_entropy": _entropy(teacher),
+        "top1_agreement": (student.mode == teacher.mode)[..., 0].to(d.dtype),
+    }
+    return torch.stack([columns[name] for name in FIELDS])
+
+
+def _through_shape(grad_logits: Tensor, student: Distribution, spec: RowSpec) -> Tensor:
+    """Return the gradient to the product from that to the logits: through temperature, scale and softcap."""
     grad_logits = grad_logits * (spec.student_scale / spec.temperature)
-    if spec.student_softcap is not None:
-        tanh = student.logits * (spec.temperature / spec.student_softcap)
-        grad_logits = grad_logits * (1 - tanh * tanh)
-    padded = torch.zeros_like(student_product)
-    padded[..., :vocab] = grad_logits.masked_fill(~finite.unsqueeze(-1), 0.0)
-    return Rows(value, found, finite, padded)
-
-
-class _RowsFunction(torch.autograd.Function):
-    """`divergence_rows` as a differentiable function of the student's product (bias included)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, student_product: Tensor, teacher_product: Tensor, tokens: Tensor | None, spec: RowSpec
-    ) -> tuple[Tensor, Tensor]:
-        rows = divergence_rows(student_product, teacher_product, None, None, tokens, spec, grad=True, scores=True)
-        assert rows.grad_logits is not None
-        ctx.save_for_backward(student_product, rows.grad_logits, rows.finite)
-        ctx.mark_non_differentiable(rows.scores)
-        return rows.value, rows.scores
-
-    @staticmethod
-    def backward(ctx: Any, grad_value: Tensor, grad_scores: Tensor) -> Any:
-        return _RowsGradient.apply(grad_value, *ctx.saved_tensors), None, None, None  # type: ignore[no-untyped-call]
-
-
-class _RowsGradient(torch.autograd.Function):
-    """Its backward, with the product as an input so that a second derivative is noticed, and refused."""
-
-    @staticmethod
-    def forward(ctx: Any, grad_value: Tensor, student_product: Tensor, grad_logits: Tensor, finite: Tensor) -> Tensor:
-        upstream = grad_value.unsqueeze(-1)
-        grad = grad_logits.masked_fill(~finite.unsqueeze(-1), torch.nan) * upstream
-        return grad.masked_fill_(upstream == 0, 0.0)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> Any:
-        raise no_second_derivative("linear_divergence")
-
-
-def linear_divergence(
-    student_hidden: Tensor,
-    student: Head,
-    teacher_hidden: Tensor,
-    teacher: Head,
-    mask: Tensor | None,
-    tokens: Tensor | None,
-    spec: RowSpec,
-) -> tuple[Tensor, Tensor]:
-    """Value [N] and scores [9, N] of hidden states [N, H]; the gradients of the two matrix products are autograd's."""
-    dtype = torch.promote_types(torch.promote_types(student_hidden.dtype, teacher_hidden.dtype), torch.float32)
-    kept = torch.arange(student_hidden.shape[0], device=student_hidden.device) if mask is None else mask.nonzero()[:, 0]
-    if tokens is not None:
-        vocab = min(student.weight.shape[0], teacher.weight.shape[0])
-        tokens = in_vocabulary("tokens", tokens[kept], vocab, COMMON_VOCABULARY)
-    with torch.autocast(student_hidden.device.type, enabled=False):
-        products = [
-            head_product(hidden[kept], head, dtype) for hidden, head in ((student_hidden, student), (teacher_hidden, teacher))
-        ]
-        value, scores = _RowsFunction.apply(*products, tokens, spec)  # type: ignore[no-untyped-call]
-    n = student_hidden.shape[0]
-    return value.new_zeros(n).index_put((kept,), value), scores.new_zeros(len(FIELDS), n).index_copy(1, kept, scores)
+    if spec.student_softcap is None:
+        return grad_logits
+    tanh = student.logits * (spec.temperature / spec.student_softcap)
+    return grad_logits * (1 - tanh * tanh)

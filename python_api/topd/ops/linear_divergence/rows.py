@@ -2,58 +2,38 @@
 
 Read per token: both tiles' rows once from memory. Written: the student's row, which becomes the gradient to the product,
 where `grad` asks for it (the teacher's row is scratch), a value, a flag, nine scores. On a GPU the gradient may go into a tile
-of 16 bits instead, as the matrix products after it take it, in float16 times `divergence_scale`. The math is that of
-`topd.ops.linear_divergence.eager`. Compiled backends register it for their device; "eager" calls the reference itself.
+of 16 bits instead, as the matrix products after it take it. The math is that of `topd.ops.linear_divergence.eager`. Compiled
+backends register the op for their device.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from topd.backends import kernel
-from topd.ops.linear_divergence.eager import Rows, RowSpec, divergence_rows
+import topd.ops.linear_divergence.eager  # noqa: F401  (registers what the backend "eager" runs)
+from topd.ops.linear_divergence.spec import ROWS_INPUTS, ROWS_OUTPUTS, Rows, RowsInputs
+from topd.ops.shared.engines import Engine
 from topd.scores import FIELDS
-from topd_kernels.shared.half_range import divergence_scale, scaled_into
 
-torch.library.define(
-    "topd::divergence_rows",
-    "(Tensor(a!) student_product, Tensor(b!) teacher_product, Tensor? student_bias, Tensor? teacher_bias, Tensor? tokens, "
-    "float student_scale, float? student_softcap, float teacher_scale, float? teacher_softcap, float temperature, "
-    "str divergence, float parameter, float hard_weight, bool grad, bool scores, Tensor(c!)? grad_tile=None) -> "
-    "(Tensor value, Tensor scores, Tensor finite)",
-)
+torch.library.define("topd::divergence_rows", f"({ROWS_INPUTS.schema}) -> ({ROWS_OUTPUTS.schema})")
 
 
 @torch.library.register_fake("topd::divergence_rows")
-def _fake(student_product: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor]:
-    rows, scores = student_product.shape[0], args[13]
+def _fake(*flat: Any) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = ROWS_INPUTS.unpack(*flat)
+    product = inputs.student_product
+    rows = product.shape[0]
     return (
-        student_product.new_empty(rows),
-        student_product.new_empty(len(FIELDS) if scores else 0, rows),
-        student_product.new_empty(rows, dtype=torch.bool),
+        product.new_empty(rows),
+        product.new_empty(len(FIELDS) if inputs.scores else 0, rows),
+        product.new_empty(rows, dtype=torch.bool),
     )
 
 
-def run_rows(
-    backend: str,
-    student_product: Tensor,
-    teacher_product: Tensor,
-    student_bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    tokens: Tensor | None,
-    spec: RowSpec,
-    *,
-    grad: bool,
-    scores: bool,
-    grad_tile: Tensor | None = None,
-) -> Rows:
-    """One chunk on the named backend. The tiles are overwritten; the gradient is in grad_tile, or may live in the student's."""
-    operands = (student_product, teacher_product, student_bias, teacher_bias, tokens)
-    if backend == "eager":
-        rows = divergence_rows(*operands, spec, grad=grad, scores=scores)
-        if grad_tile is None or rows.grad_logits is None:
-            return rows
-        scale = divergence_scale(grad_tile.dtype, spec.divergence, spec.hard_weight, spec.student_scale / spec.temperature)
-        return rows._replace(grad_logits=scaled_into(grad_tile, rows.grad_logits, scale))
-    run = kernel("divergence_rows", backend, student_product.device)
-    value, found, finite = run(*operands, *spec, grad, scores, grad_tile)
-    return Rows(value, found, finite, (student_product if grad_tile is None else grad_tile) if grad else None)
+def run_rows(engine: Engine, inputs: RowsInputs) -> Rows:
+    """Return one chunk's results; the gradient lives in one of the inputs' tiles."""
+    kernel = engine.kernel("divergence_rows", inputs.student_product.device)
+    value, scores, finite = kernel(*ROWS_INPUTS.pack(inputs))
+    tile = inputs.student_product if inputs.grad_tile is None else inputs.grad_tile
+    return Rows(value, scores, finite, tile if inputs.grad else None)

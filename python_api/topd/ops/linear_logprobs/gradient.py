@@ -6,7 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from topd.ops.linear_logprobs.loop import Call
+from topd.ops.linear_logprobs.loop import Loop
+from topd.ops.linear_logprobs.spec import Call, Saved, Upstreams
+from topd.ops.shared.few_rows import gradients_of_few, kept_rows
 from topd.ops.shared.one_pass import Correction, common_factor, correction
 from topd.ops.shared.repeats import runs_of
 from topd.ops.shared.tiles import HeadGrads
@@ -15,13 +17,14 @@ from topd.ops.weighted_scatter.op import weighted_scatter
 
 
 def mass(outside: Tensor) -> Tensor:
-    """q, rounded once, the same in forward and backward."""
+    """Return q, rounded once, the same in forward and backward."""
     return outside.double().exp().to(outside.dtype)
 
 
 class Upstream(NamedTuple):
-    """The three gradients that come in, made into a row's factors: `dense` [N] of outside_grad, its rounding error's scale,
-    `entropy` [N] of entropy_grad or None, `at_ids` [N, M] of the ids' rows of the weight, and `used` [N], rows with any."""
+    """The factors of each row's gradient, from the three gradients that come in: `dense` [N] of outside_grad, its rounding
+    error's scale, `entropy` [N] of entropy_grad or None, `at_ids` [N, M] of the ids' rows of the weight, and `used` [N], rows
+    with any."""
 
     dense: Tensor
     scale: Tensor
@@ -30,10 +33,10 @@ class Upstream(NamedTuple):
     used: Tensor
 
 
-def upstream_of(
-    call: Call, grads: tuple[Tensor | None, ...], logprobs: Tensor, outside: Tensor, first: Tensor, slope: Tensor
-) -> Upstream:
-    g, h, o = grads
+def upstream_of(upstreams: Upstreams, saved: Saved) -> Upstream:
+    """Return the factors of each row's gradient."""
+    call, logprobs, outside, (first, slope) = saved.call, saved.logprobs, saved.outside, (saved.kept.first, saved.kept.slope)
+    g, h, o = upstreams
     g = torch.zeros_like(logprobs, dtype=torch.float64) if g is None else g.double()
     o = torch.zeros_like(outside, dtype=torch.float64) if o is None else o.double()
     used = (g != 0).any(-1) | (o != 0)
@@ -60,8 +63,8 @@ def upstream_of(
 
 
 def _onto_first(ids: Tensor, g: Tensor, first: Tensor) -> Tensor:
-    """g [N, M] with the entries of a repeated id added up at its first place, 0 at the others: added up later, in float32, they
-    would cancel where the token is nearly certain."""
+    """Return g [N, M] with the entries of a repeated id added up at its first place, 0 at the others: added up later, in
+    float32, they would cancel where the token is nearly certain."""
     if ids.shape[1] < 2 or (ids.device.type == "cpu" and bool(first.all())):
         return g
     runs = runs_of(ids)
@@ -69,13 +72,12 @@ def _onto_first(ids: Tensor, g: Tensor, first: Tensor) -> Tensor:
     return torch.zeros_like(g).scatter(-1, runs.order, totals)
 
 
-def dense_correction(
-    call: Call, upstream: Upstream, saved: HeadGrads, q: Tensor, hint: Tensor, shapes: HeadGrads
-) -> Correction:
-    """Where the sums of D outside_grad + h entropy_grad start from, and the rows that are still to be added."""
+def dense_correction(saved: Saved, upstream: Upstream) -> Correction:
+    """Return where the sums of D outside_grad + h entropy_grad start from, and the rows that are still to be added."""
+    call, kept, q = saved.call, saved.kept, mass(saved.outside)
     dense, uses_entropy = upstream.dense, None if upstream.entropy is None else upstream.entropy != 0
     alive = dense != 0 if uses_entropy is None else (dense != 0) | uses_entropy
-    hinted = (hint * q).masked_fill(hint == 0, 0.0) if call.dense else torch.zeros_like(dense)
+    hinted = (kept.hint * q).masked_fill(kept.hint == 0, 0.0) if call.dense else torch.zeros_like(dense)
     c = common_factor(dense, hinted)
     deviates = ~((dense - c * hinted).abs() <= 4 * torch.finfo(dense.dtype).eps * upstream.scale)
     if uses_entropy is not None:
@@ -84,34 +86,39 @@ def dense_correction(
         deviates = deviates & call.mask
     if call.dense:
         no_u = dense.new_empty(0)  # `hinted` holds each row's q, with which its gradient grows
-        return correction(saved, call.side, no_u, c, hinted, dense, deviates, alive, call.backend, narrow=call.narrow)
-    rows = (alive & deviates).nonzero()[:, 0]
-    if rows.numel() == 0:
-        shapes.zero()
-    return Correction(shapes, rows, [(1.0, dense)], rows.numel() > 0)
+        rows = (c, hinted, dense, deviates, alive)
+        narrow = call.grad_dtype != call.dtype
+        return correction(kept.grads, call.side, no_u, *rows, call.backend, narrow=narrow)
+    sums = HeadGrads.empty(call.side, call.vocab, call.dtype, call.backend, saved.needs)
+    alive_rows = (alive & deviates).nonzero()[:, 0]
+    if alive_rows.numel() == 0:
+        sums.zero()
+    return Correction(sums, alive_rows, [(1.0, dense)], alive_rows.numel() > 0)
 
 
-def add_rows(call: Call, upstream: Upstream, found: Correction) -> None:
+def add_rows(call: Call, upstream: Upstream, correct: Correction) -> None:
     """Compute the rows of a correction again and add them."""
-    if found.rows.numel() == 0:
+    if correct.rows.numel() == 0:
         return
-    side, entropy = call.widened(), upstream.entropy
-    for chunk in call.run(side, found.rows, grad=True, entropy=entropy is not None):
-        rows, first = chunk.rows, found.anew and chunk.start == 0
+    entropy = upstream.entropy
+    loop = Loop(call, correct.rows, grad=True, entropy=entropy is not None)
+    for chunk in loop:
+        rows, first = chunk.rows, correct.anew and chunk.first
         assert rows.outside_grad is not None
-        parts = [(alpha, weights[chunk.at], rows.outside_grad) for alpha, weights in found.terms]
+        parts = [(alpha, weights[chunk.row_index], rows.outside_grad) for alpha, weights in correct.terms]
         if entropy is not None and rows.entropy_grad is not None:
-            parts.append((1.0, entropy[chunk.at], rows.entropy_grad))
-            if not call.narrow:
+            parts.append((1.0, entropy[chunk.row_index], rows.entropy_grad))
+            if not loop.narrow:
                 parts = [_together(parts)]
-        for i, (alpha, weights, tile) in enumerate(parts):
+        for alpha, weights, tile in parts:
             weights = weights.masked_fill(~rows.finite, torch.nan)
-            through = side.through_adapter(tile)
-            found.grads.add(side, tile, through, chunk.hidden, weights, first=first and i == 0, alpha=alpha)
+            through = loop.side.through_adapter(tile)
+            correct.grads.add(loop.side, tile, through, chunk.hidden, weights, first=first, alpha=alpha)
+            first = False
 
 
 def _together(parts: list[tuple[float, Tensor, Tensor]]) -> tuple[float, Tensor, Tensor]:
-    """Two weighted tiles as one, in the first's place: one product in place of two."""
+    """Return two weighted tiles as one, in the first's place: one product in place of two."""
     (_, weights, tile), (_, entropy, entropy_tile) = parts
     tile.mul_(weights.unsqueeze(-1)).addcmul_(entropy_tile, entropy.unsqueeze(-1))
     return 1.0, torch.ones_like(weights), tile
@@ -141,20 +148,22 @@ def add_ids(call: Call, upstream: Upstream, grads: HeadGrads, hidden: Tensor) ->
 
 
 def in_range_share(call: Call) -> Tensor:
-    """[N], the share of a row's ids that lie in the vocabulary: where every log-probability has one upstream, the row's factor
-    is that times one number."""
+    """Return [N], the share of a row's ids that lie in the vocabulary: where every log-probability has one upstream, the row's
+    factor is that times one number."""
     if call.ids.shape[1] == 0:
         return call.ids.new_ones(1, dtype=call.dtype)
     in_range = (call.ids >= 0) & (call.ids < call.vocab)
     return in_range.sum(-1).to(call.dtype) / call.ids.shape[1]
 
 
-def uniform_factor(call: Call, grads: tuple[Tensor | None, ...], outside: Tensor) -> Tensor | None:
-    """c where every log-probability has one upstream, as sum() and mean() send it: no row deviates and the host need not wait.
-    A row without a distribution (`outside` is NaN) still poisons the sums, as it would in eager code."""
-    g, h, o = grads
+def uniform_factor(saved: Saved, upstreams: Upstreams) -> Tensor | None:
+    """Return c where every log-probability has one upstream, as sum() and mean() send it: no row deviates and the host need not
+    wait. A row without a distribution (`outside` is NaN) still poisons the sums, as it would in eager code."""
+    g, h, o = upstreams
+    call, outside = saved.call, saved.outside
     if (
-        not call.dense
+        not saved.uniform_hint
+        or not call.dense
         or call.mask is not None
         or g is None
         or h is not None
@@ -165,3 +174,27 @@ def uniform_factor(call: Call, grads: tuple[Tensor | None, ...], outside: Tensor
         return None
     c = -g[0, 0].to(outside.dtype) * g.shape[1]
     return torch.where(outside.isnan().any() & (c != 0), torch.nan, c)
+
+
+def gradients_of_sums(saved: Saved, upstreams: Upstreams, upstream: Upstream) -> HeadGrads:
+    """Return the head's dense gradients: the sums that forward made, corrected where rows deviate from the hint."""
+    c = uniform_factor(saved, upstreams)
+    if c is not None:
+        return saved.kept.grads.times(c, saved.call.backend)
+    correct = dense_correction(saved, upstream)
+    add_rows(saved.call, upstream, correct)
+    return correct.grads
+
+
+def gradients_of_kept(saved: Saved, upstream: Upstream) -> HeadGrads:
+    """Return the head's gradients of few rows: the dense part of each row, whose tile forward kept with the chosen rows first,
+    and its numbers at the ids, put together in one tile. A row whose mass outside is NaN has no distribution."""
+    call = saved.call
+    rows = kept_rows(call.mask)
+    ids, at_ids = call.ids[rows], upstream.at_ids[rows]
+    dlogits = saved.kept.outside_grad[: ids.shape[0]] * upstream.dense[rows].unsqueeze(-1)
+    dlogits.scatter_add_(-1, ids.clamp(0, call.vocab - 1), at_ids)  # 0 where an id is none
+    weights = upstream.used[rows].to(dlogits.dtype)
+    weights = weights.masked_fill(saved.outside[rows].isnan() & (weights != 0), torch.nan)
+    hidden = call.side.hidden[rows]
+    return gradients_of_few(call.side, dlogits, hidden, weights, saved.needs, call.dtype, call.backend)

@@ -17,148 +17,174 @@ import torch
 from torch import Tensor
 
 from topd.checks.values import in_vocabulary, no_forward_mode
-from topd.ops.linear_logprobs.eager import HEAD_VOCABULARY
 from topd.ops.linear_logprobs.gradient import (
     add_ids,
-    add_rows,
-    dense_correction,
+    gradients_of_kept,
+    gradients_of_sums,
     in_range_share,
     mass,
-    uniform_factor,
     upstream_of,
 )
-from topd.ops.linear_logprobs.loop import Call
-from topd.ops.shared.advise_huge_pages import buffer
-from topd.ops.shared.few_rows import Kinds, keeps_outside_grad, logprob_gradients
-from topd.ops.shared.one_pass import (
-    at_inputs,
-    chosen_rows,
-    normalised_hint,
+from topd.ops.linear_logprobs.loop import Loop, keeps_outside_grad
+from topd.ops.linear_logprobs.spec import (
+    CALL,
+    GRADIENTS,
+    HEAD_VOCABULARY,
+    INPUTS,
+    OUTPUTS,
+    SAVED,
+    UPSTREAMS,
+    Call,
+    Gradients,
+    Inputs,
+    Kept,
+    Outputs,
+    Saved,
+    Upstreams,
+)
+from topd.ops.shared.differentiable import (
+    input_gradients,
     refuse_inference_tensors,
     refuse_second_derivative,
-    returned,
-    save_call,
-    saved_call,
+    save,
+    saved,
     unfilled_gradients,
 )
-from topd.ops.shared.tiles import HeadGrads
+from topd.ops.shared.engines import EAGER, Engine
+from topd.ops.shared.few_rows import may_keep
+from topd.ops.shared.loop import chosen_rows
+from topd.ops.shared.numbers import numbers_in, numbers_of
+from topd.ops.shared.one_pass import normalised_hint
+from topd.ops.shared.tiles import HeadGrads, Needs
 
-_COMMON = (
-    "Tensor hidden, Tensor weight, Tensor? bias, Tensor? a, Tensor? b, float scaling, Tensor? mask, Tensor ids, "
-    "float scale, float? softcap, float temperature, int? workspace_bytes, str backend, bool padded, bool dense, "
-    "Tensor? numbers, "
-)
-_NEEDS = "bool hidden_grad, bool weight_grad, bool bias_grad, bool adapter_grad"
-_HEAD_GRADS = "Tensor weight, Tensor bias, Tensor a, Tensor b"
-_KEPT = (
-    "Tensor logprobs, Tensor outside, Tensor u, Tensor weight_sum, Tensor bias_sum, Tensor a_sum, Tensor b_sum, "
-    "Tensor u_entropy, Tensor first, Tensor slope, Tensor hint, Tensor outside_grad"
-)
-N_COMMON = 16
-
-torch.library.define(
-    "topd::linear_logprobs",
-    f"({_COMMON}Tensor? weights_hint, {_NEEDS}, bool keep, bool entropy) -> "
-    f"(Tensor logprobs, Tensor entropy, Tensor outside, Tensor u, {_HEAD_GRADS}, Tensor u_entropy, Tensor first, Tensor slope, "
-    "Tensor hint, Tensor outside_grad)",
-)
+torch.library.define("topd::linear_logprobs", f"({INPUTS.schema}) -> ({OUTPUTS.schema})")
 torch.library.define(
     "topd::linear_logprobs_backward",
-    f"(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor? grad_outside, {_COMMON}{_KEPT}, bool uniform_hint, {_NEEDS}) -> "
-    f"(Tensor hidden, {_HEAD_GRADS})",
+    f"({UPSTREAMS.schema}, {SAVED.schema}) -> ({GRADIENTS.schema})",
 )
 
 
-def _forward(*flat: Any) -> tuple[Tensor, ...]:
-    call = Call.unpack(flat[:N_COMMON]).settled()
-    hint, hidden_grad, weight_grad, bias_grad, adapter_grad, keep, entropy = flat[N_COMMON:]
-    if hidden_grad or weight_grad or bias_grad or adapter_grad:
-        refuse_inference_tensors("linear_logprobs", flat[:N_COMMON])
-    (n, width), device = call.side.hidden.shape, call.side.hidden.device
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        logprobs = torch.zeros(call.ids.shape, dtype=call.dtype, device=device)
-        entropies, outside = logprobs.new_zeros(n if entropy else 0), logprobs.new_zeros(n)
-        first = torch.zeros(call.ids.shape, dtype=torch.bool, device=device)
-        slope = logprobs.new_zeros(0 if call.spec.softcap is None else n, call.ids.shape[1])
-        u = logprobs.new_zeros((n, width) if hidden_grad else (0, 0))
-        u_entropy = logprobs.new_zeros((n, width) if hidden_grad and entropy else (0, 0))
-        keeps = keep and keeps_outside_grad(call, weight_grad=weight_grad, entropy=entropy)
-        outside_grad = _outside_grad(call, keeps=keeps)
-        summed = call.dense and not keeps
-        grads = call.head_grads(weight=weight_grad and summed, bias=bias_grad and summed, adapter=adapter_grad and summed)
-        used_hint = logprobs.new_empty(0)
-        if grads.wanted:
-            used_hint = normalised_hint(hint, call.mask, outside)
-            if hint is None and (call.padded or device.type != "cpu"):
-                used_hint *= in_range_share(call)
-        chosen = chosen_rows(call.mask)
-        ids = call.ids if chosen is None else call.ids[chosen]
-        in_vocabulary("ids", ids, call.vocab, HEAD_VOCABULARY, low=-1 if call.padded else 0)
-        side = call.widened()
-        if ids.shape[0] == 0:
-            grads.zero()
-        if keeps:
-            outside_grad[ids.shape[0] :].zero_()
-        tile = outside_grad if keeps else None
-        for chunk in call.run(side, chosen, grad=hidden_grad or grads.wanted or keeps, entropy=entropy, product_tile=tile):
-            rows, at = chunk.rows, chunk.at
-            logprobs[at], outside[at], first[at] = rows.logprobs, rows.outside, rows.first
-            if entropy:
-                entropies[at] = rows.entropy
-            if slope.shape[0]:
-                slope[at] = rows.slope
-            if rows.outside_grad is None:
-                continue
-            through_adapter = side.through_adapter(rows.outside_grad)
-            if hidden_grad:
-                u[at] = side.hidden_grad(rows.outside_grad, through_adapter, rows.finite)
-            if hidden_grad and rows.entropy_grad is not None:
-                u_entropy[at] = side.hidden_grad(rows.entropy_grad, side.through_adapter(rows.entropy_grad), rows.finite)
-            if grads.wanted:
-                used_hint[at] = used_hint[at].masked_fill(~rows.finite, 0.0)
-                weights = (used_hint[at] * mass(rows.outside)).masked_fill(~rows.finite, 0.0)
-                grads.add(side, rows.outside_grad, through_adapter, chunk.hidden, weights, first=chunk.start == 0)
-        return logprobs, entropies, outside, u, *grads, u_entropy, first, slope, used_hint, outside_grad
+def linear_logprobs(call: Call, weights_hint: Tensor | None, needs: Needs, *, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log-probabilities [N, M], entropy [N] (or [0]) and the log of the mass outside the ids [N] of checked operands."""
+    numbers = numbers_of(call.spec.temperature)
+    if numbers is not None:
+        call = call._replace(spec=call.spec._replace(temperature=1.0), numbers=numbers)
+    inputs = Inputs(call, weights_hint, needs, may_keep(), entropy)
+    logprobs, entropies, outside, *_ = torch.ops.topd.linear_logprobs(*INPUTS.pack(inputs))
+    return logprobs, entropies, outside
 
 
-def _outside_grad(call: Call, *, keeps: bool) -> Tensor:
-    """The tile that forward leaves for backward, uninitialised; empty where none is kept."""
-    shape = (call.side.hidden.shape[0], call.vocab) if keeps else (0, 0)
-    return buffer(shape, call.side.weight, call.dtype, call.backend)
+def _settled(call: Call) -> Call:
+    """Return the call with its temperature read from the tensor that holds it inside torch.compile."""
+    if call.numbers is None:
+        return call
+    (temperature,) = numbers_in(call.numbers)
+    return call._replace(spec=call.spec._replace(temperature=temperature))
 
 
-def _backward(*flat: Any) -> tuple[Tensor, ...]:
-    call = Call.unpack(flat[3 : 3 + N_COMMON]).settled()
-    logprobs, outside, u, *saved_grads, u_entropy, first, slope, hint, outside_grad = flat[3 + N_COMMON : 15 + N_COMMON]
-    uniform_hint, hidden_grad, *head_needs = flat[15 + N_COMMON :]
-    saved, side = HeadGrads(*saved_grads), call.side
-    kinds = Kinds(*head_needs)
-    with torch.no_grad(), torch.autocast(logprobs.device.type, enabled=False):
-        upstream = upstream_of(call, flat[:3], logprobs, outside, first, slope)
-        hidden = u.new_empty(0)
-        if hidden_grad:
-            hidden = u * upstream.dense.unsqueeze(-1)
+def _empty(inputs: Inputs, *, keeps: bool, engine: Engine) -> Outputs:
+    """Return the results before any row is computed: numbers 0, sums and the kept tile uninitialised."""
+    call, needs, ids = inputs.call, inputs.needs, inputs.call.ids
+    (n, width), like = call.side.hidden.shape, call.side.hidden
+    logprobs = like.new_zeros(ids.shape, dtype=call.dtype)
+    summed = needs.of_head_if(call.dense and not keeps)
+    kept = Kept(
+        logprobs.new_zeros((n, width) if needs.hidden else (0, 0)),
+        HeadGrads.empty(call.side, call.vocab, call.dtype, engine, summed),
+        logprobs.new_zeros((n, width) if needs.hidden and inputs.entropy else (0, 0)),
+        logprobs.new_zeros(ids.shape, dtype=torch.bool),
+        logprobs.new_zeros(0 if call.spec.softcap is None else n, ids.shape[1]),
+        logprobs.new_zeros(n if summed.head else 0),
+        engine.buffer((n, call.vocab) if keeps else (0, 0), call.side.weight, call.dtype),
+    )
+    return Outputs(logprobs, logprobs.new_zeros(n if inputs.entropy else 0), logprobs.new_zeros(n), kept)
+
+
+def _keeps(inputs: Inputs) -> bool:
+    """Tell whether forward keeps a tile of gradients; from shapes and dtypes alone."""
+    return inputs.keep and inputs.needs.weight and not inputs.entropy and keeps_outside_grad(inputs.call)
+
+
+def _forward(*flat: Any) -> tuple[Any, ...]:
+    inputs = INPUTS.unpack(*flat)
+    call = _settled(inputs.call)
+    if any(inputs.needs):
+        refuse_inference_tensors(CALL.named_tensors(call))
+    with torch.no_grad(), torch.autocast(call.side.hidden.device.type, enabled=False):
+        return OUTPUTS.pack(_computed(call, inputs))
+
+
+def _computed(call: Call, inputs: Inputs) -> Outputs:
+    """Return the results of a call whose numbers are settled."""
+    needs, keeps = inputs.needs, _keeps(inputs)
+    outputs = _empty(inputs, keeps=keeps, engine=call.backend)
+    kept = outputs.kept
+    if kept.grads.wanted:
+        kept = kept._replace(hint=_hint(call, inputs.weights_hint, outputs.outside))
+    outputs = outputs._replace(kept=kept)
+    chosen = chosen_rows(call.mask)
+    ids = call.ids if chosen is None else call.ids[chosen]
+    in_vocabulary("ids", ids, call.vocab, HEAD_VOCABULARY, low=-1 if call.padded else 0)
+    if ids.shape[0] == 0:
+        kept.grads.zero()
+    if keeps:
+        kept.outside_grad[ids.shape[0] :].zero_()
+    grad, tile = any(needs), kept.outside_grad if keeps else None
+    loop = Loop(call, chosen, grad=grad, entropy=inputs.entropy, product_tile=tile)
+    for chunk in loop:
+        rows, index, side = chunk.rows, chunk.row_index, loop.side
+        outputs.logprobs[index], outputs.outside[index], kept.first[index] = rows.logprobs, rows.outside, rows.first
+        if inputs.entropy:
+            outputs.entropy[index] = rows.entropy
+        if call.spec.softcap is not None:
+            kept.slope[index] = rows.slope
+        if rows.outside_grad is None:
+            continue
+        through_adapter = side.through_adapter(rows.outside_grad)
+        if needs.hidden:
+            kept.u[index] = side.hidden_grad(rows.outside_grad, through_adapter, rows.finite)
+        if needs.hidden and rows.entropy_grad is not None:
+            through_entropy = side.through_adapter(rows.entropy_grad)
+            kept.u_entropy[index] = side.hidden_grad(rows.entropy_grad, through_entropy, rows.finite)
+        if kept.grads.wanted:
+            kept.hint[index] = kept.hint[index].masked_fill(~rows.finite, 0.0)
+            weights = (kept.hint[index] * mass(rows.outside)).masked_fill(~rows.finite, 0.0)
+            kept.grads.add(side, rows.outside_grad, through_adapter, chunk.hidden, weights, first=chunk.first)
+    return outputs
+
+
+def _hint(call: Call, weights_hint: Tensor | None, like: Tensor) -> Tensor:
+    """Return the hint [N]: with none, what rows get where every log-probability has one upstream."""
+    hint = normalised_hint(weights_hint, call.mask, like)
+    if weights_hint is None and (call.padded or like.device.type != "cpu"):
+        hint *= in_range_share(call)
+    return hint
+
+
+def _backward(
+    grad_logprobs: Tensor | None, grad_entropy: Tensor | None, grad_outside: Tensor | None, *flat: Any
+) -> tuple[Any, ...]:
+    inputs = SAVED.unpack(*flat)
+    inputs = inputs._replace(call=_settled(inputs.call))
+    call, kept, needs = inputs.call, inputs.kept, inputs.needs
+    upstreams = Upstreams(grad_logprobs, grad_entropy, grad_outside)
+    with torch.no_grad(), torch.autocast(call.side.hidden.device.type, enabled=False):
+        upstream = upstream_of(upstreams, inputs)
+        hidden = kept.u.new_empty(0)
+        if needs.hidden:
+            hidden = kept.u * upstream.dense.unsqueeze(-1)
             if upstream.entropy is not None:
-                hidden.addcmul_(u_entropy, upstream.entropy.unsqueeze(-1))
+                hidden.addcmul_(kept.u_entropy, upstream.entropy.unsqueeze(-1))
             hidden.masked_fill_(~upstream.used.unsqueeze(-1), 0.0)
-        grads = saved
-        if outside_grad.numel():
+        grads = kept.grads
+        if kept.outside_grad.numel():
             add_ids(call, upstream, grads, hidden)  # to d hidden alone: the head's gradients are empty
-            grads = logprob_gradients(call, outside_grad, outside, upstream, kinds)
-        elif any(kinds):
-            c = uniform_factor(call, flat[:3], outside) if uniform_hint else None
-            if c is not None:
-                grads = saved.times(c, call.backend)
-            else:
-                shapes = saved if call.dense else call.head_grads(**kinds._asdict())
-                found = dense_correction(call, upstream, saved, mass(outside), hint, shapes)
-                grads = found.grads
-                add_rows(call, upstream, found)
-        if not outside_grad.numel():
+            grads = gradients_of_kept(inputs, upstream)
+        else:
+            if needs.head:
+                grads = gradients_of_sums(inputs, upstreams, upstream)
             add_ids(call, upstream, grads, hidden)
-        tensors = (side.weight, side.bias, side.a, side.b)
-        heads = (returned(total, like) for total, like in zip(grads, tensors, strict=True))
-        return hidden.to(side.hidden.dtype), *heads
+        return GRADIENTS.pack(Gradients(hidden.to(call.side.hidden.dtype), grads.returned(call.side)))
 
 
 for _op, _implementation in (("linear_logprobs", _forward), ("linear_logprobs_backward", _backward)):
@@ -166,52 +192,39 @@ for _op, _implementation in (("linear_logprobs", _forward), ("linear_logprobs_ba
 
 
 @torch.library.register_fake("topd::linear_logprobs")
-def _forward_fake(*flat: Any) -> tuple[Tensor, ...]:
-    call = Call.unpack(flat[:N_COMMON])
-    _, hidden_grad, weight_grad, bias_grad, adapter_grad, keep, entropy = flat[N_COMMON:]
-    keeps = keep and keeps_outside_grad(call, weight_grad=weight_grad, entropy=entropy)
-    call = call._replace(backend="")
-    (n, width), ids, summed = call.side.hidden.shape, call.ids, call.dense and not keeps
-    logprobs = call.side.hidden.new_empty(ids.shape, dtype=call.dtype)
-    grads = call.head_grads(weight=weight_grad and summed, bias=bias_grad and summed, adapter=adapter_grad and summed)
-    return (
-        logprobs,
-        logprobs.new_empty(n if entropy else 0),
-        logprobs.new_empty(n),
-        logprobs.new_empty((n, width) if hidden_grad else (0, 0)),
-        *grads,
-        logprobs.new_empty((n, width) if hidden_grad and entropy else (0, 0)),
-        logprobs.new_empty(ids.shape, dtype=torch.bool),
-        logprobs.new_empty(0 if call.spec.softcap is None else n, ids.shape[1]),
-        logprobs.new_empty(n if summed and (weight_grad or bias_grad or adapter_grad) else 0),
-        _outside_grad(call, keeps=keeps),
-    )
+def _forward_fake(*flat: Any) -> tuple[Any, ...]:
+    inputs = INPUTS.unpack(*flat)
+    return OUTPUTS.pack(_empty(inputs, keeps=_keeps(inputs), engine=EAGER))  # whose buffers are torch's own
 
 
 @torch.library.register_fake("topd::linear_logprobs_backward")
-def _backward_fake(*flat: Any) -> tuple[Tensor, ...]:
-    side = Call.unpack(flat[3 : 3 + N_COMMON]).side
-    return unfilled_gradients(side, flat[-4:], side.hidden)
+def _backward_fake(
+    grad_logprobs: Tensor | None, grad_entropy: Tensor | None, grad_outside: Tensor | None, *flat: Any
+) -> tuple[Any, ...]:
+    inputs = SAVED.unpack(*flat)
+    return GRADIENTS.pack(Gradients(*unfilled_gradients(inputs.call.side, inputs.needs, inputs.call.dtype)))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logprobs, _, outside, *kept = output
+    call, weights_hint, needs, _, entropy = INPUTS.unpack(*inputs)
+    outputs = OUTPUTS.unpack(*output)
+    _, _, _, *kept = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*kept)
-    save_call(ctx, inputs, N_COMMON, (logprobs, outside, *kept))
-    ctx.uniform_hint, ctx.entropy = inputs[N_COMMON] is None, inputs[-1]
-    ctx.needs = inputs[N_COMMON + 1 : N_COMMON + 5]
+    ctx.needs, ctx.entropy = needs, entropy
+    save(ctx, SAVED, Saved(call, outputs.logprobs, outputs.outside, outputs.kept, needs, uniform_hint=weights_hint is None))
 
 
 def _gradient(
     ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, grad_outside: Tensor | None, *_: Any
 ) -> tuple[Any, ...]:
-    upstream = (grad_logprobs, grad_entropy if ctx.entropy else None, grad_outside)
-    if all(grad is None for grad in upstream):
-        return at_inputs(ctx, None)
-    no_forward_mode("linear_logprobs", [grad for grad in upstream if grad is not None])
-    common, kept = saved_call(ctx)
-    return at_inputs(ctx, torch.ops.topd.linear_logprobs_backward(*upstream, *common, *kept, ctx.uniform_hint, *ctx.needs))
+    upstreams = Upstreams(grad_logprobs, grad_entropy if ctx.entropy else None, grad_outside)
+    given = [grad for grad in upstreams if grad is not None]
+    if not given:
+        return (None,) * len(INPUTS.names)
+    no_forward_mode("linear_logprobs", given)
+    gradients = torch.ops.topd.linear_logprobs_backward(*upstreams, *saved(ctx))
+    return input_gradients(INPUTS, "", ctx.needs, gradients)
 
 
 torch.library.register_autograd("topd::linear_logprobs", _gradient, setup_context=_setup_context)

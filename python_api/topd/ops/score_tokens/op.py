@@ -8,31 +8,51 @@ does not serve goes by tiles (`topd.ops.linear_divergence.op`).
 """
 
 from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from topd.ops.linear_divergence.eager import RowSpec
+from topd.ops.linear_divergence.spec import RowSpec
+from topd.ops.shared.fields import PREFIXED, Table
 from topd.ops.shared.tiles import Side
 from topd.scores import FIELDS
 
-torch.library.define(
-    "topd::score_tokens",
-    "(Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor teacher_hidden, Tensor teacher_weight, "
-    "Tensor? teacher_bias, Tensor? tokens, float student_scale, float? student_softcap, float teacher_scale, "
-    "float? teacher_softcap, float temperature) -> Tensor",
-)
+
+class PlainSide(NamedTuple):
+    """A side without an adapter: hidden [N, H], weight [V, H], bias [V]."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+class Inputs(NamedTuple):
+    """The arguments of topd::score_tokens; tokens [N] int64."""
+
+    student: Annotated[PlainSide, PREFIXED]
+    teacher: Annotated[PlainSide, PREFIXED]
+    tokens: Tensor | None
+    student_scale: float
+    student_softcap: float | None
+    teacher_scale: float
+    teacher_softcap: float | None
+    temperature: float
+
+
+INPUTS = Table(Inputs, grouped=False)
+torch.library.define("topd::score_tokens", f"({INPUTS.schema}) -> Tensor")
 
 SERVED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @torch.library.register_fake("topd::score_tokens")
-def _fake(student_hidden: Tensor, *_: object) -> Tensor:
+def _fake(student_hidden: Tensor, *_: Any) -> Tensor:
     return student_hidden.new_empty((len(FIELDS), student_hidden.shape[0]), dtype=torch.float32)
 
 
 def serves(student: Side, teacher: Side) -> bool:
-    """Whether the fused kernel takes these operands: no adapter, each side in one dtype of two or four bytes."""
+    """Tell whether the fused kernel takes these operands: no adapter, each side in one dtype of two or four bytes."""
     return all(
         side.a is None
         and side.b is None
@@ -46,7 +66,7 @@ def serves(student: Side, teacher: Side) -> bool:
 def run_scores(
     implementation: Callable[..., Tensor], student: Side, teacher: Side, tokens: Tensor | None, spec: RowSpec
 ) -> Tensor:
-    """Scores [9, N] float32 of operands that `serves` accepts; masked rows are dropped by the caller.
+    """Return scores [9, N] float32 of operands that `serves` accepts; masked rows are dropped by the caller.
 
     Args:
         implementation: torch.ops.topd.score_tokens, or `topd_kernels.score_tokens.launches.score_tokens` where CPU tensors go
@@ -55,6 +75,6 @@ def run_scores(
         tokens: [N] int64; one outside the common vocabulary has log-probability -inf.
         spec: its scales, softcaps and temperature are read.
     """
-    heads = (student.hidden, student.weight, student.bias, teacher.hidden, teacher.weight, teacher.bias)
+    first, second = (PlainSide(side.hidden, side.weight, side.bias) for side in (student, teacher))
     numbers = (spec.student_scale, spec.student_softcap, spec.teacher_scale, spec.teacher_softcap, spec.temperature)
-    return implementation(*heads, tokens, *numbers)
+    return implementation(*INPUTS.pack(Inputs(first, second, tokens, *numbers)))

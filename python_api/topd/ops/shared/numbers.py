@@ -16,6 +16,6 @@ def numbers_of(*values: float) -> Tensor | None:
     return torch.stack([one * value for value in values])  # a product keeps a number that is a symbol one
 
 
-def numbers_in(numbers: Tensor | None, *floats: float) -> tuple[float, ...]:
-    """Return what `numbers_of` packed, or where it packed nothing the floats."""
-    return floats if numbers is None else tuple(numbers.tolist())
+def numbers_in(numbers: Tensor) -> tuple[float, ...]:
+    """Return what `numbers_of` packed."""
+    return tuple(numbers.tolist())

@@ -41,13 +41,13 @@ class ChunkPlan:
     pile: int = 1
 
     def bounds(self) -> list[tuple[int, int]]:
-        """(start, stop) of each chunk, sizes differing by at most one."""
+        """Return (start, stop) of each chunk, sizes differing by at most one."""
         if self.n == 0:
             return []
         return [(i * self.n // self.chunks, (i + 1) * self.n // self.chunks) for i in range(self.chunks)]
 
     def piles(self) -> list[list[tuple[int, int]]]:
-        """`bounds`, by the pile that a chunk belongs to."""
+        """Return `bounds`, by the pile that a chunk belongs to."""
         bounds = self.bounds()
         return [bounds[i : i + self.pile] for i in range(0, len(bounds), self.pile)]
 
@@ -64,8 +64,8 @@ class Products(NamedTuple):
     weight_grad: bool
 
     def bytes_per_column(self, rows: int, pile: int) -> float:
-        """Bytes that go through memory for each row and vocabulary entry because rows are cut into chunks: both weights are
-        read for every chunk's logits; the student's once more, and d weight read and written, for every pile."""
+        """Return the bytes that go through memory for each row and vocabulary entry because rows are cut into chunks: both
+        weights are read for every chunk's logits; the student's once more, and d weight read and written, for every pile."""
         forward = self.student_width * self.student_itemsize + self.teacher_width * self.teacher_itemsize
         backward = self.student_width * (self.student_itemsize + (8 if self.weight_grad else 0))
         return forward / rows + backward / (rows * pile)
@@ -128,6 +128,6 @@ def _balanced(n: int, limit: int, pile: int, per_row: int, grad_row: int) -> Chu
 
 
 def prefers_fused(plan: ChunkPlan) -> bool:
-    """Whether scores without gradients go by the fused kernel: few rows, or a workspace for few. A prediction from the static
-    account, not a measurement."""
+    """Tell whether scores without gradients go by the fused kernel: few rows, or a workspace for few. A prediction from the
+    static account, not a measurement."""
     return plan.n <= FUSED_BLOCK or plan.rows < min(plan.n, FUSED_BELOW)

@@ -15,11 +15,11 @@ class Runs(NamedTuple):
     run: Tensor
 
     def first(self) -> Tensor:
-        """[..., M] bool in the ids' own order: not equal to an earlier id of the row."""
+        """Return [..., M] bool in the ids' own order: not equal to an earlier id of the row."""
         return torch.zeros_like(self.starts).scatter(-1, self.order, self.starts)
 
     def totals(self, values: Tensor) -> Tensor:
-        """values [..., M] added up by id, at the id's run number; 0 beyond the runs."""
+        """Return values [..., M] added up by id, at the id's run number; 0 beyond the runs."""
         return torch.zeros_like(values).scatter_add(-1, self.run, values.gather(-1, self.order))
 
 

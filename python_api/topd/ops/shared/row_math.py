@@ -48,8 +48,8 @@ def distribution(logits: Tensor) -> Distribution:
 
 
 def log_ratio(teacher: Distribution, student: Distribution) -> Tensor:
-    """log p_T - log p_S; 0 where both are 0. Subtracts the logits themselves first where their offsets are near, since the
-    difference of near-equal numbers is exact, and the shifted ones where the offsets are far apart."""
+    """Return log p_T - log p_S; 0 where both are 0. Subtracts the logits themselves first where their offsets are near, since
+    the difference of near-equal numbers is exact, and the shifted ones where the offsets are far apart."""
     shift = teacher.top - student.top
     near = shift.abs() <= 4
     teacher_logits = teacher.logits - teacher.top.masked_fill(near, 0.0)
@@ -59,7 +59,7 @@ def log_ratio(teacher: Distribution, student: Distribution) -> Tensor:
 
 
 def phi(d: Tensor) -> Tensor:
-    """exp(-d) + d - 1 >= 0: the series where expm1(-d) + d would cancel."""
+    """Return exp(-d) + d - 1 >= 0: the series where expm1(-d) + d would cancel."""
     cut = 0.25 if d.dtype == torch.float32 else 0.01
     close = d.abs() < cut
     x = d.masked_fill(~close, 0.0)  # an overflow in the branch not taken would make the gradient NaN
@@ -68,7 +68,7 @@ def phi(d: Tensor) -> Tensor:
 
 
 def kl_terms(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
-    """Non-negative terms whose sum is KL(p || q), d = log p - log q; p = 0 gives q, p > 0 = q gives inf."""
+    """Return non-negative terms whose sum is KL(p || q), d = log p - log q; p = 0 gives q, p > 0 = q gives inf."""
     far = (q - p + p * d).masked_fill(d == -torch.inf, 0.0) + q.masked_fill(d != -torch.inf, 0.0)
     return torch.where(d.abs() <= 1, p * phi(d), far.masked_fill(d == torch.inf, torch.inf))
 
@@ -84,7 +84,8 @@ class Mixture(NamedTuple):
 
 
 def mixture(p_teacher: Tensor, p_student: Tensor, d: Tensor, beta: float) -> Mixture:
-    """teacher_d = log p_T - log m, student_d = log p_S - log m, teacher_excess = p_T / m - 1, student_excess = p_S / m - 1.
+    """Return teacher_d = log p_T - log m, student_d = log p_S - log m, teacher_excess = p_T / m - 1, student_excess = p_S / m -
+    1.
 
     With e = expm1(-|d|) and `less` the weight of the smaller side in m, m is `share` = 1 + less e times the larger probability;
     below 1/2 it is added up from both weights, since 1 + less e would cancel.

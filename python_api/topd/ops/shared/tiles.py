@@ -15,26 +15,11 @@ from torch import Tensor
 
 import topd.ops.shared.bf16_addmm  # noqa: F401  (registers its op)
 from topd.backends import multiplies_bf16
-from topd.ops.shared.advise_huge_pages import buffer
-
-
-def product_dtype(dtype: torch.dtype, tile: torch.dtype, device: torch.device, backend: str) -> torch.dtype:
-    """The dtype in which the matrix products of a side take its weight: its own 16 bits where these can be multiplied with
-    float32 out, else the tile's."""
-    if tile != torch.float32 or dtype.itemsize != 2:
-        return tile
-    on_gpu = device.type == "cuda" or backend == "triton"
-    on_cpu = backend == "cpp" and dtype == torch.bfloat16 and multiplies_bf16()
-    return dtype if on_gpu or on_cpu else tile
-
-
-def grad_dtype(dtype: torch.dtype, tile: torch.dtype, device: torch.device, backend: str) -> torch.dtype:
-    """The dtype of dlogits: that of the products on a GPU, where 16 bits have a tile of their own; else the tile's."""
-    return tile if backend == "cpp" else product_dtype(dtype, tile, device, backend)
+from topd.ops.shared.engines import Engine
 
 
 def mm(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """out = a b, out in float32 where a and b have 16 bits."""
+    """Return out = a b, in float32 where a and b have 16 bits."""
     if a.dtype == out.dtype:
         return torch.mm(a, b, out=out)
     if out.device.type == "cuda":
@@ -48,13 +33,13 @@ def mm(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _dense(matrix: Tensor) -> Tensor:
-    """The matrix itself where its rows stand one after the other, as bf16_addmm reads them; else a copy."""
+    """Return the matrix itself where its rows stand one after the other, as bf16_addmm reads them; else a copy."""
     return matrix if matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1] else matrix.contiguous()
 
 
 def addmm(out: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0, alpha: float = 1.0, factors: Tensor | None = None) -> Tensor:
-    """out = beta out + alpha a b, out in float32 where a and b have 16 bits. Where a is float32 and b bfloat16, `factors` may
-    multiply the columns of a, and with beta = 0 out may be bfloat16."""
+    """Return out = beta out + alpha a b, in float32 where a and b have 16 bits. Where a is float32 and b bfloat16, `factors`
+    may multiply the columns of a, and with beta = 0 out may be bfloat16."""
     if a.dtype == b.dtype == out.dtype:
         return out.addmm_(a, b, beta=beta, alpha=alpha)
     if out.device.type == "cuda":
@@ -67,8 +52,47 @@ def addmm(out: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0, alpha: float 
 
 
 class Side(NamedTuple):
-    """One model's operands in the order of the ops' arguments: hidden [N, H], weight [V, H], bias [V], a [r, H], b [V, r].
-    `grad_scale`: a power of two, what tiles of dlogits hold is that times dlogits."""
+    """One model's operands: hidden [N, H], weight [V, H], bias [V], a [r, H], b [V, r], and the adapter's scaling."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    a: Tensor | None
+    b: Tensor | None
+    scaling: float
+
+    def widened(self, vocab: int, dtype: torch.dtype, engine: Engine) -> "WidenedSide":
+        """Return the first `vocab` entries of the head as the matrix products take them, for tiles of `dtype`."""
+        bias = None if self.bias is None else self.bias[:vocab].to(dtype).contiguous()
+        a = None if self.a is None else self.a.to(dtype)
+        b = None if self.b is None else self.b[:vocab].to(dtype)
+        weight = self.weight[:vocab].to(engine.product_dtype(self.weight.dtype, dtype, self.weight.device))
+        if weight.dtype != dtype and weight.device.type == "cpu":
+            weight = _dense(weight)
+        return WidenedSide(self.hidden, weight, bias, a, b, self.scaling)
+
+
+class Needs(NamedTuple):
+    """Which gradients of a side are asked for."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+    adapter: bool
+
+    @property
+    def head(self) -> bool:
+        """Whether any of the head's is."""
+        return self.weight or self.bias or self.adapter
+
+    def of_head_if(self, summed: bool) -> "Needs":
+        """Return the same where the head's gradients are summed now; else with none of them."""
+        return self if summed else Needs(self.hidden, False, False, False)
+
+
+class WidenedSide(NamedTuple):
+    """A side as the matrix products take it: the weight in the dtype of the products, the small tensors in the tile's dtype;
+    the hidden states are left for the chunks. Tiles of dlogits hold `grad_scale` times dlogits, a power of two."""
 
     hidden: Tensor
     weight: Tensor
@@ -78,25 +102,14 @@ class Side(NamedTuple):
     scaling: float
     grad_scale: float = 1.0
 
-    def widened(self, vocab: int, dtype: torch.dtype, backend: str = "eager") -> "Side":
-        """The first `vocab` entries of the head: the weight in the dtype of its products, the small tensors in the tile's
-        dtype; hidden is left for the chunks."""
-        bias = None if self.bias is None else self.bias[:vocab].to(dtype).contiguous()
-        a = None if self.a is None else self.a.to(dtype)
-        b = None if self.b is None else self.b[:vocab].to(dtype)
-        weight = self.weight[:vocab].to(product_dtype(self.weight.dtype, dtype, self.weight.device, backend))
-        if weight.dtype != dtype and weight.device.type == "cpu":
-            weight = _dense(weight)
-        return Side(self.hidden, weight, bias, a, b, self.scaling, self.grad_scale)
-
     def multiply(self, hidden: Tensor, tile: Tensor) -> None:
-        """tile = hidden weightᵀ + scaling (hidden aᵀ) bᵀ; the rows op adds the bias."""
+        """Fill the tile with hidden weightᵀ + scaling (hidden aᵀ) bᵀ; the rows op adds the bias."""
         mm(tile, hidden.to(self.weight.dtype), self.weight.T)
         if self.a is not None and self.b is not None:
             tile.addmm_(hidden.to(tile.dtype) @ self.a.T, self.b.T, alpha=self.scaling)
 
     def through_adapter(self, grad_logits: Tensor) -> Tensor | None:
-        """dlogits b [C, r], which the gradients of both hidden and a need; None without an adapter."""
+        """Return dlogits b [C, r], which the gradients of both hidden and a need; None without an adapter."""
         if self.b is None:
             return None
         b = self.b[: grad_logits.shape[1]]
@@ -106,7 +119,7 @@ class Side(NamedTuple):
     def hidden_grad(
         self, grad_logits: Tensor, through_adapter: Tensor | None, finite: Tensor, out: Tensor | None = None
     ) -> Tensor:
-        """u = d value / d hidden of some rows, in the tile's dtype; NaN where a row has no distribution."""
+        """Return u = d value / d hidden of some rows, in the tile's dtype; NaN where a row has no distribution."""
         if out is None:
             dtype = torch.promote_types(grad_logits.dtype, torch.float32)
             out = grad_logits.new_empty(grad_logits.shape[0], self.weight.shape[1], dtype=dtype)
@@ -126,33 +139,39 @@ class HeadGrads(NamedTuple):
     b: Tensor
 
     @classmethod
-    def empty(
-        cls, side: Side, vocab: int, dtype: torch.dtype, backend: str, *, weight: bool, bias: bool, adapter: bool
-    ) -> "HeadGrads":
-        """Uninitialised sums for the head of `side`."""
+    def empty(cls, side: Side, vocab: int, dtype: torch.dtype, engine: Engine, needs: Needs) -> "HeadGrads":
+        """Return uninitialised sums for the head of `side`."""
         rank, width = (0 if side.a is None else side.a.shape[0]), side.weight.shape[1]
-        shapes = ((vocab, width), weight), ((vocab,), bias), ((rank, width), adapter), ((vocab, rank), adapter)
-        return cls(*(buffer(shape if asked else (0,), side.weight, dtype, backend) for shape, asked in shapes))
+        sizes = ((vocab, width), (vocab,), (rank, width), (vocab, rank))
+        asked = (needs.weight, needs.bias, needs.adapter, needs.adapter)
+        return cls(*(engine.buffer(size if ask else (0,), side.weight, dtype) for size, ask in zip(sizes, asked, strict=True)))
 
     @property
     def wanted(self) -> bool:
+        """Whether there is any."""
         return any(grad.numel() for grad in self)
 
-    def unfilled(self, backend: str) -> "HeadGrads":
-        """Fresh tensors of these shapes, uninitialised."""
-        return HeadGrads(*(buffer(tuple(grad.shape), grad, grad.dtype, backend) for grad in self))
+    def unfilled(self, engine: Engine) -> "HeadGrads":
+        """Return fresh tensors of these shapes, uninitialised."""
+        return HeadGrads(*(engine.buffer(tuple(grad.shape), grad, grad.dtype) for grad in self))
 
-    def times(self, c: Tensor, backend: str) -> "HeadGrads":
-        """Fresh tensors, c times these."""
-        return HeadGrads(*(torch.mul(c, grad, out=out) for grad, out in zip(self, self.unfilled(backend), strict=True)))
+    def times(self, c: Tensor, engine: Engine) -> "HeadGrads":
+        """Return fresh tensors, c times these."""
+        return HeadGrads(*(torch.mul(c, grad, out=out) for grad, out in zip(self, self.unfilled(engine), strict=True)))
+
+    def returned(self, side: Side) -> "HeadGrads":
+        """Return the sums as the gradients of the side's tensors: in their dtypes, with zeros beyond the common vocabulary."""
+        likes = (side.weight, side.bias, side.a, side.b)
+        return HeadGrads(*(_returned(total, like) for total, like in zip(self, likes, strict=True)))
 
     def zero(self) -> None:
+        """Fill all with zeros."""
         for grad in self:
             grad.zero_()
 
     def add(
         self,
-        side: Side,
+        side: WidenedSide,
         grad_logits: Tensor,
         through_adapter: Tensor | None,
         hidden: Tensor,
@@ -191,9 +210,17 @@ class HeadGrads(NamedTuple):
             summed(self.b, weighted @ side.a.T, side.scaling)
 
 
+def _returned(total: Tensor, like: Tensor | None) -> Tensor:
+    if like is None or total.numel() == 0 or total.shape == like.shape:
+        return total if like is None else total.to(like.dtype)
+    out = like.new_zeros(like.shape)
+    out[: total.shape[0]] = total
+    return out
+
+
 def _narrowed(values: Tensor, dtype: torch.dtype, normalised: bool) -> tuple[Tensor, float]:
-    """values / scale in dtype, and scale: for float16, whose range ends at 2^16 and 2^-24, the power of two of the largest. The
-    host waits for it."""
+    """Return values / scale in dtype, and scale: for float16, whose range ends at 2^16 and 2^-24, the power of two of the
+    largest. The host waits for it."""
     if dtype != torch.float16 or normalised or not values.numel():
         return values.to(dtype), 1.0
     top = float(values.abs().max())

@@ -4,58 +4,97 @@ One matrix product; the tile of logits is float32 (float64 for float64). It is a
 need not know how many rows a mask keeps.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from topd.backends import multiplies_bf16
 from topd.logits import shape_logits
-from topd.ops.shared.numbers import numbers_in
-from topd.ops.shared.one_pass import chosen_rows, workspace
+from topd.ops.shared.engines import CPP, EAGER
+from topd.ops.shared.fields import Table
+from topd.ops.shared.loop import TileLoop, chosen_rows, workspace
+from topd.ops.shared.numbers import numbers_in, numbers_of
 from topd.ops.shared.plan import plan_chunks
 from topd.ops.shared.tiles import Side
 
-torch.library.define(
-    "topd::topk_logprobs",
-    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? a, Tensor? b, float scaling, Tensor? mask, float scale, "
-    "float? softcap, float temperature, Tensor? numbers, int k, int? workspace_bytes) -> (Tensor ids, Tensor logprobs)",
-)
+
+class Inputs(NamedTuple):
+    """The arguments of topd::topk_logprobs. hidden [N, H], mask [N] bool; `numbers`: what `topd.ops.shared.numbers` packed, or
+    None."""
+
+    side: Side
+    mask: Tensor | None
+    scale: float
+    softcap: float | None
+    temperature: float
+    k: int
+    workspace_bytes: int | None
+    numbers: Tensor | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The tile's dtype, and that of the log-probabilities."""
+        return torch.promote_types(self.side.hidden.dtype, torch.float32)
 
 
-def _topk_logprobs(*flat: Any) -> tuple[Tensor, Tensor]:
-    side, mask, (scale, softcap, temperature, numbers, k, workspace_bytes) = Side(*flat[:6]), flat[6], flat[7:]
-    (temperature,) = numbers_in(numbers, temperature)
-    (n, _), vocab, device = side.hidden.shape, side.weight.shape[0], side.hidden.device
-    dtype = torch.promote_types(side.hidden.dtype, torch.float32)
-    side = side.widened(vocab, dtype, "cpp" if device.type == "cpu" and multiplies_bf16() else "eager")
-    ids = torch.zeros(n, k, dtype=torch.int64, device=device)
-    logprobs = torch.full((n, k), -torch.inf, dtype=dtype, device=device)
-    chosen = chosen_rows(mask)
+class Outputs(NamedTuple):
+    """The results: ids [N, k] int64, log-probabilities [N, k]; 0 and -inf where masked."""
+
+    ids: Tensor
+    logprobs: Tensor
+
+
+INPUTS, OUTPUTS = Table(Inputs), Table(Outputs)
+torch.library.define("topd::topk_logprobs", f"({INPUTS.schema}) -> ({OUTPUTS.schema})")
+
+# Tiles that a chunk keeps beside the logits, at most.
+TEMPORARIES = 2
+
+
+def topk_logprobs(inputs: Inputs) -> Outputs:
+    """Return the k most likely tokens of checked operands."""
+    numbers = numbers_of(inputs.temperature)
+    if numbers is not None:
+        inputs = inputs._replace(temperature=1.0, numbers=numbers)
+    return Outputs(*torch.ops.topd.topk_logprobs(*INPUTS.pack(inputs)))
+
+
+def _computed(inputs: Inputs) -> Outputs:
+    (temperature,) = (inputs.temperature,) if inputs.numbers is None else numbers_in(inputs.numbers)
+    (n, _), vocab, device = inputs.side.hidden.shape, inputs.side.weight.shape[0], inputs.side.hidden.device
+    engine = CPP if device.type == "cpu" and multiplies_bf16() else EAGER
+    side = inputs.side.widened(vocab, inputs.dtype, engine)
+    ids = torch.zeros(n, inputs.k, dtype=torch.int64, device=device)
+    logprobs = torch.full((n, inputs.k), -torch.inf, dtype=inputs.dtype, device=device)
+    chosen = chosen_rows(inputs.mask)
     plan = plan_chunks(
         n if chosen is None else chosen.numel(),
         vocab,
-        itemsize=dtype.itemsize,
-        workspace_bytes=workspace(device, workspace_bytes, side.weight.dtype),
-        temporaries=2,
+        itemsize=inputs.dtype.itemsize,
+        workspace_bytes=workspace(device, inputs.workspace_bytes, side.weight.dtype),
+        temporaries=TEMPORARIES,
     )
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        tile = side.hidden.new_empty((plan.rows, vocab), dtype=dtype)
-        for start, stop in plan.bounds():
-            at = slice(start, stop) if chosen is None else chosen[start:stop]
-            logits = tile[: stop - start]
-            side.multiply(side.hidden[at], logits)
-            logits = shape_logits(logits, side.bias, scale, softcap, temperature)
-            top, ids[at] = logits.topk(k, dim=-1)
-            rest = (logits - top[:, :1]).exp_().scatter_(-1, ids[at][:, :1], 0.0).sum(-1, keepdim=True)
-            logprobs[at] = (top - top[:, :1]) - rest.log1p()
-    return ids, logprobs
+    for chunk in TileLoop(engine, plan, (side,), chosen, inputs.dtype):
+        (product,) = chunk.products
+        logits = shape_logits(product, side.bias, inputs.scale, inputs.softcap, temperature)
+        top, top_ids = logits.topk(inputs.k, dim=-1)
+        rest = (logits - top[:, :1]).exp_().scatter_(-1, top_ids[:, :1], 0.0).sum(-1, keepdim=True)
+        ids[chunk.row_index], logprobs[chunk.row_index] = top_ids, (top - top[:, :1]) - rest.log1p()
+    return Outputs(ids, logprobs)
 
 
-torch.library.impl("topd::topk_logprobs", "CompositeExplicitAutograd", _topk_logprobs)
+def _implementation(*flat: Any) -> tuple[Any, ...]:
+    inputs = INPUTS.unpack(*flat)
+    with torch.no_grad(), torch.autocast(inputs.side.hidden.device.type, enabled=False):
+        return OUTPUTS.pack(_computed(inputs))
+
+
+torch.library.impl("topd::topk_logprobs", "CompositeExplicitAutograd", _implementation)
 
 
 @torch.library.register_fake("topd::topk_logprobs")
-def _fake(hidden: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
-    shape, dtype = (hidden.shape[0], flat[-2]), torch.promote_types(hidden.dtype, torch.float32)
-    return hidden.new_empty(shape, dtype=torch.int64), hidden.new_empty(shape, dtype=dtype)
+def _fake(*flat: Any) -> tuple[Any, ...]:
+    inputs = INPUTS.unpack(*flat)
+    hidden, shape = inputs.side.hidden, (inputs.side.hidden.shape[0], inputs.k)
+    return OUTPUTS.pack(Outputs(hidden.new_empty(shape, dtype=torch.int64), hidden.new_empty(shape, dtype=inputs.dtype)))

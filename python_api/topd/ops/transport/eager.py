@@ -11,14 +11,14 @@ the end the plan is rounded onto its marginals (Altschuler, Weed, Rigollet 2017)
 entropy, is never below the exact one.
 """
 
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from topd.options import Cost
+from topd.ops.shared.engines import eager_kernel
+from topd.ops.transport.spec import INPUTS, Outputs, WindowSide
 
-COSTS: tuple[str, ...] = get_args(Cost)
 # From one epsilon to the next; what an intermediate one is solved to, in units of a marginal; the Sinkhorn iterations that it
 # gets before Newton steps.
 STAGE_FACTOR, STAGE_TOLERANCE, STAGE_SINKHORN = 4, 0.1, 2
@@ -28,47 +28,29 @@ RIDGE = 1e-6  # of a marginal, on the Hessian
 ARMIJO, MAX_HALVINGS = 1e-4, 20
 
 
-class WindowSide(NamedTuple):
-    """One side, student or teacher, of m pairs of windows: rows of `table` [V, d] at `ids` [m, K], of which the first `lengths`
-    [m] count."""
-
-    table: Tensor
-    ids: Tensor
-    lengths: Tensor
-
-    @property
-    def valid(self) -> Tensor:
-        return torch.arange(self.ids.shape[1], device=self.ids.device) < self.lengths.unsqueeze(-1)
-
-    def vectors(self, at: slice) -> Tensor:
-        """[m', K, d], at least float32; 0 past the lengths."""
-        dtype = torch.promote_types(self.table.dtype, torch.float32)
-        found = self.table[self.ids[at].masked_fill(~self.valid[at], 0)].to(dtype)
-        return found.masked_fill(~self.valid[at].unsqueeze(-1), 0.0)
-
-
-def cost_matrix(student: WindowSide, teacher: WindowSide, cost: str, at: slice) -> Tensor:
-    """C [m', K_S, K_T] in float64 of the chosen pairs; 0 past the lengths. A zero vector has cosine 0."""
+def cost_matrix(student: WindowSide, teacher: WindowSide, cost: str, pairs: slice) -> Tensor:
+    """Return C [m', K_S, K_T] in float64 of the chosen pairs; 0 past the lengths. A zero vector has cosine 0."""
     if cost == "mismatch":
-        found = (student.ids[at].unsqueeze(-1) != teacher.ids[at].unsqueeze(-2)).double()
+        costs = (student.ids[pairs].unsqueeze(-1) != teacher.ids[pairs].unsqueeze(-2)).double()
     else:
-        x, y = student.vectors(at), teacher.vectors(at)
+        x, y = student.vectors(pairs), teacher.vectors(pairs)
         if cost == "cosine":
             x, y = _unit(x), _unit(y)
-            found = (1 - (x @ y.transpose(-1, -2)).double()).clamp_min(0.0)
+            costs = (1 - (x @ y.transpose(-1, -2)).double()).clamp_min(0.0)
         else:
-            found = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").double().square()
-    return found * (student.valid[at].unsqueeze(-1) & teacher.valid[at].unsqueeze(-2))
+            costs = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").double().square()
+    return costs * (student.valid[pairs].unsqueeze(-1) & teacher.valid[pairs].unsqueeze(-2))
 
 
 def _unit(vectors: Tensor) -> Tensor:
-    """Norms in float64: the squares of float32 may leave its range. A zero vector stays one."""
+    """Return vectors of length 1. Norms are taken in float64: the squares of float32 may leave its range. A zero vector stays
+    one."""
     norm: Tensor = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True, dtype=torch.float64).to(vectors.dtype)
     return vectors / norm.masked_fill(norm == 0, 1.0)
 
 
 def marginals(side: WindowSide) -> Tensor:
-    """[m, K] float64: 1 / length, 0 past it."""
+    """Return [m, K] float64: 1 / length, 0 past it."""
     return side.valid.double() / side.lengths.clamp_min(1).unsqueeze(-1)
 
 
@@ -92,7 +74,7 @@ def _plans(f: Tensor, cost: Tensor, a: Tensor, b: Tensor, epsilon: Tensor) -> Pl
 
 
 def _newton_step(now: Plans, a: Tensor, b: Tensor, epsilon: Tensor) -> Tensor:
-    """epsilon H^-1 (a - r); H is made regular by a ridge, and by 11ᵀ along the direction that changes nothing."""
+    """Return epsilon H^-1 (a - r); H is made regular by a ridge, and by 11ᵀ along the direction that changes nothing."""
     unit = a.amax(-1)[:, None, None]
     hessian = torch.diag_embed(now.rows + (a == 0)) - (now.plan / b.masked_fill(b == 0, 1.0).unsqueeze(1)) @ now.plan.mT
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
@@ -106,7 +88,7 @@ def _newton_step(now: Plans, a: Tensor, b: Tensor, epsilon: Tensor) -> Tensor:
 def sinkhorn(
     cost: Tensor, a: Tensor, b: Tensor, epsilon: Tensor, *, max_iterations: int, tolerance: float
 ) -> tuple[Tensor, Tensor]:
-    """Plans [m, K_S, K_T] with exact columns, and the largest |row sum - marginal| of each in units of the marginal."""
+    """Return plans [m, K_S, K_T] with exact columns, and the largest |row sum - marginal| of each in units of the marginal."""
     low = cost.masked_fill((a == 0).unsqueeze(-1) | (b == 0).unsqueeze(1), torch.inf).amin((1, 2))
     stage = torch.maximum(epsilon, cost.amax((1, 2)) - low)
     f = torch.zeros_like(a)
@@ -138,7 +120,7 @@ def sinkhorn(
 
 
 def _searched(step: Tensor, plain: Tensor, f: Tensor, now: Plans, cost: Tensor, a: Tensor, b: Tensor, stage: Tensor) -> Tensor:
-    """The step, halved until D rises enough; the plain one where it never does."""
+    """Return the step, halved until D rises enough; the plain one where it never does."""
     slope = (step * (a - now.rows)).sum(-1)
     size = torch.ones_like(slope)
     for _ in range(MAX_HALVINGS):
@@ -152,7 +134,8 @@ def _searched(step: Tensor, plain: Tensor, f: Tensor, now: Plans, cost: Tensor, 
 
 
 def rounded(plan: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The plan moved onto its marginals: rows and columns scaled down where they hold too much, the rest spread evenly."""
+    """Return the plan moved onto its marginals: rows and columns scaled down where they hold too much, the rest spread
+    evenly."""
     plan = plan * (a / plan.sum(-1).clamp_min(1e-300)).clamp_max(1.0).unsqueeze(-1)
     plan = plan * (b / plan.sum(-2).clamp_min(1e-300)).clamp_max(1.0).unsqueeze(-2)
     missing_a, missing_b = (a - plan.sum(-1)).clamp_min(0.0), (b - plan.sum(-2)).clamp_min(0.0)
@@ -163,10 +146,10 @@ def rounded(plan: Tensor, a: Tensor, b: Tensor) -> Tensor:
 def transport(
     student: WindowSide, teacher: WindowSide, cost: str, epsilon: float, *, max_iterations: int, tolerance: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """distance [m], plan [m, K_S, K_T], marginal_error [m] in float64."""
+    """Return distance [m], plan [m, K_S, K_T], marginal_error [m] in float64."""
     rows = max(1, PIECE // (max(student.ids.shape[1], teacher.ids.shape[1]) * student.table.shape[1]))
     pieces = [slice(start, start + rows) for start in range(0, student.ids.shape[0], rows)] or [slice(None)]
-    matrix = torch.cat([cost_matrix(student, teacher, cost, at) for at in pieces])
+    matrix = torch.cat([cost_matrix(student, teacher, cost, piece) for piece in pieces])
     a, b = marginals(student), marginals(teacher)
     epsilons = torch.full_like(a[:, 0], epsilon)
     if cost == "sqeuclidean":
@@ -175,3 +158,10 @@ def transport(
     plan, error = sinkhorn(matrix, a, b, epsilons, max_iterations=max_iterations, tolerance=tolerance)
     plan = rounded(plan, a, b)
     return (plan * matrix).sum((1, 2)), plan, error
+
+
+@eager_kernel("transport")
+def _kernel(*flat: Any) -> Outputs:
+    student, teacher, cost, epsilon, max_iterations, tolerance = inputs = INPUTS.unpack(*flat)
+    distance, plan, error = transport(student, teacher, cost, epsilon, max_iterations=max_iterations, tolerance=tolerance)
+    return Outputs(distance.to(inputs.dtype), plan.to(inputs.dtype), error.to(inputs.dtype))

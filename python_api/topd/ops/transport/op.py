@@ -5,52 +5,30 @@ the iterates stay in cache or registers. The math is that of `topd.ops.transport
 does. Inputs are constants.
 """
 
+from typing import Any
+
 import torch
-from torch import Tensor
 
-from topd.backends import kernel
-from topd.ops.transport.eager import WindowSide, transport
+import topd.ops.transport.eager  # noqa: F401  (registers what the backend "eager" runs)
+from topd.ops.shared.engines import engine_of
+from topd.ops.transport.spec import INPUTS, OUTPUTS, Inputs, Outputs, WindowSide
 
-torch.library.define(
-    "topd::transport",
-    "(Tensor student_table, Tensor student_ids, Tensor student_lengths, Tensor teacher_table, Tensor teacher_ids, "
-    "Tensor teacher_lengths, str cost, float epsilon, int max_iterations, float tolerance) -> "
-    "(Tensor distance, Tensor plan, Tensor marginal_error)",
-)
-
-
-# The longest window of the Triton kernels; the reference solves longer ones.
-TRITON_WINDOW = 128
+torch.library.define("topd::transport", f"({INPUTS.schema}) -> ({OUTPUTS.schema})")
 
 
 @torch.library.register_fake("topd::transport")
-def _fake(
-    student_table: Tensor, student_ids: Tensor, student_lengths: Tensor, teacher_table: Tensor, teacher_ids: Tensor, *_: object
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = torch.promote_types(torch.promote_types(student_table.dtype, teacher_table.dtype), torch.float32)
-    m, k_student = student_ids.shape
-    shapes = ((m,), (m, k_student, teacher_ids.shape[1]), (m,))
-    distance, plan, error = (student_table.new_empty(shape, dtype=dtype) for shape in shapes)
-    return distance, plan, error
+def _fake(*flat: Any) -> tuple[Any, ...]:
+    inputs = INPUTS.unpack(*flat)
+    ids, dtype = inputs.student.ids, inputs.dtype
+    (m, k_student), (_, k_teacher) = ids.shape, inputs.teacher.ids.shape
+    sizes = ((m,), (m, k_student, k_teacher), (m,))
+    return tuple(inputs.student.table.new_empty(size, dtype=dtype) for size in sizes)
 
 
 def run_transport(
-    backend: str,
-    student: WindowSide,
-    teacher: WindowSide,
-    cost: str,
-    epsilon: float,
-    *,
-    max_iterations: int,
-    tolerance: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """distance [m], plan [m, K_S, K_T], marginal_error [m], float32 (float64 where a table is)."""
-    numbers = (cost, epsilon, max_iterations, tolerance)
-    longest = max(student.ids.shape[1], teacher.ids.shape[1])
-    if backend == "cpp" or (backend == "triton" and longest <= TRITON_WINDOW):
-        distance, plan, error = kernel("transport", backend, student.ids.device)(*student, *teacher, *numbers)
-        return distance, plan, error
-    dtype = torch.promote_types(torch.promote_types(student.table.dtype, teacher.table.dtype), torch.float32)
-    found = transport(student, teacher, cost, epsilon, max_iterations=max_iterations, tolerance=tolerance)
-    distance, plan, error = (part.to(dtype) for part in found)
-    return distance, plan, error
+    backend: str, student: WindowSide, teacher: WindowSide, cost: str, epsilon: float, *, max_iterations: int, tolerance: float
+) -> Outputs:
+    """Return distance [m], plan [m, K_S, K_T], marginal_error [m], float32 (float64 where a table is). WindowSide hold at most
+    MAX_WINDOW tokens."""
+    kernel = engine_of(backend).kernel("transport", student.ids.device)
+    return Outputs(*kernel(*INPUTS.pack(Inputs(student, teacher, cost, epsilon, max_iterations, tolerance))))

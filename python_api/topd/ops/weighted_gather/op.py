@@ -7,7 +7,7 @@ order of m. Read per row: M rows of the table.
 import torch
 from torch import Tensor
 
-from topd.backends import kernel
+from topd.ops.shared.engines import Engine, eager_kernel
 
 torch.library.define("topd::weighted_gather", "(Tensor(a!) out, Tensor table, Tensor ids, Tensor weights) -> ()")
 
@@ -21,27 +21,29 @@ def _fake(out: Tensor, table: Tensor, ids: Tensor, weights: Tensor) -> None:
 
 
 def pieces(ids: Tensor, width: int) -> list[slice]:
-    """Slices of rows whose gathered entries fit in a piece."""
+    """Return slices of rows whose gathered entries fit in a piece."""
     step = max(1, PIECE // max(1, ids.shape[1] * width))
     return [slice(start, start + step) for start in range(0, ids.shape[0], step)]
 
 
 def counted(ids: Tensor, weights: Tensor, vocab: int) -> Tensor:
-    """Which entries add something."""
+    """Return which entries add something."""
     return (weights != 0) & (ids >= 0) & (ids < vocab)
 
 
 def along_width(rows: Tensor) -> Tensor:
-    """Rows whose entries lie side by side, as the kernels read them; a copy only where they do not."""
+    """Return rows whose entries lie side by side, as the kernels read them; a copy only where they do not."""
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
-def weighted_gather(backend: str, out: Tensor, table: Tensor, ids: Tensor, weights: Tensor) -> None:
+def weighted_gather(engine: Engine, out: Tensor, table: Tensor, ids: Tensor, weights: Tensor) -> None:
     """Add to out [N, H] from table [V, H] of any floating dtype, ids and weights [N, M], weights in out's dtype."""
-    if backend != "eager":
-        kernel("weighted_gather", backend, out.device)(out, along_width(table), ids, weights)
-        return
-    for at in pieces(ids, table.shape[1]):
-        counts = counted(ids[at], weights[at], table.shape[0])
-        gathered = table[ids[at].clamp(0, table.shape[0] - 1)].to(out.dtype).masked_fill_(~counts.unsqueeze(-1), 0.0)
-        out[at] += torch.bmm(weights[at].masked_fill(~counts, 0.0).unsqueeze(1), gathered)[:, 0]
+    engine.kernel("weighted_gather", out.device)(out, along_width(table), ids, weights)
+
+
+@eager_kernel("weighted_gather")
+def _eager(out: Tensor, table: Tensor, ids: Tensor, weights: Tensor) -> None:
+    for piece in pieces(ids, table.shape[1]):
+        counts = counted(ids[piece], weights[piece], table.shape[0])
+        gathered = table[ids[piece].clamp(0, table.shape[0] - 1)].to(out.dtype).masked_fill_(~counts.unsqueeze(-1), 0.0)
+        out[piece] += torch.bmm(weights[piece].masked_fill(~counts, 0.0).unsqueeze(1), gathered)[:, 0]

@@ -8,7 +8,7 @@ whatever the number of threads: by id where compiled; eager as index_add_ runs o
 import torch
 from torch import Tensor
 
-from topd.backends import kernel
+from topd.ops.shared.engines import Engine, eager_kernel
 from topd.ops.weighted_gather.op import along_width, counted, pieces
 
 torch.library.define("topd::weighted_scatter", "(Tensor(a!) out, Tensor rows, Tensor ids, Tensor weights) -> ()")
@@ -19,16 +19,18 @@ def _fake(out: Tensor, rows: Tensor, ids: Tensor, weights: Tensor) -> None:
     return None
 
 
-def weighted_scatter(backend: str, out: Tensor, rows: Tensor, ids: Tensor, weights: Tensor) -> None:
+def weighted_scatter(engine: Engine, out: Tensor, rows: Tensor, ids: Tensor, weights: Tensor) -> None:
     """Add to out [V, H] from rows [N, H] of any floating dtype, ids and weights [N, M], weights in out's dtype."""
-    if backend != "eager":
-        kernel("weighted_scatter", backend, out.device)(out, along_width(rows), ids, weights)
-        return
-    for at in pieces(ids, rows.shape[1]):
-        counts = counted(ids[at], weights[at], out.shape[0])
-        added = weights[at].unsqueeze(-1) * rows[at].to(out.dtype).unsqueeze(1)
+    engine.kernel("weighted_scatter", out.device)(out, along_width(rows), ids, weights)
+
+
+@eager_kernel("weighted_scatter")
+def _eager(out: Tensor, rows: Tensor, ids: Tensor, weights: Tensor) -> None:
+    for piece in pieces(ids, rows.shape[1]):
+        counts = counted(ids[piece], weights[piece], out.shape[0])
+        added = weights[piece].unsqueeze(-1) * rows[piece].to(out.dtype).unsqueeze(1)
         added.masked_fill_(~counts.unsqueeze(-1), 0.0)
-        to = ids[at].clamp(0, out.shape[0] - 1)
+        to = ids[piece].clamp(0, out.shape[0] - 1)
         if out.device.type == "cpu":
             out.index_add_(0, to.flatten(), added.flatten(0, 1))
         else:

@@ -1,0 +1,51 @@
+"""The gradients to the student's head: from the sums that forward made, corrected where rows deviate from the hint, or from the
+dlogits of few rows."""
+
+import torch
+from torch import Tensor
+
+from topd.ops.linear_divergence.loop import Loop
+from topd.ops.linear_divergence.spec import Call, Kept
+from topd.ops.shared.few_rows import gradients_of_few, kept_rows
+from topd.ops.shared.one_pass import common_factor, correction
+from topd.ops.shared.tiles import HeadGrads, Needs
+
+
+def gradients_of_kept(call: Call, kept: Kept, grad: Tensor, needs: Needs) -> HeadGrads:
+    """Return the head's gradients under the upstream gradient `grad` [N] from the dlogits of few rows, the chosen ones first.
+    The hint of rows without a distribution is 0: their gradient is NaN unless their `grad` is 0."""
+    rows = kept_rows(call.mask)
+    weights = grad[rows]
+    weights = weights.masked_fill((kept.hint[rows] == 0) & (weights != 0), torch.nan)
+    dlogits = kept.dlogits[: weights.numel(), : call.vocab]
+    hidden = call.student.hidden[rows]
+    return gradients_of_few(call.student, dlogits, hidden, weights, needs, call.dtype, call.backend)
+
+
+def gradients_of_sums(call: Call, kept: Kept, grad: Tensor, *, uniform_hint: bool) -> HeadGrads:
+    """Return exact sums under `grad` [N], which is 0 where masked; fresh tensors in the tile's dtype."""
+    engine, hint = call.backend, kept.hint
+    if uniform_hint and call.mask is None and grad.numel() and grad.stride(0) == 0:
+        # An expanded scalar, as sum() and mean() send it: no row deviates and the host need not wait. A row without a
+        # distribution (its hint was set to 0) still poisons the sums, as it would in eager code.
+        c = grad[0]
+        return kept.grads.times(torch.where((hint == 0).any() & (c != 0), torch.nan, c), engine)
+    c = common_factor(grad, hint)
+    expected = c * hint
+    deviates, alive = (grad - expected).abs() <= 4 * torch.finfo(grad.dtype).eps * expected.abs(), grad != 0
+    deviates.logical_not_()
+    weight = call.student.weight
+    narrow = engine.grad_dtype(weight.dtype, call.dtype, weight.device) != call.dtype
+    rows = (c, hint, grad, deviates, alive)
+    correct = correction(kept.grads, call.student, kept.u, *rows, engine, narrow=narrow, jumps=call.spec.jumps)
+    loop = Loop(call, correct.rows, grad=True, scores=False)
+    for chunk in loop:
+        if (gradients := chunk.gradients) is None:
+            continue
+        through_adapter = loop.student.through_adapter(gradients.grad_logits)
+        first = correct.anew and gradients.first
+        sums = (loop.student, gradients.grad_logits, through_adapter, gradients.hidden)
+        for alpha, weights in correct.terms:
+            row_weights = weights[gradients.row_index].masked_fill(~gradients.finite, torch.nan)
+            correct.grads.add(*sums, row_weights, first=first, alpha=alpha, normalised=weights is hint)
+    return correct.grads

@@ -1,0 +1,121 @@
+"""What each backend does in its own way: an `Engine` for each of "eager", "cpp" and "triton".
+
+An op turns the name of its backend into an engine once, where it unpacks its arguments (`topd.ops.shared.fields`); everything
+below takes the engine and asks it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from topd.backends import multiplies_bf16, triton_launcher
+from topd.ops.shared.advise_huge_pages import advise_huge_pages
+
+Kernel = Callable[..., Any]
+_EAGER_KERNELS: dict[str, Kernel] = {}
+
+
+def eager_kernel(op: str) -> Callable[[Kernel], Kernel]:
+    """Register a function as what the backend "eager" runs for topd::<op>: it takes the op's arguments and returns its
+    results."""
+
+    def register(kernel: Kernel) -> Kernel:
+        _EAGER_KERNELS[op] = kernel
+        return kernel
+
+    return register
+
+
+class Engine:
+    """How one backend computes.
+
+    Attributes:
+        name: the backend's.
+        keeps_few_rows: the kernels leave the gradient to a product in the product's own tile, in the tile's dtype, so that
+            calls of few rows may keep that tile for the backward pass (`topd.ops.shared.few_rows`).
+        fuses_scores: there is a kernel for topd::score_tokens.
+    """
+
+    name: str
+    keeps_few_rows = False
+    fuses_scores = False
+
+    def kernel(self, op: str, device: torch.device) -> Kernel:
+        """Return what runs topd::<op> on tensors of this device."""
+        kernel: Kernel = getattr(torch.ops.topd, op)
+        return kernel
+
+    def buffer(self, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return an uninitialised tensor on the device of `like`."""
+        return torch.empty(shape, dtype=dtype, device=like.device)
+
+    def temporaries(self, eager: int) -> int:
+        """Return how many tiles a chunk needs beside its own, of which eager torch needs `eager`."""
+        return 0
+
+    def multiplies(self, dtype: torch.dtype, device: torch.device) -> bool:
+        """Tell whether matrix products of this dtype, of 16 bits, can be taken with float32 out."""
+        return device.type == "cuda"
+
+    def product_dtype(self, dtype: torch.dtype, tile: torch.dtype, device: torch.device) -> torch.dtype:
+        """Return the dtype in which the matrix products of a side take its weight of `dtype`: its own 16 bits where these can
+        be multiplied with float32 out, else the tile's."""
+        own = tile == torch.float32 and dtype.itemsize == 2 and self.multiplies(dtype, device)
+        return dtype if own else tile
+
+    def grad_dtype(self, dtype: torch.dtype, tile: torch.dtype, device: torch.device) -> torch.dtype:
+        """Return the dtype of dlogits: that of the products, whose 16 bits have a tile of their own; else the tile's."""
+        return self.product_dtype(dtype, tile, device)
+
+
+class Eager(Engine):
+    """Torch in chunks, on any device."""
+
+    name = "eager"
+
+    def kernel(self, op: str, device: torch.device) -> Kernel:
+        return _EAGER_KERNELS[op]
+
+    def temporaries(self, eager: int) -> int:
+        return eager
+
+
+class Cpp(Engine):
+    """The C++ kernels, on the CPU."""
+
+    name = "cpp"
+    keeps_few_rows = True
+
+    def buffer(self, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
+        return advise_huge_pages(torch.empty(shape, dtype=dtype, device=like.device))
+
+    def multiplies(self, dtype: torch.dtype, device: torch.device) -> bool:
+        return dtype == torch.bfloat16 and multiplies_bf16()
+
+    def grad_dtype(self, dtype: torch.dtype, tile: torch.dtype, device: torch.device) -> torch.dtype:
+        return tile
+
+
+class Triton(Engine):
+    """The Triton kernels, on GPUs; on CPU tensors in Triton's interpreter, past the dispatcher, which knows the C++ kernels
+    there."""
+
+    name = "triton"
+    fuses_scores = True
+
+    def kernel(self, op: str, device: torch.device) -> Kernel:
+        return triton_launcher(op) if device.type == "cpu" else super().kernel(op, device)
+
+    def multiplies(self, dtype: torch.dtype, device: torch.device) -> bool:
+        return True
+
+
+EAGER, CPP, TRITON = Eager(), Cpp(), Triton()
+_ENGINES: dict[str, Engine] = {engine.name: engine for engine in (EAGER, CPP, TRITON)}
+
+
+def engine_of(backend: str) -> Engine:
+    """Return the engine of a backend's name."""
+    return _ENGINES[backend]

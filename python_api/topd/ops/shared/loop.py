@@ -1,0 +1,118 @@
+"""The chunk loop of every op: rows are cut into chunks, and each chunk's matrix products go into tiles that the next one
+overwrites. What happens between the products is the op's own.
+
+A pile is a few chunks whose gradients of 16 bits stand one after the other in a tile of their own and go through the matrix
+products together; everywhere else a pile is one chunk.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from topd.ops.shared.engines import Engine
+from topd.ops.shared.plan import ChunkPlan, default_workspace
+from topd.ops.shared.tiles import WidenedSide
+
+
+def workspace(device: torch.device, workspace_bytes: int | None, products: torch.dtype) -> int:
+    """Return the bytes for a call's tiles; `products` is the dtype in which they are multiplied."""
+    if workspace_bytes is not None:
+        return workspace_bytes
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    return default_workspace(device.type, free, bf16_products=products == torch.bfloat16)
+
+
+def chosen_rows(mask: Tensor | None) -> Tensor | None:
+    """Return the indices of the unmasked rows, None for all. On a GPU this waits for the mask; what it saves are whole rows of
+    matrix products."""
+    if mask is None:
+        return None
+    chosen = mask.nonzero()[:, 0]
+    return None if chosen.numel() == mask.numel() else chosen
+
+
+class Pile(NamedTuple):
+    """The rows of a pile: where they stand among the N, the first side's hidden states there, their tile of gradients where
+    they have one of their own, and whether no pile came before."""
+
+    row_index: slice | Tensor
+    hidden: Tensor
+    grad_tile: Tensor | None
+    first: bool
+
+
+class Chunk(NamedTuple):
+    """One chunk: where its rows stand among the N, the first side's hidden states there, a tile of products for each side, the
+    tile for its gradients where they have one of their own, whether no chunk came before, and, with the last chunk of a pile,
+    the pile."""
+
+    row_index: slice | Tensor
+    hidden: Tensor
+    products: list[Tensor]
+    grad_tile: Tensor | None
+    first: bool
+    pile: Pile | None
+
+
+class TileLoop:
+    """Iterates over the chunks of the chosen rows (None: all).
+
+    Args:
+        engine: for the buffers.
+        plan: how the rows are cut.
+        sides: each gets a tile [rows, V of its weight]; the first is the one that is differentiated.
+        dtype: of the tiles.
+        tile: where the first side's tile shall be, at least as large; None: a new one.
+        grad_dtype: of a tile for gradients of its own; None: there is none.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        plan: ChunkPlan,
+        sides: Sequence[WidenedSide],
+        chosen: Tensor | None,
+        dtype: torch.dtype,
+        *,
+        tile: Tensor | None = None,
+        grad_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.plan, self.sides, self.chosen = plan, sides, chosen
+        first, *others = sides
+        tiles = [self._tile(engine, side, dtype) for side in others]
+        self.tiles = [self._tile(engine, first, dtype) if tile is None else tile, *tiles]
+        self.grad_tile: Tensor | None = None
+        if grad_dtype is not None:
+            vocab = first.weight.shape[0]
+            width = -(-vocab // 8) * 8  # each row begins on 16 bytes, as its stores and products like it
+            self.grad_tile = first.weight.new_empty(plan.pile * plan.rows, width, dtype=grad_dtype)[:, :vocab]
+
+    def _tile(self, engine: Engine, side: WidenedSide, dtype: torch.dtype) -> Tensor:
+        return engine.buffer((self.plan.rows, side.weight.shape[0]), side.weight, dtype)
+
+    def __iter__(self) -> Iterator[Chunk]:
+        differentiated, *others = self.sides
+        for bounds in self.plan.piles():
+            (begin, _), (_, end) = bounds[0], bounds[-1]
+            for start, stop in bounds:
+                index = self._index(start, stop)
+                first, *rest = products = [tile[: stop - start] for tile in self.tiles]
+                hidden = differentiated.hidden[index]
+                differentiated.multiply(hidden, first)
+                for side, product in zip(others, rest, strict=True):
+                    side.multiply(side.hidden[index], product)
+                grad_tile = None if self.grad_tile is None else self.grad_tile[start - begin : stop - begin]
+                pile = self._pile(begin, end, hidden if start == begin else None) if stop == end else None
+                yield Chunk(index, hidden, products, grad_tile, start == 0, pile)
+
+    def _index(self, start: int, stop: int) -> slice | Tensor:
+        return slice(start, stop) if self.chosen is None else self.chosen[start:stop]
+
+    def _pile(self, begin: int, end: int, hidden: Tensor | None) -> Pile:
+        """Return the pile of these rows; `hidden`: their hidden states, where they are there already."""
+        index = self._index(begin, end)
+        first, *_ = self.sides
+        grad_tile = None if self.grad_tile is None else self.grad_tile[: end - begin]
+        return Pile(index, first.hidden[index] if hidden is None else hidden, grad_tile, begin == 0)
