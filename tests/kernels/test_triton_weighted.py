@@ -126,7 +126,7 @@ def test_strides_of_every_operand(name):
     for case in cases:
         larger = torch.full((out.shape[0], 7), -3.0, dtype=torch.float64, device=DEVICE)
         larger[:, 1:5] = out.to(DEVICE)
-        op("triton", larger[:, 1:5], *(x.to(DEVICE) for x in case))
+        op(TRITON, larger[:, 1:5], *(x.to(DEVICE) for x in case))
         torch.testing.assert_close(larger[:, 1:5].cpu(), loop(out, *case), rtol=1e-13, atol=1e-13)
         assert (larger[:, [0, 5, 6]] == -3).all()
 
