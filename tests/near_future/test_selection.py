@@ -1,4 +1,4 @@
-"""topd.near_future.selection: candidates by every rule, the gate, and the weights of false alarms, against rules written out
+"""Candidates by every rule, the gate, and the weights of false alarms, against rules written out
 in Python."""
 
 import math
