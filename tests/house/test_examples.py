@@ -120,8 +120,8 @@ def test_packed_rollouts(lines):
 def test_the_trainers_page_runs_as_printed(tmp_path):
     """But for TRL's block, which wants a tokenizer: its script is tested above."""
     accelerate, _ = pytest.importorskip("accelerate"), pytest.importorskip("peft")
-    from test_integrations_transformers import arguments, prompts, rows_of
     from tiny_models import tiny
+    from trainer_cases import arguments, prompts, rows_of
 
     import topd
 
@@ -138,7 +138,7 @@ def test_the_trainers_page_runs_as_printed(tmp_path):
 
 
 def test_the_topd_page_runs_as_printed():
-    from test_opd import batch_of, models
+    from objective_cases import batch_of, models
 
     whole, server = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "topd.md").read_text(), re.DOTALL)
     student, teacher = models()

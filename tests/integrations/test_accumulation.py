@@ -3,24 +3,14 @@
 import pytest
 import torch
 from compare import assert_near
-from test_integrations_transformers import FEW, four_rollouts, models
+from loss_module import Loss
 from tiny_models import flat_gradient
+from trainer_cases import FEW, four_rollouts, models
 
 import topd
 from topd.integrations.rollouts import pack_rollouts
 
 accelerate = pytest.importorskip("accelerate")
-
-
-class Loss(torch.nn.Module):
-    """As in examples/accelerate_loop.py."""
-
-    def __init__(self, objective):
-        super().__init__()
-        self.student, self.objective = objective.student, objective
-
-    def forward(self, batch, num_items):
-        return self.objective(batch, num_items=num_items).loss
 
 
 def halves(batch):

@@ -3,15 +3,14 @@
 import pytest
 import torch
 from compare import assert_near, row_divergence
-from test_integrations_transformers import arguments, four_rollouts, prompts, rows_of
-from test_opd import batch_of
+from objective_cases import batch_of
 from tiny_models import tiny
+from trainer_cases import arguments, four_rollouts, prompts, rows_of
 
 import topd
 from topd.integrations.transformers import DistillationTrainer
 
 peft = pytest.importorskip("peft")
-
 MILD = {"initializer_range": 0.2}
 TARGETS = ["q_proj", "v_proj", "down_proj", "lm_head"]
 

@@ -7,7 +7,7 @@ import topd
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
-from test_integrations_trl import TEXTS, arguments, needs_model, student, teacher_and_tokenizer, trainer_of  # noqa: E402
+from trl_cases import TEXTS, arguments, needs_model, student, teacher_and_tokenizer, trainer_of  # noqa: E402
 
 from topd.integrations.trl import TOPDTrainer  # noqa: E402
 

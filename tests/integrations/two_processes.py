@@ -6,9 +6,9 @@ from pathlib import Path
 
 import accelerate
 import torch
-from test_accumulation import Loss
-from test_integrations_transformers import arguments, flat, four_rollouts, models, rows_of
+from loss_module import Loss
 from tiny_models import flat_gradient
+from trainer_cases import arguments, flat, four_rollouts, models, rows_of
 from two_ranks import fork
 
 import topd

@@ -2,21 +2,13 @@
 
 import pytest
 import torch
-from test_linear_divergence_cost import H, N, V, matrix_products
-from test_plan import Largest
+from matrix_products import H, N, V, matrix_products
+from memory_watch import Largest
 from torch import Tensor
 
 import topd
 
 M = 3
-
-
-@pytest.fixture(params=["eager", "cpp"])
-def chunked(request: pytest.FixtureRequest) -> str:
-    found = topd.backends()[request.param]
-    if not found:
-        pytest.skip(found.detail)
-    return request.param
 
 
 @pytest.fixture

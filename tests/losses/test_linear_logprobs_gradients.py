@@ -6,7 +6,7 @@ import compare
 import pytest
 import torch
 from compare import TENSORS, Model, Outcome
-from test_linear_logprobs import Problem, by_topd, plain, random_problem, run
+from logprob_cases import Problem, by_topd, plain, random_problem, run
 from torch import Tensor
 
 import topd
@@ -266,15 +266,13 @@ def test_a_second_derivative_is_refused_in_words(entropy, to, through, backend, 
 
 @pytest.mark.parametrize("options", [FULL | {"temperature": 1.3}, MASKED | {"softcap": 4.0}], ids=["all", "masked"])
 @pytest.mark.parametrize("entropy", [False, True], ids=["", "entropy"])
-def test_gradcheck(entropy, options, backend, device):
+def test_gradcheck(entropy, options, chunked, device):
     """Finite differences in float64, to hidden states, weight, bias and adapter."""
-    if backend == "reference":
-        pytest.skip("the reference is compared with autograd above, and slow here")
     problem = random_problem(options, n=4, m=3, vocab=6, entropy=entropy).to(device)
     problem.model.hidden.mul_(0.3)
     leaves = problem.model.leaves(TENSORS)
 
     def value(*tensors: Tensor) -> Tensor:
-        return run(problem, replace(leaves, **dict(zip(TENSORS, tensors, strict=True))), backend)
+        return run(problem, replace(leaves, **dict(zip(TENSORS, tensors, strict=True))), chunked)
 
     assert torch.autograd.gradcheck(value, leaves_of(leaves))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_opd import models
+from objective_cases import models
 from tiny_models import bloom
 
 import topd

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from compare import assert_near
-from test_opd import MILD, backward, batch_of, models
+from objective_cases import MILD, backward, batch_of, models
 from tiny_models import tiny
 from torch._dynamo.testing import CompileCounter
 

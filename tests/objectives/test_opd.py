@@ -3,24 +3,10 @@
 import pytest
 import torch
 from compare import assert_near, row_divergence
-from tiny_models import bloom, checkpoint_activations, flat_gradient, ragged, tiny
+from objective_cases import MILD, backward, batch_of, models, reduced
+from tiny_models import bloom, checkpoint_activations, flat_gradient, tiny
 
 import topd
-
-MILD = {"initializer_range": 0.2}
-
-
-def models():
-    return tiny("llama", **MILD), tiny("qwen3", seed=3, **MILD)
-
-
-def batch_of(empty=()):
-    """Three ragged rollouts; the responses in `empty` have no token."""
-    ids, mask = ragged()
-    response = mask.clone()
-    response[0, :9], response[1, :4], response[2, :7] = 0, 0, 0
-    response[list(empty)] = 0
-    return {"input_ids": ids, "attention_mask": mask, "response_mask": response}
 
 
 def plain_losses(student, teacher, batch, divergence, temperature=1.0, hard_weight=0.0):
@@ -35,19 +21,6 @@ def plain_losses(student, teacher, batch, divergence, temperature=1.0, hard_weig
         loss = loss - hard_weight * s.gather(-1, tokens[0, 1:].unsqueeze(-1))[:, 0]
         found = found.index_put((torch.full_like(columns[1:], row), columns[1:]), loss)
     return torch.where(response > 0, found, 0.0)
-
-
-def reduced(losses, response, reduction, num_items=None):
-    counts = response.sum(-1)
-    if reduction == "token":
-        return losses.sum() / (num_items or counts.sum())
-    return (losses.sum(-1) / counts.clamp_min(1)).sum() / (num_items or (counts > 0).sum())
-
-
-def backward(model, loss):
-    model.zero_grad()
-    loss.backward()
-    return flat_gradient(model)
 
 
 @pytest.mark.parametrize(

@@ -3,19 +3,12 @@
 import pytest
 import torch
 from compare import assert_near
+from objective_cases import backward, batch_of, models
 from scipy.optimize import linear_sum_assignment
-from test_opd import backward, batch_of, models
 from tiny_models import VOCAB, checkpoint_activations, generated, prefix
+from topd_cases import FEW, GREEDY, step
 
 import topd
-
-FEW = {"candidates": "top_k", "candidate_value": 3, "horizon": 6}
-GREEDY = {"window_temperature": 0.0}
-
-
-def step(student, teacher, batch, **options):
-    generator = torch.Generator().manual_seed(5)
-    return topd.TOPD(student, teacher, topd.TOPDConfig(**(FEW | options)))(batch, generator=generator)
 
 
 def states_of(model, batch, position, window):

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from test_opd import MILD, backward, batch_of, models
-from test_topd import FEW, GREEDY, step
+from objective_cases import MILD, backward, batch_of, models
 from tiny_models import bloom, flat_gradient, generated, prefix, tiny
+from topd_cases import FEW, GREEDY, step
 
 import topd
 

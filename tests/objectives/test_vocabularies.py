@@ -5,9 +5,9 @@ import re
 import pytest
 import torch
 from compare import assert_near
-from test_integrations_transformers import arguments, prompts, rows_of
-from test_opd import MILD, backward, batch_of
+from objective_cases import MILD, backward, batch_of
 from tiny_models import POSITIONS, VOCAB, ragged, tiny
+from trainer_cases import arguments, prompts, rows_of
 
 import topd
 from topd.integrations.rollouts import pack_rollouts, sample_rollouts

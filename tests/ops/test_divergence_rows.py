@@ -13,7 +13,7 @@ import topd
 from topd.ops.linear_divergence.eager import Rows, RowSpec, divergence_rows
 from topd.scores import FIELDS
 
-pytestmark = pytest.mark.skipif(not topd.backends()["cpp"], reason=topd.backends()["cpp"].detail)
+pytestmark = pytest.mark.cpp
 
 KINDS = [
     ("forward_kl", math.inf),

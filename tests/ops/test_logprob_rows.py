@@ -8,11 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import topd
 from topd.ops.linear_logprobs.eager import LogprobRows, LogprobSpec, logprob_rows
 
-pytestmark = pytest.mark.skipif(not topd.backends()["cpp"], reason=topd.backends()["cpp"].detail)
-
+pytestmark = pytest.mark.cpp
 PLAIN, OPTIONS = LogprobSpec(1.0, None, 1.0), LogprobSpec(0.7, 20.0, 1.3)
 WIDTHS = (1, 5, 33, 1024, 1025, 4099)
 ROWS = 13

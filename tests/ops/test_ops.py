@@ -4,8 +4,8 @@ from dataclasses import replace
 from typing import Any
 
 import compare
+import logprob_cases as logprobs
 import pytest
-import test_linear_logprobs as logprobs
 import torch
 import torch._inductor.config
 from compare import Problem, plain, random_problem
@@ -51,34 +51,28 @@ def known_arguments(problem: Problem, backend: str) -> dict[str, Any]:
     )
 
 
-def chunked(backend: str) -> str:
-    if backend == "reference":
-        pytest.skip("the reference is not an op")
-    return backend
-
-
 def needs(problem: Problem) -> dict[str, bool]:
     return {"bias_grad": problem.student.bias is not None, "adapter_grad": problem.student.a is not None}
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_opcheck_forward(options, backend, device):
+def test_opcheck_forward(options, chunked, device):
     problem = random_problem(options, n=6, vocab=13).to(device)
     problem = replace(problem, student=problem.student.leaves(compare.TENSORS))
     op = torch.ops.topd.linear_divergence.default
-    known = known_arguments(problem, chunked(backend)) | needs(problem)
+    known = known_arguments(problem, chunked) | needs(problem)
     results = torch.library.opcheck(op, pack(op, known))
     assert set(results.values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("uniform", [True, False], ids=["no hint", "hint"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_opcheck_backward(options, uniform, backend, device):
+def test_opcheck_backward(options, uniform, chunked, device):
     """Its arguments: the upstream gradient, what both ops share, what forward kept, whether no hint came, flags."""
     problem = random_problem(options, n=6, vocab=13).to(device)
     upstream = torch.randn(6, dtype=torch.float64, device=device)
     forward = torch.ops.topd.linear_divergence.default
-    known = known_arguments(problem, chunked(backend)) | needs(problem)
+    known = known_arguments(problem, chunked) | needs(problem)
     given = pack(forward, known if uniform else known | {"weights_hint": upstream.abs()})
     shared = [argument.name for argument in forward._schema.arguments].index("weights_hint")
     flags = (True, True, *needs(problem).values())
@@ -88,7 +82,7 @@ def test_opcheck_backward(options, uniform, backend, device):
     assert set(results.values()) == {"SUCCESS"}
 
 
-@pytest.mark.skipif(not topd.backends()["cpp"], reason=str(topd.backends()["cpp"]))
+@pytest.mark.cpp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("flags", [(True, True), (False, False)], ids=["grad+scores", "value"])
 def test_opcheck_rows(flags, dtype):
@@ -150,28 +144,28 @@ class Step(torch.nn.Module):
 
 @pytest.mark.usefixtures("cold_compiler")
 @pytest.mark.parametrize("uniform", [True, False], ids=["mean", "weights"])
-def test_a_compiled_training_step_is_the_eager_one(uniform, backend, device):
+def test_a_compiled_training_step_is_the_eager_one(uniform, chunked, device):
     """fullgraph, non-uniform weights of both signs with zeros, against eager and, at the first step, float64."""
     problem = random_problem({"student": {"bias": True}, "mask": True}, n=10, vocab=21).to(device).to(torch.float32)
     weights = torch.full((10,), 0.1) if uniform else torch.randn(10) * (torch.arange(10) % 4 != 0)
     weights = weights.to(device)
-    eager, step = Step(problem, chunked(backend)), Step(problem, backend)
+    eager, step = Step(problem, chunked), Step(problem, chunked)
     compiled = step.train_on(torch.compile(step, fullgraph=True), problem, weights)
     for found, expected in zip(compiled, eager.train_on(eager, problem, weights), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.usefixtures("cold_compiler")
-def test_a_compiled_gradient_is_the_true_one(backend, device):
+def test_a_compiled_gradient_is_the_true_one(chunked, device):
     """Weights that deviate from any one factor go through the compiled backward; the truth is float64."""
     problem = random_problem(OPTIONS["everything"], topd.ForwardKL(0.05), n=10, vocab=21).to(device)
-    student, name = problem.student.leaves(compare.TENSORS), chunked(backend)
+    student = problem.student.leaves(compare.TENSORS)
 
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor, upstream: Tensor) -> Tensor:
         head = topd.Head(weight, bias, softcap=8.0, adapter=topd.LowRank(a, b, 0.5))
         sides = hidden, head, problem.teacher.hidden, problem.teacher.head()
         value, scores = topd.linear_divergence(
-            *sides, **problem.options(), weights_hint=upstream.abs(), return_scores=True, backend=name
+            *sides, **problem.options(), weights_hint=upstream.abs(), return_scores=True, backend=chunked
         )
         return (value * upstream).sum() + scores.student_entropy.sum()
 
@@ -194,22 +188,22 @@ LOGPROBS = ["plain", "everything"]
 
 @pytest.mark.parametrize("entropy", [False, True], ids=["", "entropy"])
 @pytest.mark.parametrize("options", LOGPROBS)
-def test_opcheck_logprobs_forward(options, entropy, backend, device):
+def test_opcheck_logprobs_forward(options, entropy, chunked, device):
     problem = logprobs.random_problem(logprobs.OPTIONS[options], n=6, vocab=13, entropy=entropy).to(device)
     problem = replace(problem, model=problem.model.leaves(compare.TENSORS))
     op = torch.ops.topd.linear_logprobs.default
-    results = torch.library.opcheck(op, pack(op, logprob_arguments(problem, chunked(backend))))
+    results = torch.library.opcheck(op, pack(op, logprob_arguments(problem, chunked)))
     assert set(results.values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("dense", [True, False], ids=["dense", "later"])
 @pytest.mark.parametrize("entropy", [False, True], ids=["", "entropy"])
 @pytest.mark.parametrize("options", LOGPROBS)
-def test_opcheck_logprobs_backward(options, entropy, dense, backend, device):
+def test_opcheck_logprobs_backward(options, entropy, dense, chunked, device):
     """Its arguments: three upstream gradients, what both ops share, what forward returned but for the entropy, flags."""
     problem = logprobs.random_problem(logprobs.OPTIONS[options], n=6, vocab=13, entropy=entropy).to(device)
     forward = torch.ops.topd.linear_logprobs.default
-    known = logprob_arguments(problem, chunked(backend)) | {"dense": dense}
+    known = logprob_arguments(problem, chunked) | {"dense": dense}
     given, names = pack(forward, known), [argument.name for argument in forward._schema.arguments]
     found, entropies, outside, *kept = forward(*given)
     upstream = torch.randn_like(found), torch.randn_like(entropies) if entropy else None, None
@@ -217,9 +211,6 @@ def test_opcheck_logprobs_backward(options, entropy, dense, backend, device):
     arguments = (*upstream, *given[: names.index("weights_hint")], found, outside, *kept, True, *flags)
     results = torch.library.opcheck(torch.ops.topd.linear_logprobs_backward.default, arguments)
     assert set(results.values()) == {"SUCCESS"}
-
-
-needs_cpp = pytest.mark.skipif(not topd.backends()["cpp"], reason=str(topd.backends()["cpp"]))
 
 
 @pytest.mark.parametrize("temperature", [None, 1.7], ids=["", "numbers"])
@@ -234,7 +225,7 @@ def test_opcheck_topk_logprobs(temperature, device):
     assert set(results.values()) == {"SUCCESS"}
 
 
-@needs_cpp
+@pytest.mark.cpp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("softcap", [None, 9.0])
 @pytest.mark.parametrize("flags", [(True, True), (True, False), (False, True), (False, False)], ids=str)
@@ -247,7 +238,7 @@ def test_opcheck_logprob_rows(flags, softcap, dtype):
     assert set(results.values()) == {"SUCCESS"}
 
 
-@needs_cpp
+@pytest.mark.cpp
 @pytest.mark.parametrize("op", ["weighted_gather", "weighted_scatter"])
 def test_opcheck_weighted(op):
     """out [N, H] or [V, H], a table [V, H] or rows [N, H]."""
@@ -260,11 +251,11 @@ def test_opcheck_weighted(op):
 
 
 @pytest.mark.usefixtures("cold_compiler")
-def test_a_compiled_step_on_log_probabilities_is_the_eager_one(backend, device):
+def test_a_compiled_step_on_log_probabilities_is_the_eager_one(chunked, device):
     """fullgraph, weights of both signs for the log-probabilities and the entropy, beside a mask."""
     options = {"bias": True, "rank": 2, "mask": True}
     problem = logprobs.random_problem(options, n=10, vocab=21).to(device).to(torch.float32)
-    weights, name = problem.upstream().float(), chunked(backend)
+    weights, name = problem.upstream().float(), chunked
 
     def loss(*tensors: Tensor) -> Tensor:
         model = replace(problem.model, **dict(zip(compare.TENSORS, tensors, strict=True)))

@@ -3,26 +3,9 @@
 import pytest
 import torch
 from torch import Tensor
+from weighted_cases import DTYPES, dense
 
-import topd
 from topd.ops.weighted_gather.op import PIECE, weighted_gather
-
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(params=["eager", "cpp"])
-def chunked(request: pytest.FixtureRequest) -> str:
-    found = topd.backends()[request.param]
-    if not found:
-        pytest.skip(found.detail)
-    return request.param
-
-
-def dense(ids: Tensor, weights: Tensor, vocab: int) -> Tensor:
-    """[N, V] float64: the weight of each entry of the table, those outside it left out."""
-    inside = (ids >= 0) & (ids < vocab)
-    out = torch.zeros(ids.shape[0], vocab, dtype=torch.float64)
-    return out.scatter_add(-1, ids.clamp(0, vocab - 1), weights.double().masked_fill(~inside, 0.0))
 
 
 def random_case(n: int, m: int, vocab: int, width: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,7 +97,7 @@ def test_any_number_of_threads_gives_the_same_bits(chunked):
     assert torch.equal(found[1], found[2])
 
 
-@pytest.mark.skipif(not topd.backends()["cpp"], reason=topd.backends()["cpp"].detail)
+@pytest.mark.cpp
 def test_wrong_operands_are_refused():
     out, table, ids, weights = torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, 1)
     for wrong, message in (

@@ -2,20 +2,11 @@
 
 import pytest
 import torch
-from test_weighted_gather import DTYPES, dense
 from torch import Tensor
+from weighted_cases import DTYPES, dense
 
-import topd
 from topd.ops.weighted_gather.op import PIECE
 from topd.ops.weighted_scatter.op import weighted_scatter
-
-
-@pytest.fixture(params=["eager", "cpp"])
-def chunked(request: pytest.FixtureRequest) -> str:
-    found = topd.backends()[request.param]
-    if not found:
-        pytest.skip(found.detail)
-    return request.param
 
 
 def random_case(n: int, m: int, vocab: int, width: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,7 +104,7 @@ def test_any_number_of_threads_and_any_run_gives_the_same_bits(chunked):
     assert all(torch.equal(found[0], again) for again in found[1:])
 
 
-@pytest.mark.skipif(not topd.backends()["cpp"], reason=topd.backends()["cpp"].detail)
+@pytest.mark.cpp
 def test_wrong_operands_are_refused():
     out, rows, ids, weights = torch.zeros(5, 3), torch.zeros(2, 3), torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, 1)
     for wrong, message in (
