@@ -3,6 +3,7 @@
 import functools
 
 import pytest
+import smollm2_cases
 
 from topd_demo import smollm2
 
@@ -10,14 +11,13 @@ trl = pytest.importorskip("trl")
 
 datasets = pytest.importorskip("datasets")
 
-needs_model = pytest.mark.skipif(bool(smollm2.missing()), reason=smollm2.missing() or "installed")
 
 TEXTS = ("Why is the sky blue?", "Count to five.", "Name a colour.", "What is two plus two?")
 
 
 @functools.cache
 def teacher_and_tokenizer():
-    return smollm2.sliced(smollm2.load_model(), (0, 1, 14, 29)), smollm2.load_tokenizer()
+    return smollm2.sliced(smollm2_cases.model(), (0, 1, 14, 29)), smollm2_cases.tokenizer()
 
 
 def student():

@@ -3,9 +3,11 @@
 import math
 
 import pytest
+import smollm2_cases
 import torch
 from compare import assert_near
 from scipy.stats import chi2
+from smollm2_cases import needs_model
 from tiny_models import ENDS, KINDS, POSITIONS, VOCAB, bloom, checkpoint_activations, generated, prefix, ragged, tiny
 
 import topd
@@ -14,7 +16,6 @@ from topd.branching.continuations import continue_from
 from topd.branching.decode import most_likely
 from topd.checks.rollouts import check_rollouts
 from topd.models.decoder import decoder_of
-from topd_demo import smollm2
 
 HORIZON = 9
 
@@ -235,10 +236,10 @@ def test_bad_arguments_are_refused(change, error, message):
         topd.sample_windows(**(given | change))
 
 
-@pytest.mark.skipif(bool(smollm2.missing()), reason=smollm2.missing() or "installed")
+@needs_model
 def test_smollm2_greedy_windows_equal_generate():
     """And its hidden states from the cache equal those of a forward of prefix and window."""
-    model = smollm2.load_model()
+    model = smollm2_cases.model()
     generator = torch.Generator().manual_seed(0)
     ids, mask = torch.randint(49152, (2, 40), generator=generator), torch.ones(2, 40, dtype=torch.bool)
     mask[1, :6] = False

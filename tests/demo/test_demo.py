@@ -118,6 +118,7 @@ def test_ctrl_c_leaves_a_report_and_a_checkpoint(tmp_path, pair, whole_run, monk
     assert metrics(folder) == metrics(whole_run)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(smollm2.missing()), reason=smollm2.missing() or "installed")
 def test_one_step_of_the_real_model(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "QUICK", {"held_out": 2, "held_out_tokens": 6, "horizon": 6, "batch": 2})

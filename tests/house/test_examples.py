@@ -1,7 +1,5 @@
 """Examples that are run as a user runs them: a command, and what it prints and leaves behind."""
 
-import copy
-import functools
 import math
 import os
 import re
@@ -11,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import smollm2_cases
 import torch
 from safetensors.torch import load_file
 
@@ -37,15 +36,10 @@ def test_a_student_learns_from_the_offline_teachers_file_alone(tmp_path):
     assert data["teacher_ids"].shape[:-1] == data["input_ids"].shape
 
 
-@pytest.mark.skipif(bool(smollm2.missing()), reason=smollm2.missing() or "installed")
-def test_from_a_prompt_to_the_loss_in_under_sixty_lines(tmp_path):
+def test_from_a_prompt_to_the_loss_in_under_sixty_lines(tmp_path, lines):
     pytest.importorskip("matplotlib")
-    script = ROOT / "examples" / "topd_step.py"
-    assert len(script.read_text().splitlines()) < 60
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "python_api")}
-    command = [sys.executable, str(script), str(tmp_path)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-    metrics = dict(re.findall(r"^(\w+) +(-?[\d.]+)$", output, re.MULTILINE))
+    assert len((ROOT / "examples" / "topd_step.py").read_text().splitlines()) < 60
+    metrics = dict(re.findall(r"^(\w+) +(-?[\d.]+)$", "\n".join(lines("topd_step.py", str(tmp_path))), re.MULTILINE))
     assert float(metrics["loss"]) > float(metrics["opd_loss"]) > 0
     assert metrics["student_branches"] == metrics["teacher_branches"] == "1.000"
     assert {path.name for path in tmp_path.iterdir()} == {"distances.png", "windows.png"}
@@ -54,12 +48,15 @@ def test_from_a_prompt_to_the_loss_in_under_sixty_lines(tmp_path):
 
 @pytest.fixture
 def lines(monkeypatch, capsys):
-    """What a script prints; here and not as a command, so that model and tokenizer are read once for all of them."""
+    """Run a script in this process and return what it prints: model and tokenizer are read once for all of them."""
     if reason := smollm2.missing():
         pytest.skip(reason)
-    model, tokenizer = loaded()
+    transformers = pytest.importorskip("transformers")
+    model, _ = smollm2_cases.model(), smollm2_cases.tokenizer()  # read before their names are patched
     monkeypatch.setattr(smollm2, "load_model", lambda: model)
-    monkeypatch.setattr(smollm2, "load_tokenizer", lambda: copy.deepcopy(tokenizer))
+    monkeypatch.setattr(smollm2, "load_tokenizer", smollm2_cases.tokenizer)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: model)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: smollm2_cases.tokenizer())
     weights = [parameter.clone() for parameter in model.parameters()]
 
     def run(name: str, *arguments: str) -> list[str]:
@@ -71,9 +68,19 @@ def lines(monkeypatch, capsys):
     return run
 
 
-@functools.cache
-def loaded():
-    return smollm2.load_model(), smollm2.load_tokenizer()
+@pytest.mark.slow
+@smollm2_cases.needs_model
+def test_transformers_reads_the_file_as_the_demo_does():
+    """As the examples read it, where the tests above give them the demo's model."""
+    transformers = pytest.importorskip("transformers")
+    file = Path(smollm2.gguf_file())
+    model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    expected = smollm2_cases.model().state_dict()
+    assert model.state_dict().keys() == expected.keys()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, expected[name], msg=name)
+    words = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    assert words.get_vocab() == smollm2_cases.tokenizer().get_vocab()
 
 
 def nats(lines: list[str]) -> list[float]:

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from compare import assert_near
+from smollm2_cases import needs_model
 from trainer_cases import LOGGED
-from trl_cases import arguments, needs_model, student, teacher_and_tokenizer, trainer_of
+from trl_cases import arguments, student, teacher_and_tokenizer, trainer_of
 
 import topd
 from topd.integrations.tokenizers import check_same_tokenizer, tokenizer_in_folder
