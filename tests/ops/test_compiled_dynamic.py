@@ -10,17 +10,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import topd
 
+pytestmark = pytest.mark.usefixtures("cold_compiler")
 V, H, M = 11, 5, 3
 # More values than torch compiles one function for (eight): were any of them a constant of the graph, this would raise.
 TEMPERATURES = [1.3, 1.0, 0.7, 2.5, 0.9, 1.7, 3.1, 0.6, 1.1, 2.2]
-
-
-@pytest.fixture(autouse=True)
-def cold_compiler():
-    torch._dynamo.reset()
-    with torch._inductor.config.patch(force_disable_caches=True):
-        yield
-    torch._dynamo.reset()
 
 
 class Batch:

@@ -94,15 +94,6 @@ def test_opcheck_rows(flags, dtype):
     assert set(results.values()) == {"SUCCESS"}
 
 
-@pytest.fixture
-def cold_compiler():
-    """Nothing compiled before, here or in an earlier run, may stand in for compiling now."""
-    torch._dynamo.reset()
-    with torch._inductor.config.patch(force_disable_caches=True):
-        yield
-    torch._dynamo.reset()
-
-
 class Step(torch.nn.Module):
     """A layer, its head and the weighted loss of a batch, as a training step has them."""
 
