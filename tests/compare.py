@@ -69,8 +69,8 @@ class Model:
         return topd.Head(self.weight, self.bias, scale=self.scale, softcap=self.softcap, adapter=adapter)
 
     def map(self, change: Callable[[str, Tensor], Tensor]) -> "Model":
-        found = {name: getattr(self, name) for name in TENSORS}
-        return replace(self, **{name: change(name, value) for name, value in found.items() if value is not None})
+        tensors = {name: getattr(self, name) for name in TENSORS}
+        return replace(self, **{name: change(name, value) for name, value in tensors.items() if value is not None})
 
     def to(self, *where: Any) -> "Model":
         return self.map(lambda _, value: value.to(*where))
@@ -181,11 +181,11 @@ def plain(
     teacher = problem.teacher if dtype is None else problem.teacher.to(dtype)
     student_logprobs, teacher_logprobs = _logprobs(problem, student, teacher)
     rows = kept(problem)
-    found = row_divergence(problem.divergence, student_logprobs, teacher_logprobs)
+    losses = row_divergence(problem.divergence, student_logprobs, teacher_logprobs)
     if problem.hard_weight:
-        at = problem.tokens[rows].unsqueeze(-1)
-        found = found - problem.hard_weight * student_logprobs.gather(-1, at).squeeze(-1)
-    value = found.new_zeros(rows.shape).masked_scatter(rows, found)
+        index = problem.tokens[rows].unsqueeze(-1)
+        losses = losses - problem.hard_weight * student_logprobs.gather(-1, index).squeeze(-1)
+    value = losses.new_zeros(rows.shape).masked_scatter(rows, losses)
     return Outcome(value.detach(), _gradients(value, upstream, student))
 
 
@@ -216,7 +216,7 @@ def outcome_of(model: Model, dtype: torch.dtype | None, compute: Callable[[Model
     leaves = model.leaves(TENSORS, dtype)
     value = compute(leaves)
     value.backward(torch.linspace(-1, 2, value.numel(), dtype=value.dtype, device=value.device).view(value.shape))
-    return Outcome(value.detach(), {name: found.grad for name in TENSORS if (found := getattr(leaves, name)) is not None})
+    return Outcome(value.detach(), {name: leaf.grad for name in TENSORS if (leaf := getattr(leaves, name)) is not None})
 
 
 def true_scores(problem: Problem) -> dict[str, Tensor]:
@@ -240,40 +240,40 @@ def true_scores(problem: Problem) -> dict[str, Tensor]:
         "teacher_lost_mass": lost_mass(teacher),
     }
     if problem.tokens is not None:
-        at = problem.tokens[rows].unsqueeze(-1)
-        fields |= {"student_logprob": s.gather(-1, at)[..., 0], "teacher_logprob": t.gather(-1, at)[..., 0]}
+        index = problem.tokens[rows].unsqueeze(-1)
+        fields |= {"student_logprob": s.gather(-1, index)[..., 0], "teacher_logprob": t.gather(-1, index)[..., 0]}
     return {name: v.new_zeros(rows.shape).masked_scatter(rows, v) for name, v in fields.items()}
 
 
-def assert_near(found: Tensor, truth: Tensor, tolerance: float, what: str = "") -> None:
+def assert_near(value: Tensor, truth: Tensor, tolerance: float, what: str = "") -> None:
     """Shapes agree, and no element is off by more than tolerance times the largest true one."""
-    assert found.shape == truth.shape, f"{what}: {found.shape} for {truth.shape}"
-    assert found.isfinite().all(), f"{what} is not finite"
+    assert value.shape == truth.shape, f"{what}: {value.shape} for {truth.shape}"
+    assert value.isfinite().all(), f"{what} is not finite"
     if truth.numel():
-        worst, scale = (found.double() - truth).abs().max().item(), truth.abs().max().item()
+        worst, scale = (value.double() - truth).abs().max().item(), truth.abs().max().item()
         assert worst <= tolerance * scale, f"{what}: off by {worst:.3g}, the largest is {scale:.3g}"
 
 
-def assert_outcome(found: Outcome, truth: Outcome, tolerance: float) -> None:
+def assert_outcome(outcome: Outcome, truth: Outcome, tolerance: float) -> None:
     """Value and every gradient near the truth, and none where none is due."""
-    assert_near(found.value, truth.value, tolerance, "value")
-    assert found.grads.keys() == truth.grads.keys()
+    assert_near(outcome.value, truth.value, tolerance, "value")
+    assert outcome.grads.keys() == truth.grads.keys()
     for name, true in truth.grads.items():
-        assert (found.grads[name] is None) == (true is None), f"gradient of {name}"
+        assert (outcome.grads[name] is None) == (true is None), f"gradient of {name}"
         if true is not None:
-            assert_near(found.grads[name], true, tolerance, f"gradient of {name}")
+            assert_near(outcome.grads[name], true, tolerance, f"gradient of {name}")
 
 
-def assert_no_worse(found: Tensor, yardstick: Tensor, truth: Tensor, constant: float, what: str = "") -> None:
+def assert_no_worse(value: Tensor, yardstick: Tensor, truth: Tensor, constant: float, what: str = "") -> None:
     """Each element is as near to the truth as eager torch's, but for the rounding of the result and a small constant.
 
     constant is in units of the largest true element; it is there because eager is exact somewhere by luck.
     """
-    assert found.dtype == yardstick.dtype, f"{what}: {found.dtype} where eager has {yardstick.dtype}"
-    info = torch.finfo(found.dtype)
+    assert value.dtype == yardstick.dtype, f"{what}: {value.dtype} where eager has {yardstick.dtype}"
+    info = torch.finfo(value.dtype)
     rounding = truth.abs() * info.eps / 2 + info.smallest_normal * info.eps
     allowed = (yardstick.double() - truth).abs() + rounding + constant * truth.abs().max()
-    error = (found.double() - truth).abs()
+    error = (value.double() - truth).abs()
     excess = (error / allowed).max().item() if truth.numel() else 0.0
     assert excess <= 1, f"{what}: an element is {excess:.3g} times as wrong as allowed"
 

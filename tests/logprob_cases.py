@@ -70,19 +70,19 @@ def plain(
     rows = torch.ones_like(problem.model.hidden[..., 0], dtype=torch.bool) if mask is None else mask
     logits = replace(model, hidden=model.hidden[rows]).logits()
     logprobs = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / problem.temperature).log_softmax(-1)
-    found = logprobs.gather(-1, problem.ids[rows])
+    columns = logprobs.gather(-1, problem.ids[rows])
     if problem.entropy:
         entropy = -(logprobs.exp() * logprobs.masked_fill(logprobs.isneginf(), 0.0)).sum(-1, keepdim=True)
-        found = torch.cat([found, entropy], -1)
-    value = found.new_zeros(*rows.shape, found.shape[-1]).index_put((rows,), found)
+        columns = torch.cat([columns, entropy], -1)
+    value = columns.new_zeros(*rows.shape, columns.shape[-1]).index_put((rows,), columns)
     return Outcome(value.detach(), gradients(value, upstream, model))
 
 
 def run(problem: Problem, model: Model, backend: str, **options: Any) -> Tensor:
     """What `plain` calls the value, through topd."""
     settings = {"temperature": problem.temperature, "mask": problem.mask, "return_entropy": problem.entropy, "backend": backend}
-    found = topd.linear_logprobs(model.hidden, model.head(), problem.ids, **(settings | options))
-    return torch.cat([found[0], found[1].unsqueeze(-1)], -1) if problem.entropy else found
+    value = topd.linear_logprobs(model.hidden, model.head(), problem.ids, **(settings | options))
+    return torch.cat([value[0], value[1].unsqueeze(-1)], -1) if problem.entropy else value
 
 
 def by_topd(

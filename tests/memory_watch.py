@@ -10,7 +10,7 @@ class Largest(torch.utils._python_dispatch.TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        for found in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(found, torch.Tensor):
-                self.nbytes = max(self.nbytes, found.untyped_storage().nbytes())
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.nbytes = max(self.nbytes, tensor.untyped_storage().nbytes())
         return result

@@ -39,14 +39,14 @@ def lengths_of(case: dict[str, torch.Tensor], side: str) -> list[int]:
 
 def true_costs(case: dict[str, torch.Tensor], cost: str) -> list[np.ndarray]:
     """Each pair's cost matrix, of its own lengths, one entry at a time."""
-    found = []
+    runs = []
     table = case["embedding"].double().cpu().numpy()
     students, teachers = (case[f"{side}_tokens"].tolist() for side in ("student", "teacher"))
     sizes = zip(lengths_of(case, "student"), lengths_of(case, "teacher"), strict=True)
     for student, teacher, (rows, columns) in zip(students, teachers, sizes, strict=True):
         entries = [[true_cost(table, u, v, cost) for v in teacher[:columns]] for u in student[:rows]]
-        found.append(np.array(entries))
-    return found
+        runs.append(np.array(entries))
+    return runs
 
 
 def true_cost(table: np.ndarray, u: int, v: int, cost: str) -> float:
@@ -69,9 +69,9 @@ def exact_value(cost: np.ndarray) -> float:
     if rows == columns:
         return float(cost[linear_sum_assignment(cost)].mean())
     sums = np.vstack([np.kron(np.eye(rows), np.ones(columns)), np.kron(np.ones(rows), np.eye(columns))])
-    found = linprog(cost.ravel(), A_eq=sums, b_eq=np.r_[uniform(rows), uniform(columns)], method="highs")
-    assert found.status == 0
-    return float(found.fun)
+    solution = linprog(cost.ravel(), A_eq=sums, b_eq=np.r_[uniform(rows), uniform(columns)], method="highs")
+    assert solution.status == 0
+    return float(solution.fun)
 
 
 def assert_transports(case: dict[str, torch.Tensor], plan: torch.Tensor, tolerance: float) -> None:
@@ -85,8 +85,8 @@ def assert_transports(case: dict[str, torch.Tensor], plan: torch.Tensor, toleran
         torch.testing.assert_close(each.sum(0)[:columns] * columns, torch.ones_like(each[0, :columns]), rtol=0, atol=tolerance)
 
 
-def assert_distance_is_of_plan(costs: list[np.ndarray], found: topd.Transport, tolerance: float) -> None:
-    for cost, plan, distance in zip(costs, found.plan.double().numpy(), found.distance.tolist(), strict=True):
+def assert_distance_is_of_plan(costs: list[np.ndarray], transport: topd.Transport, tolerance: float) -> None:
+    for cost, plan, distance in zip(costs, transport.plan.double().numpy(), transport.distance.tolist(), strict=True):
         rows, columns = cost.shape
         assert distance == pytest.approx((plan[:rows, :columns] * cost).sum(), rel=tolerance, abs=tolerance)
 

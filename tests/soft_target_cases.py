@@ -12,8 +12,8 @@ def full_kl(model: Model, ids: torch.Tensor, probs: torch.Tensor, temperature: f
     """sum q (log q - log p) over the whole vocabulary, q with its repeats added up; entries of probability 0 are not read."""
     logits = model.logits()
     logprobs = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(-1)
-    at = ids.masked_fill(probs == 0, 0)
-    q = torch.zeros_like(logprobs).scatter_add(-1, at, probs.to(logprobs.dtype))
+    index = ids.masked_fill(probs == 0, 0)
+    q = torch.zeros_like(logprobs).scatter_add(-1, index, probs.to(logprobs.dtype))
     return (torch.special.xlogy(q, q) - q * logprobs).sum(-1)
 
 

@@ -24,9 +24,9 @@ QUICK = {"steps": 4, "evaluate_every": 2, "held_out": 3, "held_out_tokens": 6, "
 def tokenizer(*extra: str) -> Any:
     """Bytes as tokens."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    found = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate([END, *letters, *extra])}, merges=[]))
-    found.pre_tokenizer, found.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=found, eos_token=END, pad_token=END)
+    inner = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate([END, *letters, *extra])}, merges=[]))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=END, pad_token=END)
 
 
 def saved(folder: Path, layers: int, seed: int, *, extra: tuple[str, ...] = (), vocab: int | None = None) -> str:
@@ -53,8 +53,8 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 def failing(capsys, *words: str) -> str:
     """The one line that a command ends with."""
     assert main(["demo", *words]) == 1
-    found = capsys.readouterr().err
-    assert found.startswith("topd demo: ")
-    assert found.count("\n") == 1
-    assert "Traceback" not in found
-    return found
+    line = capsys.readouterr().err
+    assert line.startswith("topd demo: ")
+    assert line.count("\n") == 1
+    assert "Traceback" not in line
+    return line

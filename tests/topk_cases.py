@@ -26,12 +26,12 @@ def from_probabilities(model: Model, ids, logprobs, *, direction, support, tempe
     """The definition on full distributions. Entries of -inf are left out; the teacher's tail is 1 - sum unless it is given."""
     logits = model.logits()
     p = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).softmax(-1)
-    given, at = ~logprobs.isneginf(), ids.masked_fill(logprobs.isneginf(), 0)
-    t, s = logprobs.to(p.dtype).exp(), p.gather(-1, at).where(given, 0.0)
+    given, index = ~logprobs.isneginf(), ids.masked_fill(logprobs.isneginf(), 0)
+    t, s = logprobs.to(p.dtype).exp(), p.gather(-1, index).where(given, 0.0)
     if support == "renormalised":
         t, s = t / t.sum(-1, keepdim=True), s / s.sum(-1, keepdim=True)
     if support == "tail":
-        known = torch.zeros_like(p, dtype=torch.int64).scatter_add(-1, at, given.long()) > 0
+        known = torch.zeros_like(p, dtype=torch.int64).scatter_add(-1, index, given.long()) > 0
         rest = (1 - t.sum(-1)).clamp_min(0) if teacher_tail is None else teacher_tail
         t, s = torch.cat([t, rest.unsqueeze(-1)], -1), torch.cat([s, p.masked_fill(known, 0.0).sum(-1, keepdim=True)], -1)
     return kl(t, s) if direction == "forward" else kl(s, t)

@@ -8,12 +8,12 @@ K = 5
 @torch.no_grad()
 def own_logprobs(model, ids, mask, temperature=1.0):
     """[B, T, V]: column t is the distribution of the token in column t; -inf where there is none."""
-    found = torch.full((*ids.shape, model.config.vocab_size), -torch.inf, dtype=model.dtype)
+    logprobs = torch.full((*ids.shape, model.config.vocab_size), -torch.inf, dtype=model.dtype)
     for row in range(ids.shape[0]):
         columns = mask[row].nonzero()[:, 0]
         logits = model(ids[row, columns].unsqueeze(0)).logits[0, :-1] / temperature
-        found[row, columns[1:]] = logits.log_softmax(-1)
-    return found
+        logprobs[row, columns[1:]] = logits.log_softmax(-1)
+    return logprobs
 
 
 def with_topk(batch, teacher, k=K, temperature=1.0):

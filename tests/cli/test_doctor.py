@@ -39,7 +39,7 @@ def test_doctor_passes_on_a_processor_that_no_build_runs_on(without_extension, m
 
 def test_doctor_checks_each_backend_that_runs_here():
     names = {check.name.partition(",")[0] for check in doctor.checks()}
-    runs = {name for name, found in topd.backends().items() if found and not found.interpreted}
+    runs = {name for name, backend in topd.backends().items() if backend and not backend.interpreted}
     assert names - {"cpp"} == runs - {"cpp"} | {"transport"}
     assert ("cpp" in names) == bool(topd.backends()["cpp"] or missing_extension())
 
@@ -56,17 +56,17 @@ def test_a_check_that_breaks_is_a_check_that_fails(monkeypatch):
     def broken() -> float:
         raise RuntimeError("no such kernel\nat all")
 
-    found = doctor._checked("transport", broken)
-    assert not found.passed
-    assert found.detail == "RuntimeError: no such kernel"
+    check = doctor._checked("transport", broken)
+    assert not check.passed
+    assert check.detail == "RuntimeError: no such kernel"
 
 
 def test_the_self_check_sees_a_wrong_gradient(monkeypatch):
     exact = topd.linear_divergence
 
     def wrong(hidden, *arguments, backend, **options):
-        found = exact(hidden, *arguments, backend=backend, **options)
-        return found if backend == "reference" else found + 1e-3 * hidden.sum(-1)
+        value = exact(hidden, *arguments, backend=backend, **options)
+        return value if backend == "reference" else value + 1e-3 * hidden.sum(-1)
 
     monkeypatch.setattr(topd, "linear_divergence", wrong)
     assert doctor.loss_error("eager", "cpu") > doctor.TOLERANCE
@@ -97,8 +97,8 @@ def test_the_version_is_that_of_the_package(capsys):
 
 
 def test_the_module_is_a_command():
-    found = subprocess.run([sys.executable, "-m", "topd.cli.main", "--help"], capture_output=True, text=True, check=True)
-    assert "doctor" in found.stdout
+    done = subprocess.run([sys.executable, "-m", "topd.cli.main", "--help"], capture_output=True, text=True, check=True)
+    assert "doctor" in done.stdout
 
 
 def test_peak_memory_is_that_of_the_block():
@@ -106,7 +106,7 @@ def test_peak_memory_is_that_of_the_block():
 
     with memory.peak_mib(torch.device("cpu")) as peak:
         torch.ones(16 * memory.MIB)  # 64 MiB
-        found = peak()
-    if found is None:
+        peak_mib = peak()
+    if peak_mib is None:
         pytest.skip("this system does not say")
-    assert 60 < found < 110
+    assert 60 < peak_mib < 110

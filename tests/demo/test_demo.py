@@ -38,12 +38,12 @@ def test_the_folder_holds_the_report(whole_run):
 
 
 def test_metrics_have_every_step_and_evaluation(whole_run):
-    found = metrics(whole_run)
-    steps = [(r["method"], r["step"]) for r in found if "loss" in r]
-    judged = [(r["method"], r["step"]) for r in found if "held_out_reverse_kl" in r]
+    records = metrics(whole_run)
+    steps = [(r["method"], r["step"]) for r in records if "loss" in r]
+    judged = [(r["method"], r["step"]) for r in records if "held_out_reverse_kl" in r]
     assert steps == [(method, step) for method in ("opd", "topd") for step in (1, 2, 3, 4)]
     assert judged == [(method, step) for method in ("opd", "topd") for step in (0, 2, 4)]
-    first, second = (next(r for r in found if r["method"] == method) for method in ("opd", "topd"))
+    first, second = (next(r for r in records if r["method"] == method) for method in ("opd", "topd"))
     assert first["held_out_reverse_kl"] == second["held_out_reverse_kl"]  # the same start
 
 
@@ -147,13 +147,13 @@ def test_plain_output_fits_eighty_columns(tmp_path, pair, monkeypatch, capsys):
 
 
 def test_prompts_repeat_and_do_not_leak():
-    found = prompts.make_prompts(40, 12, 3)
-    assert found == prompts.make_prompts(40, 12, 3)
-    assert found != prompts.make_prompts(40, 12, 4)
-    assert (len(found.train), len(found.held_out)) == (40, 12)
-    assert not set(found.train) & set(found.held_out)
-    assert sum(prompt in prompts.CHAT for prompt in found.train) == 10
-    assert max(map(len, found.train + found.held_out)) <= prompts.LONGEST
+    questions = prompts.make_prompts(40, 12, 3)
+    assert questions == prompts.make_prompts(40, 12, 3)
+    assert questions != prompts.make_prompts(40, 12, 4)
+    assert (len(questions.train), len(questions.held_out)) == (40, 12)
+    assert not set(questions.train) & set(questions.held_out)
+    assert sum(prompt in prompts.CHAT for prompt in questions.train) == 10
+    assert max(map(len, questions.train + questions.held_out)) <= prompts.LONGEST
 
 
 def test_prompts_are_padded_on_the_left():
@@ -190,9 +190,9 @@ def test_a_window_pair_names_its_prefix_and_its_heaviest_links():
     )
     plan = torch.tensor([[[0.5, 0.0], [0.0, 0.5]], [[0.3, 0.7], [0.0, 0.0]]])
     transport = topd.Transport(torch.tensor([0.1, 0.4]), plan, torch.zeros(2))
-    found = furthest_pair(topd.NearFuture(windows, transport, torch.tensor([False, True]), torch.zeros(1, 6)), ids, words)
-    assert (found.prefix, found.student_tokens, found.teacher_tokens, found.divergent) == ("abcd", ["x"], ["u", "v"], True)
-    assert found.heaviest(5) == [("x", "v", pytest.approx(0.7)), ("x", "u", pytest.approx(0.3))]
+    pair = furthest_pair(topd.NearFuture(windows, transport, torch.tensor([False, True]), torch.zeros(1, 6)), ids, words)
+    assert (pair.prefix, pair.student_tokens, pair.teacher_tokens, pair.divergent) == ("abcd", ["x"], ["u", "v"], True)
+    assert pair.heaviest(5) == [("x", "v", pytest.approx(0.7)), ("x", "u", pytest.approx(0.3))]
     assert (
         furthest_pair(topd.NearFuture(windows, transport, torch.zeros(0, dtype=torch.bool), torch.zeros(1, 6)), ids, words)
         is None

@@ -22,7 +22,7 @@ def printed_losses(name: str, *arguments: str) -> list[float]:
     command = [sys.executable, str(ROOT / "examples" / name), *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "python_api")}
     output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-    return [float(found) for found in re.findall(r"([\d.]+) nats$", output, re.MULTILINE)]
+    return [float(loss) for loss in re.findall(r"([\d.]+) nats$", output, re.MULTILINE)]
 
 
 def test_a_student_learns_from_the_offline_teachers_file_alone(tmp_path):
@@ -84,14 +84,14 @@ def test_transformers_reads_the_file_as_the_demo_does():
 
 
 def nats(lines: list[str]) -> list[float]:
-    return [float(found[1]) for line in lines if (found := re.search(r"([\d.]+) nats$", line))]
+    return [float(match[1]) for line in lines if (match := re.search(r"([\d.]+) nats$", line))]
 
 
 def test_torchs_loop_and_accelerates_take_the_same_steps(lines):
     pytest.importorskip("accelerate")
-    found = nats(lines("torch_loop.py", "2"))
-    assert 0 < found[1] < found[0]
-    assert nats(lines("accelerate_loop.py", "2")) == pytest.approx(found, rel=1e-3)
+    losses = nats(lines("torch_loop.py", "2"))
+    assert 0 < losses[1] < losses[0]
+    assert nats(lines("accelerate_loop.py", "2")) == pytest.approx(losses, rel=1e-3)
 
 
 def test_transformers_trainer(lines):

@@ -64,6 +64,6 @@ def test_topds_guidance_is_that_of_each_part_by_its_share_of_the_tokens():
     num_items = items_of(batch, "token")
     for part in halves(batch):
         alone, share = objective(part), items_of(part, "token") / num_items
-        found = objective(part, num_items=num_items)
-        assert_near(found.loss.detach(), (share * alone.loss).detach().double(), 1e-6)
-        assert torch.equal(found.near_future.divergent, alone.near_future.divergent)
+        result = objective(part, num_items=num_items)
+        assert_near(result.loss.detach(), (share * alone.loss).detach().double(), 1e-6)
+        assert torch.equal(result.near_future.divergent, alone.near_future.divergent)

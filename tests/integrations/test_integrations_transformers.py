@@ -149,13 +149,13 @@ def test_two_processes_take_the_large_batchs_step(tmp_path):
     objective, batch = topd.OPD(*models()), four_rollouts()
     expected, loss = after_one_step(objective, batch)
     gradient = (flat(objective.student) - expected) / LR
-    found = start("integrations/two_processes.py", tmp_path, timeout=180)
-    for each in found:
+    ranks = start("integrations/two_processes.py", tmp_path, timeout=180)
+    for each in ranks:
         assert_near(each["parameters"], expected, 1e-9)
         assert_near(each["accelerate_gradient"], gradient, 1e-9, "under accelerate")
         assert each["log"]["loss"] == pytest.approx(loss, **LOGGED)
         assert each["log"]["opd_loss"] == pytest.approx(loss, rel=1e-5)
-    assert not torch.equal(found[0]["draws"], found[1]["draws"])
+    assert not torch.equal(ranks[0]["draws"], ranks[1]["draws"])
 
 
 @pytest.mark.parametrize(

@@ -23,12 +23,12 @@ class Both(TOPDTrainer):
     """Every loss computed twice, by TRL and by topd, each with a gradient of it; topd's is trained on."""
 
     def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
-        found, weight = [], unwrapped_student.model.layers[0].mlp.up_proj.weight
+        runs, weight = [], unwrapped_student.model.layers[0].mlp.up_proj.weight
         for way in (trl.DistillationTrainer._compute_loss, TOPDTrainer._compute_loss):
             loss, entropy, count = way(self, unwrapped_student, inputs, num_items_in_batch)
             (gradient,) = torch.autograd.grad(loss, weight, retain_graph=True)
-            found.append((loss.item(), entropy.item(), int(count), gradient))
-        self.seen = [*getattr(self, "seen", []), found]
+            runs.append((loss.item(), entropy.item(), int(count), gradient))
+        self.seen = [*getattr(self, "seen", []), runs]
         return loss, entropy, count
 
 

@@ -36,8 +36,8 @@ def train(rank):
     trainer.train()
     assert "forward" not in vars(objective.student)
     assert trainer.args.world_size == 2
-    found = {"parameters": flat(objective.student), "log": trainer.state.log_history[0], "draws": torch.rand(4)}
-    return found | {"accelerate_gradient": accelerate_gradient}
+    results = {"parameters": flat(objective.student), "log": trainer.state.log_history[0], "draws": torch.rand(4)}
+    return results | {"accelerate_gradient": accelerate_gradient}
 
 
 if __name__ == "__main__":

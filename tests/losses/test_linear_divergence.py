@@ -36,12 +36,12 @@ def test_no_worse_than_eager_at_the_dtype(divergence, pair, backend, device):
     problem = random_problem({"student": {"bias": True}, "hard_weight": 0.1}, divergence, n=64, vocab=300).to(device)
     problem = replace(problem, student=problem.student.to(student), teacher=problem.teacher.to(teacher))
     upstream = torch.randn(64, device=device)
-    found, yardstick = by_topd(problem, backend, upstream), plain(problem, upstream, dtype=None)
+    outcome, yardstick = by_topd(problem, backend, upstream), plain(problem, upstream, dtype=None)
     truth = plain(problem, upstream)
-    compare.assert_no_worse(found.value, yardstick.value, truth.value, compare.CONSTANT, "value")
+    compare.assert_no_worse(outcome.value, yardstick.value, truth.value, compare.CONSTANT, "value")
     for name, true in truth.grads.items():
         what = f"gradient of {name}"
-        compare.assert_no_worse(found.grads[name], yardstick.grads[name], true, compare.CONSTANT, what)
+        compare.assert_no_worse(outcome.grads[name], yardstick.grads[name], true, compare.CONSTANT, what)
 
 
 @pytest.mark.parametrize("vocab", [2, 13, 1000, 4099])
@@ -56,9 +56,9 @@ def test_odd_vocabularies(divergence, vocab, backend, device):
 
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=repr)
 def test_a_vocabulary_of_one_is_exactly_zero(divergence, backend, device):
-    found = by_topd(random_problem({}, divergence, n=5, vocab=1).to(device), backend, torch.randn(5, device=device))
-    assert not found.value.any()
-    assert not any(grad.any() for grad in found.grads.values())
+    outcome = by_topd(random_problem({}, divergence, n=5, vocab=1).to(device), backend, torch.randn(5, device=device))
+    assert not outcome.value.any()
+    assert not any(grad.any() for grad in outcome.grads.values())
 
 
 SHAPES = {
@@ -84,12 +84,12 @@ def test_shapes_and_strides(view, backend, device):
         (value * torch.linspace(-1, 2, value.numel(), dtype=value.dtype, device=device).view(value.shape)).sum().backward()
         return compare.Outcome(value.detach(), {"hidden": base.grad, "weight": columns.grad})
 
-    found = outcome(lambda s, t: topd.linear_divergence(s.hidden, s.head(), t.hidden, t.head(), backend=backend))
+    ours = outcome(lambda s, t: topd.linear_divergence(s.hidden, s.head(), t.hidden, t.head(), backend=backend))
     truth = outcome(
         lambda s, t: compare.row_divergence(topd.ReverseKL(), s.logits().log_softmax(-1), t.logits().log_softmax(-1))
     )
-    assert found.value.shape == view(student.hidden).shape[:-1]
-    compare.assert_outcome(found, truth, 1e-11)
+    assert ours.value.shape == view(student.hidden).shape[:-1]
+    compare.assert_outcome(ours, truth, 1e-11)
 
 
 def test_batch_of_rows_with_mask_and_tokens(backend, device):
@@ -185,8 +185,8 @@ def test_only_what_is_trainable_has_gradients(trainable, backend, device):
     problem = random_problem({"student": {"bias": True, "rank": 2}, "mask": True, "hard_weight": 0.1}).to(device)
     truth = plain(problem, torch.arange(11.0, device=device), trainable=trainable or ("hidden",))
     if trainable:
-        found = by_topd(problem, backend, torch.arange(11.0, device=device), trainable=trainable)
-        compare.assert_outcome(found, truth, 1e-11)
+        outcome = by_topd(problem, backend, torch.arange(11.0, device=device), trainable=trainable)
+        compare.assert_outcome(outcome, truth, 1e-11)
     else:
         sides = problem.student.hidden, problem.student.head(), problem.teacher.hidden, problem.teacher.head()
         assert not topd.linear_divergence(*sides, **problem.options(), backend=backend).requires_grad
@@ -198,11 +198,11 @@ def test_autocast_casts_both_sides_as_linear_does(backend, device):
     problem = random_problem(options, n=16).to(device).to(torch.float32)
     upstream = torch.randn(16, device=device)
     with torch.autocast(device.type, dtype=torch.bfloat16):
-        found = by_topd(problem, backend, upstream)
+        outcome = by_topd(problem, backend, upstream)
     explicit = by_topd(problem.to(torch.bfloat16), backend, upstream)
-    assert found.value.dtype == torch.float32
-    assert torch.equal(found.value, explicit.value)
-    for name, grad in found.grads.items():
+    assert outcome.value.dtype == torch.float32
+    assert torch.equal(outcome.value, explicit.value)
+    for name, grad in outcome.grads.items():
         assert grad.dtype == torch.float32
         assert torch.equal(grad, explicit.grads[name].float()), name
 
@@ -210,5 +210,5 @@ def test_autocast_casts_both_sides_as_linear_does(backend, device):
 def test_autocast_leaves_float64_alone(backend, device):
     problem = random_problem({}).to(device)
     with torch.autocast(device.type, dtype=torch.bfloat16):
-        found = by_topd(problem, backend)
-    compare.assert_outcome(found, plain(problem), 1e-11)
+        outcome = by_topd(problem, backend)
+    compare.assert_outcome(outcome, plain(problem), 1e-11)

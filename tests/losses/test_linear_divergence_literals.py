@@ -37,14 +37,14 @@ def two_entries() -> tuple[Model, Model]:
     return Model(f64([[1], [1]]), f64([[0], [0]])), Model(f64([[1], [1]]), f64([[0], [LOG3]]))
 
 
-def assert_literal(found, expected) -> None:
-    torch.testing.assert_close(found.cpu(), f64(expected), rtol=1e-12, atol=1e-12)
+def assert_literal(value, expected) -> None:
+    torch.testing.assert_close(value.cpu(), f64(expected), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("divergence", LITERALS, ids=repr)
 def test_literal_values(divergence, backend, device):
-    found = by_topd(Problem(*two_entries(), divergence).to(device), backend).value
-    assert_literal(found, [LITERALS[divergence]] * 2)
+    value = by_topd(Problem(*two_entries(), divergence).to(device), backend).value
+    assert_literal(value, [LITERALS[divergence]] * 2)
 
 
 @pytest.mark.parametrize(
@@ -60,8 +60,8 @@ def test_literal_values(divergence, backend, device):
 def test_literal_gradients(divergence, gradient, backend, device):
     """To the two logits they are opposite; the upstream gradients are 1 and -2, so the weight's is -1 times it."""
     problem = Problem(*two_entries(), divergence).to(device)
-    found = by_topd(problem, backend, torch.tensor([1, -2], device=device))
-    assert_literal(found.grads["weight"], [[-gradient], [gradient]])
+    outcome = by_topd(problem, backend, torch.tensor([1, -2], device=device))
+    assert_literal(outcome.grads["weight"], [[-gradient], [gradient]])
 
 
 W = f64([[0], [LOG3]])
@@ -88,9 +88,9 @@ def test_literal_heads(temperature, teacher, backend, device):
 def test_literal_hard_weight_and_mask(backend, device):
     """A row with p_S(token) = 1/2 gains hard_weight log 2; a masked row is exactly 0 and its token -100 is not read."""
     problem = Problem(*two_entries(), mask=torch.tensor([True, False]), tokens=torch.tensor([1, -100]), hard_weight=3.0)
-    found = by_topd(problem.to(device), backend).value
-    assert found[0].item() == pytest.approx(LITERALS[topd.ReverseKL()] + 3 * LOG2, rel=1e-12)
-    assert found[1].item() == 0
+    value = by_topd(problem.to(device), backend).value
+    assert value[0].item() == pytest.approx(LITERALS[topd.ReverseKL()] + 3 * LOG2, rel=1e-12)
+    assert value[1].item() == 0
 
 
 @pytest.mark.parametrize("student_is_larger", [False, True])

@@ -27,14 +27,14 @@ def test_literal_values_and_gradients(backend, device):
     p = f64([1 / 8, 2 / 8, 5 / 8])
     entropy = 1 / 8 * 3 * LOG2 + 1 / 4 * 2 * LOG2 + 5 / 8 * (3 * LOG2 - LOG5)
     problem = Problem(Model(f64([[1], [1]]), f64([[0], [LOG2], [LOG5]])), torch.tensor([[0, 2], [1, 1]]))
-    found = by_topd(problem.to(device), backend, f64([[2, -1, 10], [1, 3, 0]]).to(device))
+    outcome = by_topd(problem.to(device), backend, f64([[2, -1, 10], [1, 3, 0]]).to(device))
     expected = f64([[-3 * LOG2, LOG5 - 3 * LOG2, entropy], [-2 * LOG2, -2 * LOG2, entropy]])
-    torch.testing.assert_close(found.value.cpu(), expected, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(outcome.value.cpu(), expected, rtol=1e-13, atol=1e-13)
     by_entropy = -10 * p * (f64([-3 * LOG2, -2 * LOG2, LOG5 - 3 * LOG2]) + entropy)
     first, second = f64([15 / 8, -1 / 4, -13 / 8]) + by_entropy, f64([-1 / 2, 3, -5 / 2])
-    torch.testing.assert_close(found.grads["weight"][:, 0].cpu(), first + second, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(outcome.grads["weight"][:, 0].cpu(), first + second, rtol=1e-13, atol=1e-13)
     hidden = [LOG2 * row[1] + LOG5 * row[2] for row in (first, second)]
-    torch.testing.assert_close(found.grads["hidden"][:, 0].cpu(), torch.stack(hidden), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(outcome.grads["hidden"][:, 0].cpu(), torch.stack(hidden), rtol=1e-13, atol=1e-13)
 
 
 def test_one_id_is_the_cross_entropy(backend, device):
@@ -68,16 +68,16 @@ def test_no_worse_than_eager_at_the_dtype(options, m, dtype, backend, device):
     """The truth is that of the rounded inputs."""
     problem = random_problem(OPTIONS[options], n=64, m=m, vocab=300).to(device).to(dtype)
     upstream = problem.upstream()
-    found, yardstick, truth = (
+    ours, yardstick, truth = (
         by_topd(problem, backend, upstream),
         plain(problem, upstream, dtype=None),
         plain(problem, upstream),
     )
     for i, what in ((slice(0, m), "log-probabilities"), (slice(m, None), "entropy")):
-        values = (outcome.value[:, i] for outcome in (found, yardstick, truth))
+        values = (outcome.value[:, i] for outcome in (ours, yardstick, truth))
         compare.assert_no_worse(*values, compare.CONSTANT, what)
     for name, true in truth.grads.items():
-        compare.assert_no_worse(found.grads[name], yardstick.grads[name], true, compare.CONSTANT, f"gradient of {name}")
+        compare.assert_no_worse(ours.grads[name], yardstick.grads[name], true, compare.CONSTANT, f"gradient of {name}")
 
 
 @pytest.mark.parametrize("vocab", [2, 13, 1000, 4099])
@@ -120,9 +120,9 @@ def test_shapes_and_strides(view, columns, backend, device):
         logprobs = seen.logits().log_softmax(-1)
         return torch.cat([logprobs.gather(-1, ids), -(logprobs.exp() * logprobs).sum(-1, keepdim=True)], -1)
 
-    found = outcome(lambda seen: run(problem, seen, backend))
-    assert found.value.shape == (*ids.shape[:-1], 5)
-    compare.assert_outcome(found, outcome(truth), 1e-11)
+    ours = outcome(lambda seen: run(problem, seen, backend))
+    assert ours.value.shape == (*ids.shape[:-1], 5)
+    compare.assert_outcome(ours, outcome(truth), 1e-11)
 
 
 def test_batch_of_rows_with_mask(backend, device):
@@ -137,9 +137,9 @@ def test_batch_of_rows_with_mask(backend, device):
 def test_masked_rows_are_exactly_zero(backend, device):
     problem = random_problem(OPTIONS["mask"]).to(device)
     problem.mask[0] = False
-    found = by_topd(problem, backend, problem.upstream())
-    assert not found.value[~problem.mask].any()
-    assert not found.grads["hidden"][~problem.mask].any()
+    outcome = by_topd(problem, backend, problem.upstream())
+    assert not outcome.value[~problem.mask].any()
+    assert not outcome.grads["hidden"][~problem.mask].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES.values()], ids=str)
@@ -172,12 +172,12 @@ def test_an_adapter_may_have_another_dtype_than_its_head(backend, device):
     problem = random_problem({"rank": 2}, n=16).to(device).to(torch.bfloat16)
     model = replace(problem.model, a=problem.model.a.float(), b=problem.model.b.float())
     problem, upstream = replace(problem, model=model), problem.upstream()
-    found, truth = by_topd(problem, backend, upstream), plain(problem, upstream)
-    assert found.grads["a"].dtype == found.grads["b"].dtype == torch.float32
-    assert found.grads["hidden"].dtype == torch.bfloat16
-    compare.assert_near(found.value, truth.value, 2e-6, "value")
+    outcome, truth = by_topd(problem, backend, upstream), plain(problem, upstream)
+    assert outcome.grads["a"].dtype == outcome.grads["b"].dtype == torch.float32
+    assert outcome.grads["hidden"].dtype == torch.bfloat16
+    compare.assert_near(outcome.value, truth.value, 2e-6, "value")
     for name in ("a", "b"):
-        compare.assert_near(found.grads[name], truth.grads[name], 1e-5, name)
+        compare.assert_near(outcome.grads[name], truth.grads[name], 1e-5, name)
 
 
 def test_autocast_casts_as_linear_does(backend, device):
@@ -185,11 +185,11 @@ def test_autocast_casts_as_linear_does(backend, device):
     problem = random_problem({"bias": True, "rank": 2}, n=16).to(device).to(torch.float32)
     upstream = problem.upstream()
     with torch.autocast(device.type, dtype=torch.bfloat16):
-        found = by_topd(problem, backend, upstream)
+        outcome = by_topd(problem, backend, upstream)
     explicit = by_topd(problem.to(torch.bfloat16), backend, upstream)
-    assert found.value.dtype == torch.float32
-    assert torch.equal(found.value, explicit.value)
-    for name, grad in found.grads.items():
+    assert outcome.value.dtype == torch.float32
+    assert torch.equal(outcome.value, explicit.value)
+    for name, grad in outcome.grads.items():
         assert grad.dtype == torch.float32
         assert torch.equal(grad, explicit.grads[name].float()), name
 
@@ -197,8 +197,8 @@ def test_autocast_casts_as_linear_does(backend, device):
 def test_autocast_leaves_float64_alone(backend, device):
     problem = random_problem({}).to(device)
     with torch.autocast(device.type, dtype=torch.bfloat16):
-        found = by_topd(problem, backend)
-    compare.assert_outcome(found, plain(problem), 1e-11)
+        outcome = by_topd(problem, backend)
+    compare.assert_outcome(outcome, plain(problem), 1e-11)
 
 
 @pytest.mark.parametrize("m", [1, 8])

@@ -151,8 +151,8 @@ def test_peak_memory_follows_the_workspace_and_not_the_rows(n, entropy, chunked)
     ids, largest = torch.randint(vocab, (n, m)), Largest()
     with largest:
         settings = {"workspace_bytes": workspace_bytes, "return_entropy": entropy, "backend": chunked}
-        found = topd.linear_logprobs(hidden, head, ids, **settings)
-        logprobs, entropies = found if entropy else (found, torch.zeros(n))
+        value = topd.linear_logprobs(hidden, head, ids, **settings)
+        logprobs, entropies = value if entropy else (value, torch.zeros(n))
         ((logprobs * torch.randn(n, m)).sum() + (entropies * torch.randn(n)).sum()).backward()
     assert hidden.grad.any()
     assert 0 < largest.nbytes <= workspace_bytes

@@ -115,7 +115,7 @@ def test_an_unmasked_row_still_tells(every_backend, device):
     row = int(problem.mask.nonzero()[1, 0])
     upstream = torch.ones(N, dtype=torch.float64, device=device)
     upstream[row] = torch.nan
-    found = compare.by_topd(problem, every_backend, upstream).grads
-    assert found["hidden"][row].isnan().all()
-    assert found["hidden"][torch.arange(N, device=device) != row].isfinite().all()
-    assert found["weight"].isnan().all()
+    grads = compare.by_topd(problem, every_backend, upstream).grads
+    assert grads["hidden"][row].isnan().all()
+    assert grads["hidden"][torch.arange(N, device=device) != row].isfinite().all()
+    assert grads["weight"].isnan().all()

@@ -50,19 +50,19 @@ def test_float64_value_and_gradients(model, options, backend, device):
 def test_no_worse_than_eager_at_the_dtype(dtype, backend, device):
     model = random_model(64, 300, 7, bias=True).to(device).to(dtype)
     ids, probs = (part.to(device) for part in random_targets(64, M, vocab=300))
-    found, true = by_topd(model, ids, probs, backend=backend), truth(model, ids, probs)
+    outcome, true = by_topd(model, ids, probs, backend=backend), truth(model, ids, probs)
     yardstick = truth(model, ids, probs, dtype=None)
-    compare.assert_no_worse(found.value, yardstick.value, true.value, CONSTANT, "value")
+    compare.assert_no_worse(outcome.value, yardstick.value, true.value, CONSTANT, "value")
     for name, gradient in true.grads.items():
-        compare.assert_no_worse(found.grads[name], yardstick.grads[name], gradient, CONSTANT, f"gradient of {name}")
+        compare.assert_no_worse(outcome.grads[name], yardstick.grads[name], gradient, CONSTANT, f"gradient of {name}")
 
 
 def test_any_leading_shape(backend, device):
     model = random_model((3, 4), V, 7).to(device)
     ids, probs = (part.to(device) for part in random_targets(3, 4, M))
     mask = torch.rand(3, 4, device=device) < 0.6
-    found = by_topd(model, ids, probs, mask=mask, backend=backend)
-    compare.assert_outcome(found, truth(model, ids, probs, mask=mask), 1e-11)
+    outcome = by_topd(model, ids, probs, mask=mask, backend=backend)
+    compare.assert_outcome(outcome, truth(model, ids, probs, mask=mask), 1e-11)
     one = topd.soft_target_kl(model.hidden[1, 2], model.head(), ids[1, 2], probs[1, 2], backend=backend)
     torch.testing.assert_close(one, full_kl(model, ids, probs)[1, 2], rtol=1e-12, atol=0)
 
@@ -72,8 +72,8 @@ def test_repeats_are_one_token_before_the_entropy(backend, device):
     model = random_model(N, V, 7).to(device)
     token = torch.randint(V, (N, 1), device=device)
     fifty = torch.full((N, 50), 1 / 50, dtype=torch.float64, device=device)
-    found = by_topd(model, token.expand(-1, 50), fifty, backend=backend)
-    compare.assert_outcome(found, truth(model, token, torch.ones_like(fifty[:, :1])), 1e-11)
+    outcome = by_topd(model, token.expand(-1, 50), fifty, backend=backend)
+    compare.assert_outcome(outcome, truth(model, token, torch.ones_like(fifty[:, :1])), 1e-11)
 
 
 def test_repeats_among_others_and_padding(backend, device):
@@ -81,8 +81,8 @@ def test_repeats_among_others_and_padding(backend, device):
     ids = torch.randint(5, (N, 12), device=device)
     probs = torch.rand(N, 12, dtype=torch.float64, device=device).masked_fill(torch.rand(N, 12, device=device) < 0.3, 0.0)
     ids = ids.masked_fill(probs == 0, 10**12)
-    found = by_topd(model, ids, probs, normalize=True, backend=backend)
-    compare.assert_outcome(found, truth(model, ids, probs / probs.sum(-1, keepdim=True)), 1e-11)
+    outcome = by_topd(model, ids, probs, normalize=True, backend=backend)
+    compare.assert_outcome(outcome, truth(model, ids, probs / probs.sum(-1, keepdim=True)), 1e-11)
 
 
 @pytest.mark.parametrize("padding", [-100, -1, 3, V, 2**62])
@@ -92,8 +92,8 @@ def test_ids_of_probability_zero_are_never_read(padding, backend, device):
     ids, probs = torch.tensor([[3, 8]], device=device).expand(N, -1), f64([[0.25, 0.75]]).to(device).expand(N, -1)
     padded_ids = torch.cat([torch.full((N, 1), padding, device=device), ids], -1)
     padded_probs = torch.cat([torch.zeros_like(probs[:, :1]), probs], -1)
-    found = by_topd(model, padded_ids, padded_probs, backend=backend)
-    compare.assert_outcome(found, truth(model, ids, probs), 1e-11)
+    outcome = by_topd(model, padded_ids, padded_probs, backend=backend)
+    compare.assert_outcome(outcome, truth(model, ids, probs), 1e-11)
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -108,10 +108,10 @@ def test_masked_rows_are_unchecked_and_exactly_zero(normalize, backend, device):
     )
     probs[1], probs[2], probs[3] = math.nan, -1, 0
     ids[1:4] = 10**9
-    found = by_topd(model, ids, probs, mask=mask, normalize=normalize, backend=backend)
-    compare.assert_outcome(found, true, 1e-11)
-    assert not found.value[:4].any()
-    assert not found.grads["hidden"][:4].any()
+    outcome = by_topd(model, ids, probs, mask=mask, normalize=normalize, backend=backend)
+    compare.assert_outcome(outcome, true, 1e-11)
+    assert not outcome.value[:4].any()
+    assert not outcome.grads["hidden"][:4].any()
 
 
 def test_digits_where_the_targets_are_the_students_own_top_tokens(backend, device):
@@ -125,9 +125,9 @@ def test_digits_where_the_targets_are_the_students_own_top_tokens(backend, devic
     outside = logprobs.exp().scatter(-1, ids, 0.0).sum(-1)
     true = -torch.log1p(-outside)
     assert 1e-9 < true.median() < 1e-7
-    found = topd.soft_target_kl(model.hidden, model.head(), ids, probs, backend=backend)
-    assert found.dtype == torch.float32
-    assert ((found.double() - true) / true).abs().max() < 1e-4
+    value = topd.soft_target_kl(model.hidden, model.head(), ids, probs, backend=backend)
+    assert value.dtype == torch.float32
+    assert ((value.double() - true) / true).abs().max() < 1e-4
 
 
 def near_targets(model: Model) -> tuple[torch.Tensor, torch.Tensor]:
@@ -143,8 +143,8 @@ def test_digits_where_the_targets_are_near_the_students_probabilities(backend, d
     ids, probs = near_targets(model)
     true = full_kl(model.to(torch.float64), ids, probs)
     assert 1e-9 < true.median() < 1e-8
-    found = topd.soft_target_kl(model.hidden, model.head(), ids, probs, backend=backend)
-    relative = ((found.double() - true) / true).abs()
+    value = topd.soft_target_kl(model.hidden, model.head(), ids, probs, backend=backend)
+    relative = ((value.double() - true) / true).abs()
     assert relative.median() < 1e-3
     assert relative.max() < 1e-2
 
@@ -166,14 +166,14 @@ def test_a_target_that_the_student_excludes_is_inf_without_nan_gradients(backend
     model.bias[2] = -math.inf
     ids = torch.tensor([[4, 5], [2, 5], [2, 5]], device=device)
     probs = f64([[0.5, 0.5], [0.5, 0.5], [0, 1]]).to(device)
-    found = by_topd(model, ids, probs, backend=backend)
+    outcome = by_topd(model, ids, probs, backend=backend)
     logprobs = model.logits().log_softmax(-1)
-    assert found.value[0].item() == pytest.approx((math.log(0.5) - logprobs[0, [4, 5]].mean()).item(), rel=1e-12)
-    assert found.value[1] == math.inf
-    assert found.value[2].item() == pytest.approx(-logprobs[2, 5].item(), rel=1e-12)
-    for name, gradient in found.grads.items():
+    assert outcome.value[0].item() == pytest.approx((math.log(0.5) - logprobs[0, [4, 5]].mean()).item(), rel=1e-12)
+    assert outcome.value[1] == math.inf
+    assert outcome.value[2].item() == pytest.approx(-logprobs[2, 5].item(), rel=1e-12)
+    for name, gradient in outcome.grads.items():
         assert gradient.isfinite().all(), name
-    assert found.grads["hidden"][[0, 2]].any(-1).all()
+    assert outcome.grads["hidden"][[0, 2]].any(-1).all()
 
 
 def test_a_row_that_is_inf_has_no_gradient(backend, device):
@@ -181,31 +181,31 @@ def test_a_row_that_is_inf_has_no_gradient(backend, device):
     model = random_model(2, V, 7, bias=True).to(device)
     model.bias[2] = -math.inf
     ids, probs = torch.tensor([[4, 5], [2, 5]], device=device), torch.full((2, 2), 0.5, device=device)
-    found = by_topd(model, ids, probs, backend=backend)
-    assert found.value.isinf().tolist() == [False, True]
-    assert torch.equal(found.grads["hidden"][1], torch.zeros(7, dtype=torch.float64, device=device))
+    outcome = by_topd(model, ids, probs, backend=backend)
+    assert outcome.value.isinf().tolist() == [False, True]
+    assert torch.equal(outcome.grads["hidden"][1], torch.zeros(7, dtype=torch.float64, device=device))
 
 
 @pytest.mark.parametrize("hint", [[1.0, 0, 2, -1, 5], [0.0] * 5, [math.nan] * 5], ids=str)
 def test_a_hint_never_changes_a_result(hint, backend, device):
     model = random_model(5, V, 7, bias=True).to(device)
     ids, probs = (part.to(device) for part in random_targets(5, M))
-    found = by_topd(model, ids, probs, weights_hint=torch.tensor(hint, device=device), backend=backend)
-    compare.assert_outcome(found, truth(model, ids, probs), 1e-11)
+    outcome = by_topd(model, ids, probs, weights_hint=torch.tensor(hint, device=device), backend=backend)
+    compare.assert_outcome(outcome, truth(model, ids, probs), 1e-11)
 
 
 @pytest.mark.parametrize("workspace_bytes", [40_000, 100_000, None])
 def test_chunk_plans_agree(workspace_bytes, backend, device):
     model = random_model(37, 300, 7, bias=True).to(device)
     ids, probs = (part.to(device) for part in random_targets(37, M, vocab=300))
-    found = by_topd(model, ids, probs, workspace_bytes=workspace_bytes, backend=backend)
-    compare.assert_outcome(found, truth(model, ids, probs), 1e-11)
+    outcome = by_topd(model, ids, probs, workspace_bytes=workspace_bytes, backend=backend)
+    compare.assert_outcome(outcome, truth(model, ids, probs), 1e-11)
 
 
 def test_no_rows(backend, device):
     model = random_model(0, V, 7).to(device)
     ids, probs = torch.zeros(0, 3, dtype=torch.int64, device=device), torch.zeros(0, 3, device=device)
-    found = by_topd(model, ids, probs, backend=backend)
-    assert found.value.shape == (0,)
-    assert torch.equal(found.grads["weight"], torch.zeros_like(model.weight))
-    assert found.grads["hidden"].shape == (0, 7)
+    outcome = by_topd(model, ids, probs, backend=backend)
+    assert outcome.value.shape == (0,)
+    assert torch.equal(outcome.grads["weight"], torch.zeros_like(model.weight))
+    assert outcome.grads["hidden"].shape == (0, 7)

@@ -31,8 +31,8 @@ def test_rows_that_do_not_sum_to_one_are_refused_or_divided_by_their_sum(backend
     probs[1, 0] *= 0.75
     with pytest.raises(ValueError, match=r"target_probs must sum to 1.*got 0\.75 at index \[1, 0\].*normalize=True.*mask"):
         topd.soft_target_kl(model.hidden, model.head(), ids, probs, backend=backend)
-    found = by_topd(model, ids, probs, normalize=True, backend=backend)
-    compare.assert_outcome(found, truth(model, ids, probs / probs.sum(-1, keepdim=True)), 1e-11)
+    outcome = by_topd(model, ids, probs, normalize=True, backend=backend)
+    compare.assert_outcome(outcome, truth(model, ids, probs / probs.sum(-1, keepdim=True)), 1e-11)
 
 
 @pytest.mark.parametrize(("off", "taken"), [(9e-4, True), (-9e-4, True), (1.1e-3, False), (-1.1e-3, False)])

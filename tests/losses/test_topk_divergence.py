@@ -45,8 +45,8 @@ def test_literal_values(direction, support, backend):
     head = topd.Head(f64([[4], [2], [1], [1]]).log())
     ids = torch.tensor([[1, 3, -100], [-100, 3, 1]])
     logprobs = f64([[5 / 8, 1 / 8, 0], [0, 1 / 8, 5 / 8]]).log()
-    found = topd.topk_divergence(f64([[1], [1]]), head, ids, logprobs, direction=direction, support=support, backend=backend)
-    torch.testing.assert_close(found, f64([LITERALS[direction, support]] * 2), rtol=1e-12, atol=0)
+    value = topd.topk_divergence(f64([[1], [1]]), head, ids, logprobs, direction=direction, support=support, backend=backend)
+    torch.testing.assert_close(value, f64([LITERALS[direction, support]] * 2), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -70,8 +70,8 @@ def test_literal_gradients_of_the_forward_kl(support, gradient, backend):
 def test_the_defaults_are_forward_and_tail():
     model = random_model(N, V, 7)
     ids, logprobs = random_teacher(N, K)
-    found = topd.topk_divergence(model.hidden, model.head(), ids, logprobs)
-    compare.assert_near(found, from_probabilities(model, ids, logprobs, direction="forward", support="tail"), 1e-11)
+    value = topd.topk_divergence(model.hidden, model.head(), ids, logprobs)
+    compare.assert_near(value, from_probabilities(model, ids, logprobs, direction="forward", support="tail"), 1e-11)
 
 
 HEADS = {
@@ -88,8 +88,8 @@ def test_float64_value_and_gradients(direction, support, model, options, backend
     model = random_model(N, V, 7, **model).to(device)
     ids, logprobs = (part.to(device) for part in random_teacher(N, K))
     options = options | {"direction": direction, "support": support}
-    found = by_topd(model, ids, logprobs, backend=backend, **options)
-    compare.assert_outcome(found, truth(model, ids, logprobs, **options), 1e-11)
+    outcome = by_topd(model, ids, logprobs, backend=backend, **options)
+    compare.assert_outcome(outcome, truth(model, ids, logprobs, **options), 1e-11)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -98,12 +98,12 @@ def test_no_worse_than_eager_at_the_dtype(direction, support, dtype, backend, de
     model = random_model(64, 300, 7, bias=True).to(device).to(dtype)
     ids, logprobs = (part.to(device) for part in random_teacher(64, K, vocab=300))
     options = {"direction": direction, "support": support}
-    found, true = by_topd(model, ids, logprobs, backend=backend, **options), truth(model, ids, logprobs, **options)
+    outcome, true = by_topd(model, ids, logprobs, backend=backend, **options), truth(model, ids, logprobs, **options)
     yardstick = truth(model, ids, logprobs, dtype=None, **options)
-    assert found.value.dtype == torch.float32
-    compare.assert_no_worse(found.value, yardstick.value, true.value, CONSTANT, "value")
+    assert outcome.value.dtype == torch.float32
+    compare.assert_no_worse(outcome.value, yardstick.value, true.value, CONSTANT, "value")
     for name, gradient in true.grads.items():
-        compare.assert_no_worse(found.grads[name], yardstick.grads[name], gradient, CONSTANT, f"gradient of {name}")
+        compare.assert_no_worse(outcome.grads[name], yardstick.grads[name], gradient, CONSTANT, f"gradient of {name}")
 
 
 @every_combination
@@ -111,8 +111,8 @@ def test_any_leading_shape_with_a_mask(direction, support, backend, device):
     model = random_model((3, 4), V, 7).to(device)
     ids, logprobs = (part.to(device) for part in random_teacher(3, 4, K))
     mask, options = torch.rand(3, 4, device=device) < 0.6, {"direction": direction, "support": support}
-    found = by_topd(model, ids, logprobs, mask=mask, backend=backend, **options)
-    compare.assert_outcome(found, truth(model, ids, logprobs, mask=mask, **options), 1e-11)
+    outcome = by_topd(model, ids, logprobs, mask=mask, backend=backend, **options)
+    compare.assert_outcome(outcome, truth(model, ids, logprobs, mask=mask, **options), 1e-11)
     one = topd.topk_divergence(model.hidden[1, 2], model.head(), ids[1, 2], logprobs[1, 2], backend=backend, **options)
     torch.testing.assert_close(one, from_probabilities(model, ids, logprobs, **options)[1, 2], rtol=1e-11, atol=1e-15)
 
@@ -132,11 +132,11 @@ def test_all_tokens_or_all_but_one_with_a_tail_are_the_full_divergence(k, direct
         p, q = full_t.exp(), leaves.logits().softmax(-1)
         return kl(p, q) if direction == "forward" else kl(q, p)
 
-    found = by_topd(model, ids, logprobs, direction=direction, backend=backend)
-    compare.assert_outcome(found, outcome_of(model, torch.float64, full), 1e-10)
+    outcome = by_topd(model, ids, logprobs, direction=direction, backend=backend)
+    compare.assert_outcome(outcome, outcome_of(model, torch.float64, full), 1e-10)
     sides = model.hidden, model.head(), teacher.hidden, teacher.head()
     primitive = topd.linear_divergence(*sides, divergence=f"{direction}_kl", backend=backend)
-    compare.assert_near(found.value, primitive, 1e-10, "value")
+    compare.assert_near(outcome.value, primitive, 1e-10, "value")
 
 
 @every_combination
@@ -144,8 +144,8 @@ def test_k_is_the_vocabulary(direction, support, backend, device):
     """Nothing is outside: all three supports are one."""
     model = random_model(N, V, 7).to(device)
     logprobs, ids = torch.randn(N, V, dtype=torch.float64, device=device).log_softmax(-1).sort(-1)
-    found = by_topd(model, ids, logprobs, direction=direction, support=support, backend=backend)
-    compare.assert_outcome(found, truth(model, ids, logprobs, direction=direction, support="raw"), 1e-11)
+    outcome = by_topd(model, ids, logprobs, direction=direction, support=support, backend=backend)
+    compare.assert_outcome(outcome, truth(model, ids, logprobs, direction=direction, support="raw"), 1e-11)
 
 
 @both_directions
@@ -155,8 +155,8 @@ def test_a_tail_behind_padding_as_wide_as_the_vocabulary(direction, backend, dev
     ids, logprobs = (part.to(device) for part in random_teacher(N, K))
     filler = torch.zeros(N, V - K, dtype=torch.float64, device=device)
     wide = torch.cat([ids, filler.long() - 100], -1), torch.cat([logprobs, filler - math.inf], -1)
-    found = by_topd(model, *wide, direction=direction, support="tail", backend=backend)
-    compare.assert_outcome(found, truth(model, ids, logprobs, direction=direction, support="tail"), 1e-11)
+    outcome = by_topd(model, *wide, direction=direction, support="tail", backend=backend)
+    compare.assert_outcome(outcome, truth(model, ids, logprobs, direction=direction, support="tail"), 1e-11)
 
 
 def test_a_student_that_is_its_own_offline_teacher(device):
@@ -177,8 +177,8 @@ def test_padding_contributes_nothing_with_any_id(padding, direction, support, ba
     ids = torch.tensor([[padding, 3, padding, 8]], device=device).expand(N, -1)
     logprobs = f64([[0, 0.25, 0, 0.5]]).log().to(device).expand(N, -1)
     options = {"direction": direction, "support": support}
-    found = by_topd(model, ids, logprobs, backend=backend, **options)
-    compare.assert_outcome(found, truth(model, ids[:, 1::2], logprobs[:, 1::2], **options), 1e-11)
+    outcome = by_topd(model, ids, logprobs, backend=backend, **options)
+    compare.assert_outcome(outcome, truth(model, ids[:, 1::2], logprobs[:, 1::2], **options), 1e-11)
 
 
 @every_combination
@@ -193,19 +193,19 @@ def test_masked_rows_are_unchecked_and_exactly_zero(direction, support, backend,
     model.hidden[0] = math.nan
     logprobs[1], logprobs[2] = math.nan, 3.0
     ids[3], ids[4] = 7, 10**9
-    found = by_topd(model, ids, logprobs, mask=mask, backend=backend, **options)
-    compare.assert_outcome(found, true, 1e-11)
-    assert not found.value[:5].any()
-    assert not found.grads["hidden"][:5].any()
+    outcome = by_topd(model, ids, logprobs, mask=mask, backend=backend, **options)
+    compare.assert_outcome(outcome, true, 1e-11)
+    assert not outcome.value[:5].any()
+    assert not outcome.grads["hidden"][:5].any()
 
 
 @every_combination
 def test_no_rows(direction, support, backend, device):
     model = random_model(0, V, 7).to(device)
     ids, logprobs = torch.zeros(0, 3, dtype=torch.int64, device=device), torch.zeros(0, 3, device=device)
-    found = by_topd(model, ids, logprobs, direction=direction, support=support, backend=backend)
-    assert found.value.shape == (0,)
-    assert torch.equal(found.grads["weight"], torch.zeros_like(model.weight))
+    outcome = by_topd(model, ids, logprobs, direction=direction, support=support, backend=backend)
+    assert outcome.value.shape == (0,)
+    assert torch.equal(outcome.grads["weight"], torch.zeros_like(model.weight))
 
 
 @every_combination
@@ -213,9 +213,9 @@ def test_a_row_of_padding_alone_is_zero(direction, support, backend, device):
     """Nothing is known of the teacher: with a tail both sides have one bucket of 1."""
     model = random_model(2, V, 7).to(device)
     ids, logprobs = torch.full((2, 3), -100, device=device), torch.full((2, 3), -math.inf, device=device)
-    found = by_topd(model, ids, logprobs, direction=direction, support=support, backend=backend)
-    torch.testing.assert_close(found.value, torch.zeros_like(found.value), rtol=0, atol=1e-15)
-    torch.testing.assert_close(found.grads["weight"], torch.zeros_like(model.weight), rtol=0, atol=1e-15)
+    outcome = by_topd(model, ids, logprobs, direction=direction, support=support, backend=backend)
+    torch.testing.assert_close(outcome.value, torch.zeros_like(outcome.value), rtol=0, atol=1e-15)
+    torch.testing.assert_close(outcome.grads["weight"], torch.zeros_like(model.weight), rtol=0, atol=1e-15)
 
 
 def test_a_teacher_without_a_tail_makes_the_reverse_kl_inf_without_nan_gradients(backend, device):
@@ -223,11 +223,11 @@ def test_a_teacher_without_a_tail_makes_the_reverse_kl_inf_without_nan_gradients
     model = random_model(2, V, 7, bias=True).to(device)
     ids, logprobs = torch.tensor([[4, 5], [4, 5]], device=device), f64([[0.5, 0.5], [0.5, 0.25]]).log().to(device)
     options = {"direction": "reverse", "support": "tail"}
-    found = by_topd(model, ids, logprobs, backend=backend, **options)
-    assert found.value[0] == math.inf
-    compare.assert_near(found.value[1:], from_probabilities(model, ids, logprobs, **options)[1:], 1e-11)
-    assert all(gradient.isfinite().all() for gradient in found.grads.values())
-    assert not found.grads["hidden"][0].any()
+    outcome = by_topd(model, ids, logprobs, backend=backend, **options)
+    assert outcome.value[0] == math.inf
+    compare.assert_near(outcome.value[1:], from_probabilities(model, ids, logprobs, **options)[1:], 1e-11)
+    assert all(gradient.isfinite().all() for gradient in outcome.grads.values())
+    assert not outcome.grads["hidden"][0].any()
     forward = topd.topk_divergence(model.hidden, model.head(), ids, logprobs, backend=backend)
     compare.assert_near(forward, from_probabilities(model, ids, logprobs, direction="forward", support="tail"), 1e-11)
 
@@ -254,8 +254,8 @@ def test_a_hint_never_changes_a_result(hint, direction, support, backend, device
     ids, logprobs = (part.to(device) for part in random_teacher(5, K))
     options = {"direction": direction, "support": support}
     hint = torch.tensor(hint, device=device)
-    found = by_topd(model, ids, logprobs, weights_hint=hint, backend=backend, **options)
-    compare.assert_outcome(found, truth(model, ids, logprobs, **options), 1e-11)
+    outcome = by_topd(model, ids, logprobs, weights_hint=hint, backend=backend, **options)
+    compare.assert_outcome(outcome, truth(model, ids, logprobs, **options), 1e-11)
 
 
 @every_combination
@@ -263,5 +263,5 @@ def test_chunk_plans_agree(direction, support, backend, device):
     model = random_model(37, 300, 7, bias=True).to(device)
     ids, logprobs = (part.to(device) for part in random_teacher(37, K, vocab=300))
     options = {"direction": direction, "support": support}
-    found = by_topd(model, ids, logprobs, workspace_bytes=100_000, backend=backend, **options)
-    compare.assert_outcome(found, truth(model, ids, logprobs, **options), 1e-11)
+    outcome = by_topd(model, ids, logprobs, workspace_bytes=100_000, backend=backend, **options)
+    compare.assert_outcome(outcome, truth(model, ids, logprobs, **options), 1e-11)

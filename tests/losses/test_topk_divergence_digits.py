@@ -31,10 +31,10 @@ def test_the_students_tail_keeps_its_digits(gap, direction, backend, device):
     model, ids = model.to(device), ids.to(device)
     logprobs = f64([[0.6, 0.3]]).log().to(device).expand(16, -1)
     options = {"direction": direction, "support": "tail"}
-    found, true = by_topd(model, ids, logprobs, backend=backend, **options), truth(model, ids, logprobs, **options)
-    compare.assert_near(found.value, true.value, 5e-7, "value")
+    outcome, true = by_topd(model, ids, logprobs, backend=backend, **options), truth(model, ids, logprobs, **options)
+    compare.assert_near(outcome.value, true.value, 5e-7, "value")
     for name, gradient in true.grads.items():
-        compare.assert_near(found.grads[name], gradient, 5e-6, f"gradient of {name}")
+        compare.assert_near(outcome.grads[name], gradient, 5e-6, f"gradient of {name}")
 
 
 @both_directions
@@ -54,13 +54,13 @@ def test_tails_of_both_sides_keep_their_digits(gap, direction, backend, device):
         known_here, known_there = torch.log1p(-here.exp()), torch.log1p(-there.exp())
         return here.exp() * (here - there) + here.expm1().neg() * (known_here - known_there)
 
-    found = by_topd(model, ids, logprobs, direction=direction, backend=backend)
+    outcome = by_topd(model, ids, logprobs, direction=direction, backend=backend)
     expected = outcome_of(model, torch.float64, true)
     assert 0 < expected.value.max() < 1e-8
-    assert ((found.value.double() - expected.value) / expected.value).abs().max() < 5e-6
+    assert ((outcome.value.double() - expected.value) / expected.value).abs().max() < 5e-6
     if backend != "reference":  # its backward is the textbook's, where a token of probability 1 cancels
         for name, gradient in expected.grads.items():
-            compare.assert_near(found.grads[name], gradient, 5e-6, f"gradient of {name}")
+            compare.assert_near(outcome.grads[name], gradient, 5e-6, f"gradient of {name}")
 
 
 @both_directions
@@ -73,8 +73,8 @@ def test_digits_where_student_and_teacher_almost_agree(direction, support, backe
     options = {"direction": direction, "support": support}
     true = from_probabilities(model.to(torch.float64), ids, logprobs, **options)
     assert 1e-10 < true.median() < 1e-8
-    found = topd.topk_divergence(model.hidden, model.head(), ids, logprobs, backend=backend, **options)
-    relative = ((found.double() - true) / true).abs()
+    value = topd.topk_divergence(model.hidden, model.head(), ids, logprobs, backend=backend, **options)
+    relative = ((value.double() - true) / true).abs()
     assert relative.median() < 1e-3
     assert relative.max() < 1e-2
 
@@ -100,13 +100,13 @@ def test_raw_may_be_negative(backend):
     own = model.logits().log_softmax(-1)
     options = {"support": "raw", "backend": backend}
     top, ids = own.topk(3, dim=-1)
-    found = topd.topk_divergence(model.hidden, model.head(), ids, top - math.log(2), direction="forward", **options)
-    torch.testing.assert_close(found, -math.log(2) / 2 * top.exp().sum(-1), rtol=1e-11, atol=0)
+    value = topd.topk_divergence(model.hidden, model.head(), ids, top - math.log(2), direction="forward", **options)
+    torch.testing.assert_close(value, -math.log(2) / 2 * top.exp().sum(-1), rtol=1e-11, atol=0)
     least, ids = own.topk(3, dim=-1, largest=False)
     logprobs = torch.full_like(least, -math.log(3))
-    found = topd.topk_divergence(model.hidden, model.head(), ids, logprobs, direction="reverse", **options)
-    torch.testing.assert_close(found, (least.exp() * (least + math.log(3))).sum(-1), rtol=1e-11, atol=1e-15)
-    assert found.min() < -1e-6
+    value = topd.topk_divergence(model.hidden, model.head(), ids, logprobs, direction="reverse", **options)
+    torch.testing.assert_close(value, (least.exp() * (least + math.log(3))).sum(-1), rtol=1e-11, atol=1e-15)
+    assert value.min() < -1e-6
 
 
 @pytest.mark.parametrize("gap", [20.0, 40.0])
@@ -114,7 +114,7 @@ def test_a_raw_reverse_kl_keeps_its_digits_where_the_student_has_next_to_no_mass
     """p log(p / q) alone, p = exp(-gap) / (1 + exp(-gap)), beside a q of 0.9."""
     head = topd.Head(f64([[0], [-gap]]))
     log_p = -gap - math.log1p(math.exp(-gap))
-    found = topd.topk_divergence(
+    value = topd.topk_divergence(
         f64([[1]]), head, torch.tensor([[1]]), f64([[0.9]]).log(), direction="reverse", support="raw", backend=backend
     )
-    assert found.item() == pytest.approx(math.exp(log_p) * (log_p - math.log(0.9)), rel=1e-12, abs=0)
+    assert value.item() == pytest.approx(math.exp(log_p) * (log_p - math.log(0.9)), rel=1e-12, abs=0)

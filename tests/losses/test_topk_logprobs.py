@@ -37,8 +37,8 @@ def test_topk_is_no_worse_than_eager_log_softmax(size, dtype, device):
     model = Model(torch.eye(6), logits.T.contiguous().float()).to(device).to(dtype)
     logprobs, ids = topd.topk_logprobs(model.hidden, model.head(), 4)
     truth, yardstick = (plain(Problem(model, ids, entropy=False), dtype=dtype).value for dtype in (torch.float64, None))
-    for found, eager, true in zip(logprobs, yardstick, truth, strict=True):
-        compare.assert_no_worse(found, eager, true, 1e-7, "log-probabilities")
+    for ours, eager, true in zip(logprobs, yardstick, truth, strict=True):
+        compare.assert_no_worse(ours, eager, true, 1e-7, "log-probabilities")
 
 
 def test_topk_of_a_batch_and_of_the_whole_vocabulary(device):

@@ -25,14 +25,14 @@ ENCODER_DECODERS = {"T5Gemma", "T5Gemma2", "LED", "MBart", "Mvp", "Pegasus"}
 
 def forwards() -> dict[str, str]:
     """The source of `forward` of every class with a language model head."""
-    found = {}
+    results = {}
     for path in sorted((Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")):
         for text in re.split(r"^(?=class )", path.read_text(encoding="utf-8"), flags=re.MULTILINE):
             name = re.match(r"class (\w+For(?:CausalLM|ConditionalGeneration)|\w+LMHeadModel)\b", text)
             body = re.search(r"^    def forward\(.*?(?=^    (?:def|@)|^\S|\Z)", text, flags=re.MULTILINE | re.DOTALL)
             if name and body:
-                found[name[1]] = body[0]
-    return found
+                results[name[1]] = body[0]
+    return results
 
 
 @of_the_newest

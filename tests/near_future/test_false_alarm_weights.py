@@ -23,14 +23,14 @@ INF, NAN = math.inf, math.nan
 def test_literal_weights(mode, expected, dtype, device):
     score, mask = torch.tensor(SCORE, dtype=dtype, device=device), torch.tensor(MASK, device=device)
     positions, real = torch.tensor(POSITIONS, device=device), torch.tensor(DIVERGENT, device=device)
-    found = false_alarm_weights(score, positions, real, mask=mask, mode=mode)
-    assert (found.dtype, found.device) == (dtype, score.device)
-    assert found.tolist() == expected
+    weights = false_alarm_weights(score, positions, real, mask=mask, mode=mode)
+    assert (weights.dtype, weights.device) == (dtype, score.device)
+    assert weights.tolist() == expected
     flat = (positions * torch.tensor([5, 1], device=device)).sum(1)
     options = {"mask": mask.flatten(), "cu_seqlens": offsets(5, 5).to(device), "mode": mode}
-    assert torch.equal(false_alarm_weights(score.flatten(), flat, real, **options), found.flatten())
+    assert torch.equal(false_alarm_weights(score.flatten(), flat, real, **options), weights.flatten())
     if mode == "keep":
-        assert torch.equal(false_alarm_weights(score, positions, real, mask=mask), found)
+        assert torch.equal(false_alarm_weights(score, positions, real, mask=mask), weights)
 
 
 @pytest.mark.parametrize(
@@ -54,8 +54,8 @@ def test_the_cap_of_one_trajectory(row, expected, device):
     score = torch.tensor([row, [100.0] * n], device=device)
     positions = torch.tensor([[0, t] for t in range(n)], device=device)
     none = torch.zeros(n, dtype=torch.bool, device=device)
-    found = false_alarm_weights(score, positions, none, mode="cap")
-    assert found.tolist() == [expected, [1] * n]
+    weights = false_alarm_weights(score, positions, none, mode="cap")
+    assert weights.tolist() == [expected, [1] * n]
 
 
 @pytest.mark.parametrize("mode", ["keep", "cap", "mask"])
@@ -74,24 +74,24 @@ def test_weights_against_the_text(mode, dtype, device):
             capped = 1.0 if mine <= median else max(median, 0.0) / mine
             expected[row, t] = 1.0 if diverges else {"keep": 1.0, "mask": 0.0, "cap": capped}[mode]
         on = {"mask": mask.to(device), "mode": mode}
-        found = false_alarm_weights(score.to(device), positions.to(device), real.to(device), **on)
-        assert found.dtype == dtype
-        torch.testing.assert_close(found.double().cpu(), expected, rtol=torch.finfo(dtype).eps, atol=0)
-        at = mask.long().flatten().cumsum(0)[positions[:, 0] * mask.shape[1] + positions[:, 1]] - 1
+        weights = false_alarm_weights(score.to(device), positions.to(device), real.to(device), **on)
+        assert weights.dtype == dtype
+        torch.testing.assert_close(weights.double().cpu(), expected, rtol=torch.finfo(dtype).eps, atol=0)
+        index = mask.long().flatten().cumsum(0)[positions[:, 0] * mask.shape[1] + positions[:, 1]] - 1
         options = {"cu_seqlens": offsets(*mask.sum(1)).to(device), "mode": mode}
-        packed = false_alarm_weights(score[mask].to(device), at.to(device), real.to(device), **options)
-        assert torch.equal(packed, found[mask.to(device)])
+        packed = false_alarm_weights(score[mask].to(device), index.to(device), real.to(device), **options)
+        assert torch.equal(packed, weights[mask.to(device)])
 
 
 @pytest.mark.parametrize("mode", ["keep", "cap", "mask"])
 def test_weights_have_no_gradient_and_change_nothing(mode, device):
     score = torch.tensor(SCORE, device=device).t().contiguous().t().requires_grad_()
     positions, real = torch.tensor(POSITIONS, device=device), torch.tensor(DIVERGENT, device=device)
-    found = false_alarm_weights(score, positions, real, mode=mode)
-    assert found.is_leaf
-    assert not found.requires_grad
+    weights = false_alarm_weights(score, positions, real, mode=mode)
+    assert weights.is_leaf
+    assert not weights.requires_grad
     assert score.tolist() == SCORE
-    assert torch.equal(false_alarm_weights(score, positions, real, mode=mode), found)
+    assert torch.equal(false_alarm_weights(score, positions, real, mode=mode), weights)
 
 
 @pytest.mark.parametrize("mode", ["keep", "cap", "mask"])
@@ -101,8 +101,8 @@ def test_without_candidates_every_weight_is_one(mode, device):
     for shape in ((2, 3), (0, 3), (2, 0)):
         mask = torch.zeros(shape, dtype=torch.bool, device=device)
         for given in (None, mask):
-            found = false_alarm_weights(torch.zeros(shape, device=device), nowhere, none, mask=given, mode=mode)
-            assert torch.equal(found, torch.ones(shape, device=device))
+            weights = false_alarm_weights(torch.zeros(shape, device=device), nowhere, none, mask=given, mode=mode)
+            assert torch.equal(weights, torch.ones(shape, device=device))
     packed = false_alarm_weights(
         torch.zeros(3, device=device), nowhere[:, 0], none, cu_seqlens=offsets(0, 3).to(device), mode=mode
     )

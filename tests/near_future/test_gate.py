@@ -30,9 +30,9 @@ INF, NAN = math.inf, math.nan
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_literal_gate(options, expected, dtype, device):
     distance = torch.tensor([0.3125, 0.3125, 0.1875, 0.0625, 0.5], dtype=dtype, device=device)
-    found = divergent(distance, **options)
-    assert (found.dtype, found.device) == (torch.bool, distance.device)
-    assert found.tolist() == expected
+    diverges = divergent(distance, **options)
+    assert (diverges.dtype, diverges.device) == (torch.bool, distance.device)
+    assert diverges.tolist() == expected
 
 
 def test_the_lowest_fraction_for_every_m(device):
@@ -50,15 +50,15 @@ def test_the_lowest_fraction_for_every_m(device):
 
 @pytest.mark.parametrize("m", [0, 1, 2, 3])
 def test_of_three_candidates_or_fewer_none_goes_out(m, device):
-    found = divergent(torch.zeros(m, device=device))
-    assert (found.dtype, found.tolist()) == (torch.bool, [True] * m)
+    diverges = divergent(torch.zeros(m, device=device))
+    assert (diverges.dtype, diverges.tolist()) == (torch.bool, [True] * m)
 
 
 def test_no_candidates_and_no_spread(device):
     empty = torch.zeros(0, device=device)
     for options in ({}, {"rule": "threshold", "value": 0.1}, {"rule": "mean_plus_std"}):
-        found = divergent(empty, **options)
-        assert (found.dtype, found.shape) == (torch.bool, (0,))
+        diverges = divergent(empty, **options)
+        assert (diverges.dtype, diverges.shape) == (torch.bool, (0,))
     for dtype in DTYPES:
         for m in range(1, 60):
             equal = torch.full((m,), 0.7, dtype=dtype, device=device)

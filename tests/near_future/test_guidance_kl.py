@@ -54,7 +54,7 @@ def outcome(model: Model, dtype: torch.dtype | None, compute: Callable[[Model], 
     leaves = model.leaves(TENSORS, dtype)
     value = compute(leaves)
     value.backward(torch.linspace(-1, 2, value.numel(), dtype=value.dtype, device=value.device))
-    return Outcome(value.detach(), {name: found.grad for name in TENSORS if (found := getattr(leaves, name)) is not None})
+    return Outcome(value.detach(), {name: leaf.grad for name in TENSORS if (leaf := getattr(leaves, name)) is not None})
 
 
 def truth(model: Model, *arguments: Any, dtype: torch.dtype | None = torch.float64) -> Outcome:
@@ -81,19 +81,19 @@ def test_literal_values_and_gradient(backend):
 def test_float64_value_and_gradients(model, options, backend, device):
     model = random_model((M, K_S), V, H, **model).to(device)
     tokens, plan = (part.to(device) for part in random_plan())
-    found = by_topd(model, tokens, plan, backend=backend, **options)
-    compare.assert_outcome(found, truth(model, tokens, plan, None, *options.values()), 1e-11)
+    outcome = by_topd(model, tokens, plan, backend=backend, **options)
+    compare.assert_outcome(outcome, truth(model, tokens, plan, None, *options.values()), 1e-11)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_no_worse_than_eager_at_the_dtype(dtype, backend, device):
     model = random_model((16, 8), 300, H, bias=True).to(device).to(dtype)
     tokens, plan = (part.to(device) for part in random_plan(16, 8, 6))
-    found, true = by_topd(model, tokens, plan, backend=backend), truth(model, tokens, plan)
+    outcome, true = by_topd(model, tokens, plan, backend=backend), truth(model, tokens, plan)
     yardstick = truth(model, tokens, plan, dtype=None)
-    compare.assert_no_worse(found.value, yardstick.value, true.value, CONSTANT, "value")
+    compare.assert_no_worse(outcome.value, yardstick.value, true.value, CONSTANT, "value")
     for name, gradient in true.grads.items():
-        compare.assert_no_worse(found.grads[name], yardstick.grads[name], gradient, CONSTANT, f"gradient of {name}")
+        compare.assert_no_worse(outcome.grads[name], yardstick.grads[name], gradient, CONSTANT, f"gradient of {name}")
 
 
 def test_rows_past_the_length_are_ignored(backend, device):
@@ -104,9 +104,9 @@ def test_rows_past_the_length_are_ignored(backend, device):
     true = truth(model, tokens, plan, lengths)
     past = torch.arange(K_S, device=device) >= lengths.unsqueeze(1)
     plan[past] = math.nan
-    found = by_topd(model, tokens, plan, student_lengths=lengths, backend=backend)
-    compare.assert_outcome(found, true, 1e-11)
-    assert found.grads["hidden"][past].eq(0).all()
+    outcome = by_topd(model, tokens, plan, student_lengths=lengths, backend=backend)
+    compare.assert_outcome(outcome, true, 1e-11)
+    assert outcome.grads["hidden"][past].eq(0).all()
     model.hidden[past] = math.nan
     value = guidance_kl(model.hidden, model.head(), tokens, plan, student_lengths=lengths, backend=backend)
     compare.assert_near(value, true.value, 1e-11)
@@ -132,8 +132,8 @@ def test_one_token_fifty_times_has_no_entropy(backend, device):
         logprobs = leaves.logits().log_softmax(-1)
         return -logprobs.gather(-1, token.unsqueeze(1).expand(M, K_S, 1))[..., 0].mean(1)
 
-    found = by_topd(model, token.expand(M, 50), plan, backend=backend)
-    compare.assert_outcome(found, outcome(model, torch.float64, cross_entropy), 1e-11)
+    ours = by_topd(model, token.expand(M, 50), plan, backend=backend)
+    compare.assert_outcome(ours, outcome(model, torch.float64, cross_entropy), 1e-11)
 
 
 def test_the_gradient_is_that_of_the_papers_sum(backend, device):
@@ -143,12 +143,12 @@ def test_the_gradient_is_that_of_the_papers_sum(backend, device):
     plan = plan / (K_S * plan.sum(-1, keepdim=True))
 
     def literal_sum(leaves: Model) -> torch.Tensor:
-        at = tokens.unsqueeze(1).expand(M, K_S, K_T)
-        return -(plan * leaves.logits().log_softmax(-1).gather(-1, at)).sum((1, 2))
+        index = tokens.unsqueeze(1).expand(M, K_S, K_T)
+        return -(plan * leaves.logits().log_softmax(-1).gather(-1, index)).sum((1, 2))
 
-    found, sums = by_topd(model, tokens, plan, backend=backend), outcome(model, torch.float64, literal_sum)
-    compare.assert_outcome(Outcome(sums.value, found.grads), sums, 1e-11)
-    assert (found.value <= sums.value).all()
+    ours, sums = by_topd(model, tokens, plan, backend=backend), outcome(model, torch.float64, literal_sum)
+    compare.assert_outcome(Outcome(sums.value, ours.grads), sums, 1e-11)
+    assert (ours.value <= sums.value).all()
 
 
 def test_a_rows_mass_changes_nothing(backend, device):
@@ -168,15 +168,15 @@ def test_a_hint_never_changes_the_result(hint, ragged, backend, device):
     model = random_model((M, K_S), V, H).to(device)
     tokens, plan = (part.to(device) for part in random_plan())
     lengths = torch.tensor([2, K_S, 1], device=device) if ragged else None
-    found = by_topd(model, tokens, plan, student_lengths=lengths, weights_hint=f64(hint).to(device), backend=backend)
-    compare.assert_outcome(found, truth(model, tokens, plan, lengths), 1e-11)
+    outcome = by_topd(model, tokens, plan, student_lengths=lengths, weights_hint=f64(hint).to(device), backend=backend)
+    compare.assert_outcome(outcome, truth(model, tokens, plan, lengths), 1e-11)
 
 
 def test_a_small_workspace(backend, device):
     model = random_model((M, K_S), V, H).to(device)
     tokens, plan = (part.to(device) for part in random_plan())
-    found = by_topd(model, tokens, plan, workspace_bytes=8000, backend=backend)
-    compare.assert_outcome(found, truth(model, tokens, plan), 1e-11)
+    outcome = by_topd(model, tokens, plan, workspace_bytes=8000, backend=backend)
+    compare.assert_outcome(outcome, truth(model, tokens, plan), 1e-11)
 
 
 def test_a_frozen_head_gets_no_gradient(backend, device):
@@ -229,14 +229,14 @@ def test_the_plan_of_near_future_divergence(dtype, backend, device):
     student, teacher = torch.randint(V, (M, K_S), device=device), torch.randint(V, (M, K_T), device=device)
     lengths = {"student_lengths": torch.tensor([2, K_S, 1]), "teacher_lengths": torch.tensor([K_T, 1, 3])}
     lengths = {name: value.to(device) for name, value in lengths.items()}
-    found = topd.near_future_divergence(student, teacher, model.weight.to(dtype), **lengths)
-    true = truth(model, teacher, found.plan, lengths["student_lengths"])
+    transport = topd.near_future_divergence(student, teacher, model.weight.to(dtype), **lengths)
+    true = truth(model, teacher, transport.plan, lengths["student_lengths"])
     teacher[torch.arange(K_T, device=device) >= lengths["teacher_lengths"].unsqueeze(1)] = -1
     options = {"student_lengths": lengths["student_lengths"], "backend": backend}
-    result = by_topd(model, teacher, found.plan, **options)
+    result = by_topd(model, teacher, transport.plan, **options)
     compare.assert_outcome(result, true, 1e-11)
     assert (result.value >= 0).all()
-    assert torch.equal(by_topd(model, teacher, found.plan, **options).value, result.value)
+    assert torch.equal(by_topd(model, teacher, transport.plan, **options).value, result.value)
 
 
 @pytest.mark.parametrize("mode", ["keep", "cap", "mask"])
@@ -247,11 +247,11 @@ def test_from_scores_to_guidance(mode, backend, device):
     losses = -topd.linear_logprobs(model.hidden, model.head(), tokens.unsqueeze(-1), backend=backend)[..., 0]
     positions = topd.select_candidates(losses.detach(), rule="top_k", value=3)
     m, windows = len(positions), torch.randint(V, (2, len(positions), K_S), device=device)
-    found = topd.near_future_divergence(*windows, model.weight)
-    chosen = topd.divergent(found.distance)
+    transport = topd.near_future_divergence(*windows, model.weight)
+    chosen = topd.divergent(transport.distance)
     weights = topd.false_alarm_weights(losses.detach(), positions, chosen, mode=mode)
     states = model.hidden[positions[:, 0], positions[:, 1]].unsqueeze(1).expand(m, K_S, H)[chosen]
-    guidance = guidance_kl(states, model.head(), windows[1][chosen], found.plan[chosen], backend=backend)
+    guidance = guidance_kl(states, model.head(), windows[1][chosen], transport.plan[chosen], backend=backend)
     assert guidance.shape == (5,)  # of the six candidates the one of the lowest distance goes out
     loss = (weights * losses).mean() + 0.1 * guidance.mean()
     loss.backward()

@@ -58,27 +58,27 @@ def brute_force(score, mask, rule, value, separation=0):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_literal_candidates(rule, value, expected, dtype, device):
     score, mask = torch.tensor(SCORE, dtype=dtype, device=device), torch.tensor(MASK, device=device)
-    found = select_candidates(score, mask=mask, rule=rule, value=value)
-    assert (found.dtype, found.device, found.dim()) == (torch.int64, score.device, 2)
-    assert found.tolist() == expected
+    positions = select_candidates(score, mask=mask, rule=rule, value=value)
+    assert (positions.dtype, positions.device, positions.dim()) == (torch.int64, score.device, 2)
+    assert positions.tolist() == expected
 
 
 def test_literal_packed_candidates(device):
     """Lengths 3, 0, 1, 4: 0.4 of them is 1, 0, 1 and floor(1.6 + 0.5) = 2."""
     score = torch.tensor([1.0, 3.0, 2.0, -5.0, 9.0, 8.0, 7.0, 9.0], device=device)
-    found = select_candidates(score, cu_seqlens=offsets(3, 0, 1, 4).to(device), value=0.4)
-    assert (found.dtype, found.tolist()) == (torch.int64, [1, 3, 4, 7])
+    positions = select_candidates(score, cu_seqlens=offsets(3, 0, 1, 4).to(device), value=0.4)
+    assert (positions.dtype, positions.tolist()) == (torch.int64, [1, 3, 4, 7])
     masked = torch.tensor([True, False, True, False, False, True, True, True], device=device)
-    found = select_candidates(score, mask=masked, cu_seqlens=offsets(3, 0, 1, 4).to(device), value=0.4)
-    assert found.tolist() == [2, 7]
+    positions = select_candidates(score, mask=masked, cu_seqlens=offsets(3, 0, 1, 4).to(device), value=0.4)
+    assert positions.tolist() == [2, 7]
 
 
 def test_the_default_takes_218_of_9688(device):
     score = torch.randn(2, 9688, device=device)
-    found = select_candidates(score)
-    assert found[:, 0].bincount().tolist() == [218, 218]
+    positions = select_candidates(score)
+    assert positions[:, 0].bincount().tolist() == [218, 218]
     for row in range(2):
-        assert found[found[:, 0] == row, 1].tolist() == score[row].topk(218).indices.sort().values.tolist()
+        assert positions[positions[:, 0] == row, 1].tolist() == score[row].topk(218).indices.sort().values.tolist()
 
 
 @pytest.mark.parametrize("n", [1, 2, 22, 23, 66, 67, 200, 1000])
@@ -108,9 +108,9 @@ def test_a_quantile_beside_infinite_scores_leaves_a_candidate(q, device):
     for row in ([-INF, 1.0, 2.0], [-INF, INF, 0.0], [INF, INF], [-INF, -INF, INF], [-INF, INF], [-3e38, 3e38]):
         score = torch.tensor([row], device=device)
         bound = sorted(row)[math.ceil(q * (len(row) - 1))]
-        found = select_candidates(score, rule="quantile", value=q)
-        assert found[:, 1].tolist() == [t for t, s in enumerate(row) if s >= bound]
-        assert len(found)
+        positions = select_candidates(score, rule="quantile", value=q)
+        assert positions[:, 1].tolist() == [t for t, s in enumerate(row) if s >= bound]
+        assert len(positions)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -130,19 +130,19 @@ def test_against_brute_force(rule, separation, device):
     for _ in range(5):
         score, mask = random_batch()
         options = {"rule": rule, "value": RULES[rule], "min_separation": separation}
-        found = select_candidates(score.to(device), mask=mask.to(device), **options).tolist()
+        chosen = select_candidates(score.to(device), mask=mask.to(device), **options).tolist()
         rows = zip(score.tolist(), mask.tolist(), strict=True)
         taken = [brute_force(*row, rule, RULES[rule], separation) for row in rows]
-        assert found == [[row, t] for row, columns in enumerate(taken) for t in columns]
-        assert all(mask[row, t] for row, t in found)
-        assert rule == "threshold" or {row for row, _ in found} == set(mask.any(1).nonzero()[:, 0].tolist())
+        assert chosen == [[row, t] for row, columns in enumerate(taken) for t in columns]
+        assert all(mask[row, t] for row, t in chosen)
+        assert rule == "threshold" or {row for row, _ in chosen} == set(mask.any(1).nonzero()[:, 0].tolist())
 
         whole = offsets(*[mask.shape[1]] * len(mask)).to(device)
         flat = select_candidates(score.flatten().to(device), mask=mask.flatten().to(device), cu_seqlens=whole, **options)
-        assert flat.tolist() == [row * mask.shape[1] + t for row, t in found]
+        assert flat.tolist() == [row * mask.shape[1] + t for row, t in chosen]
         if separation <= 1:
             dense = select_candidates(score[mask].to(device), cu_seqlens=offsets(*mask.sum(1)).to(device), **options)
-            assert torch.equal(mask.nonzero()[dense.cpu()], torch.tensor(found).reshape(-1, 2))
+            assert torch.equal(mask.nonzero()[dense.cpu()], torch.tensor(chosen).reshape(-1, 2))
 
 
 @pytest.mark.parametrize("separation", [0, 4])
@@ -161,8 +161,8 @@ def test_selection_goes_on_until_k_are_taken(device):
     """The four highest stand together; separation 3 passes over three of them and still finds three."""
     score = torch.tensor([[1.0, 9.0, 8.0, 7.0, 6.0, 2.0, 0.0, 3.0]], device=device)
     for rule, value in (("top_k", 3), ("top_fraction", 0.375)):
-        found = select_candidates(score, rule=rule, value=value, min_separation=3)
-        assert found[:, 1].tolist() == [1, 4, 7]
+        positions = select_candidates(score, rule=rule, value=value, min_separation=3)
+        assert positions[:, 1].tolist() == [1, 4, 7]
     assert select_candidates(score, rule="top_k", value=5, min_separation=3)[:, 1].tolist() == [1, 4, 7]
     assert select_candidates(score, rule="threshold", value=6.5, min_separation=3)[:, 1].tolist() == [1]
     assert select_candidates(score, rule="threshold", value=6, min_separation=3)[:, 1].tolist() == [1, 4]
@@ -193,11 +193,11 @@ def test_nothing_to_select(rule, separation, device):
 def test_strides_gradients_and_repetition_change_nothing(rule, device):
     score, mask = (x.to(device) for x in random_batch())
     options = {"rule": rule, "value": RULES[rule], "min_separation": 2}
-    found = select_candidates(score, mask=mask, **options)
+    positions = select_candidates(score, mask=mask, **options)
     before = score.clone()
     for other in (score.t().contiguous().t(), score.clone().requires_grad_()):
         again = select_candidates(other, mask=mask.t().contiguous().t(), **options)
-        assert torch.equal(again, found)
+        assert torch.equal(again, positions)
         assert not again.requires_grad
     assert torch.equal(score, before)
 

@@ -30,7 +30,7 @@ def weigh(**changes):
     return false_alarm_weights(**(good | changes))
 
 
-def at(*positions) -> dict[str, torch.Tensor]:
+def candidates_at(*positions) -> dict[str, torch.Tensor]:
     return {"positions": torch.tensor(positions), "divergent": torch.zeros(len(positions), dtype=torch.bool)}
 
 
@@ -114,33 +114,37 @@ REFUSALS = {
     "weights mask": (lambda: weigh(mask=BOOLS.T), ValueError, ["mask", "[2, 5]", "[5, 2]"]),
     "positions list": (lambda: weigh(positions=POSITIONS), TypeError, ["positions", "Tensor", "list"]),
     "positions int32": (lambda: weigh(positions=i32(0, 1)[None]), TypeError, ["positions", "torch.int64", "torch.int32"]),
-    "positions flat": (lambda: weigh(**at(0, 1)), ValueError, ["positions", "[m, 2]", "row, column", "[2]"]),
-    "positions triples": (lambda: weigh(**at([0, 1, 2])), ValueError, ["positions", "[m, 2]", "[1, 3]"]),
+    "positions flat": (lambda: weigh(**candidates_at(0, 1)), ValueError, ["positions", "[m, 2]", "row, column", "[2]"]),
+    "positions triples": (lambda: weigh(**candidates_at([0, 1, 2])), ValueError, ["positions", "[m, 2]", "[1, 3]"]),
     "positions device": (
         lambda: weigh(positions=torch.tensor(POSITIONS, device="meta")),
         ValueError,
         ["positions", "meta", "move"],
     ),
     "positions packed": (
-        lambda: weigh(score=torch.ones(6), cu_seqlens=offsets(4, 2), **at([0, 1])),
+        lambda: weigh(score=torch.ones(6), cu_seqlens=offsets(4, 2), **candidates_at([0, 1])),
         ValueError,
         ["positions", "[m] with cu_seqlens", "[1, 2]"],
     ),
-    "position row": (lambda: weigh(**at([0, 1], [2, 0])), ValueError, ["positions", "lie in", "[2, 5]", "[2, 0]", "index 1"]),
-    "position column": (lambda: weigh(**at([0, 5])), ValueError, ["positions", "lie in", "[0, 5]"]),
-    "position negative": (lambda: weigh(**at([1, -1])), ValueError, ["positions", "lie in", "[1, -1]"]),
+    "position row": (
+        lambda: weigh(**candidates_at([0, 1], [2, 0])),
+        ValueError,
+        ["positions", "lie in", "[2, 5]", "[2, 0]", "index 1"],
+    ),
+    "position column": (lambda: weigh(**candidates_at([0, 5])), ValueError, ["positions", "lie in", "[0, 5]"]),
+    "position negative": (lambda: weigh(**candidates_at([1, -1])), ValueError, ["positions", "lie in", "[1, -1]"]),
     "position entry": (
-        lambda: weigh(score=torch.ones(6), cu_seqlens=offsets(4, 2), **at(2, 6)),
+        lambda: weigh(score=torch.ones(6), cu_seqlens=offsets(4, 2), **candidates_at(2, 6)),
         ValueError,
         ["positions", "lie in", "[6]", "got 6", "index 1"],
     ),
     "position masked": (
-        lambda: weigh(mask=BOOLS, **at([0, 1], [0, 0])),
+        lambda: weigh(mask=BOOLS, **candidates_at([0, 1], [0, 0])),
         ValueError,
         ["positions", "mask is True", "[0, 0]", "index 1", "select_candidates"],
     ),
     "position twice": (
-        lambda: weigh(**at([0, 1], [1, 1], [0, 1])),
+        lambda: weigh(**candidates_at([0, 1], [1, 1], [0, 1])),
         ValueError,
         ["positions", "distinct", "[0, 1]", "index 2"],
     ),

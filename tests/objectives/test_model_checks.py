@@ -59,10 +59,10 @@ def test_a_compiled_base_model_runs_compiled_and_right(way, form):
         student.model = torch.compile(student.model, backend=counter)
     objective = topd.OPD(student, teacher)
     assert not warnings_of(objective, batch)
-    found = objective(batch)
+    result = objective(batch)
     assert counter.frame_count > 0
-    assert_near(found.loss.detach(), expected.loss.detach().double(), 1e-5)
-    assert_near(backward(student, found.loss), gradient.double(), 1e-5)
+    assert_near(result.loss.detach(), expected.loss.detach().double(), 1e-5)
+    assert_near(backward(student, result.loss), gradient.double(), 1e-5)
 
 
 def test_a_compiled_whole_with_a_compiled_base_model_is_as_asked():
@@ -80,11 +80,11 @@ def test_windows_of_a_compiled_base_model_branch_and_see_masks_and_positions(way
         student.model.compile(backend="eager")
     else:
         student.model = torch.compile(student.model, backend="eager")
-    found = topd.TOPD(student, teacher, config)(batch_of())
-    windows = found.near_future.windows
+    objective = topd.TOPD(student, teacher, config)(batch_of())
+    windows = objective.near_future.windows
     assert windows.student_way == "branches"
     assert torch.equal(windows.student_tokens, expected.near_future.windows.student_tokens)
-    assert_near(found.loss.detach(), expected.loss.detach().double(), 1e-5)
+    assert_near(objective.loss.detach(), expected.loss.detach().double(), 1e-5)
 
 
 @METHODS

@@ -89,8 +89,8 @@ def test_rows_and_temperatures_change_in_one_graph(name):
     frames = []
     for n, temperature in enumerate(TEMPERATURES, 4):
         batch = Batch(n, shared)
-        found, expected = batch.gradients(compiled, temperature), batch.gradients(loss, temperature)
-        for each, true in zip(found, expected, strict=True):
+        gradients, expected = batch.gradients(compiled, temperature), batch.gradients(loss, temperature)
+        for each, true in zip(gradients, expected, strict=True):
             torch.testing.assert_close(each, true, rtol=1e-5, atol=1e-6)
         frames.append(counter.frame_count)
     assert frames[-1] == frames[1]

@@ -64,13 +64,13 @@ def test_agrees_with_the_reference_in_float64(divergence, parameter, widths, pla
         }
     tokens = torch.arange(13) % min(widths)
     spec = spec_of(divergence, parameter, plain=plain)
-    found = by_cpp(student, teacher, spec, tokens=tokens, **options)
+    rows = by_cpp(student, teacher, spec, tokens=tokens, **options)
     biases = (options.get("student_bias"), options.get("teacher_bias"))
     true = divergence_rows(student, teacher, *biases, tokens, spec, grad=True, scores=True)
-    torch.testing.assert_close(found.value, true.value, rtol=1e-11, atol=1e-14)
-    torch.testing.assert_close(found.scores, true.scores, rtol=1e-11, atol=1e-14)
-    torch.testing.assert_close(found.grad_logits, true.grad_logits, rtol=1e-10, atol=1e-14)
-    assert torch.equal(found.finite, true.finite)
+    torch.testing.assert_close(rows.value, true.value, rtol=1e-11, atol=1e-14)
+    torch.testing.assert_close(rows.scores, true.scores, rtol=1e-11, atol=1e-14)
+    torch.testing.assert_close(rows.grad_logits, true.grad_logits, rtol=1e-10, atol=1e-14)
+    assert torch.equal(rows.finite, true.finite)
 
 
 @pytest.mark.parametrize(("divergence", "parameter"), KINDS)
@@ -80,15 +80,15 @@ def test_float32_keeps_its_digits(divergence, parameter):
     are quadratic: near equality it is no better than the probabilities."""
     student, teacher = (logits.float() for logits in random_logits(24, 3001, 3001))
     spec = spec_of(divergence, parameter)
-    found = by_cpp(student, teacher, spec)
+    rows = by_cpp(student, teacher, spec)
     true = divergence_rows(student.double(), teacher.double(), None, None, None, spec, grad=True, scores=True)
     scale = true.value if parameter != 0.05 else true.value.abs().clamp_min(1.0)  # a clipped sum adds terms of both signs
     atol = 1e-7 if divergence == "total_variation" else 0.0
-    assert ((found.value - true.value).abs() <= 3e-6 * scale + atol).all()
+    assert ((rows.value - true.value).abs() <= 3e-6 * scale + atol).all()
     largest = true.grad_logits.abs().amax(-1, keepdim=True)
     rounding = torch.maximum(student.softmax(-1), teacher.softmax(-1)).amax(-1, keepdim=True) * 2**-22
     if divergence != "total_variation":  # its gradient jumps where the sides are equal
-        assert ((found.grad_logits - true.grad_logits).abs() <= 3e-6 * largest + rounding).all()
+        assert ((rows.grad_logits - true.grad_logits).abs() <= 3e-6 * largest + rounding).all()
 
 
 def test_exp_is_within_two_ulp():

@@ -23,8 +23,8 @@ def by_cpp(
 ) -> LogprobRows:
     tile = product.clone()
     second = torch.full_like(tile, torch.nan) if grad and entropy else None
-    found = torch.ops.topd.logprob_rows(tile, bias, ids, *spec, second, grad, entropy)
-    return LogprobRows(*found, tile if grad else None, second)
+    rows = torch.ops.topd.logprob_rows(tile, bias, ids, *spec, second, grad, entropy)
+    return LogprobRows(*rows, tile if grad else None, second)
 
 
 def random_case(width: int, count: int) -> tuple[Tensor, Tensor]:
@@ -39,13 +39,13 @@ def random_case(width: int, count: int) -> tuple[Tensor, Tensor]:
     return logits, ids
 
 
-def assert_same_rows(found: LogprobRows, true: LogprobRows, rtol: float, grad_rtol: float) -> None:
+def assert_same_rows(rows: LogprobRows, true: LogprobRows, rtol: float, grad_rtol: float) -> None:
     for name in ("logprobs", "entropy", "outside", "slope"):
-        torch.testing.assert_close(getattr(found, name), getattr(true, name), rtol=rtol, atol=1e-14, msg=name)
+        torch.testing.assert_close(getattr(rows, name), getattr(true, name), rtol=rtol, atol=1e-14, msg=name)
     for name in ("outside_grad", "entropy_grad"):
-        torch.testing.assert_close(getattr(found, name), getattr(true, name), rtol=grad_rtol, atol=1e-14, msg=name)
-    assert torch.equal(found.first, true.first)
-    assert torch.equal(found.finite, true.finite)
+        torch.testing.assert_close(getattr(rows, name), getattr(true, name), rtol=grad_rtol, atol=1e-14, msg=name)
+    assert torch.equal(rows.first, true.first)
+    assert torch.equal(rows.finite, true.finite)
 
 
 @pytest.mark.parametrize("entropy", [False, True], ids=["", "entropy"])
@@ -55,8 +55,8 @@ def assert_same_rows(found: LogprobRows, true: LogprobRows, rtol: float, grad_rt
 def test_agrees_with_the_reference_in_float64(width, count, plain, entropy):
     logits, ids = random_case(width, count)
     spec, bias = (PLAIN, None) if plain else (OPTIONS, torch.randn(width, dtype=torch.float64))
-    found = by_cpp(logits, ids, spec, bias=bias, entropy=entropy)
-    assert_same_rows(found, logprob_rows(logits, bias, ids, spec, grad=True, entropy=entropy), 1e-11, 1e-10)
+    rows = by_cpp(logits, ids, spec, bias=bias, entropy=entropy)
+    assert_same_rows(rows, logprob_rows(logits, bias, ids, spec, grad=True, entropy=entropy), 1e-11, 1e-10)
 
 
 @pytest.mark.parametrize("count", [0, 1, 7])
@@ -64,14 +64,14 @@ def test_agrees_with_the_reference_in_float64(width, count, plain, entropy):
 def test_agrees_with_plain_torch_in_float64(width, count):
     """log_softmax, gather, entropy; the mass outside by its own log-sum-exp."""
     logits, ids = random_case(width, count)
-    found, logprobs, known = by_cpp(logits, ids), logits.log_softmax(-1), ids >= 0
+    rows, logprobs, known = by_cpp(logits, ids), logits.log_softmax(-1), ids >= 0
     chosen = logprobs.gather(-1, ids.clamp(min=0)).masked_fill(~known, -torch.inf)
-    torch.testing.assert_close(found.logprobs, chosen, rtol=1e-11, atol=1e-13)
-    torch.testing.assert_close(found.entropy, -(logprobs.exp() * logprobs).sum(-1), rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(rows.logprobs, chosen, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(rows.entropy, -(logprobs.exp() * logprobs).sum(-1), rtol=1e-11, atol=1e-13)
     taken = torch.zeros(ROWS, width + 1, dtype=torch.bool).scatter(-1, torch.where(known, ids, width), True)[:, :width]
     rest = logprobs.masked_fill(taken, -torch.inf)
-    torch.testing.assert_close(found.outside, rest.logsumexp(-1), rtol=1e-11, atol=1e-13)
-    torch.testing.assert_close(found.outside_grad, rest.softmax(-1).nan_to_num(0.0), rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(rows.outside, rest.logsumexp(-1), rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(rows.outside_grad, rest.softmax(-1).nan_to_num(0.0), rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize("count", [0, 1, 7])
@@ -81,12 +81,12 @@ def test_float32_keeps_its_digits(width, count):
     itself (its logarithm absolutely), gradients to 3e-6 of their row's largest."""
     logits, ids = random_case(width, count)
     logits = logits.float()
-    found = by_cpp(logits, ids)
+    rows = by_cpp(logits, ids)
     true = logprob_rows(logits.double(), None, ids, PLAIN, grad=True, entropy=True)
     for name, atol in (("logprobs", 0), ("entropy", 0), ("outside", 3e-6)):
-        torch.testing.assert_close(getattr(found, name).double(), getattr(true, name), rtol=3e-6, atol=atol, msg=name)
+        torch.testing.assert_close(getattr(rows, name).double(), getattr(true, name), rtol=3e-6, atol=atol, msg=name)
     for name in ("outside_grad", "entropy_grad"):
-        value, expected = getattr(found, name), getattr(true, name)
+        value, expected = getattr(rows, name), getattr(true, name)
         assert ((value - expected).abs() <= 3e-6 * expected.abs().amax(-1, keepdim=True)).all(), name
 
 
@@ -95,10 +95,10 @@ def test_float32_with_every_option(width):
     """Logits of up to 15, of which float32 knows 1e-6."""
     logits, ids = random_case(width, 7)
     logits, bias = logits.float(), torch.randn(width)
-    found = by_cpp(logits, ids, OPTIONS, bias=bias)
+    rows = by_cpp(logits, ids, OPTIONS, bias=bias)
     true = logprob_rows(logits.double(), bias.double(), ids, OPTIONS, grad=True, entropy=True)
     for name in ("logprobs", "entropy", "outside", "slope", "outside_grad", "entropy_grad"):
-        torch.testing.assert_close(getattr(found, name).double(), getattr(true, name), rtol=3e-6, atol=3e-6, msg=name)
+        torch.testing.assert_close(getattr(rows, name).double(), getattr(true, name), rtol=3e-6, atol=3e-6, msg=name)
 
 
 def test_no_token_has_no_effect():
@@ -116,9 +116,9 @@ def test_no_token_has_no_effect():
 
 
 def test_an_id_is_first_once_a_row():
-    found = by_cpp(torch.randn(2, 5), torch.tensor([[3, 3, 0, 3, -1, 5], [0, 1, 0, 1, 2, 2]]))
-    assert found.first.tolist() == [[True, False, True, False, False, False], [True, True, False, False, True, False]]
-    assert found.logprobs[0].isneginf().tolist() == [False] * 4 + [True] * 2
+    rows = by_cpp(torch.randn(2, 5), torch.tensor([[3, 3, 0, 3, -1, 5], [0, 1, 0, 1, 2, 2]]))
+    assert rows.first.tolist() == [[True, False, True, False, False, False], [True, True, False, False, True, False]]
+    assert rows.logprobs[0].isneginf().tolist() == [False] * 4 + [True] * 2
 
 
 @pytest.mark.parametrize("softcap", [None, 20.0])
@@ -139,8 +139,8 @@ def test_rows_with_a_stride_and_rows_without_a_distribution():
     expected = by_cpp(logits, ids)
     wide, second = torch.zeros(6, 40), torch.zeros(6, 50)
     wide[:, :37] = logits
-    found = torch.ops.topd.logprob_rows(wide[:, :37], None, ids, *PLAIN, second[:, :37], True, True)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected[:6], strict=True))
+    rows = torch.ops.topd.logprob_rows(wide[:, :37], None, ids, *PLAIN, second[:, :37], True, True)
+    assert all(torch.equal(a, b) for a, b in zip(rows, expected[:6], strict=True))
     assert torch.equal(wide[:, :37], expected.outside_grad)
     assert torch.equal(second[:, :37], expected.entropy_grad)
     assert not wide[:, 37:].any()

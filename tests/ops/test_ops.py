@@ -142,8 +142,8 @@ def test_a_compiled_training_step_is_the_eager_one(uniform, chunked, device):
     weights = weights.to(device)
     eager, step = Step(problem, chunked), Step(problem, chunked)
     compiled = step.train_on(torch.compile(step, fullgraph=True), problem, weights)
-    for found, expected in zip(compiled, eager.train_on(eager, problem, weights), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    for tensor, expected in zip(compiled, eager.train_on(eager, problem, weights), strict=True):
+        torch.testing.assert_close(tensor, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.usefixtures("cold_compiler")
@@ -196,10 +196,10 @@ def test_opcheck_logprobs_backward(options, entropy, dense, chunked, device):
     forward = torch.ops.topd.linear_logprobs.default
     known = logprob_arguments(problem, chunked) | {"dense": dense}
     given, names = pack(forward, known), [argument.name for argument in forward._schema.arguments]
-    found, entropies, outside, *kept = forward(*given)
-    upstream = torch.randn_like(found), torch.randn_like(entropies) if entropy else None, None
+    logprobs_at_ids, entropies, outside, *kept = forward(*given)
+    upstream = torch.randn_like(logprobs_at_ids), torch.randn_like(entropies) if entropy else None, None
     flags = [known[name] for name in ("hidden_grad", "weight_grad", "bias_grad", "adapter_grad")]
-    arguments = (*upstream, *given[: names.index("weights_hint")], found, outside, *kept, True, *flags)
+    arguments = (*upstream, *given[: names.index("weights_hint")], logprobs_at_ids, outside, *kept, True, *flags)
     results = torch.library.opcheck(torch.ops.topd.linear_logprobs_backward.default, arguments)
     assert set(results.values()) == {"SUCCESS"}
 
@@ -257,11 +257,11 @@ def test_a_compiled_step_on_log_probabilities_is_the_eager_one(chunked, device):
         leaves = problem.model.leaves(compare.TENSORS)
         tensors, losses = [getattr(leaves, tensor) for tensor in compare.TENSORS], []
         for _ in range(3):
-            found = loss_of(*tensors)
-            grads = torch.autograd.grad(found, tensors)
-            losses.append(found.detach())
+            loss_value = loss_of(*tensors)
+            grads = torch.autograd.grad(loss_value, tensors)
+            losses.append(loss_value.detach())
             tensors = [(t - 0.01 * g).detach().requires_grad_() for t, g in zip(tensors, grads, strict=True)]
         return [*losses, *grads, *tensors]
 
-    for found, expected in zip(trained(torch.compile(loss, fullgraph=True)), trained(loss), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    for tensor, expected in zip(trained(torch.compile(loss, fullgraph=True)), trained(loss), strict=True):
+        torch.testing.assert_close(tensor, expected, rtol=1e-5, atol=1e-6)

@@ -61,9 +61,9 @@ def assert_agree(compiled: topd.Transport, reference: topd.Transport, *, plans: 
 @pytest.mark.parametrize("kind", HARD)
 def test_compiled_is_the_reference(kind, cost, epsilon):
     for dtype in (torch.float32, torch.float64):
-        found = both(hard_table(kind, dtype), 21, 18, cost, epsilon)
-        assert_agree(*found, plans=dtype == torch.float64 or epsilon >= 0.01)
-        assert (found[0].marginal_error <= 1e-4).all()
+        pair = both(hard_table(kind, dtype), 21, 18, cost, epsilon)
+        assert_agree(*pair, plans=dtype == torch.float64 or epsilon >= 0.01)
+        assert (pair[0].marginal_error <= 1e-4).all()
 
 
 @pytest.mark.cpp

@@ -85,16 +85,16 @@ def test_strides_of_every_operand(chunked):
 
 def test_any_number_of_threads_gives_the_same_bits(chunked):
     table, ids, weights = random_case(300, 20, 50, 200)
-    threads, found = torch.get_num_threads(), []
+    threads, runs = torch.get_num_threads(), []
     try:
         for count in (1, 2, 2):
             torch.set_num_threads(count)
-            found.append(torch.ones(300, 200))
-            weighted_gather(chunked, found[-1], table, ids, weights)
+            runs.append(torch.ones(300, 200))
+            weighted_gather(chunked, runs[-1], table, ids, weights)
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[1], found[2])
+    assert torch.equal(runs[0], runs[1])
+    assert torch.equal(runs[1], runs[2])
 
 
 @pytest.mark.cpp

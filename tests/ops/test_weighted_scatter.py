@@ -93,15 +93,15 @@ def test_strides_of_every_operand(chunked):
 def test_any_number_of_threads_and_any_run_gives_the_same_bits(chunked):
     """Many rows of one id: the order of its sum is fixed."""
     rows, ids, weights = random_case(600, 8, 5, 64)
-    threads, found = torch.get_num_threads(), []
+    threads, runs = torch.get_num_threads(), []
     try:
         for count in (1, *[2] * 10):
             torch.set_num_threads(count)
-            found.append(torch.ones(5, 64))
-            weighted_scatter(chunked, found[-1], rows, ids, weights)
+            runs.append(torch.ones(5, 64))
+            weighted_scatter(chunked, runs[-1], rows, ids, weights)
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(found[0], again) for again in found[1:])
+    assert all(torch.equal(runs[0], again) for again in runs[1:])
 
 
 @pytest.mark.cpp
