@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from compare import TENSORS, Model, Outcome, random_model
+from compare import TENSORS, Model, Outcome, gradients, random_model
 from torch import Tensor
 
 import topd
@@ -91,10 +91,3 @@ def by_topd(
     model = problem.model.leaves(trainable)
     value = run(problem, model, backend, **options)
     return Outcome(value.detach(), gradients(value, upstream, model))
-
-
-def gradients(value: Tensor, upstream: Tensor | None, model: Model) -> dict[str, Tensor | None]:
-    if upstream is None:
-        return {}
-    value.backward(upstream.to(value.dtype))
-    return {name: getattr(model, name).grad for name in TENSORS if getattr(model, name) is not None}

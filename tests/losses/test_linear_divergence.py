@@ -7,6 +7,7 @@ import compare
 import pytest
 import torch
 from compare import DIVERGENCES, OPTIONS, by_topd, plain, random_model, random_problem
+from score_truth import true_scores
 
 import topd
 
@@ -145,7 +146,7 @@ def test_scores(options, backend, device):
     student = problem.student.leaves(compare.TENSORS)
     sides = student.hidden, student.head(), problem.teacher.hidden, problem.teacher.head()
     value, scores = topd.linear_divergence(*sides, **problem.options(), return_scores=True, backend=backend)
-    truth = compare.true_scores(problem)
+    truth = true_scores(problem)
     assert vars(scores).keys() == truth.keys()
     assert torch.equal(scores.top1_agreement, truth.pop("top1_agreement"))
     for name, true in truth.items():
@@ -170,7 +171,7 @@ def test_score_tokens_detaches_both_sides(device):
     scores = topd.score_tokens(
         student.hidden, student.head(), teacher.hidden, teacher.head(), tokens=problem.tokens, temperature=2.0
     )
-    truth = compare.true_scores(problem)
+    truth = true_scores(problem)
     assert torch.equal(scores.top1_agreement, truth.pop("top1_agreement"))
     for name, true in truth.items():
         compare.assert_near(getattr(scores, name), true, 1e-11, name)

@@ -3,10 +3,10 @@
 import math
 from dataclasses import replace
 
-import compare
 import pytest
 import torch
 from compare import DIVERGENCES, Model, Outcome, Problem, by_topd, plain
+from score_truth import true_scores
 from torch import Tensor
 
 import topd
@@ -200,7 +200,7 @@ def test_entropy_and_logprob_of_peaked_rows(backend, device):
     sides = problem.student.hidden, problem.student.head(), problem.teacher.hidden, problem.teacher.head()
     tokens = torch.full((3,), 9, device=device)
     _, scores = topd.linear_divergence(*sides, tokens=tokens, return_scores=True, backend=backend)
-    true = compare.true_scores(replace(problem, tokens=tokens))
+    true = true_scores(replace(problem, tokens=tokens))
     for name in ("student_entropy", "teacher_entropy", "student_logprob", "teacher_logprob"):
         torch.testing.assert_close(getattr(scores, name).double(), true[name], rtol=1e-4, atol=0)
 

@@ -1,13 +1,12 @@
 """topd.guidance_kl: the mean over a student's window of KL(row of the plan, over the teacher's tokens || p_S)."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import compare
 import pytest
 import torch
-from compare import CONSTANT, TENSORS, Model, Outcome, random_model
+from compare import CONSTANT, TENSORS, Model, Outcome, outcome_of, random_model
 
 import topd
 from topd import guidance_kl
@@ -49,20 +48,12 @@ def full_guidance(
     return torch.stack(values)
 
 
-def outcome(model: Model, dtype: torch.dtype | None, compute: Callable[[Model], torch.Tensor]) -> Outcome:
-    """Values and gradients of what compute makes of the model's leaves, each window with an upstream gradient of its own."""
-    leaves = model.leaves(TENSORS, dtype)
-    value = compute(leaves)
-    value.backward(torch.linspace(-1, 2, value.numel(), dtype=value.dtype, device=value.device))
-    return Outcome(value.detach(), {name: leaf.grad for name in TENSORS if (leaf := getattr(leaves, name)) is not None})
-
-
 def truth(model: Model, *arguments: Any, dtype: torch.dtype | None = torch.float64) -> Outcome:
-    return outcome(model, dtype, lambda leaves: full_guidance(leaves, *arguments))
+    return outcome_of(model, dtype, lambda leaves: full_guidance(leaves, *arguments))
 
 
 def by_topd(model: Model, tokens: torch.Tensor, plan: torch.Tensor, **options: Any) -> Outcome:
-    return outcome(model, None, lambda leaves: guidance_kl(leaves.hidden, leaves.head(), tokens, plan, **options))
+    return outcome_of(model, None, lambda leaves: guidance_kl(leaves.hidden, leaves.head(), tokens, plan, **options))
 
 
 def test_literal_values_and_gradient(backend):
@@ -132,8 +123,8 @@ def test_one_token_fifty_times_has_no_entropy(backend, device):
         logprobs = leaves.logits().log_softmax(-1)
         return -logprobs.gather(-1, token.unsqueeze(1).expand(M, K_S, 1))[..., 0].mean(1)
 
-    ours = by_topd(model, token.expand(M, 50), plan, backend=backend)
-    compare.assert_outcome(ours, outcome(model, torch.float64, cross_entropy), 1e-11)
+    outcome = by_topd(model, token.expand(M, 50), plan, backend=backend)
+    compare.assert_outcome(outcome, outcome_of(model, torch.float64, cross_entropy), 1e-11)
 
 
 def test_the_gradient_is_that_of_the_papers_sum(backend, device):
@@ -146,9 +137,9 @@ def test_the_gradient_is_that_of_the_papers_sum(backend, device):
         index = tokens.unsqueeze(1).expand(M, K_S, K_T)
         return -(plan * leaves.logits().log_softmax(-1).gather(-1, index)).sum((1, 2))
 
-    ours, sums = by_topd(model, tokens, plan, backend=backend), outcome(model, torch.float64, literal_sum)
-    compare.assert_outcome(Outcome(sums.value, ours.grads), sums, 1e-11)
-    assert (ours.value <= sums.value).all()
+    outcome, sums = by_topd(model, tokens, plan, backend=backend), outcome_of(model, torch.float64, literal_sum)
+    compare.assert_outcome(Outcome(sums.value, outcome.grads), sums, 1e-11)
+    assert (outcome.value <= sums.value).all()
 
 
 def test_a_rows_mass_changes_nothing(backend, device):
