@@ -38,6 +38,22 @@ NEEDS = {
 }
 
 
+# The files that take longest, which two workers begin with, so that neither is left with one of them at the end.
+LONGEST = (
+    "test_examples.py",
+    "test_triton_transport.py",
+    "test_compiled_dynamic.py",
+    "test_triton_divergence_rows.py",
+    "test_ops.py",
+    "test_integrations_trl.py",
+    "test_data_parallel.py",
+    "test_model_checks.py",
+    "test_windows.py",
+    "test_triton_ops.py",
+    "test_masked_rows.py",
+)
+
+
 def runs_on(backend: str, device: torch.device) -> bool:
     """Return whether a backend is here and takes tensors of the device."""
     if not HERE[backend] or (backend == "cpp" and device.type != "cpu"):
@@ -73,12 +89,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the tests whose marker asks for what is not here."""
+    """Leave out the tests whose marker asks for what is not here; let the longest files come first."""
     absent = [name for name, (here, _) in NEEDS.items() if not here]
-    left_out = [item for item in items if any(item.get_closest_marker(name) for name in absent)]
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in set(left_out)]
+    kept, left_out = [], []
+    for item in items:
+        (left_out if any(item.get_closest_marker(name) for name in absent) else kept).append(item)
+    config.hook.pytest_deselected(items=left_out)
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    items[:] = sorted(kept, key=lambda item: ranks.get(item.path.name, len(LONGEST)))
 
 
 def pytest_collection_finish() -> None:
