@@ -98,7 +98,11 @@ def test_rows_and_temperatures_change_in_one_graph(name):
 
 @pytest.mark.parametrize(
     ("dynamic", "backend", "compiler"),
-    [(True, None, "inductor"), (None, None, "inductor"), (True, "eager", "aot_eager")],
+    [
+        (True, None, "inductor"),
+        pytest.param(None, None, "inductor", marks=pytest.mark.slow),
+        (True, "eager", "aot_eager"),
+    ],
 )
 def test_a_changing_temperature_on_every_backend(dynamic, backend, compiler):
     loss, shared = losses("linear_divergence", backend), leaves()

@@ -187,9 +187,10 @@ def test_opcheck_logprobs_forward(options, entropy, chunked, device):
     assert set(results.values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("dense", [True, False], ids=["dense", "later"])
-@pytest.mark.parametrize("entropy", [False, True], ids=["", "entropy"])
-@pytest.mark.parametrize("options", LOGPROBS)
+@pytest.mark.parametrize(  # each pair of settings once
+    ("options", "entropy", "dense"),
+    [("plain", False, True), ("plain", True, False), ("everything", False, False), ("everything", True, True)],
+)
 def test_opcheck_logprobs_backward(options, entropy, dense, chunked, device):
     """Its arguments: three upstream gradients, what both ops share, what forward returned but for the entropy, flags."""
     problem = logprobs.random_problem(logprobs.OPTIONS[options], n=6, vocab=13, entropy=entropy).to(device)
@@ -217,11 +218,10 @@ def test_opcheck_topk_logprobs(temperature, device):
 
 
 @pytest.mark.cpp
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("softcap", [None, 9.0])
-@pytest.mark.parametrize("flags", [(True, True), (True, False), (False, True), (False, False)], ids=str)
-def test_opcheck_logprob_rows(flags, softcap, dtype):
-    grad, entropy = flags
+@pytest.mark.parametrize(("softcap", "dtype"), [(None, torch.float32), (9.0, torch.float64)], ids=str)
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("entropy", [True, False])
+def test_opcheck_logprob_rows(entropy, grad, softcap, dtype):
     tile, bias, ids = torch.randn(5, 13, dtype=dtype), torch.randn(13, dtype=dtype), torch.randint(13, (5, 3))
     second = torch.empty_like(tile) if grad and entropy else None
     arguments = (tile, bias, ids, 0.5, softcap, 1.3, second, grad, entropy)
