@@ -13,10 +13,17 @@ TESTS ?=
 DEMO ?=
 BUILT := $(VENV)/built-$(TOPD_BUILD_CPP)
 
-.PHONY: test lint bench demo install-check clean
+# Two workers with a thread each; the tests of threads set their own number.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+.PHONY: test test-all lint bench demo install-check clean
 
 test: $(BUILT)
-	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
+	$(PYTEST) -m "not slow" $(TESTS)
+
+# The tests marked slow too: what takes long and says little more than a test beside it.
+test-all: $(BUILT)
+	$(PYTEST) $(TESTS)
 
 lint: $(BUILT)
 	$(BIN)/ruff check .

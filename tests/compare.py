@@ -69,14 +69,14 @@ class Model:
         return topd.Head(self.weight, self.bias, scale=self.scale, softcap=self.softcap, adapter=adapter)
 
     def map(self, change: Callable[[str, Tensor], Tensor]) -> "Model":
-        found = {name: getattr(self, name) for name in TENSORS}
-        return replace(self, **{name: change(name, value) for name, value in found.items() if value is not None})
+        tensors = {name: getattr(self, name) for name in TENSORS}
+        return replace(self, **{name: change(name, value) for name, value in tensors.items() if value is not None})
 
     def to(self, *where: Any) -> "Model":
         return self.map(lambda _, value: value.to(*where))
 
     def leaves(self, trainable: tuple[str, ...], dtype: torch.dtype | None = None) -> "Model":
-        """Copies with the same strides, of which the trainable ones require grad."""
+        """Return copies with the same strides, of which the trainable ones require grad."""
 
         def leaf(name: str, value: Tensor) -> Tensor:
             copy = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device).copy_(value)
@@ -85,7 +85,7 @@ class Model:
         return self.map(leaf)
 
     def logits(self) -> Tensor:
-        """The formula of the public contract, on this model's own dtypes."""
+        """Return logits by the formula of the public contract, in this model's own dtypes."""
         x = F.linear(self.hidden, self.weight)
         if self.bias is not None:
             x = x + self.bias
@@ -108,7 +108,7 @@ class Problem:
     hard_weight: float = 0.0
 
     def to(self, *where: Any) -> "Problem":
-        """On another device or, for what is floating, in another dtype."""
+        """Return it on another device or, for what is floating, in another dtype."""
         device = (
             {}
             if isinstance(where[0], torch.dtype)
@@ -128,14 +128,14 @@ class Outcome:
 
 
 def row_divergence(divergence: topd.Divergence, student: Tensor, teacher: Tensor) -> Tensor:
-    """From log-probabilities [..., V] to [...], each formula as it is printed."""
+    """Return a divergence [...] of log-probabilities [..., V], each formula as it is printed."""
     p_student, p_teacher = student.exp(), teacher.exp()
 
     def kl(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
         return torch.where(p > 0, p * (log_p - log_q), 0.0)
 
     def mixed(share: float) -> Tensor:
-        """log of (1 - share) p_S + share p_T."""
+        """Return the log of (1 - share) p_S + share p_T."""
         return torch.logaddexp(student + math.log(1 - share), teacher + math.log(share))
 
     match divergence:
@@ -157,12 +157,12 @@ def row_divergence(divergence: topd.Divergence, student: Tensor, teacher: Tensor
 
 
 def kept(problem: Problem) -> Tensor:
-    """Which rows count, [...] bool."""
+    """Return which rows count, [...] bool."""
     return torch.ones_like(problem.student.hidden[..., 0], dtype=torch.bool) if problem.mask is None else problem.mask
 
 
-def _logprobs(problem: Problem, student: Model, teacher: Model) -> tuple[Tensor, Tensor]:
-    """Of the unmasked rows [M, V], on the common vocabulary, at least in float32."""
+def both_logprobs(problem: Problem, student: Model, teacher: Model) -> tuple[Tensor, Tensor]:
+    """Return the log-probabilities of the unmasked rows [M, V] on the common vocabulary, student first, at least in float32."""
     rows, vocab = kept(problem), min(student.weight.shape[0], teacher.weight.shape[0])
     both = [replace(model, hidden=model.hidden[rows]).logits()[..., :vocab] for model in (student, teacher)]
     dtype = torch.promote_types(torch.promote_types(both[0].dtype, both[1].dtype), torch.float32)
@@ -176,17 +176,17 @@ def plain(
     trainable: tuple[str, ...] = TENSORS,
     dtype: torch.dtype | None = torch.float64,
 ) -> Outcome:
-    """Value and gradients in eager torch: the truth in float64, the yardstick with dtype=None (the tensors' own)."""
+    """Return value and gradients in eager torch: the truth in float64, the yardstick with dtype=None (the tensors' own)."""
     student = problem.student.leaves(trainable, dtype)
     teacher = problem.teacher if dtype is None else problem.teacher.to(dtype)
-    student_logprobs, teacher_logprobs = _logprobs(problem, student, teacher)
+    student_logprobs, teacher_logprobs = both_logprobs(problem, student, teacher)
     rows = kept(problem)
-    found = row_divergence(problem.divergence, student_logprobs, teacher_logprobs)
+    losses = row_divergence(problem.divergence, student_logprobs, teacher_logprobs)
     if problem.hard_weight:
-        at = problem.tokens[rows].unsqueeze(-1)
-        found = found - problem.hard_weight * student_logprobs.gather(-1, at).squeeze(-1)
-    value = found.new_zeros(rows.shape).masked_scatter(rows, found)
-    return Outcome(value.detach(), _gradients(value, upstream, student))
+        index = problem.tokens[rows].unsqueeze(-1)
+        losses = losses - problem.hard_weight * student_logprobs.gather(-1, index).squeeze(-1)
+    value = losses.new_zeros(rows.shape).masked_scatter(rows, losses)
+    return Outcome(value.detach(), gradients(value, upstream, student))
 
 
 def by_topd(
@@ -197,14 +197,15 @@ def by_topd(
     trainable: tuple[str, ...] = TENSORS,
     **options: Any,
 ) -> Outcome:
-    """The same through `topd.linear_divergence`."""
+    """Return the same of `topd.linear_divergence`."""
     student = problem.student.leaves(trainable)
     sides = (student.hidden, student.head(), problem.teacher.hidden, problem.teacher.head())
     value = topd.linear_divergence(*sides, **problem.options(), backend=backend, **options)
-    return Outcome(value.detach(), _gradients(value, upstream, student))
+    return Outcome(value.detach(), gradients(value, upstream, student))
 
 
-def _gradients(value: Tensor, upstream: Tensor | None, model: Model) -> dict[str, Tensor | None]:
+def gradients(value: Tensor, upstream: Tensor | None, model: Model) -> dict[str, Tensor | None]:
+    """Return the gradient of each tensor that a model has, of value times upstream; nothing without upstream."""
     if upstream is None:
         return {}
     value.backward(upstream.to(value.dtype))
@@ -212,68 +213,42 @@ def _gradients(value: Tensor, upstream: Tensor | None, model: Model) -> dict[str
 
 
 def outcome_of(model: Model, dtype: torch.dtype | None, compute: Callable[[Model], Tensor]) -> Outcome:
-    """Values and gradients of what compute makes of the model's leaves, each row with an upstream gradient of its own."""
+    """Return what compute makes of the model's leaves, and its gradients, each value with an upstream gradient of its own."""
     leaves = model.leaves(TENSORS, dtype)
     value = compute(leaves)
     value.backward(torch.linspace(-1, 2, value.numel(), dtype=value.dtype, device=value.device).view(value.shape))
-    return Outcome(value.detach(), {name: found.grad for name in TENSORS if (found := getattr(leaves, name)) is not None})
+    return Outcome(value.detach(), {name: leaf.grad for name in TENSORS if (leaf := getattr(leaves, name)) is not None})
 
 
-def true_scores(problem: Problem) -> dict[str, Tensor]:
-    """Every field of TokenScores in float64, from probabilities."""
-    student, teacher = problem.student.to(torch.float64), problem.teacher.to(torch.float64)
-    rows = kept(problem)
-    s, t = _logprobs(problem, student, teacher)
-    vocab = s.shape[-1]
-
-    def lost_mass(model: Model) -> Tensor:
-        full = (model.logits() / problem.temperature).softmax(-1)
-        return full[..., vocab:].sum(-1)[rows]
-
-    fields = {
-        "forward_kl": (t.exp() * (t - s)).sum(-1),
-        "reverse_kl": (s.exp() * (s - t)).sum(-1),
-        "student_entropy": -(s.exp() * s).sum(-1),
-        "teacher_entropy": -(t.exp() * t).sum(-1),
-        "top1_agreement": s.argmax(-1) == t.argmax(-1),
-        "student_lost_mass": lost_mass(student),
-        "teacher_lost_mass": lost_mass(teacher),
-    }
-    if problem.tokens is not None:
-        at = problem.tokens[rows].unsqueeze(-1)
-        fields |= {"student_logprob": s.gather(-1, at)[..., 0], "teacher_logprob": t.gather(-1, at)[..., 0]}
-    return {name: v.new_zeros(rows.shape).masked_scatter(rows, v) for name, v in fields.items()}
-
-
-def assert_near(found: Tensor, truth: Tensor, tolerance: float, what: str = "") -> None:
-    """Shapes agree, and no element is off by more than tolerance times the largest true one."""
-    assert found.shape == truth.shape, f"{what}: {found.shape} for {truth.shape}"
-    assert found.isfinite().all(), f"{what} is not finite"
+def assert_near(value: Tensor, truth: Tensor, tolerance: float, what: str = "") -> None:
+    """Check that shapes agree, and that no element is off by more than tolerance times the largest true one."""
+    assert value.shape == truth.shape, f"{what}: {value.shape} for {truth.shape}"
+    assert value.isfinite().all(), f"{what} is not finite"
     if truth.numel():
-        worst, scale = (found.double() - truth).abs().max().item(), truth.abs().max().item()
+        worst, scale = (value.double() - truth).abs().max().item(), truth.abs().max().item()
         assert worst <= tolerance * scale, f"{what}: off by {worst:.3g}, the largest is {scale:.3g}"
 
 
-def assert_outcome(found: Outcome, truth: Outcome, tolerance: float) -> None:
-    """Value and every gradient near the truth, and none where none is due."""
-    assert_near(found.value, truth.value, tolerance, "value")
-    assert found.grads.keys() == truth.grads.keys()
+def assert_outcome(outcome: Outcome, truth: Outcome, tolerance: float) -> None:
+    """Check that value and every gradient are near the truth, and that there is none where none is due."""
+    assert_near(outcome.value, truth.value, tolerance, "value")
+    assert outcome.grads.keys() == truth.grads.keys()
     for name, true in truth.grads.items():
-        assert (found.grads[name] is None) == (true is None), f"gradient of {name}"
+        assert (outcome.grads[name] is None) == (true is None), f"gradient of {name}"
         if true is not None:
-            assert_near(found.grads[name], true, tolerance, f"gradient of {name}")
+            assert_near(outcome.grads[name], true, tolerance, f"gradient of {name}")
 
 
-def assert_no_worse(found: Tensor, yardstick: Tensor, truth: Tensor, constant: float, what: str = "") -> None:
-    """Each element is as near to the truth as eager torch's, but for the rounding of the result and a small constant.
+def assert_no_worse(value: Tensor, yardstick: Tensor, truth: Tensor, constant: float, what: str = "") -> None:
+    """Check that each element is as near to the truth as eager torch's, but for the result's rounding and a small constant.
 
     constant is in units of the largest true element; it is there because eager is exact somewhere by luck.
     """
-    assert found.dtype == yardstick.dtype, f"{what}: {found.dtype} where eager has {yardstick.dtype}"
-    info = torch.finfo(found.dtype)
+    assert value.dtype == yardstick.dtype, f"{what}: {value.dtype} where eager has {yardstick.dtype}"
+    info = torch.finfo(value.dtype)
     rounding = truth.abs() * info.eps / 2 + info.smallest_normal * info.eps
     allowed = (yardstick.double() - truth).abs() + rounding + constant * truth.abs().max()
-    error = (found.double() - truth).abs()
+    error = (value.double() - truth).abs()
     excess = (error / allowed).max().item() if truth.numel() else 0.0
     assert excess <= 1, f"{what}: an element is {excess:.3g} times as wrong as allowed"
 
@@ -288,7 +263,7 @@ def random_model(
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> Model:
-    """float64; signs mixed, every third row's logits five times as large (a peaked softmax)."""
+    """Return a model in float64: signs mixed, every third row's logits five times as large (a peaked softmax)."""
     shape = (n,) if isinstance(n, int) else n
     hidden = torch.randn(*shape, width, dtype=torch.float64)
     hidden.view(-1, width)[::3] *= 5
@@ -305,7 +280,7 @@ def random_problem(
     n: int = 11,
     vocab: int = 41,
 ) -> Problem:
-    """The options of one entry of OPTIONS. Masked tokens are -100."""
+    """Return a problem with the options of one entry of OPTIONS. Masked tokens are -100."""
     student = {"vocab": vocab, "width": 7} | options.get("student", {})
     teacher = {"vocab": vocab, "width": 5} | options.get("teacher", {})
     tokens, mask = torch.randint(vocab, (n,)), None

@@ -1,8 +1,14 @@
-"""Fixtures: the device, the backends that run on it, and a fixed seed for every test."""
+"""What every test has: a fixed seed, and the devices and backends that are here.
 
+A test that names `device`, `backend`, `chunked` or `every_backend` among its arguments is collected once for each that can
+run on this machine; what cannot run here is not collected, and the end of the run says so in a line.
+"""
+
+import gc
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,43 +24,107 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     choose_backend(None, torch.device("cpu"))
 
+# The arguments that stand for a backend, each with those that it goes through.
+BACKENDS = {
+    "backend": ("reference", "eager", "cpp"),
+    "chunked": ("eager", "cpp"),  # those that hold a chunk of logits at a time
+    "every_backend": ("reference", "eager", "cpp", "triton"),
+}
+HERE = topd.backends()
+# What a marker asks for, whether it is here, and the line to say where it is not.
+NEEDS = {
+    "gpu": (torch.cuda.is_available(), "no CUDA or ROCm device: the tests that run on one"),
+    "cpp": (bool(HERE["cpp"]), "no C++ extension: the tests of its kernels, and those of the backend cpp"),
+}
+
+
+# The files that take longest, which two workers begin with, so that neither is left with one of them at the end.
+LONGEST = (
+    "test_examples.py",
+    "test_triton_transport.py",
+    "test_compiled_dynamic.py",
+    "test_triton_divergence_rows.py",
+    "test_ops.py",
+    "test_integrations_trl.py",
+    "test_data_parallel.py",
+    "test_model_checks.py",
+    "test_windows.py",
+    "test_triton_ops.py",
+    "test_masked_rows.py",
+)
+
+
+def runs_on(backend: str, device: torch.device) -> bool:
+    """Return whether a backend is here and takes tensors of the device."""
+    if not HERE[backend] or (backend == "cpp" and device.type != "cpu"):
+        return False
+    return backend != "triton" or device.type != "cpu" or HERE["triton"].interpreted
+
+
+def places(names: set[str]) -> Iterator[tuple[torch.device, str | None]]:
+    """Yield the devices and, where the names hold an argument for it, the backends that a test is run with."""
+    backends = next((backends for name, backends in BACKENDS.items() if name in names), (None,))
+    for device in (torch.device("cpu"), torch.device("cuda")):
+        if device.type == "cuda" and not ("device" in names and torch.cuda.is_available()):
+            continue
+        yield from ((device, backend) for backend in backends if backend is None or runs_on(backend, device))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Give a test its devices and backends, in pairs that can run; those on a GPU carry the marker `gpu`."""
+    given = {
+        name.strip()
+        for mark in metafunc.definition.iter_markers("parametrize")
+        for name in (mark.args[0].split(",") if isinstance(mark.args[0], str) else mark.args[0])
+    }
+    names = [name for name in ("device", *BACKENDS) if name in metafunc.fixturenames and name not in given]
+    if not names:
+        return
+    cases = []
+    for device, backend in places(set(names)):
+        values = [device if name == "device" else backend for name in names]
+        marks = [pytest.mark.gpu] if device.type == "cuda" else []
+        cases.append(pytest.param(*values, id="-".join(map(str, values)), marks=marks))
+    metafunc.parametrize(names, cases)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the tests whose marker asks for what is not here; let the longest files come first."""
+    absent = [name for name, (here, _) in NEEDS.items() if not here]
+    kept, left_out = [], []
+    for item in items:
+        (left_out if any(item.get_closest_marker(name) for name in absent) else kept).append(item)
+    config.hook.pytest_deselected(items=left_out)
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    items[:] = sorted(kept, key=lambda item: ranks.get(item.path.name, len(LONGEST)))
+
+
+def pytest_collection_finish() -> None:
+    """Set aside what the imports made: gc.collect, which the demo calls around each measurement, took 0.3 s to walk over it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    lines = [line for here, line in NEEDS.values() if not here]
+    if not runs_on("triton", torch.device("cuda" if torch.cuda.is_available() else "cpu")):
+        lines.append("no Triton: the tests of its kernels")
+    if lines:
+        terminalreporter.write_line("not collected here: " + "; ".join(lines))
+
 
 @pytest.fixture(autouse=True)
-def seed():
+def seed() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> torch.device:
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA or ROCm device on this machine")
-    return torch.device(request.param)
-
-
-@pytest.fixture(params=["reference", "eager", "cpp"])
-def backend(request: pytest.FixtureRequest, device: torch.device) -> str:
-    found = topd.backends()[request.param]
-    if not found:
-        pytest.skip(str(found))
-    if request.param == "cpp" and device.type != "cpu":
-        pytest.skip("the cpp backend takes CPU tensors only")
-    return request.param
-
-
-@pytest.fixture(params=["reference", "eager", "cpp", "triton"])
-def every_backend(request: pytest.FixtureRequest, device: torch.device) -> str:
-    """Triton too, where its kernels run: on a GPU, or in the interpreter."""
-    found = topd.backends()[request.param]
-    if not found or (request.param == "cpp" and device.type != "cpu"):
-        pytest.skip(str(found))
-    if request.param == "triton" and device.type == "cpu" and not found.interpreted:
-        pytest.skip("the kernels are not interpreted here")
-    return request.param
 
 
 @pytest.fixture
 def without_extension(monkeypatch: pytest.MonkeyPatch) -> str:
-    """An installation without the C++ extension, which has not warned yet; the line it will say."""
+    """Return the line that an installation without the C++ extension says at its first CPU call, in such an installation."""
     module = sys.modules["topd.backends"]
     missing = Backend("cpp", False, "the C++ extension was not built; build it")
     monkeypatch.setattr(module, "_CPP", missing)
@@ -67,7 +137,7 @@ def without_extension(monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The demo's options that name a tiny teacher and a tiny student."""
+    """Return the demo's options that name a tiny teacher and a tiny student."""
     from tiny_demo import saved
 
     folder = tmp_path_factory.mktemp("models")

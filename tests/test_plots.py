@@ -78,10 +78,10 @@ def test_distributions_show_their_medians(m, tmp_path):
     values = groups(m)
     figure = plots.plot_distance_distribution(values, title="Distance by token loss")
     check_picture(figure, tmp_path / "distances.png")
-    found = written(figure)
-    assert {"Distance by token loss", *(f"{name}\nn = {m:,}" for name in values)} <= set(found)
+    texts = written(figure)
+    assert {"Distance by token loss", *(f"{name}\nn = {m:,}" for name in values)} <= set(texts)
     medians = [f"median {value.double().quantile(0.5).item():#.3g}" for value in values.values()]
-    assert [text for text in found if text.startswith("median")] == medians
+    assert [text for text in texts if text.startswith("median")] == medians
 
 
 @pytest.mark.parametrize(
@@ -150,8 +150,8 @@ def test_pairs_show_their_tokens(students, teachers, tmp_path):
     sides = [(WORDS * 4)[start : start + size] for start, size in ((0, students), (1, teachers))]
     figure = plots.plot_window_pair(pair(mass.tolist()), 0, *sides)
     check_picture(figure, tmp_path / "pair.png")
-    found = written(figure)
-    assert {"student", "teacher", "window pair 0: distance 0.250"} <= set(found)
+    texts = written(figure)
+    assert {"student", "teacher", "window pair 0: distance 0.250"} <= set(texts)
     changed = {
         " perimeter": "␣perimeter",
         "\n": "↵",
@@ -161,7 +161,7 @@ def test_pairs_show_their_tokens(students, teachers, tmp_path):
         "\x00": "\\x00",
     }
     expected = [changed.get(word, word.replace(" ", "␣")) for side in sides for word in side]
-    assert [text for text in found if text in expected] == expected
+    assert [text for text in texts if text in expected] == expected
 
 
 def test_a_link_is_drawn_where_the_plan_has_mass(tmp_path):
@@ -196,9 +196,9 @@ def test_links_follow_the_mass():
     assert list(widths) == sorted(widths)
     assert list(alphas) == sorted(alphas)
     assert alphas[-1] <= 1
-    found = written(figure)
-    assert "links under 5 % of the heaviest are left out: 2.5 % of the mass" in found  # 0.04 / 1.6
-    assert {"a step: distance 0.250", "same text", "different text"} <= set(found)
+    texts = written(figure)
+    assert "links under 5 % of the heaviest are left out: 2.5 % of the mass" in texts  # 0.04 / 1.6
+    assert {"a step: distance 0.250", "same text", "different text"} <= set(texts)
     whole = written(plots.plot_window_pair(pair([[1.0]]), 0, ["a"], ["a"]))
     assert "same text" in whole
     assert not any(text.startswith(("links", "different")) for text in whole)
@@ -210,12 +210,12 @@ def test_lengths_end_the_window():
     plan[:2, :3] = torch.rand(2, 3) + 0.1
     transport, students, teachers = pair(plan.tolist()), list("abcd"), list("vwxyz")
     for given in ((students, teachers), (students[:2], teachers[:3])):
-        found = written(plots.plot_window_pair(transport, 0, *given))
-        assert [text for text in found if len(text) == 1] == list("abvwx")
-        found = written(plots.plot_window_pair(transport, 0, *given, student_length=2, teacher_length=3))
-        assert [text for text in found if len(text) == 1] == list("abvwx")
-    found = written(plots.plot_window_pair(transport, 0, students[:3], teachers, student_length=3, teacher_length=5))
-    assert [text for text in found if len(text) == 1] == list("abcvwxyz")
+        texts = written(plots.plot_window_pair(transport, 0, *given))
+        assert [text for text in texts if len(text) == 1] == list("abvwx")
+        texts = written(plots.plot_window_pair(transport, 0, *given, student_length=2, teacher_length=3))
+        assert [text for text in texts if len(text) == 1] == list("abvwx")
+    texts = written(plots.plot_window_pair(transport, 0, students[:3], teachers, student_length=3, teacher_length=5))
+    assert [text for text in texts if len(text) == 1] == list("abcvwxyz")
 
 
 def test_a_plan_of_the_solver(tmp_path):

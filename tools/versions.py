@@ -20,20 +20,22 @@ REQUESTS = (*(f"trl=={version}" for version in TRL), *(f"transformers=={version}
 # Named beside transformers, so that pip looks for versions of them that fit.
 BESIDE = ("accelerate", "datasets", "peft")
 TESTS = {
-    "trl": ("integrations_trl", "integrations_trl_guards"),
+    "trl": ("integrations/test_integrations_trl", "integrations/test_integrations_trl_guards"),
     "transformers": (
-        "accumulation",
-        "integrations_peft",
-        "integrations_rollouts",
-        "integrations_tokenizers",
-        "integrations_transformers",
-        "model_head",
-        "opd",
-        "packed",
-        "topd",
-        "topd_steps",
-        "window_hidden",
-        "windows",
+        "branching/test_window_hidden",
+        "branching/test_windows",
+        "integrations/test_accumulation",
+        "integrations/test_integrations_peft",
+        "integrations/test_integrations_rollouts",
+        "integrations/test_integrations_tokenizers",
+        "integrations/test_integrations_transformers",
+        "models/test_head_from_model",
+        "models/test_head_lora",
+        "models/test_head_refusals",
+        "objectives/test_opd",
+        "objectives/test_packed",
+        "objectives/test_topd",
+        "objectives/test_topd_steps",
     ),
 }
 
@@ -53,7 +55,7 @@ def environment(request: str) -> Path:
 
 def files_for(request: str) -> list[str]:
     """Return the test files that meet the first package of `request`."""
-    return [f"tests/test_{name}.py" for name in TESTS[request.partition("==")[0]]]
+    return [f"tests/{name}.py" for name in TESTS[request.partition("==")[0]]]
 
 
 def run(request: str) -> tuple[bool, str]:

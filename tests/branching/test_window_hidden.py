@@ -28,13 +28,13 @@ def separate_forwards(model, ids, mask, windows):
     for index, position in enumerate(windows.positions):
         length = int(windows.student_lengths[index])
         whole = torch.cat([prefix(ids, mask, position), windows.student_tokens[index : index + 1, :length]], dim=1)
-        found = base(whole).last_hidden_state[0, -length - 1 : -1]
-        states = states.index_put((torch.full((length,), index), torch.arange(length)), found)
+        of_window = base(whole).last_hidden_state[0, -length - 1 : -1]
+        states = states.index_put((torch.full((length,), index), torch.arange(length)), of_window)
     rollouts = torch.zeros(*ids.shape, width)
     for row in range(ids.shape[0]):
         columns = mask[row].nonzero()[:, 0]
-        found = base(ids[row, columns].unsqueeze(0)).last_hidden_state[0]
-        rollouts = rollouts.index_put((torch.full_like(columns, row), columns), found)
+        of_rollout = base(ids[row, columns].unsqueeze(0)).last_hidden_state[0]
+        rollouts = rollouts.index_put((torch.full_like(columns, row), columns), of_rollout)
     return rollouts, states
 
 
@@ -162,9 +162,9 @@ def test_without_gradients_and_without_windows():
 def test_bad_windows_are_refused(change, message):
     model = tiny("llama", **MILD)
     ids, mask = ragged()
-    found = windows_of(model, ids, mask)
+    windows = windows_of(model, ids, mask)
     fields = ("positions", "student_tokens", "teacher_tokens", "student_lengths", "teacher_lengths")
-    bad = topd.Windows(**({name: getattr(found, name) for name in fields} | change))
+    bad = topd.Windows(**({name: getattr(windows, name) for name in fields} | change))
     with pytest.raises(ValueError, match=message):
         topd.window_hidden(model, ids, mask, bad)
     with pytest.raises(TypeError, match=r"windows must be a topd\.Windows, got dict"):

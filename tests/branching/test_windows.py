@@ -3,9 +3,11 @@
 import math
 
 import pytest
+import smollm2_cases
 import torch
 from compare import assert_near
 from scipy.stats import chi2
+from smollm2_cases import needs_model
 from tiny_models import ENDS, KINDS, POSITIONS, VOCAB, bloom, checkpoint_activations, generated, prefix, ragged, tiny
 
 import topd
@@ -14,7 +16,6 @@ from topd.branching.continuations import continue_from
 from topd.checks.rollouts import check_rollouts
 from topd.models.decoder import decoder_of
 from topd.models.sampling import Sampling, most_likely
-from topd_demo import smollm2
 
 HORIZON = 9
 
@@ -37,12 +38,12 @@ def test_greedy_windows_equal_generate_from_each_prefix_alone(kind):
     """Ragged rollouts, windows that end early and windows that do not, both models."""
     student, teacher = tiny(kind), tiny("llama", seed=5)
     ids, mask = ragged()
-    found = greedy(student, teacher, ids, mask)
-    assert found.student_way == found.teacher_way == "branches"
-    assert_windows(student, ids, mask, POSITIONS, found.student_tokens, found.student_lengths)
-    assert_windows(teacher, ids, mask, POSITIONS, found.teacher_tokens, found.teacher_lengths)
-    assert torch.equal(found.positions, POSITIONS)
-    assert {t.dtype for t in (found.student_tokens, found.teacher_tokens, found.student_lengths)} == {torch.int64}
+    windows = greedy(student, teacher, ids, mask)
+    assert windows.student_way == windows.teacher_way == "branches"
+    assert_windows(student, ids, mask, POSITIONS, windows.student_tokens, windows.student_lengths)
+    assert_windows(teacher, ids, mask, POSITIONS, windows.teacher_tokens, windows.teacher_lengths)
+    assert torch.equal(windows.positions, POSITIONS)
+    assert {t.dtype for t in (windows.student_tokens, windows.teacher_tokens, windows.student_lengths)} == {torch.int64}
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama_eager", "gemma3_sliding"])
@@ -50,22 +51,22 @@ def test_some_of_these_windows_end_early_and_are_repacked(kind, monkeypatch):
     """The share of branches left at which the others' buffers are copied changes no token."""
     model = tiny(kind)
     ids, mask = ragged()
-    found = {}
+    windows = {}
     for share in (0.0, 0.5, 1.0):
         monkeypatch.setattr(decode, "REPACK", share)
-        found[share] = greedy(model, model, ids, mask, eos_token_id=list(range(8)))
-    lengths = found[0.0].student_lengths
+        windows[share] = greedy(model, model, ids, mask, eos_token_id=list(range(8)))
+    lengths = windows[0.0].student_lengths
     assert 1 <= lengths.min() < lengths.max()
-    assert all(torch.equal(each.student_tokens, found[0.0].student_tokens) for each in found.values())
-    assert all(torch.equal(each.student_lengths, lengths) for each in found.values())
+    assert all(torch.equal(each.student_tokens, windows[0.0].student_tokens) for each in windows.values())
+    assert all(torch.equal(each.student_lengths, lengths) for each in windows.values())
 
 
 def test_no_end_of_sequence_token_gives_full_windows():
     model = tiny("qwen3")
     ids, mask = ragged()
-    found = greedy(model, model, ids, mask, eos_token_id=None)
-    assert (found.student_lengths == HORIZON).all()
-    assert_windows(model, ids, mask, POSITIONS, found.student_tokens, found.student_lengths, ends=None)
+    windows = greedy(model, model, ids, mask, eos_token_id=None)
+    assert (windows.student_lengths == HORIZON).all()
+    assert_windows(model, ids, mask, POSITIONS, windows.student_tokens, windows.student_lengths, ends=None)
 
 
 @pytest.mark.parametrize("given", [11, [11, 12], None])
@@ -77,19 +78,19 @@ def test_the_end_of_sequence_token_is_given_or_the_students(given):
     given = given if given is None else [end, *([given] if isinstance(given, int) else given)]
     student.generation_config.eos_token_id = end
     teacher.generation_config.eos_token_id = VOCAB - 1
-    found = greedy(student, teacher, ids, mask, eos_token_id=given)
-    assert found.student_lengths[0] == free.student_tokens[0].tolist().index(end) + 1
-    assert found.student_tokens[0, found.student_lengths[0] - 1] == end
-    assert (found.student_tokens[0, found.student_lengths[0] :] == 0).all()
+    windows = greedy(student, teacher, ids, mask, eos_token_id=given)
+    assert windows.student_lengths[0] == free.student_tokens[0].tolist().index(end) + 1
+    assert windows.student_tokens[0, windows.student_lengths[0] - 1] == end
+    assert (windows.student_tokens[0, windows.student_lengths[0] :] == 0).all()
 
 
 def test_a_model_that_cannot_branch_falls_back_and_says_so():
     student, teacher = bloom(), tiny("llama")
     ids, mask = ragged()
-    found = greedy(student, teacher, ids, mask)
-    assert found.student_way == "generate: its forward takes no position_ids"
-    assert found.teacher_way == "branches"
-    assert_windows(student, ids, mask, POSITIONS, found.student_tokens, found.student_lengths)
+    windows = greedy(student, teacher, ids, mask)
+    assert windows.student_way == "generate: its forward takes no position_ids"
+    assert windows.teacher_way == "branches"
+    assert_windows(student, ids, mask, POSITIONS, windows.student_tokens, windows.student_lengths)
 
 
 def test_generate_follows_the_model_whatever_its_generation_config_says():
@@ -173,10 +174,10 @@ def test_rollout_windows_are_the_rollouts_own_tokens():
     """Up to the last attended column; nothing is generated for the student."""
     model = tiny("llama")
     ids, mask = ragged()
-    found = greedy(model, model, ids, mask, student_window="rollout")
-    assert found.student_way == "rollout"
+    windows = greedy(model, model, ids, mask, student_window="rollout")
+    assert windows.student_way == "rollout"
     ends = {0: 20, 1: 15, 2: 18}
-    for (row, column), window, length in zip(POSITIONS.tolist(), found.student_tokens, found.student_lengths, strict=True):
+    for (row, column), window, length in zip(POSITIONS.tolist(), windows.student_tokens, windows.student_lengths, strict=True):
         expected = ids[row, column : min(column + HORIZON, ends[row])].tolist()
         assert window.tolist() == expected + [0] * (HORIZON - len(expected))
         assert length == len(expected)
@@ -185,17 +186,17 @@ def test_rollout_windows_are_the_rollouts_own_tokens():
 def test_a_teacher_with_more_tokens_draws_from_the_common_ones():
     student, teacher = tiny("llama"), tiny("llama", seed=5, vocab_size=VOCAB + 400)
     ids, mask = ragged()
-    found = greedy(student, teacher, ids, mask, temperature=1.0, eos_token_id=None)
-    assert found.teacher_tokens.max() < VOCAB
+    windows = greedy(student, teacher, ids, mask, temperature=1.0, eos_token_id=None)
+    assert windows.teacher_tokens.max() < VOCAB
     assert greedy(teacher, student, ids, mask, temperature=1.0, eos_token_id=None).student_tokens.max() >= VOCAB
 
 
 def test_no_position_gives_no_windows():
     model = tiny("llama")
     ids, mask = ragged()
-    found = greedy(model, model, ids, mask, POSITIONS[:0])
-    assert found.student_tokens.shape == found.teacher_tokens.shape == (0, HORIZON)
-    assert found.student_lengths.shape == (0,)
+    windows = greedy(model, model, ids, mask, POSITIONS[:0])
+    assert windows.student_tokens.shape == windows.teacher_tokens.shape == (0, HORIZON)
+    assert windows.student_lengths.shape == (0,)
 
 
 def test_the_models_are_left_as_they_were():
@@ -204,11 +205,11 @@ def test_the_models_are_left_as_they_were():
     checkpoint_activations(model)
     ids, mask = ragged()
     before = [part.training for part in model.modules()], model.config.to_dict(), [p.clone() for p in model.parameters()]
-    found = greedy(model, model, ids, mask)
+    windows = greedy(model, model, ids, mask)
     assert [part.training for part in model.modules()] == before[0]
     assert model.config.to_dict() == before[1]
     assert all(torch.equal(p, old) and p.grad is None for p, old in zip(model.parameters(), before[2], strict=True))
-    assert_windows(model.eval(), ids, mask, POSITIONS, found.student_tokens, found.student_lengths)
+    assert_windows(model.eval(), ids, mask, POSITIONS, windows.student_tokens, windows.student_lengths)
 
 
 def test_autocast_and_half_precision_run():
@@ -250,21 +251,21 @@ def test_bad_arguments_are_refused(change, error, message):
         topd.sample_windows(**(given | change))
 
 
-@pytest.mark.skipif(bool(smollm2.missing()), reason=smollm2.missing() or "installed")
+@needs_model
 def test_smollm2_greedy_windows_equal_generate():
     """And its hidden states from the cache equal those of a forward of prefix and window."""
-    model = smollm2.load_model()
+    model = smollm2_cases.model()
     generator = torch.Generator().manual_seed(0)
     ids, mask = torch.randint(49152, (2, 40), generator=generator), torch.ones(2, 40, dtype=torch.bool)
     mask[1, :6] = False
     positions = torch.tensor([[0, 5], [1, 20], [0, 39]])
-    found = topd.sample_windows(model, model, ids, mask, positions, horizon=12, temperature=0, student_window="rollout")
-    assert_windows(model, ids, mask, positions, found.teacher_tokens, found.teacher_lengths, ends=[2], horizon=12)
+    windows = topd.sample_windows(model, model, ids, mask, positions, horizon=12, temperature=0, student_window="rollout")
+    assert_windows(model, ids, mask, positions, windows.teacher_tokens, windows.teacher_lengths, ends=[2], horizon=12)
     with torch.no_grad():
-        _, states = topd.window_hidden(model, ids, mask, found)
+        _, states = topd.window_hidden(model, ids, mask, windows)
         for index, position in enumerate(positions):
-            length = int(found.student_lengths[index])
-            whole = torch.cat([prefix(ids, mask, position), found.student_tokens[index : index + 1, :length]], dim=1)
+            length = int(windows.student_lengths[index])
+            whole = torch.cat([prefix(ids, mask, position), windows.student_tokens[index : index + 1, :length]], dim=1)
             expected = model.model(whole).last_hidden_state[0, -length - 1 : -1]
             assert_near(states[index, :length], expected.double(), 1e-5)
     assert math.isfinite(states.sum().item())

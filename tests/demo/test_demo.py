@@ -118,6 +118,7 @@ def test_ctrl_c_leaves_a_report_and_a_checkpoint(tmp_path, pair, whole_run, monk
     assert metrics(folder) == metrics(whole_run)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(smollm2.missing()), reason=smollm2.missing() or "installed")
 def test_one_step_of_the_real_model(tmp_path, monkeypatch):
     monkeypatch.setattr(start, "QUICK", {"held_out": 2, "held_out_tokens": 6, "horizon": 6, "batch": 2})
@@ -146,13 +147,13 @@ def test_plain_output_fits_eighty_columns(tmp_path, pair, monkeypatch, capsys):
 
 
 def test_prompts_repeat_and_do_not_leak():
-    texts = prompts.make_prompts(40, 12, 3)
-    assert texts == prompts.make_prompts(40, 12, 3)
-    assert texts != prompts.make_prompts(40, 12, 4)
-    assert (len(texts.train), len(texts.held_out)) == (40, 12)
-    assert not set(texts.train) & set(texts.held_out)
-    assert sum(prompt in prompts.CHAT for prompt in texts.train) == 10
-    assert max(map(len, texts.train + texts.held_out)) <= prompts.LONGEST
+    questions = prompts.make_prompts(40, 12, 3)
+    assert questions == prompts.make_prompts(40, 12, 3)
+    assert questions != prompts.make_prompts(40, 12, 4)
+    assert (len(questions.train), len(questions.held_out)) == (40, 12)
+    assert not set(questions.train) & set(questions.held_out)
+    assert sum(prompt in prompts.CHAT for prompt in questions.train) == 10
+    assert max(map(len, questions.train + questions.held_out)) <= prompts.LONGEST
 
 
 def test_prompts_are_padded_on_the_left():

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import smollm2_cases
 import torch
 from safetensors.torch import load_file
 
@@ -41,13 +42,13 @@ def test_a_student_learns_from_the_offline_teachers_file_alone(tmp_path):
 def teacher() -> torch.nn.Module:
     if reason := smollm2.missing():
         pytest.skip(reason)
-    return smollm2.load_model()
+    return smollm2_cases.model()
 
 
 @pytest.fixture(scope="module")
 def pair(teacher) -> Iterator[list[str]]:
     """The two models that a script is given by name: folders with SmolLM2-135M and with six of its layers."""
-    tokenizer = smollm2.load_tokenizer()
+    tokenizer = smollm2_cases.tokenizer()
     with tempfile.TemporaryDirectory() as folder:
         for name, model in (("teacher", teacher), ("student", smollm2.sliced(teacher))):
             model.save_pretrained(Path(folder, name))
@@ -132,8 +133,8 @@ def test_packed_rollouts(lines):
 def test_the_trainers_page_runs_as_printed(tmp_path):
     """But for TRL's block, which wants a tokenizer: its script is tested above."""
     accelerate, _ = pytest.importorskip("accelerate"), pytest.importorskip("peft")
-    from test_integrations_transformers import arguments, prompts, rows_of
     from tiny_models import tiny
+    from trainer_cases import arguments, prompts, rows_of
 
     import topd
 
@@ -150,7 +151,7 @@ def test_the_trainers_page_runs_as_printed(tmp_path):
 
 
 def test_the_topd_page_runs_as_printed():
-    from test_opd import batch_of, models
+    from objective_cases import batch_of, models
 
     whole, server = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "topd.md").read_text(), re.DOTALL)
     student, teacher = models()

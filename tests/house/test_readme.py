@@ -57,7 +57,7 @@ def test_the_example_with_models_pairs_states_and_tokens():
 
 def test_the_first_example_distils(capsys):
     runpy.run_path(str(ROOT / "examples" / "first_loss.py"), run_name="__main__")
-    losses = [float(found) for found in re.findall(r"reverse KL +([\d.]+) nats", capsys.readouterr().out)]
+    losses = [float(loss) for loss in re.findall(r"reverse KL +([\d.]+) nats", capsys.readouterr().out)]
     assert len(losses) == 12
     assert losses[-1] < 0.7 * losses[0]
 

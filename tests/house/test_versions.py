@@ -27,4 +27,4 @@ def test_the_extras_are_what_is_run():
 
 def test_a_test_belongs_to_the_first_package():
     assert files_for("trl==1.10.0,transformers==4.57.6")[0] == "tests/integrations/test_integrations_trl.py"
-    assert "tests/models/test_model_head.py" in files_for("transformers==5.0.0")
+    assert "tests/models/test_head_from_model.py" in files_for("transformers==5.0.0")

@@ -3,24 +3,14 @@
 import pytest
 import torch
 from compare import assert_near
-from test_integrations_transformers import FEW, four_rollouts, models
+from loss_module import Loss
 from tiny_models import flat_gradient
+from trainer_cases import FEW, four_rollouts, models
 
 import topd
 from topd.integrations.rollouts import pack_rollouts
 
 accelerate = pytest.importorskip("accelerate")
-
-
-class Loss(torch.nn.Module):
-    """As in examples/accelerate_loop.py."""
-
-    def __init__(self, objective):
-        super().__init__()
-        self.student, self.objective = objective.student, objective
-
-    def forward(self, batch, num_items):
-        return self.objective(batch, num_items=num_items).loss
 
 
 def halves(batch):
@@ -74,6 +64,6 @@ def test_topds_guidance_is_that_of_each_part_by_its_share_of_the_tokens():
     num_items = items_of(batch, "token")
     for part in halves(batch):
         alone, share = objective(part), items_of(part, "token") / num_items
-        found = objective(part, num_items=num_items)
-        assert_near(found.loss.detach(), (share * alone.loss).detach().double(), 1e-6)
-        assert torch.equal(found.near_future.divergent, alone.near_future.divergent)
+        result = objective(part, num_items=num_items)
+        assert_near(result.loss.detach(), (share * alone.loss).detach().double(), 1e-6)
+        assert torch.equal(result.near_future.divergent, alone.near_future.divergent)

@@ -3,15 +3,14 @@
 import pytest
 import torch
 from compare import assert_near, row_divergence
-from test_integrations_transformers import arguments, four_rollouts, prompts, rows_of
-from test_opd import batch_of
+from objective_cases import batch_of
 from tiny_models import tiny
+from trainer_cases import arguments, four_rollouts, prompts, rows_of
 
 import topd
 from topd.integrations.transformers import DistillationTrainer
 
 peft = pytest.importorskip("peft")
-
 MILD = {"initializer_range": 0.2}
 TARGETS = ["q_proj", "v_proj", "down_proj", "lm_head"]
 
@@ -45,13 +44,13 @@ def gradients(model, loss):
 @pytest.mark.parametrize("divergence", [topd.ReverseKL(), topd.JSD(0.3)], ids=str)
 def test_gradients_of_every_adapter_are_autograds(divergence):
     student, teacher_model, batch = adapted(), teacher(), batch_of()
-    found = gradients(student, topd.OPD(student, teacher_model, topd.OPDConfig(divergence))(batch).loss)
+    grads = gradients(student, topd.OPD(student, teacher_model, topd.OPDConfig(divergence))(batch).loss)
     expected = gradients(student, eager_loss(student, teacher_model, batch, divergence))
-    assert found.keys() == expected.keys()
-    assert all(".lora_A." in name or ".lora_B." in name for name in found)
-    assert sum("lm_head" in name for name in found) == 2
-    assert sum("layers" in name for name in found) == 2 * 3 * 3
-    for name, gradient in found.items():
+    assert grads.keys() == expected.keys()
+    assert all(".lora_A." in name or ".lora_B." in name for name in grads)
+    assert sum("lm_head" in name for name in grads) == 2
+    assert sum("layers" in name for name in grads) == 2 * 3 * 3
+    for name, gradient in grads.items():
         assert gradient.abs().max() > 0
         assert_near(gradient, expected[name], 1e-8, name)
 

@@ -18,13 +18,13 @@ def prompts():
 
 def test_greedy_responses_are_those_of_generate_from_each_prompt_alone():
     model, (ids, mask) = tiny("llama", initializer_range=0.2), prompts()
-    found = sample_rollouts(model, ids, mask, max_new_tokens=6, temperature=0.0)
+    rollouts = sample_rollouts(model, ids, mask, max_new_tokens=6, temperature=0.0)
     for row in range(3):
         alone = generated(model, ids[row, mask[row] > 0].unsqueeze(0), 6, None)
-        assert found["input_ids"][row, 5:].tolist() == alone
-    assert torch.equal(found["input_ids"][:, :5], ids)
-    assert torch.equal(found["attention_mask"], torch.cat([mask > 0, torch.ones(3, 6, dtype=torch.bool)], dim=1))
-    assert torch.equal(found["response_mask"], torch.tensor([[False] * 5 + [True] * 6] * 3))
+        assert rollouts["input_ids"][row, 5:].tolist() == alone
+    assert torch.equal(rollouts["input_ids"][:, :5], ids)
+    assert torch.equal(rollouts["attention_mask"], torch.cat([mask > 0, torch.ones(3, 6, dtype=torch.bool)], dim=1))
+    assert torch.equal(rollouts["response_mask"], torch.tensor([[False] * 5 + [True] * 6] * 3))
 
 
 @pytest.mark.parametrize("given", ["argument", "generation_config"])
@@ -35,16 +35,16 @@ def test_a_response_ends_with_its_first_end_of_sequence(given):
     if not options:
         model.generation_config.eos_token_id, model.generation_config.pad_token_id = ENDS, 60
     torch.manual_seed(3)
-    found = sample_rollouts(model, ids.repeat(8, 1), mask.repeat(8, 1), max_new_tokens=30, **options)
+    rollouts = sample_rollouts(model, ids.repeat(8, 1), mask.repeat(8, 1), max_new_tokens=30, **options)
     ended = 0
-    for tokens, kept in zip(found["input_ids"][:, 5:].tolist(), found["response_mask"][:, 5:].tolist(), strict=True):
+    for tokens, kept in zip(rollouts["input_ids"][:, 5:].tolist(), rollouts["response_mask"][:, 5:].tolist(), strict=True):
         length = sum(kept)
         assert kept == [True] * length + [False] * (len(kept) - length)
         assert not set(tokens[: length - 1]) & set(ENDS)
         assert set(tokens[length:]) <= {60}
         ended += tokens[length - 1] in ENDS
     assert ended > 4
-    assert torch.equal(found["attention_mask"][:, 5:], found["response_mask"][:, 5:])
+    assert torch.equal(rollouts["attention_mask"][:, 5:], rollouts["response_mask"][:, 5:])
 
 
 def test_draws_follow_the_models_full_distribution_whatever_its_generation_config_says():
@@ -53,8 +53,8 @@ def test_draws_follow_the_models_full_distribution_whatever_its_generation_confi
     own.update(top_k=1, top_p=0.1, temperature=0.1, repetition_penalty=9.0, min_p=0.9, suppress_tokens=[5, 6], num_beams=3)
     torch.manual_seed(0)
     many = 4_000
-    found = sample_rollouts(model, ids[:1].expand(many, -1), mask[:1].expand(many, -1), max_new_tokens=1, temperature=2.0)
-    share = found["input_ids"][:, 5].bincount(minlength=VOCAB) / many
+    rollouts = sample_rollouts(model, ids[:1].expand(many, -1), mask[:1].expand(many, -1), max_new_tokens=1, temperature=2.0)
+    share = rollouts["input_ids"][:, 5].bincount(minlength=VOCAB) / many
     with torch.no_grad():
         expected = (model(ids[:1]).logits[0, -1] / 2.0).softmax(-1)
     deviation = (share - expected).abs() / (expected * (1 - expected) / many).sqrt()
@@ -70,12 +70,12 @@ def test_the_model_is_in_eval_mode_meanwhile_and_its_modes_come_back():
     modes = [module.training for module in model.modules()]
     seen = []
     handle = model.model.layers[0].register_forward_hook(lambda module, *_: seen.append(module.training))
-    found = sample_rollouts(model, ids, mask > 0, max_new_tokens=2)
+    rollouts = sample_rollouts(model, ids, mask > 0, max_new_tokens=2)
     handle.remove()
     assert seen
     assert not any(seen)
     assert [module.training for module in model.modules()] == modes
-    assert all(not value.requires_grad for value in found.values())
+    assert all(not value.requires_grad for value in rollouts.values())
     model.model.layers[0].register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         sample_rollouts(model, ids, mask, max_new_tokens=2)
@@ -86,9 +86,9 @@ def test_adapters_and_wrappers_are_looked_through():
     peft = pytest.importorskip("peft")
     ids, mask = prompts()
     adapted = peft.get_peft_model(tiny("llama"), peft.LoraConfig(target_modules=["q_proj", "lm_head"], init_lora_weights=False))
-    found = sample_rollouts(torch.nn.DataParallel(adapted), ids, mask, max_new_tokens=4, temperature=0.0)
+    rollouts = sample_rollouts(torch.nn.DataParallel(adapted), ids, mask, max_new_tokens=4, temperature=0.0)
     expected = adapted.eval().generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False, pad_token_id=0)
-    assert torch.equal(found["input_ids"], expected)
+    assert torch.equal(rollouts["input_ids"], expected)
     prompted = peft.get_peft_model(tiny("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(ValueError, match="model must continue from input_ids alone, got PEFT's PromptTuningConfig"):
         sample_rollouts(prompted, ids, mask, max_new_tokens=2)

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_integrations_transformers import arguments
 from tiny_models import tiny, word_tokenizer
+from trainer_cases import arguments
 
 import topd
 from topd.integrations.tokenizers import check_same_tokenizer, check_tokenizers, tokenizer_in_folder

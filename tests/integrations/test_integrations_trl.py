@@ -1,71 +1,34 @@
 """TOPDTrainer: TRL's loss and ours are one for OPD, TRL's rollouts and logs stay, TOPD trains, what clashes is refused."""
 
 import copy
-import functools
 from types import SimpleNamespace
 
 import pytest
 import torch
 from compare import assert_near
-from test_integrations_transformers import LOGGED
+from smollm2_cases import needs_model
+from trainer_cases import LOGGED
+from trl_cases import arguments, student, teacher_and_tokenizer, trainer_of
 
 import topd
-from topd_demo import smollm2
+from topd.integrations.tokenizers import check_same_tokenizer, tokenizer_in_folder
+from topd.integrations.trl import TOPDTrainer, divergence_of, resolve_config, to_batch
 
 trl = pytest.importorskip("trl")
+
 datasets = pytest.importorskip("datasets")
-from topd.integrations.tokenizers import check_same_tokenizer, tokenizer_in_folder  # noqa: E402
-from topd.integrations.trl import TOPDTrainer, divergence_of, resolve_config, to_batch  # noqa: E402
-
-needs_model = pytest.mark.skipif(bool(smollm2.missing()), reason=smollm2.missing() or "installed")
-TEXTS = ("Why is the sky blue?", "Count to five.", "Name a colour.", "What is two plus two?")
-
-
-@functools.cache
-def teacher_and_tokenizer():
-    return smollm2.sliced(smollm2.load_model(), (0, 1, 14, 29)), smollm2.load_tokenizer()
-
-
-def student():
-    return smollm2.sliced(teacher_and_tokenizer()[0], (0, 3))
-
-
-def arguments(folder, **options):
-    given = {
-        "output_dir": str(folder),
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "learning_rate": 1e-4,
-        "per_device_train_batch_size": 2,
-        "max_steps": 3,
-        "max_completion_length": 8,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-    return trl.DistillationConfig(**(given | options))
-
-
-def trainer_of(kind, folder, config=None, *, processing_class=None, teacher_processing_class=None, **options):
-    teacher, tokenizer = teacher_and_tokenizer()
-    tokenizers = {"processing_class": processing_class or tokenizer, "teacher_processing_class": teacher_processing_class}
-    prompts = datasets.Dataset.from_dict({"prompt": [[{"role": "user", "content": text}] for text in TEXTS]})
-    given = {"teacher_model": teacher, "args": arguments(folder, **options), "train_dataset": prompts, "eval_dataset": prompts}
-    return kind(student(), objective_config=config, **tokenizers, **given)
 
 
 class Both(TOPDTrainer):
     """Every loss computed twice, by TRL and by topd, each with a gradient of it; topd's is trained on."""
 
     def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
-        found, weight = [], unwrapped_student.model.layers[0].mlp.up_proj.weight
+        runs, weight = [], unwrapped_student.model.layers[0].mlp.up_proj.weight
         for way in (trl.DistillationTrainer._compute_loss, TOPDTrainer._compute_loss):
             loss, entropy, count = way(self, unwrapped_student, inputs, num_items_in_batch)
             (gradient,) = torch.autograd.grad(loss, weight, retain_graph=True)
-            found.append((loss.item(), entropy.item(), int(count), gradient))
-        self.seen = [*getattr(self, "seen", []), found]
+            runs.append((loss.item(), entropy.item(), int(count), gradient))
+        self.seen = [*getattr(self, "seen", []), runs]
         return loss, entropy, count
 
 

@@ -149,10 +149,10 @@ def test_a_teacher_with_another_tokenizer_is_refused(tmp_path):
 
 def test_metrics_of_nothing_are_left_out_and_a_loss_that_is_nan_shows():
     metrics = {"loss": 1.0, "opd_loss": math.nan, "guidance_loss": 0.5, "distance_false_alarm": math.nan, "tokens": 3.0}
-    found = as_numbers({name: torch.tensor(value) for name, value in metrics.items()}, 2)
-    assert found.keys() == {"opd_loss", "guidance_loss", "tokens"}
-    assert math.isnan(found["opd_loss"])
-    assert (found["guidance_loss"], found["tokens"]) == (1.0, 3.0)
+    numbers = as_numbers({name: torch.tensor(value) for name, value in metrics.items()}, 2)
+    assert numbers.keys() == {"opd_loss", "guidance_loss", "tokens"}
+    assert math.isnan(numbers["opd_loss"])
+    assert (numbers["guidance_loss"], numbers["tokens"]) == (1.0, 3.0)
 
 
 def test_a_step_that_measured_nothing_leaves_the_metric_out_of_the_log(tmp_path, monkeypatch):

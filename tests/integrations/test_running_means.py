@@ -25,8 +25,8 @@ def test_shares_of_a_step_are_summed_over_its_parts():
 
 
 def test_what_measured_nothing_is_no_part_of_the_mean():
-    found = means_of({"distance": NAN, "tokens": 1.0}, {"distance": 3.0, "tokens": 2.0}, {"distance": 5.0, "tokens": 3.0})
-    assert found == {"distance": 4.0, "tokens": 2.0}
+    means = means_of({"distance": NAN, "tokens": 1.0}, {"distance": 3.0, "tokens": 2.0}, {"distance": 5.0, "tokens": 3.0})
+    assert means == {"distance": 4.0, "tokens": 2.0}
 
 
 def test_a_metric_that_came_in_some_steps_is_the_mean_of_those():
@@ -42,9 +42,9 @@ def test_infinity_is_a_measurement():
 
 
 def test_a_loss_that_is_nan_shows():
-    found = means_of({"opd_loss": NAN, "guidance_loss": 1.0}, {"opd_loss": 1.0, "guidance_loss": 1.0})
-    assert math.isnan(found["opd_loss"])
-    assert found["guidance_loss"] == 1.0
+    means = means_of({"opd_loss": NAN, "guidance_loss": 1.0}, {"opd_loss": 1.0, "guidance_loss": 1.0})
+    assert math.isnan(means["opd_loss"])
+    assert means["guidance_loss"] == 1.0
 
 
 def test_over_processes_each_measurement_counts_once():
@@ -56,10 +56,10 @@ def test_over_processes_each_measurement_counts_once():
         sums, counts = torch.tensor([12.0, 4.0]), torch.tensor([2.0, 2.0])
         return (values + torch.cat([sums, counts])) / 2
 
-    found = means_of({"distance": 3.0, "tokens": 1.0}, {"distance": NAN, "tokens": 3.0}, across=with_the_other)
-    assert found == {"distance": 5.0, "tokens": 2.0}
-    found = means_of({"distance": NAN, "tokens": 1.0}, {"distance": NAN, "tokens": 3.0}, across=with_the_other)
-    assert found == {"distance": 6.0, "tokens": 2.0}
+    means = means_of({"distance": 3.0, "tokens": 1.0}, {"distance": NAN, "tokens": 3.0}, across=with_the_other)
+    assert means == {"distance": 5.0, "tokens": 2.0}
+    means = means_of({"distance": NAN, "tokens": 1.0}, {"distance": NAN, "tokens": 3.0}, across=with_the_other)
+    assert means == {"distance": 6.0, "tokens": 2.0}
     assert shapes == [[4], [4]]
 
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from compare import assert_near
-from test_integrations_transformers import after_one_step, arguments, flat, four_rollouts, models, prompts, rows_of
-from test_topk_teacher import with_topk
 from tiny_models import tiny
+from topk_teacher_cases import with_topk
+from trainer_cases import after_one_step, arguments, flat, four_rollouts, models, prompts, rows_of
 
 import topd
 from topd.integrations.rollouts import sample_rollouts

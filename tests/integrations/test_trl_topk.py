@@ -2,14 +2,14 @@
 
 import pytest
 import torch
+from smollm2_cases import needs_model
+from trl_cases import TEXTS, arguments, student, teacher_and_tokenizer, trainer_of
 
 import topd
+from topd.integrations.trl import TOPDTrainer
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
-from test_integrations_trl import TEXTS, arguments, needs_model, student, teacher_and_tokenizer, trainer_of  # noqa: E402
-
-from topd.integrations.trl import TOPDTrainer  # noqa: E402
 
 
 class Server:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import accelerate
 import torch
-from test_accumulation import Loss
-from test_integrations_transformers import arguments, flat, four_rollouts, models, rows_of
+from loss_module import Loss
 from tiny_models import flat_gradient
+from trainer_cases import arguments, flat, four_rollouts, models, rows_of
 from two_ranks import fork
 
 import topd
@@ -36,8 +36,8 @@ def train(rank):
     trainer.train()
     assert "forward" not in vars(objective.student)
     assert trainer.args.world_size == 2
-    found = {"parameters": flat(objective.student), "log": trainer.state.log_history[0], "draws": torch.rand(4)}
-    return found | {"accelerate_gradient": accelerate_gradient}
+    results = {"parameters": flat(objective.student), "log": trainer.state.log_history[0], "draws": torch.rand(4)}
+    return results | {"accelerate_gradient": accelerate_gradient}
 
 
 if __name__ == "__main__":

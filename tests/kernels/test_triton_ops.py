@@ -6,6 +6,7 @@ import compare
 import pytest
 import torch
 from compare import TENSORS, Outcome, by_topd, random_problem
+from score_truth import true_scores
 from torch import Tensor
 from triton_cases import (
     DEVICE,
@@ -74,7 +75,7 @@ def test_scores():
     problem = problem_of(FULL | {"mask": True}).to(torch.float32)
     sides = problem.student.hidden, problem.student.head(), problem.teacher.hidden, problem.teacher.head()
     value, scores = topd.linear_divergence(*sides, **problem.options(), return_scores=True, backend="triton")
-    true = compare.true_scores(problem)
+    true = true_scores(problem)
     assert not value[~problem.mask].any()
     for name, expected in true.items():
         compare.assert_near(getattr(scores, name).double(), expected.double(), FLOAT32, name)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_near_future import COSTS, DTYPES, TIGHT, exact_value, true_cost
+from near_future_cases import COSTS, DTYPES, TIGHT, exact_value, true_cost
 from torch import Tensor
 
 from topd.ops.transport.eager import transport as reference

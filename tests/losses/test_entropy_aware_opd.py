@@ -60,11 +60,11 @@ def test_literal_value(backend):
     hidden = torch.ones(2, 1, dtype=torch.float64)
     teacher = topd.Head(torch.tensor([[2.0, 8], [1, 1], [1, 1]]).double().log())
     teacher_hidden = torch.eye(2, dtype=torch.float64)
-    found = topd.entropy_aware_opd(hidden, student, teacher_hidden, teacher, top_k=1, coef=0.5, backend=backend)
+    value = topd.entropy_aware_opd(hidden, student, teacher_hidden, teacher, top_k=1, coef=0.5, backend=backend)
     log = math.log
     undecided = 1 / 4 * log(1 / 2) + 1 / 2 * log(2) + 0.5 * log(4)
     decided = 1 / 4 * log(0.25 / 0.8) + 1 / 4 * log(0.25 / 0.1) + 1 / 2 * log(0.5 / 0.1)
-    torch.testing.assert_close(found, torch.tensor([undecided, decided], dtype=torch.float64), rtol=1e-12, atol=0)
+    torch.testing.assert_close(value, torch.tensor([undecided, decided], dtype=torch.float64), rtol=1e-12, atol=0)
 
 
 CASES = {
@@ -85,8 +85,8 @@ def test_float64_value_and_gradients(models, options, masked, backend, device):
     student, teacher = sides(device, **models)
     if masked:
         options = options | {"mask": torch.rand(N, device=device) < 0.6}
-    found = by_topd(student, teacher, backend=backend, **options)
-    compare.assert_outcome(found, truth(student, teacher, **options), 1e-11)
+    outcome = by_topd(student, teacher, backend=backend, **options)
+    compare.assert_outcome(outcome, truth(student, teacher, **options), 1e-11)
 
 
 def test_the_cases_have_rows_on_both_sides_of_the_threshold():
@@ -99,15 +99,15 @@ def test_the_top_k_of_a_larger_teacher_is_that_of_the_common_vocabulary(backend,
     student, teacher = sides(device, teacher_vocab=53, bias=True)
     teacher.bias[V:] += 30
     options = {"top_k": 4, "entropy_threshold": 0.1}
-    found = by_topd(student, teacher, backend=backend, **options)
-    compare.assert_outcome(found, truth(student, teacher, **options), 1e-11)
+    outcome = by_topd(student, teacher, backend=backend, **options)
+    compare.assert_outcome(outcome, truth(student, teacher, **options), 1e-11)
 
 
 @pytest.mark.parametrize("options", [{"coef": 0.0}, {"coef": 0}, {"entropy_threshold": math.log(V) + 0.1}], ids=str)
 def test_without_guidance_it_is_the_reverse_kl(options, backend, device):
     student, teacher = sides(device, bias=True)
     temperature = {"temperature": 1.3}
-    found = by_topd(student, teacher, backend=backend, **options, **temperature)
+    outcome = by_topd(student, teacher, backend=backend, **options, **temperature)
     expected = outcome_of(
         student,
         None,
@@ -115,7 +115,7 @@ def test_without_guidance_it_is_the_reverse_kl(options, backend, device):
             leaves.hidden, leaves.head(), teacher.hidden, teacher.head(), backend=backend, **temperature
         ),
     )
-    compare.assert_outcome(found, expected, 1e-14)
+    compare.assert_outcome(outcome, expected, 1e-14)
 
 
 def test_without_guidance_a_token_that_the_student_excludes_costs_nothing(backend, device):
@@ -123,11 +123,11 @@ def test_without_guidance_a_token_that_the_student_excludes_costs_nothing(backen
     student, teacher = sides(device, bias=True)
     student.bias[2] = -math.inf
     options = {"top_k": V, "entropy_threshold": 0.0}
-    found = by_topd(student, teacher, coef=0.0, backend=backend, **options)
+    outcome = by_topd(student, teacher, coef=0.0, backend=backend, **options)
     log_s, log_t = student.logits().log_softmax(-1), teacher.logits().log_softmax(-1)
     expected = torch.where(log_s.isneginf(), 0.0, log_s.exp() * (log_s - log_t)).sum(-1)
-    compare.assert_near(found.value, expected, 1e-11, "value")
-    assert all(gradient.isfinite().all() for gradient in found.grads.values())
+    compare.assert_near(outcome.value, expected, 1e-11, "value")
+    assert all(gradient.isfinite().all() for gradient in outcome.grads.values())
 
 
 def test_a_row_at_the_threshold_is_undecided(backend):
@@ -137,9 +137,9 @@ def test_a_row_at_the_threshold_is_undecided(backend):
     entropy = topd.score_tokens(student.hidden, student.head(), teacher.hidden, teacher.head()).teacher_entropy[0].item()
     assert entropy == pytest.approx(math.log(4), rel=1e-15)
     options = {"top_k": 2, "backend": backend}
-    at = by_topd(student, teacher, entropy_threshold=entropy * (1 - 1e-12), **options).value
+    undecided = by_topd(student, teacher, entropy_threshold=entropy * (1 - 1e-12), **options).value
     above = by_topd(student, teacher, entropy_threshold=entropy * (1 + 1e-12), **options).value
-    assert (at > above).all()
+    assert (undecided > above).all()
 
 
 def undecided_or_not(device, dtype: torch.dtype) -> tuple[Model, Model]:
@@ -152,22 +152,22 @@ def undecided_or_not(device, dtype: torch.dtype) -> tuple[Model, Model]:
 def test_no_worse_than_eager_in_float32(backend, device):
     student, teacher = undecided_or_not(device, torch.float32)
     options = {"top_k": 7}
-    found, true = by_topd(student, teacher, backend=backend, **options), truth(student, teacher, **options)
+    outcome, true = by_topd(student, teacher, backend=backend, **options), truth(student, teacher, **options)
     yardstick = truth(student, teacher, dtype=None, **options)
-    compare.assert_no_worse(found.value, yardstick.value, true.value, CONSTANT, "value")
+    compare.assert_no_worse(outcome.value, yardstick.value, true.value, CONSTANT, "value")
     for name, gradient in true.grads.items():
-        compare.assert_no_worse(found.grads[name], yardstick.grads[name], gradient, CONSTANT, f"gradient of {name}")
+        compare.assert_no_worse(outcome.grads[name], yardstick.grads[name], gradient, CONSTANT, f"gradient of {name}")
 
 
 def test_bfloat16(backend, device):
     """The value is no worse than eager's. Gradients come from two ops, each rounded to bfloat16, then added in bfloat16."""
     student, teacher = undecided_or_not(device, torch.bfloat16)
     options = {"top_k": 7}
-    found, true = by_topd(student, teacher, backend=backend, **options), truth(student, teacher, **options)
+    outcome, true = by_topd(student, teacher, backend=backend, **options), truth(student, teacher, **options)
     yardstick = truth(student, teacher, dtype=None, **options)
-    compare.assert_no_worse(found.value, yardstick.value, true.value, CONSTANT, "value")
+    compare.assert_no_worse(outcome.value, yardstick.value, true.value, CONSTANT, "value")
     for name, gradient in true.grads.items():
-        compare.assert_near(found.grads[name], gradient, torch.finfo(torch.bfloat16).eps, f"gradient of {name}")
+        compare.assert_near(outcome.grads[name], gradient, torch.finfo(torch.bfloat16).eps, f"gradient of {name}")
 
 
 def test_masked_rows_are_exactly_zero_whatever_they_hold(backend, device):
@@ -176,24 +176,24 @@ def test_masked_rows_are_exactly_zero_whatever_they_hold(backend, device):
     true = truth(student, teacher, mask=mask)
     for model in (student, teacher):
         model.hidden[~mask] = math.nan
-    found = by_topd(student, teacher, mask=mask, backend=backend)
-    compare.assert_outcome(found, true, 1e-11)
-    assert not found.value[~mask].any()
-    assert not found.grads["hidden"][~mask].any()
+    outcome = by_topd(student, teacher, mask=mask, backend=backend)
+    compare.assert_outcome(outcome, true, 1e-11)
+    assert not outcome.value[~mask].any()
+    assert not outcome.grads["hidden"][~mask].any()
 
 
 @pytest.mark.parametrize("hint", [[1.0, 0, 2, -1, 5], [0.0] * 5, [math.nan] * 5], ids=str)
 def test_a_hint_never_changes_a_result(hint, backend, device):
     student, teacher = sides(device, n=5, bias=True)
-    found = by_topd(student, teacher, weights_hint=torch.tensor(hint, device=device), backend=backend)
-    compare.assert_outcome(found, truth(student, teacher), 1e-11)
+    outcome = by_topd(student, teacher, weights_hint=torch.tensor(hint, device=device), backend=backend)
+    compare.assert_outcome(outcome, truth(student, teacher), 1e-11)
 
 
 def test_no_rows(backend, device):
     student, teacher = sides(device, n=0)
-    found = by_topd(student, teacher, backend=backend)
-    assert found.value.shape == (0,)
-    assert torch.equal(found.grads["weight"], torch.zeros_like(student.weight))
+    outcome = by_topd(student, teacher, backend=backend)
+    assert outcome.value.shape == (0,)
+    assert torch.equal(outcome.grads["weight"], torch.zeros_like(student.weight))
 
 
 def call(**changes):
@@ -245,8 +245,8 @@ def test_one_side_of_float64_gives_all_parts_its_digits(doubled, backend, device
     narrow = {"student": student, "teacher": teacher}
     for name in narrow.keys() - {doubled}:
         narrow[name] = narrow[name].to(torch.float32)
-    found = by_topd(narrow["student"], narrow["teacher"], **options)
-    torch.testing.assert_close(found.value, expected.value, rtol=1e-12, atol=1e-12)
+    outcome = by_topd(narrow["student"], narrow["teacher"], **options)
+    torch.testing.assert_close(outcome.value, expected.value, rtol=1e-12, atol=1e-12)
     rtol = 1e-10 if doubled == "student" else 1e-6  # gradients come back in the dtype of what they are of
     for name, true in expected.grads.items():
-        torch.testing.assert_close(found.grads[name].double(), true, rtol=rtol, atol=rtol * true.abs().max().item())
+        torch.testing.assert_close(outcome.grads[name].double(), true, rtol=rtol, atol=rtol * true.abs().max().item())

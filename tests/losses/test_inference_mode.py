@@ -57,8 +57,8 @@ def divergence(p, hidden, head, backend):
 
 
 def logprobs(p, hidden, head, backend):
-    found, entropy = topd.linear_logprobs(hidden, head, p["ids"], mask=p["mask"], return_entropy=True, backend=backend)
-    return found.sum(-1) + entropy
+    value, entropy = topd.linear_logprobs(hidden, head, p["ids"], mask=p["mask"], return_entropy=True, backend=backend)
+    return value.sum(-1) + entropy
 
 
 def soft(p, hidden, head, backend):

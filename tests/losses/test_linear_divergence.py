@@ -6,115 +6,16 @@ from dataclasses import replace
 import compare
 import pytest
 import torch
-from compare import DIVERGENCES, OPTIONS, Model, Problem, by_topd, plain, random_model, random_problem
+from compare import DIVERGENCES, OPTIONS, by_topd, plain, random_model, random_problem
+from score_truth import true_scores
 
 import topd
 
 LOG2, LOG3 = math.log(2), math.log(3)
 
-# p_S = (1/2, 1/2), p_T = (1/4, 3/4). The mixtures: JSD m = (3/8, 5/8); with beta 1/4 m = (7/16, 9/16); skew m = (0.475,
-# 0.525); skew reverse m = (0.275, 0.725). The clip lets the entry (1/4) log(1/2) < 0 through and cuts (3/4) log(3/2).
-LITERALS = {
-    topd.ForwardKL(): 1 / 4 * math.log(1 / 2) + 3 / 4 * math.log(3 / 2),
-    topd.ForwardKL(entry_clip=0.1): -1 / 4 * LOG2 + 0.1,
-    topd.ForwardKL(entry_clip=0.0): -1 / 4 * LOG2,
-    topd.ReverseKL(): 1 / 2 * math.log(4 / 3),
-    topd.JSD(): 1 / 2 * (1 / 4 * math.log(2 / 3) + 3 / 4 * math.log(6 / 5))
-    + 1 / 2 * (1 / 2 * math.log(4 / 3) + 1 / 2 * math.log(4 / 5)),
-    topd.JSD(beta=0.25): 1 / 4 * (1 / 4 * math.log(4 / 7) + 3 / 4 * math.log(4 / 3))
-    + 3 / 4 * (1 / 2 * math.log(8 / 7) + 1 / 2 * math.log(8 / 9)),
-    topd.SkewKL(): 1 / 4 * math.log(0.25 / 0.475) + 3 / 4 * math.log(0.75 / 0.525),
-    topd.SkewReverseKL(): 1 / 2 * math.log(0.5 / 0.275) + 1 / 2 * math.log(0.5 / 0.725),
-    topd.TotalVariation(): 1 / 4,
-}
-
 
 def f64(values) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
-
-
-def two_entries() -> tuple[Model, Model]:
-    """Students and teachers with probabilities (1/2, 1/2) and (1/4, 3/4), two rows."""
-    return Model(f64([[1], [1]]), f64([[0], [0]])), Model(f64([[1], [1]]), f64([[0], [LOG3]]))
-
-
-def assert_literal(found, expected) -> None:
-    torch.testing.assert_close(found.cpu(), f64(expected), rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("divergence", LITERALS, ids=repr)
-def test_literal_values(divergence, backend, device):
-    found = by_topd(Problem(*two_entries(), divergence).to(device), backend).value
-    assert_literal(found, [LITERALS[divergence]] * 2)
-
-
-@pytest.mark.parametrize(
-    ("divergence", "gradient"),
-    [
-        (topd.ForwardKL(), 1 / 2 - 1 / 4),
-        (topd.ForwardKL(entry_clip=0.1), 1 / 2 * 1 / 4 - 1 / 4),
-        (topd.ReverseKL(), 1 / 4 * LOG3),
-        (topd.TotalVariation(), 1 / 4),
-    ],
-    ids=repr,
-)
-def test_literal_gradients(divergence, gradient, backend, device):
-    """To the two logits they are opposite; the upstream gradients are 1 and -2, so the weight's is -1 times it."""
-    problem = Problem(*two_entries(), divergence).to(device)
-    found = by_topd(problem, backend, torch.tensor([1, -2], device=device))
-    assert_literal(found.grads["weight"], [[-gradient], [gradient]])
-
-
-W = f64([[0], [LOG3]])
-HEADS = {
-    "temperature": (2.0, {"weight": 2 * W}),
-    "scale": (1.0, {"weight": 4 * W, "scale": 0.25}),
-    "softcap": (1.0, {"weight": W / LOG3 * 2 * math.atanh(LOG3 / 2), "softcap": 2.0}),
-    "softcap before temperature": (0.5, {"weight": W / LOG3 * 2 * math.atanh(LOG3 / 4), "softcap": 2.0}),
-    "bias": (1.0, {"weight": 0 * W, "bias": W[:, 0]}),
-    "adapter": (1.0, {"weight": 0 * W, "a": f64([[1]]), "b": W / 4, "scaling": 4.0}),
-    "all": (2.0, {"weight": W, "bias": W[:, 0], "a": f64([[1]]), "b": W, "scaling": 2.0, "scale": 0.5}),
-}
-
-
-@pytest.mark.parametrize(("temperature", "teacher"), HEADS.values(), ids=HEADS.keys())
-def test_literal_heads(temperature, teacher, backend, device):
-    """Each head's logits over the temperature are (0, log 3)."""
-    student, _ = two_entries()
-    problem = Problem(student, Model(f64([[1], [1]]), **teacher), temperature=temperature).to(device)
-    assert_literal(by_topd(problem, backend).value, [LITERALS[topd.ReverseKL()]] * 2)
-
-
-def test_literal_hard_weight_and_mask(backend, device):
-    """A row with p_S(token) = 1/2 gains hard_weight log 2; a masked row is exactly 0 and its token -100 is not read."""
-    problem = Problem(*two_entries(), mask=torch.tensor([True, False]), tokens=torch.tensor([1, -100]), hard_weight=3.0)
-    found = by_topd(problem.to(device), backend).value
-    assert found[0].item() == pytest.approx(LITERALS[topd.ReverseKL()] + 3 * LOG2, rel=1e-12)
-    assert found[1].item() == 0
-
-
-@pytest.mark.parametrize("student_is_larger", [False, True])
-def test_literal_unequal_vocabularies(student_is_larger, backend, device):
-    """A third entry of weight 4 beside (1, 3) is cut off and the rest renormalised; that side lost a mass of 1/2."""
-    small, large = (model.to(device) for model in two_entries())
-    large = replace(large, weight=f64([[0], [LOG3], [math.log(4)]]).to(device))
-    student, teacher = (large, small) if student_is_larger else (small, large)
-    sides = student.hidden, student.head(), teacher.hidden, teacher.head()
-    _, scores = topd.linear_divergence(*sides, tokens=torch.tensor([1, 0], device=device), return_scores=True, backend=backend)
-    of_large, of_small = ("student", "teacher") if student_is_larger else ("teacher", "student")
-    to_small, to_large = ("reverse", "forward") if student_is_larger else ("forward", "reverse")
-    truth = {
-        f"{to_small}_kl": [LITERALS[topd.ForwardKL()]] * 2,
-        f"{to_large}_kl": [LITERALS[topd.ReverseKL()]] * 2,
-        f"{of_large}_logprob": [math.log(3 / 4), math.log(1 / 4)],
-        f"{of_small}_logprob": [-LOG2, -LOG2],
-        f"{of_large}_lost_mass": [0.5, 0.5],
-        f"{of_small}_lost_mass": [0, 0],
-        f"{of_large}_entropy": [1 / 4 * math.log(4) + 3 / 4 * math.log(4 / 3)] * 2,
-        f"{of_small}_entropy": [LOG2, LOG2],
-    }
-    for name, expected in truth.items():
-        assert_literal(getattr(scores, name), expected)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
@@ -136,12 +37,12 @@ def test_no_worse_than_eager_at_the_dtype(divergence, pair, backend, device):
     problem = random_problem({"student": {"bias": True}, "hard_weight": 0.1}, divergence, n=64, vocab=300).to(device)
     problem = replace(problem, student=problem.student.to(student), teacher=problem.teacher.to(teacher))
     upstream = torch.randn(64, device=device)
-    found, yardstick = by_topd(problem, backend, upstream), plain(problem, upstream, dtype=None)
+    outcome, yardstick = by_topd(problem, backend, upstream), plain(problem, upstream, dtype=None)
     truth = plain(problem, upstream)
-    compare.assert_no_worse(found.value, yardstick.value, truth.value, compare.CONSTANT, "value")
+    compare.assert_no_worse(outcome.value, yardstick.value, truth.value, compare.CONSTANT, "value")
     for name, true in truth.grads.items():
         what = f"gradient of {name}"
-        compare.assert_no_worse(found.grads[name], yardstick.grads[name], true, compare.CONSTANT, what)
+        compare.assert_no_worse(outcome.grads[name], yardstick.grads[name], true, compare.CONSTANT, what)
 
 
 @pytest.mark.parametrize("vocab", [2, 13, 1000, 4099])
@@ -156,9 +57,9 @@ def test_odd_vocabularies(divergence, vocab, backend, device):
 
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=repr)
 def test_a_vocabulary_of_one_is_exactly_zero(divergence, backend, device):
-    found = by_topd(random_problem({}, divergence, n=5, vocab=1).to(device), backend, torch.randn(5, device=device))
-    assert not found.value.any()
-    assert not any(grad.any() for grad in found.grads.values())
+    outcome = by_topd(random_problem({}, divergence, n=5, vocab=1).to(device), backend, torch.randn(5, device=device))
+    assert not outcome.value.any()
+    assert not any(grad.any() for grad in outcome.grads.values())
 
 
 SHAPES = {
@@ -184,12 +85,12 @@ def test_shapes_and_strides(view, backend, device):
         (value * torch.linspace(-1, 2, value.numel(), dtype=value.dtype, device=device).view(value.shape)).sum().backward()
         return compare.Outcome(value.detach(), {"hidden": base.grad, "weight": columns.grad})
 
-    found = outcome(lambda s, t: topd.linear_divergence(s.hidden, s.head(), t.hidden, t.head(), backend=backend))
+    ours = outcome(lambda s, t: topd.linear_divergence(s.hidden, s.head(), t.hidden, t.head(), backend=backend))
     truth = outcome(
         lambda s, t: compare.row_divergence(topd.ReverseKL(), s.logits().log_softmax(-1), t.logits().log_softmax(-1))
     )
-    assert found.value.shape == view(student.hidden).shape[:-1]
-    compare.assert_outcome(found, truth, 1e-11)
+    assert ours.value.shape == view(student.hidden).shape[:-1]
+    compare.assert_outcome(ours, truth, 1e-11)
 
 
 def test_batch_of_rows_with_mask_and_tokens(backend, device):
@@ -245,7 +146,7 @@ def test_scores(options, backend, device):
     student = problem.student.leaves(compare.TENSORS)
     sides = student.hidden, student.head(), problem.teacher.hidden, problem.teacher.head()
     value, scores = topd.linear_divergence(*sides, **problem.options(), return_scores=True, backend=backend)
-    truth = compare.true_scores(problem)
+    truth = true_scores(problem)
     assert vars(scores).keys() == truth.keys()
     assert torch.equal(scores.top1_agreement, truth.pop("top1_agreement"))
     for name, true in truth.items():
@@ -270,7 +171,7 @@ def test_score_tokens_detaches_both_sides(device):
     scores = topd.score_tokens(
         student.hidden, student.head(), teacher.hidden, teacher.head(), tokens=problem.tokens, temperature=2.0
     )
-    truth = compare.true_scores(problem)
+    truth = true_scores(problem)
     assert torch.equal(scores.top1_agreement, truth.pop("top1_agreement"))
     for name, true in truth.items():
         compare.assert_near(getattr(scores, name), true, 1e-11, name)
@@ -285,8 +186,8 @@ def test_only_what_is_trainable_has_gradients(trainable, backend, device):
     problem = random_problem({"student": {"bias": True, "rank": 2}, "mask": True, "hard_weight": 0.1}).to(device)
     truth = plain(problem, torch.arange(11.0, device=device), trainable=trainable or ("hidden",))
     if trainable:
-        found = by_topd(problem, backend, torch.arange(11.0, device=device), trainable=trainable)
-        compare.assert_outcome(found, truth, 1e-11)
+        outcome = by_topd(problem, backend, torch.arange(11.0, device=device), trainable=trainable)
+        compare.assert_outcome(outcome, truth, 1e-11)
     else:
         sides = problem.student.hidden, problem.student.head(), problem.teacher.hidden, problem.teacher.head()
         assert not topd.linear_divergence(*sides, **problem.options(), backend=backend).requires_grad
@@ -298,11 +199,11 @@ def test_autocast_casts_both_sides_as_linear_does(backend, device):
     problem = random_problem(options, n=16).to(device).to(torch.float32)
     upstream = torch.randn(16, device=device)
     with torch.autocast(device.type, dtype=torch.bfloat16):
-        found = by_topd(problem, backend, upstream)
+        outcome = by_topd(problem, backend, upstream)
     explicit = by_topd(problem.to(torch.bfloat16), backend, upstream)
-    assert found.value.dtype == torch.float32
-    assert torch.equal(found.value, explicit.value)
-    for name, grad in found.grads.items():
+    assert outcome.value.dtype == torch.float32
+    assert torch.equal(outcome.value, explicit.value)
+    for name, grad in outcome.grads.items():
         assert grad.dtype == torch.float32
         assert torch.equal(grad, explicit.grads[name].float()), name
 
@@ -310,5 +211,5 @@ def test_autocast_casts_both_sides_as_linear_does(backend, device):
 def test_autocast_leaves_float64_alone(backend, device):
     problem = random_problem({}).to(device)
     with torch.autocast(device.type, dtype=torch.bfloat16):
-        found = by_topd(problem, backend)
-    compare.assert_outcome(found, plain(problem), 1e-11)
+        outcome = by_topd(problem, backend)
+    compare.assert_outcome(outcome, plain(problem), 1e-11)

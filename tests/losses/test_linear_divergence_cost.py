@@ -2,24 +2,9 @@
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
+from matrix_products import H, N, V, matrix_products
 
 import topd
-
-N, H, V = 96, 16, 800
-PRODUCTS = {"aten::mm": (0, 1), "aten::addmm_": (1, 2)}
-
-
-def matrix_products(run) -> float:
-    """Flop of the matrix products that run() calls, in units of 2 N H V."""
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
-        run()
-    flop = 0
-    for event in profiled.events():
-        if event.name in PRODUCTS:
-            left, right = (event.input_shapes[i] for i in PRODUCTS[event.name])
-            flop += 2 * left[0] * left[1] * right[1]
-    return flop / (2 * N * H * V)
 
 
 @pytest.fixture
@@ -27,14 +12,6 @@ def sides():
     torch.manual_seed(0)
     student = topd.Head(torch.nn.Parameter(torch.randn(V, H)))
     return torch.randn(N, H, requires_grad=True), student, torch.randn(N, H), topd.Head(torch.randn(V, H))
-
-
-@pytest.fixture(params=["eager", "cpp"])
-def chunked(request) -> str:
-    found = topd.backends()[request.param]
-    if not found:
-        pytest.skip(found.detail)
-    return request.param
 
 
 def cost(sides, backend, upstream=None, **options) -> float:

@@ -3,10 +3,10 @@
 import math
 from dataclasses import replace
 
-import compare
 import pytest
 import torch
 from compare import DIVERGENCES, Model, Outcome, Problem, by_topd, plain
+from score_truth import true_scores
 from torch import Tensor
 
 import topd
@@ -28,8 +28,8 @@ def ones(problem: Problem) -> Tensor:
 
 def outcome(problem: Problem, backend: str) -> Outcome:
     """Value and the gradient to the logits [N, V], which is that of the weight."""
-    found = by_topd(problem, backend, ones(problem), trainable=("weight",))
-    return Outcome(found.value, {"logits": found.grads["weight"].T})
+    outcome = by_topd(problem, backend, ones(problem), trainable=("weight",))
+    return Outcome(outcome.value, {"logits": outcome.grads["weight"].T})
 
 
 def truth_of(problem: Problem) -> Outcome:
@@ -45,9 +45,9 @@ def from_biases(student: list[float], teacher: list[float], divergence: topd.Div
 
 
 def bias_outcome(problem: Problem, backend: str) -> tuple[float, Tensor]:
-    found = by_topd(problem, backend, ones(problem), trainable=("bias", "hidden"))
-    assert found.grads["hidden"].isfinite().all()
-    return found.value.item(), found.grads["bias"].double().cpu()
+    outcome = by_topd(problem, backend, ones(problem), trainable=("bias", "hidden"))
+    assert outcome.grads["hidden"].isfinite().all()
+    return outcome.value.item(), outcome.grads["bias"].double().cpu()
 
 
 def limit_gradient(problem: Problem) -> Tensor:
@@ -132,9 +132,9 @@ def test_a_forbidden_token_makes_the_cross_entropy_infinite(backend, device):
 def test_equal_sides_are_exactly_zero(divergence, backend, device):
     """Peaked, flat and one-hot rows beside themselves: a value and a gradient of 0 without any rounding."""
     rows = torch.stack([8 * torch.randn(50), torch.full((50,), 3.7), torch.eye(50)[7] * 1e4, torch.randn(50) * 1e-3])
-    found = outcome(from_logits(rows, rows, divergence).to(device), backend)
-    assert not found.value.any()
-    assert not found.grads["logits"].any()
+    ours = outcome(from_logits(rows, rows, divergence).to(device), backend)
+    assert not ours.value.any()
+    assert not ours.grads["logits"].any()
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=repr)
@@ -144,10 +144,10 @@ def test_huge_one_hot_and_flat_logits(divergence, backend, device):
     huge = torch.cat([1e4 * eye[:3], -1e4 * eye[:2], flat, flat + 1e4, flat - 1e4, 1e4 * torch.randn(4, 40)])
     student, teacher = huge.repeat_interleave(12, 0), huge.repeat(12, 1)
     problem = from_logits(student, teacher, divergence).to(device)
-    found, true = outcome(problem, backend), truth_of(problem)
-    assert (found.value >= min(0.0, true.value.min().item())).all()
-    torch.testing.assert_close(found.value.double(), true.value, rtol=1e-6, atol=1e-7)
-    for row, true_row in zip(found.grads["logits"], true.grads["logits"], strict=True):
+    ours, true = outcome(problem, backend), truth_of(problem)
+    assert (ours.value >= min(0.0, true.value.min().item())).all()
+    torch.testing.assert_close(ours.value.double(), true.value, rtol=1e-6, atol=1e-7)
+    for row, true_row in zip(ours.grads["logits"], true.grads["logits"], strict=True):
         torch.testing.assert_close(row.double(), true_row, rtol=1e-4, atol=1e-6)
 
 
@@ -164,15 +164,15 @@ def test_near_equal_sides_keep_their_digits(divergence, backend, device):
     logits = 3 * torch.randn(len(NEAR), 151_936)
     teacher = logits + NEAR.unsqueeze(-1) * torch.randn(len(NEAR), 151_936)
     problem = from_logits(logits, teacher, divergence).to(device)
-    found, true = outcome(problem, backend), truth_of(problem)
+    ours, true = outcome(problem, backend), truth_of(problem)
     kl = truth_of(replace(problem, divergence=topd.ForwardKL())).value
     assert kl.min() < 1.2e-8
-    assert (found.value >= 0).all()
-    assert ((found.value - true.value).abs() / true.value).max() < 1e-3
+    assert (ours.value >= 0).all()
+    assert ((ours.value - true.value).abs() / true.value).max() < 1e-3
     if divergence == topd.TotalVariation():
         return
     eager = plain(problem, ones(problem), trainable=("weight",), dtype=None).grads["weight"].T
-    error, allowed = ((grad - true.grads["logits"]).norm(dim=-1) for grad in (found.grads["logits"], eager))
+    error, allowed = ((grad - true.grads["logits"]).norm(dim=-1) for grad in (ours.grads["logits"], eager))
     assert (error <= torch.maximum(allowed, 1e-3 * true.grads["logits"].norm(dim=-1))).all()
 
 
@@ -189,9 +189,9 @@ def test_peaked_rows_keep_the_digits_of_value_and_gradient(divergence, backend, 
     student = torch.stack([peaked(gap) for gap in (15.0, 20.0, 25.0, 30.0)])
     teacher = torch.stack([peaked(gap) for gap in (16.0, 18.0, 25.5, 22.0)])
     problem = from_logits(student, teacher, divergence).to(device)
-    found, true = outcome(problem, backend), truth_of(problem)
-    torch.testing.assert_close(found.value.double(), true.value, rtol=1e-4, atol=0)
-    torch.testing.assert_close(found.grads["logits"].double(), true.grads["logits"], rtol=1e-3, atol=0)
+    ours, true = outcome(problem, backend), truth_of(problem)
+    torch.testing.assert_close(ours.value.double(), true.value, rtol=1e-4, atol=0)
+    torch.testing.assert_close(ours.grads["logits"].double(), true.grads["logits"], rtol=1e-3, atol=0)
 
 
 def test_entropy_and_logprob_of_peaked_rows(backend, device):
@@ -200,7 +200,7 @@ def test_entropy_and_logprob_of_peaked_rows(backend, device):
     sides = problem.student.hidden, problem.student.head(), problem.teacher.hidden, problem.teacher.head()
     tokens = torch.full((3,), 9, device=device)
     _, scores = topd.linear_divergence(*sides, tokens=tokens, return_scores=True, backend=backend)
-    true = compare.true_scores(replace(problem, tokens=tokens))
+    true = true_scores(replace(problem, tokens=tokens))
     for name in ("student_entropy", "teacher_entropy", "student_logprob", "teacher_logprob"):
         torch.testing.assert_close(getattr(scores, name).double(), true[name], rtol=1e-4, atol=0)
 
@@ -217,8 +217,8 @@ def test_total_variation_takes_the_sign_of_zero_as_zero(backend, device):
 
 @pytest.mark.parametrize("logits", [[-INF, -INF], [0.0, math.nan], [0.0, INF]], ids=str)
 def test_a_row_without_a_distribution_is_nan_not_a_number_that_looks_right(logits, backend, device):
-    found = by_topd(from_biases([0.0, 1.0], logits, topd.ReverseKL()).to(device), backend).value
-    assert found.isnan().all()
+    value = by_topd(from_biases([0.0, 1.0], logits, topd.ReverseKL()).to(device), backend).value
+    assert value.isnan().all()
 
 
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "scores alone"])

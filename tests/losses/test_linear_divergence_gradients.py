@@ -43,10 +43,10 @@ UPSTREAM = {
 }
 
 
-def assert_rows(found: Outcome, truth: Outcome, tolerance: float) -> None:
+def assert_rows(outcome: Outcome, truth: Outcome, tolerance: float) -> None:
     """As assert_outcome, and each row of the hidden gradient near its own truth, however small its upstream one."""
-    compare.assert_outcome(found, truth, tolerance)
-    for i, (row, true) in enumerate(zip(found.grads["hidden"], truth.grads["hidden"], strict=True)):
+    compare.assert_outcome(outcome, truth, tolerance)
+    for i, (row, true) in enumerate(zip(outcome.grads["hidden"], truth.grads["hidden"], strict=True)):
         compare.assert_near(row, true, tolerance, f"hidden gradient of row {i}")
 
 
@@ -56,9 +56,9 @@ def assert_rows(found: Outcome, truth: Outcome, tolerance: float) -> None:
 def test_any_upstream_gradient_is_exact(upstream, options, dtype, tolerance, backend, device):
     problem = random_problem(options, n=N).to(device).to(dtype)
     grad = upstream().to(device)
-    found, truth = by_topd(problem, backend, grad), plain(problem, grad)
-    assert_rows(found, truth, tolerance)
-    assert not found.grads["hidden"][grad == 0].any()
+    outcome, truth = by_topd(problem, backend, grad), plain(problem, grad)
+    assert_rows(outcome, truth, tolerance)
+    assert not outcome.grads["hidden"][grad == 0].any()
 
 
 def test_hidden_rows_of_other_sizes_do_not_leak_into_the_head(backend, device):
@@ -93,9 +93,9 @@ def test_a_hint_changes_no_value_and_no_gradient(hint, upstream, backend, device
     grad = UPSTREAM[upstream]()
     guess, grad = hint(grad).to(device), grad.to(device)
     copy = guess.clone()
-    found = by_topd(problem, backend, grad, weights_hint=guess)
-    assert torch.equal(found.value, by_topd(problem, backend).value)
-    assert_rows(found, plain(problem, grad), 3e-5)
+    outcome = by_topd(problem, backend, grad, weights_hint=guess)
+    assert torch.equal(outcome.value, by_topd(problem, backend).value)
+    assert_rows(outcome, plain(problem, grad), 3e-5)
     torch.testing.assert_close(guess, copy, rtol=0, atol=0, equal_nan=True)
 
 
@@ -126,9 +126,9 @@ def test_rows_that_are_not_finite_and_have_no_upstream_gradient_leave_clean_grad
     getattr(problem, side).hidden[4::11] = bad
     for grad in (torch.ones(N), torch.randn(N)):
         grad = grad.to(device) * clean.mask
-        found, truth = by_topd(problem, backend, grad), plain(clean, grad)
-        assert found.value[4::11].isnan().all()
-        assert_rows(replace(found, value=truth.value), truth, 1e-11)
+        outcome, truth = by_topd(problem, backend, grad), plain(clean, grad)
+        assert outcome.value[4::11].isnan().all()
+        assert_rows(replace(outcome, value=truth.value), truth, 1e-11)
 
 
 @pytest.mark.parametrize("upstream", ["ones", "expanded scalar", "all different"])
@@ -206,8 +206,8 @@ def test_a_second_derivative_is_refused_in_words(to, through, backend, device):
 
 @pytest.mark.parametrize("options", [FULL | {"temperature": 1.3}, MASKED], ids=["all", "masked"])
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=repr)
-def test_gradcheck(divergence, options, backend, device):
-    """Finite differences in float64, to hidden states, weight, bias and adapter."""
+def test_gradcheck(divergence, options, chunked, device):
+    """Finite differences in float64, to hidden states, weight, bias and adapter. The reference is autograd's own."""
     problem = random_problem(options, divergence, n=4, vocab=6).to(device)
     problem.student.hidden.mul_(0.3)
     student = problem.student.leaves(TENSORS)
@@ -215,6 +215,6 @@ def test_gradcheck(divergence, options, backend, device):
 
     def value(*leaves: Tensor) -> Tensor:
         model = replace(student, **dict(zip(TENSORS, leaves, strict=True)))
-        return topd.linear_divergence(model.hidden, model.head(), *sides, **problem.options(), backend=backend)
+        return topd.linear_divergence(model.hidden, model.head(), *sides, **problem.options(), backend=chunked)
 
     assert torch.autograd.gradcheck(value, leaves_of(student))

@@ -17,10 +17,10 @@ def outlier(size: float, row: int = 0) -> Tensor:
     return torch.ones(N).index_fill(0, torch.tensor([row]), size)
 
 
-def assert_head(found: compare.Outcome, truth: compare.Outcome, tolerance: float) -> None:
+def assert_head(outcome: compare.Outcome, truth: compare.Outcome, tolerance: float) -> None:
     for name in HEAD:
         if truth.grads.get(name) is not None:
-            compare.assert_near(found.grads[name], truth.grads[name], tolerance, name)
+            compare.assert_near(outcome.grads[name], truth.grads[name], tolerance, name)
 
 
 @pytest.mark.parametrize("size", [1e4, 1e6, 1e8])
@@ -40,8 +40,8 @@ def test_a_hint_of_one_row_with_a_small_hidden_state_leaves_d_bias_alone(zero, s
     problem = random_problem(FULL, n=N).to(device).to(torch.float32)
     problem.student.hidden.mul_(0.0) if zero else problem.student.hidden[0].mul_(1e-4 / problem.student.hidden[0].norm())
     grad = torch.ones(N, device=device)
-    found = by_topd(problem, backend, grad, weights_hint=outlier(size).to(device))
-    assert_head(found, plain(problem, grad), 3e-6)
+    outcome = by_topd(problem, backend, grad, weights_hint=outlier(size).to(device))
+    assert_head(outcome, plain(problem, grad), 3e-6)
 
 
 @pytest.mark.parametrize("size", [1e4, 1e6, 1e8])
@@ -53,8 +53,8 @@ def test_a_hint_of_one_row_leaves_the_adapter_alone(size, backend, device):
     hidden[0], hidden[1:, 0] = 0.0, 1e-4 * hidden[1:, 0]
     hidden[0, 0] = 1e-4
     grad = torch.ones(N, device=device)
-    found = by_topd(problem, backend, grad, trainable=("hidden", "a", "b"), weights_hint=outlier(size).to(device))
-    assert_head(found, plain(problem, grad, trainable=("hidden", "a", "b")), 3e-6)
+    outcome = by_topd(problem, backend, grad, trainable=("hidden", "a", "b"), weights_hint=outlier(size).to(device))
+    assert_head(outcome, plain(problem, grad, trainable=("hidden", "a", "b")), 3e-6)
 
 
 def test_a_steep_row_left_out_takes_no_digits_from_flat_ones(backend, device):
@@ -66,10 +66,10 @@ def test_a_steep_row_left_out_takes_no_digits_from_flat_ones(backend, device):
         logits[torch.arange(N) != 5, 9] = 22.0
         sides.append(Model(torch.eye(N), logits.T.contiguous(), torch.zeros(41)))
     problem, grad = Problem(*sides).to(device), outlier(0.0, 5).to(device)
-    found = by_topd(problem, backend, grad, trainable=("hidden", "weight", "bias"))
+    outcome = by_topd(problem, backend, grad, trainable=("hidden", "weight", "bias"))
     truth = plain(problem, grad, trainable=("hidden", "weight", "bias"))
-    compare.assert_near(found.grads["bias"], truth.grads["bias"], 2e-5, "bias")
-    compare.assert_near(found.grads["weight"], truth.grads["weight"], 2e-5, "weight")
+    compare.assert_near(outcome.grads["bias"], truth.grads["bias"], 2e-5, "bias")
+    compare.assert_near(outcome.grads["weight"], truth.grads["weight"], 2e-5, "weight")
 
 
 @pytest.mark.parametrize("divergence", [topd.TotalVariation(), topd.ForwardKL(entry_clip=0.0)], ids=repr)
@@ -84,9 +84,9 @@ def test_a_row_at_a_jump_leaves_no_residue_where_it_is_left_out(divergence, back
     weight = torch.cat([student.weight[:, order], torch.randn(vocab, 200) / width**0.5], 1)
     problem = Problem(student, Model(hidden, weight), divergence).to(device)
     grad, hint = outlier(0.0).to(device), outlier(3.0).to(device)
-    found = by_topd(problem, backend, grad, trainable=("hidden", "weight"), weights_hint=hint)
+    outcome = by_topd(problem, backend, grad, trainable=("hidden", "weight"), weights_hint=hint)
     truth = plain(problem, grad, trainable=("hidden", "weight"))
-    compare.assert_near(found.grads["weight"], truth.grads["weight"], 1e-5, "weight")
+    compare.assert_near(outcome.grads["weight"], truth.grads["weight"], 1e-5, "weight")
 
 
 def test_rows_that_are_only_added_need_no_new_start(backend, device):
@@ -94,7 +94,7 @@ def test_rows_that_are_only_added_need_no_new_start(backend, device):
     problem = random_problem(FULL, topd.TotalVariation(), n=N).to(device)
     grad = torch.ones(N, device=device)
     hint = (torch.arange(N, device=device) > 4).double()
-    found = by_topd(problem, backend, grad, weights_hint=hint)
+    outcome = by_topd(problem, backend, grad, weights_hint=hint)
     truth = plain(problem, grad)
     for name in TENSORS:
-        compare.assert_near(found.grads[name], truth.grads[name], 1e-11, name)
+        compare.assert_near(outcome.grads[name], truth.grads[name], 1e-11, name)

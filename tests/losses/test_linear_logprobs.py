@@ -1,11 +1,7 @@
-"""topd.linear_logprobs and topd.topk_logprobs: values and gradients in every ordinary case.
-
-The truth is torch's log_softmax, gather and products of them in float64, with autograd's gradients; at the tensors' own dtypes
-the same is the yardstick. What the other files on this function share stands here.
-"""
+"""topd.linear_logprobs: values and gradients in every ordinary case."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import compare
@@ -13,96 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import TENSORS, Model, Outcome, random_model
+from logprob_cases import OPTIONS, Problem, by_topd, gradients, plain, random_problem, run
 from torch import Tensor
 
 import topd
 
 LOG2, LOG5 = math.log(2), math.log(5)
-OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "temperature": {"temperature": 0.7},
-    "scale": {"scale": -0.3},
-    "softcap": {"softcap": 5.0},
-    "bias": {"bias": True},
-    "adapter": {"rank": 3},
-    "mask": {"mask": True},
-    "everything": {"bias": True, "rank": 3, "softcap": 8.0, "scale": 0.8, "temperature": 1.6, "mask": True},
-}
-
-
-@dataclass(frozen=True)
-class Problem:
-    """The arguments of `topd.linear_logprobs` that its value depends on."""
-
-    model: Model
-    ids: Tensor
-    temperature: float = 1.0
-    mask: Tensor | None = None
-    entropy: bool = True
-
-    def to(self, *where: Any) -> "Problem":
-        """On another device or, for what is floating, in another dtype."""
-        device = {} if isinstance(where[0], torch.dtype) else {"ids": self.ids.to(*where)}
-        if device and self.mask is not None:
-            device["mask"] = self.mask.to(*where)
-        return replace(self, model=self.model.to(*where), **device)
-
-    def upstream(self) -> Tensor:
-        """Random, for the log-probabilities and, in a last column, for the entropy."""
-        return torch.randn(*self.ids.shape[:-1], self.ids.shape[-1] + self.entropy, dtype=torch.float64).to(self.ids.device)
-
-
-def random_problem(options: dict[str, Any], *, n: int = 11, m: int = 3, vocab: int = 41, entropy: bool = True) -> Problem:
-    """The options of one entry of OPTIONS. Masked rows have ids of -100; the first row repeats one id."""
-    of_model = {name: value for name, value in options.items() if name not in ("temperature", "mask")}
-    model, ids, mask = random_model(n, vocab, 7, **of_model), torch.randint(vocab, (n, m)), None
-    ids[:1] = ids[:1, :1]
-    if "mask" in options:
-        mask = torch.rand(n) < 0.6
-        ids[~mask] = -100
-    return Problem(model, ids, options.get("temperature", 1.0), mask, entropy)
-
-
-def plain(
-    problem: Problem,
-    upstream: Tensor | None = None,
-    *,
-    trainable: tuple[str, ...] = TENSORS,
-    dtype: torch.dtype | None = torch.float64,
-) -> Outcome:
-    """The truth in float64, the yardstick with dtype=None. Value: the log-probabilities, then the entropy in a last column."""
-    model, mask = problem.model.leaves(trainable, dtype), problem.mask
-    rows = torch.ones_like(problem.model.hidden[..., 0], dtype=torch.bool) if mask is None else mask
-    logits = replace(model, hidden=model.hidden[rows]).logits()
-    logprobs = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / problem.temperature).log_softmax(-1)
-    found = logprobs.gather(-1, problem.ids[rows])
-    if problem.entropy:
-        entropy = -(logprobs.exp() * logprobs.masked_fill(logprobs.isneginf(), 0.0)).sum(-1, keepdim=True)
-        found = torch.cat([found, entropy], -1)
-    value = found.new_zeros(*rows.shape, found.shape[-1]).index_put((rows,), found)
-    return Outcome(value.detach(), gradients(value, upstream, model))
-
-
-def run(problem: Problem, model: Model, backend: str, **options: Any) -> Tensor:
-    """What `plain` calls the value, through topd."""
-    settings = {"temperature": problem.temperature, "mask": problem.mask, "return_entropy": problem.entropy, "backend": backend}
-    found = topd.linear_logprobs(model.hidden, model.head(), problem.ids, **(settings | options))
-    return torch.cat([found[0], found[1].unsqueeze(-1)], -1) if problem.entropy else found
-
-
-def by_topd(
-    problem: Problem, backend: str, upstream: Tensor | None = None, *, trainable: tuple[str, ...] = TENSORS, **options: Any
-) -> Outcome:
-    model = problem.model.leaves(trainable)
-    value = run(problem, model, backend, **options)
-    return Outcome(value.detach(), gradients(value, upstream, model))
-
-
-def gradients(value: Tensor, upstream: Tensor | None, model: Model) -> dict[str, Tensor | None]:
-    if upstream is None:
-        return {}
-    value.backward(upstream.to(value.dtype))
-    return {name: getattr(model, name).grad for name in TENSORS if getattr(model, name) is not None}
 
 
 def f64(values: Any) -> Tensor:
@@ -115,14 +27,14 @@ def test_literal_values_and_gradients(backend, device):
     p = f64([1 / 8, 2 / 8, 5 / 8])
     entropy = 1 / 8 * 3 * LOG2 + 1 / 4 * 2 * LOG2 + 5 / 8 * (3 * LOG2 - LOG5)
     problem = Problem(Model(f64([[1], [1]]), f64([[0], [LOG2], [LOG5]])), torch.tensor([[0, 2], [1, 1]]))
-    found = by_topd(problem.to(device), backend, f64([[2, -1, 10], [1, 3, 0]]).to(device))
+    outcome = by_topd(problem.to(device), backend, f64([[2, -1, 10], [1, 3, 0]]).to(device))
     expected = f64([[-3 * LOG2, LOG5 - 3 * LOG2, entropy], [-2 * LOG2, -2 * LOG2, entropy]])
-    torch.testing.assert_close(found.value.cpu(), expected, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(outcome.value.cpu(), expected, rtol=1e-13, atol=1e-13)
     by_entropy = -10 * p * (f64([-3 * LOG2, -2 * LOG2, LOG5 - 3 * LOG2]) + entropy)
     first, second = f64([15 / 8, -1 / 4, -13 / 8]) + by_entropy, f64([-1 / 2, 3, -5 / 2])
-    torch.testing.assert_close(found.grads["weight"][:, 0].cpu(), first + second, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(outcome.grads["weight"][:, 0].cpu(), first + second, rtol=1e-13, atol=1e-13)
     hidden = [LOG2 * row[1] + LOG5 * row[2] for row in (first, second)]
-    torch.testing.assert_close(found.grads["hidden"][:, 0].cpu(), torch.stack(hidden), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(outcome.grads["hidden"][:, 0].cpu(), torch.stack(hidden), rtol=1e-13, atol=1e-13)
 
 
 def test_one_id_is_the_cross_entropy(backend, device):
@@ -156,16 +68,16 @@ def test_no_worse_than_eager_at_the_dtype(options, m, dtype, backend, device):
     """The truth is that of the rounded inputs."""
     problem = random_problem(OPTIONS[options], n=64, m=m, vocab=300).to(device).to(dtype)
     upstream = problem.upstream()
-    found, yardstick, truth = (
+    ours, yardstick, truth = (
         by_topd(problem, backend, upstream),
         plain(problem, upstream, dtype=None),
         plain(problem, upstream),
     )
     for i, what in ((slice(0, m), "log-probabilities"), (slice(m, None), "entropy")):
-        values = (outcome.value[:, i] for outcome in (found, yardstick, truth))
+        values = (outcome.value[:, i] for outcome in (ours, yardstick, truth))
         compare.assert_no_worse(*values, compare.CONSTANT, what)
     for name, true in truth.grads.items():
-        compare.assert_no_worse(found.grads[name], yardstick.grads[name], true, compare.CONSTANT, f"gradient of {name}")
+        compare.assert_no_worse(ours.grads[name], yardstick.grads[name], true, compare.CONSTANT, f"gradient of {name}")
 
 
 @pytest.mark.parametrize("vocab", [2, 13, 1000, 4099])
@@ -208,9 +120,9 @@ def test_shapes_and_strides(view, columns, backend, device):
         logprobs = seen.logits().log_softmax(-1)
         return torch.cat([logprobs.gather(-1, ids), -(logprobs.exp() * logprobs).sum(-1, keepdim=True)], -1)
 
-    found = outcome(lambda seen: run(problem, seen, backend))
-    assert found.value.shape == (*ids.shape[:-1], 5)
-    compare.assert_outcome(found, outcome(truth), 1e-11)
+    ours = outcome(lambda seen: run(problem, seen, backend))
+    assert ours.value.shape == (*ids.shape[:-1], 5)
+    compare.assert_outcome(ours, outcome(truth), 1e-11)
 
 
 def test_batch_of_rows_with_mask(backend, device):
@@ -225,9 +137,9 @@ def test_batch_of_rows_with_mask(backend, device):
 def test_masked_rows_are_exactly_zero(backend, device):
     problem = random_problem(OPTIONS["mask"]).to(device)
     problem.mask[0] = False
-    found = by_topd(problem, backend, problem.upstream())
-    assert not found.value[~problem.mask].any()
-    assert not found.grads["hidden"][~problem.mask].any()
+    outcome = by_topd(problem, backend, problem.upstream())
+    assert not outcome.value[~problem.mask].any()
+    assert not outcome.grads["hidden"][~problem.mask].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES.values()], ids=str)
@@ -260,12 +172,12 @@ def test_an_adapter_may_have_another_dtype_than_its_head(backend, device):
     problem = random_problem({"rank": 2}, n=16).to(device).to(torch.bfloat16)
     model = replace(problem.model, a=problem.model.a.float(), b=problem.model.b.float())
     problem, upstream = replace(problem, model=model), problem.upstream()
-    found, truth = by_topd(problem, backend, upstream), plain(problem, upstream)
-    assert found.grads["a"].dtype == found.grads["b"].dtype == torch.float32
-    assert found.grads["hidden"].dtype == torch.bfloat16
-    compare.assert_near(found.value, truth.value, 2e-6, "value")
+    outcome, truth = by_topd(problem, backend, upstream), plain(problem, upstream)
+    assert outcome.grads["a"].dtype == outcome.grads["b"].dtype == torch.float32
+    assert outcome.grads["hidden"].dtype == torch.bfloat16
+    compare.assert_near(outcome.value, truth.value, 2e-6, "value")
     for name in ("a", "b"):
-        compare.assert_near(found.grads[name], truth.grads[name], 1e-5, name)
+        compare.assert_near(outcome.grads[name], truth.grads[name], 1e-5, name)
 
 
 def test_autocast_casts_as_linear_does(backend, device):
@@ -273,11 +185,11 @@ def test_autocast_casts_as_linear_does(backend, device):
     problem = random_problem({"bias": True, "rank": 2}, n=16).to(device).to(torch.float32)
     upstream = problem.upstream()
     with torch.autocast(device.type, dtype=torch.bfloat16):
-        found = by_topd(problem, backend, upstream)
+        outcome = by_topd(problem, backend, upstream)
     explicit = by_topd(problem.to(torch.bfloat16), backend, upstream)
-    assert found.value.dtype == torch.float32
-    assert torch.equal(found.value, explicit.value)
-    for name, grad in found.grads.items():
+    assert outcome.value.dtype == torch.float32
+    assert torch.equal(outcome.value, explicit.value)
+    for name, grad in outcome.grads.items():
         assert grad.dtype == torch.float32
         assert torch.equal(grad, explicit.grads[name].float()), name
 
@@ -285,8 +197,8 @@ def test_autocast_casts_as_linear_does(backend, device):
 def test_autocast_leaves_float64_alone(backend, device):
     problem = random_problem({}).to(device)
     with torch.autocast(device.type, dtype=torch.bfloat16):
-        found = by_topd(problem, backend)
-    compare.assert_outcome(found, plain(problem), 1e-11)
+        outcome = by_topd(problem, backend)
+    compare.assert_outcome(outcome, plain(problem), 1e-11)
 
 
 @pytest.mark.parametrize("m", [1, 8])
@@ -311,65 +223,3 @@ def test_many_rows_that_choose_the_same_few_tokens_repeat_themselves(backend, de
     for _ in range(5):
         again = by_topd(problem, backend, upstream)
         assert all(torch.equal(grad, again.grads[name]) for name, grad in first.grads.items())
-
-
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_topk_is_that_of_the_log_softmax(options, device):
-    problem = random_problem(options).to(device)
-    problem = replace(problem, ids=torch.arange(41, device=device).expand(11, 41), entropy=False)
-    expected, expected_ids = plain(problem).value.topk(5, dim=-1)
-    kept = torch.ones(11, dtype=torch.bool, device=device) if problem.mask is None else problem.mask
-    for workspace_bytes in (None, 41 * 8 * 3 * 2):  # the second holds two rows
-        settings = {"temperature": problem.temperature, "mask": problem.mask, "workspace_bytes": workspace_bytes}
-        logprobs, ids = topd.topk_logprobs(problem.model.hidden, problem.model.head(), 5, **settings)
-        torch.testing.assert_close(logprobs[kept], expected[kept], rtol=1e-11, atol=1e-11)
-        assert torch.equal(ids[kept], expected_ids[kept])
-        assert not ids[~kept].any()
-        assert logprobs[~kept].isneginf().all()
-
-
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-@pytest.mark.parametrize("size", [1.0, 100.0, 1e4])
-def test_topk_is_no_worse_than_eager_log_softmax(size, dtype, device):
-    """Logits that are exact in any dtype, up to 1e4: what is left is the log-softmax's own error."""
-    logits = size * torch.eye(6, 40)[:, :6].repeat(1, 7).to(dtype)
-    logits[3:] = size + torch.arange(42) % 5 / 4
-    model = Model(torch.eye(6), logits.T.contiguous().float()).to(device).to(dtype)
-    logprobs, ids = topd.topk_logprobs(model.hidden, model.head(), 4)
-    truth, yardstick = (plain(Problem(model, ids, entropy=False), dtype=dtype).value for dtype in (torch.float64, None))
-    for found, eager, true in zip(logprobs, yardstick, truth, strict=True):
-        compare.assert_no_worse(found, eager, true, 1e-7, "log-probabilities")
-
-
-def test_topk_of_a_batch_and_of_the_whole_vocabulary(device):
-    """Shapes, dtypes and order; k = V gives all the probability; nothing requires grad."""
-    model = random_model((2, 3), 9, 4).to(device).to(torch.bfloat16).leaves(TENSORS)
-    logprobs, ids = topd.topk_logprobs(model.hidden, model.head(), 9)
-    assert ids.shape == logprobs.shape == (2, 3, 9)
-    assert (ids.dtype, logprobs.dtype) == (torch.int64, torch.float32)
-    assert torch.equal(ids.sort(-1).values, torch.arange(9, device=device).expand(2, 3, 9))
-    assert (logprobs.diff(dim=-1) <= 0).all()
-    assert not logprobs.requires_grad
-    torch.testing.assert_close(logprobs.exp().sum(-1), torch.ones(2, 3, device=device))
-
-
-def test_topk_of_one_token_and_of_none(device):
-    model = random_model(4, 9, 4).to(device)
-    logprobs, ids = topd.topk_logprobs(model.hidden[0], model.head(), 1)
-    assert ids.tolist() == [model.logits()[0].argmax().item()]
-    assert logprobs.shape == (1,)
-    for hidden, mask in ((model.hidden[:0], None), (model.hidden, torch.zeros(4, dtype=torch.bool, device=device))):
-        logprobs, ids = topd.topk_logprobs(hidden, model.head(), 3, mask=mask)
-        assert ids.shape == logprobs.shape == (len(hidden), 3)
-        assert not ids.any()
-        assert logprobs.isneginf().all()
-
-
-def test_topk_under_autocast_is_that_of_the_cast_operands(device):
-    model = random_model(6, 30, 4, bias=True, rank=2).to(device).to(torch.float32)
-    with torch.autocast(device.type, dtype=torch.bfloat16):
-        logprobs, ids = topd.topk_logprobs(model.hidden, model.head(), 3)
-    cast = model.to(torch.bfloat16)
-    expected, expected_ids = topd.topk_logprobs(cast.hidden, cast.head(), 3)
-    assert torch.equal(ids, expected_ids)
-    assert torch.equal(logprobs, expected)

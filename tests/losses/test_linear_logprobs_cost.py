@@ -2,21 +2,13 @@
 
 import pytest
 import torch
-from test_linear_divergence_cost import H, N, V, matrix_products
-from test_plan import Largest
+from matrix_products import H, N, V, matrix_products
+from memory_watch import Largest
 from torch import Tensor
 
 import topd
 
 M = 3
-
-
-@pytest.fixture(params=["eager", "cpp"])
-def chunked(request: pytest.FixtureRequest) -> str:
-    found = topd.backends()[request.param]
-    if not found:
-        pytest.skip(found.detail)
-    return request.param
 
 
 @pytest.fixture
@@ -159,8 +151,8 @@ def test_peak_memory_follows_the_workspace_and_not_the_rows(n, entropy, chunked)
     ids, largest = torch.randint(vocab, (n, m)), Largest()
     with largest:
         settings = {"workspace_bytes": workspace_bytes, "return_entropy": entropy, "backend": chunked}
-        found = topd.linear_logprobs(hidden, head, ids, **settings)
-        logprobs, entropies = found if entropy else (found, torch.zeros(n))
+        value = topd.linear_logprobs(hidden, head, ids, **settings)
+        logprobs, entropies = value if entropy else (value, torch.zeros(n))
         ((logprobs * torch.randn(n, m)).sum() + (entropies * torch.randn(n)).sum()).backward()
     assert hidden.grad.any()
     assert 0 < largest.nbytes <= workspace_bytes

@@ -6,7 +6,7 @@ import compare
 import pytest
 import torch
 from compare import TENSORS, Model, Outcome
-from test_linear_logprobs import Problem, by_topd, plain, random_problem, run
+from logprob_cases import Problem, by_topd, plain, random_problem, run
 from torch import Tensor
 
 import topd
@@ -52,10 +52,10 @@ ENTROPY_UPSTREAM = {
 }
 
 
-def assert_rows(found: Outcome, truth: Outcome, tolerance: float) -> None:
+def assert_rows(outcome: Outcome, truth: Outcome, tolerance: float) -> None:
     """As assert_outcome, and each row of the hidden gradient near its own truth, however small its upstream one."""
-    compare.assert_outcome(found, truth, tolerance)
-    for i, (row, true) in enumerate(zip(found.grads["hidden"], truth.grads["hidden"], strict=True)):
+    compare.assert_outcome(outcome, truth, tolerance)
+    for i, (row, true) in enumerate(zip(outcome.grads["hidden"], truth.grads["hidden"], strict=True)):
         compare.assert_near(row, true, tolerance, f"hidden gradient of row {i}")
 
 
@@ -68,9 +68,9 @@ def problem_of(options: dict, dtype: torch.dtype = torch.float64, *, entropy: bo
 @pytest.mark.parametrize("upstream", UPSTREAM.values(), ids=UPSTREAM.keys())
 def test_any_upstream_gradient_is_exact(upstream, options, dtype, tolerance, backend, device):
     problem, grad = problem_of(options, dtype).to(device), upstream().to(device)
-    found = by_topd(problem, backend, grad)
-    assert_rows(found, plain(problem, grad), tolerance)
-    assert not found.grads["hidden"][(grad == 0).all(-1)].any()
+    outcome = by_topd(problem, backend, grad)
+    assert_rows(outcome, plain(problem, grad), tolerance)
+    assert not outcome.grads["hidden"][(grad == 0).all(-1)].any()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 3e-5)], ids=["f64", "f32"])
@@ -79,9 +79,9 @@ def test_any_upstream_gradient_is_exact(upstream, options, dtype, tolerance, bac
 def test_log_probabilities_and_entropy_together(of_entropy, upstream, dtype, tolerance, backend, device):
     problem = problem_of(MASKED, dtype, entropy=True).to(device)
     grad = torch.cat([UPSTREAM[upstream](), ENTROPY_UPSTREAM[of_entropy]()], -1).to(device)
-    found = by_topd(problem, backend, grad)
-    assert_rows(found, plain(problem, grad), tolerance)
-    assert not found.grads["hidden"][(grad == 0).all(-1)].any()
+    outcome = by_topd(problem, backend, grad)
+    assert_rows(outcome, plain(problem, grad), tolerance)
+    assert not outcome.grads["hidden"][(grad == 0).all(-1)].any()
 
 
 @pytest.mark.parametrize("used", [0, 1], ids=["log-probabilities", "entropy"])
@@ -104,8 +104,8 @@ def test_a_log_probability_selected_from_many(backend, device):
     """Indexing, as a loss on one of the columns does, in a batch [B, T, M]."""
     problem = problem_of(FULL).to(device)
     leaves = problem.model.leaves(TENSORS)
-    found = topd.linear_logprobs(leaves.hidden.view(6, 8, -1), leaves.head(), problem.ids.view(6, 8, M), backend=backend)
-    found[:, 1:, 2].mean().backward()
+    value = topd.linear_logprobs(leaves.hidden.view(6, 8, -1), leaves.head(), problem.ids.view(6, 8, M), backend=backend)
+    value[:, 1:, 2].mean().backward()
     grad = torch.zeros(6, 8, M)
     grad[:, 1:, 2] = 1 / 42
     for name, true in plain(problem, grad.view(N, M).to(device)).grads.items():
@@ -134,9 +134,9 @@ def test_a_hint_changes_no_value_and_no_gradient(hint, upstream, backend, device
     problem, grad = problem_of(MASKED, torch.float32).to(device), UPSTREAM[upstream]()
     guess, grad = hint(grad.sum(-1)).to(device), grad.to(device)
     copy = guess.clone()
-    found = by_topd(problem, backend, grad, weights_hint=guess)
-    assert torch.equal(found.value, by_topd(problem, backend).value)
-    assert_rows(found, plain(problem, grad), 3e-5)
+    outcome = by_topd(problem, backend, grad, weights_hint=guess)
+    assert torch.equal(outcome.value, by_topd(problem, backend).value)
+    assert_rows(outcome, plain(problem, grad), 3e-5)
     torch.testing.assert_close(guess, copy, rtol=0, atol=0, equal_nan=True)
 
 
@@ -147,16 +147,16 @@ def test_a_hint_of_one_row_leaves_bias_and_adapter_alone_where_hidden_states_are
     problem.model.hidden[:-2] = 0
     upstream = torch.ones(problem.upstream().shape, device=device)
     hint = torch.ones(N, device=device).index_fill(0, torch.zeros(1, dtype=torch.int64, device=device), size)
-    found, truth = by_topd(problem, backend, upstream, weights_hint=hint), plain(problem, upstream)
+    outcome, truth = by_topd(problem, backend, upstream, weights_hint=hint), plain(problem, upstream)
     for name in TENSORS:
-        compare.assert_near(found.grads[name], truth.grads[name], 3e-6, name)
+        compare.assert_near(outcome.grads[name], truth.grads[name], 3e-6, name)
 
 
 def test_a_hint_beside_the_entropy(backend, device):
     problem = problem_of(MASKED, torch.float32, entropy=True).to(device)
     grad = problem.upstream()
-    found = by_topd(problem, backend, grad, weights_hint=grad[:, :M].sum(-1) * 3)
-    assert_rows(found, plain(problem, grad), 3e-5)
+    outcome = by_topd(problem, backend, grad, weights_hint=grad[:, :M].sum(-1) * 3)
+    assert_rows(outcome, plain(problem, grad), 3e-5)
 
 
 FROZEN = [("hidden",), ("weight",), ("bias",), ("a", "b"), ("a",), ("b",), ("hidden", "a", "b"), ("weight", "bias")]
@@ -169,8 +169,8 @@ def test_only_what_is_trainable_has_gradients(entropy, trainable, upstream, back
     problem = problem_of(MASKED | {"softcap": 6.0}, entropy=entropy).to(device)
     grad = UPSTREAM[upstream]()
     grad = torch.cat([grad, torch.randn(N, 1)], -1).to(device) if entropy else grad.to(device)
-    found = by_topd(problem, backend, grad, trainable=trainable)
-    compare.assert_outcome(found, plain(problem, grad, trainable=trainable), 1e-7 if upstream == "expanded scalar" else 1e-11)
+    outcome = by_topd(problem, backend, grad, trainable=trainable)
+    compare.assert_outcome(outcome, plain(problem, grad, trainable=trainable), 1e-7 if upstream == "expanded scalar" else 1e-11)
 
 
 def test_hidden_rows_of_other_sizes_do_not_leak_into_the_head(backend, device):
@@ -188,9 +188,9 @@ def test_nothing_to_do_gives_zeros_with_zero_gradients(rows, backend, device):
     problem.model.hidden.fill_(torch.nan)
     problem = replace(problem, mask=torch.zeros_like(problem.mask), ids=torch.full_like(problem.ids, -100))
     for upstream in (problem.upstream(), torch.ones(rows, 4, device=device)):
-        found = by_topd(problem, backend, upstream)
-        assert torch.equal(found.value, torch.zeros(rows, 4, dtype=torch.float64, device=device))
-        for name, grad in found.grads.items():
+        outcome = by_topd(problem, backend, upstream)
+        assert torch.equal(outcome.value, torch.zeros(rows, 4, dtype=torch.float64, device=device))
+        for name, grad in outcome.grads.items():
             assert grad is not None, name
             assert torch.equal(grad, torch.zeros_like(getattr(problem.model, name))), name
 
@@ -266,15 +266,13 @@ def test_a_second_derivative_is_refused_in_words(entropy, to, through, backend, 
 
 @pytest.mark.parametrize("options", [FULL | {"temperature": 1.3}, MASKED | {"softcap": 4.0}], ids=["all", "masked"])
 @pytest.mark.parametrize("entropy", [False, True], ids=["", "entropy"])
-def test_gradcheck(entropy, options, backend, device):
+def test_gradcheck(entropy, options, chunked, device):
     """Finite differences in float64, to hidden states, weight, bias and adapter."""
-    if backend == "reference":
-        pytest.skip("the reference is compared with autograd above, and slow here")
     problem = random_problem(options, n=4, m=3, vocab=6, entropy=entropy).to(device)
     problem.model.hidden.mul_(0.3)
     leaves = problem.model.leaves(TENSORS)
 
     def value(*tensors: Tensor) -> Tensor:
-        return run(problem, replace(leaves, **dict(zip(TENSORS, tensors, strict=True))), backend)
+        return run(problem, replace(leaves, **dict(zip(TENSORS, tensors, strict=True))), chunked)
 
     assert torch.autograd.gradcheck(value, leaves_of(leaves))

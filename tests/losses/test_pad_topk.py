@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from test_opd import batch_of, models
-from test_topk_teacher import with_topk
+from objective_cases import batch_of, models
+from topk_teacher_cases import with_topk
 
 import topd
 

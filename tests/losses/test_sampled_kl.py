@@ -22,8 +22,8 @@ def f64(values) -> torch.Tensor:
 def test_literal_values(estimator, expected, device):
     """p_S = (1/2, 1/4, 1/8) of tokens with p_T = (1/4, 1/2, 1/8)."""
     student, teacher = f64([1 / 2, 1 / 4, 1 / 8]).log().to(device), f64([1 / 4, 1 / 2, 1 / 8]).log().to(device)
-    found = topd.sampled_kl(student, teacher, estimator=estimator)
-    torch.testing.assert_close(found.cpu(), f64(expected), rtol=1e-12, atol=0)
+    value = topd.sampled_kl(student, teacher, estimator=estimator)
+    torch.testing.assert_close(value.cpu(), f64(expected), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -46,15 +46,15 @@ def test_k1_without_a_clamp_is_the_default():
 def test_k3_keeps_its_digits(r, sign, dtype):
     """Relative error against the power series in float64; there expm1(-r) + r costs 2 / r units in the last place."""
     r = torch.tensor([sign * r], dtype=dtype).requires_grad_()
-    found = topd.sampled_kl(r, torch.zeros_like(r, requires_grad=False), estimator="k3")
-    found.backward()
+    value = topd.sampled_kl(r, torch.zeros_like(r, requires_grad=False), estimator="k3")
+    value.backward()
     x = -r.item()
     true = math.fsum(x**n / math.factorial(n) for n in range(2, 160))
     slope = -math.fsum(x**n / math.factorial(n) for n in range(1, 160))
     if x < -1:  # there the series alternates, and nothing cancels in the plain formula
         true, slope = math.expm1(x) - x, -math.expm1(x)
     tolerance = 1e-6 if dtype == torch.float32 else 5e-14
-    assert found.item() == pytest.approx(true, rel=tolerance, abs=0)
+    assert value.item() == pytest.approx(true, rel=tolerance, abs=0)
     assert r.grad.item() == pytest.approx(slope, rel=tolerance, abs=0)
 
 
@@ -69,12 +69,12 @@ def test_k2_and_k3_are_never_negative():
 def test_the_clamp_holds_r_in_both_directions_and_stops_the_gradient(estimator):
     """r = 3, -3 beyond 2; 1, -1 within."""
     student, teacher = f64([-1, -7, -1, -3]).requires_grad_(), f64([-4, -4, -2, -2])
-    found = topd.sampled_kl(student, teacher, estimator=estimator, clamp=2)
-    found.sum().backward()
+    value = topd.sampled_kl(student, teacher, estimator=estimator, clamp=2)
+    value.sum().backward()
     free = f64([2, -2, 1, -1]).requires_grad_()
     expected = topd.sampled_kl(free, torch.zeros_like(free, requires_grad=False), estimator=estimator)
     expected.sum().backward()
-    assert torch.equal(found, expected)
+    assert torch.equal(value, expected)
     assert student.grad[:2].tolist() == [0, 0]
     assert torch.equal(student.grad[2:], free.grad[2:])
 
@@ -84,9 +84,9 @@ def test_the_clamp_holds_r_in_both_directions_and_stops_the_gradient(estimator):
 def test_a_token_that_the_teacher_excludes_has_no_nan(clamp, estimator):
     """Unclamped it is inf, as the KL is; clamped it is an ordinary token beyond the clamp."""
     student = torch.tensor([-1.0, -2.0]).requires_grad_()
-    found = topd.sampled_kl(student, torch.tensor([-math.inf, -2.5]), estimator=estimator, clamp=clamp)
-    found.sum().backward()
-    assert found[0].isinf() if clamp is None else found[0].isfinite()
+    value = topd.sampled_kl(student, torch.tensor([-math.inf, -2.5]), estimator=estimator, clamp=clamp)
+    value.sum().backward()
+    assert value[0].isinf() if clamp is None else value[0].isfinite()
     assert not student.grad.isnan().any()
 
 
@@ -115,8 +115,8 @@ def test_k2s_gradient_is_the_reverse_kls():
     expected = {"k1": torch.zeros_like(true), "k2": true, "k3": student_p - teacher_p}
     for estimator, gradient in expected.items():
         value = (student_p * topd.sampled_kl(logits.log_softmax(-1), teacher, estimator=estimator)).sum()
-        (found,) = torch.autograd.grad(value, logits)
-        torch.testing.assert_close(found, gradient, rtol=1e-11, atol=1e-15)
+        (grad,) = torch.autograd.grad(value, logits)
+        torch.testing.assert_close(grad, gradient, rtol=1e-11, atol=1e-15)
 
 
 @pytest.mark.parametrize(
@@ -130,17 +130,17 @@ def test_k2s_gradient_is_the_reverse_kls():
     ids=str,
 )
 def test_the_result_has_the_wider_dtype(student, teacher, expected):
-    found = topd.sampled_kl(torch.full((2, 3), -1.0, dtype=student), torch.full((2, 3), -2.0, dtype=teacher), estimator="k3")
-    assert found.dtype == expected
-    assert found.shape == (2, 3)
-    torch.testing.assert_close(found, torch.full((2, 3), math.exp(-1), dtype=expected))
+    value = topd.sampled_kl(torch.full((2, 3), -1.0, dtype=student), torch.full((2, 3), -2.0, dtype=teacher), estimator="k3")
+    assert value.dtype == expected
+    assert value.shape == (2, 3)
+    torch.testing.assert_close(value, torch.full((2, 3), math.exp(-1), dtype=expected))
 
 
 def test_no_tokens():
     student = torch.zeros(0).requires_grad_()
-    found = topd.sampled_kl(student, torch.zeros(0), estimator="k3", clamp=1.0)
-    found.sum().backward()
-    assert found.shape == student.grad.shape == (0,)
+    value = topd.sampled_kl(student, torch.zeros(0), estimator="k3", clamp=1.0)
+    value.sum().backward()
+    assert value.shape == student.grad.shape == (0,)
 
 
 S, T = torch.full((2,), -1.0), torch.full((2,), -2.0)

@@ -4,28 +4,18 @@ Each saves what became of its part of the batch: gradients, or the error that wa
 """
 
 import torch
-from test_integrations_transformers import FEW, four_rollouts, models
+from loss_module import Loss
 from tiny_models import flat_gradient
 from torch.distributed._composable.replicate import replicate
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from trainer_cases import FEW, four_rollouts, models
 from two_ranks import fork
 
 import topd
 from topd.integrations.transformers import through_wrapper
 
 TOPD = topd.TOPDConfig(window_temperature=0.0, **FEW)
-
-
-class Loss(torch.nn.Module):
-    """The module around the loss of the error's message."""
-
-    def __init__(self, objective):
-        super().__init__()
-        self.student, self.objective = objective.student, objective
-
-    def forward(self, batch, num_items=None):
-        return self.objective(batch, num_items=num_items).loss
 
 
 class DeepSpeedEngine(torch.nn.Module):

@@ -80,7 +80,7 @@ def test_without_gradients_a_wrapper_passes(results):
     ],
 )
 def test_inside_it_the_gradient_is_the_whole_batchs(results, way):
-    from test_integrations_transformers import four_rollouts, models
+    from trainer_cases import four_rollouts, models
 
     student, teacher = models()
     topd.OPD(student, teacher)(four_rollouts()).loss.backward()
@@ -91,7 +91,7 @@ def test_inside_it_the_gradient_is_the_whole_batchs(results, way):
 @pytest.mark.parametrize("way", ["ddp topd", "fsdp2 topd"])
 def test_topds_gradient_is_that_of_the_parts_one_after_the_other(results, way):
     from data_parallel_processes import TOPD, part_of
-    from test_integrations_transformers import four_rollouts, models
+    from trainer_cases import four_rollouts, models
 
     student, teacher = models()
     batch = four_rollouts()

@@ -169,7 +169,7 @@ def test_given_positions_are_the_models() -> None:
 
 
 def test_images_pass_through() -> None:
-    from test_model_head import V, multimodal
+    from head_cases import V, multimodal
 
     model = multimodal("PaliGemma", "Gemma2", final_logit_softcapping=2.0)
     ids = torch.cat([torch.full((1, 4), V - 1), torch.tensor([[5, 6, 7]])], dim=1)

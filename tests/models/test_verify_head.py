@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from test_model_head import CAUSAL, H, V, build, llama, lora, multimodal, one_rank
+from head_cases import CAUSAL, H, V, build, llama, lora, multimodal
 from torch import Tensor, nn
 
 import topd
 from topd.models import verify_head
 
 transformers = pytest.importorskip("transformers")
-__all__ = ["one_rank"]
+
 DIFFERS = r"must compute its logits from last_hidden_state as its head does, got a logit of \S+ where the head gives \S+ in "
 
 

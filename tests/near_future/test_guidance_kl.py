@@ -1,18 +1,18 @@
 """topd.guidance_kl: the mean over a student's window of KL(row of the plan, over the teacher's tokens || p_S)."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import compare
 import pytest
 import torch
-from compare import CONSTANT, TENSORS, Model, Outcome, random_model
+from compare import CONSTANT, TENSORS, Model, Outcome, outcome_of, random_model
 
 import topd
 from topd import guidance_kl
 
 M, K_S, K_T, V, H = 3, 5, 4, 19, 7
+
 HEADS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({}, {}),
     "temperature": ({}, {"temperature": 0.7}),
@@ -48,20 +48,12 @@ def full_guidance(
     return torch.stack(values)
 
 
-def outcome(model: Model, dtype: torch.dtype | None, compute: Callable[[Model], torch.Tensor]) -> Outcome:
-    """Values and gradients of what compute makes of the model's leaves, each window with an upstream gradient of its own."""
-    leaves = model.leaves(TENSORS, dtype)
-    value = compute(leaves)
-    value.backward(torch.linspace(-1, 2, value.numel(), dtype=value.dtype, device=value.device))
-    return Outcome(value.detach(), {name: found.grad for name in TENSORS if (found := getattr(leaves, name)) is not None})
-
-
 def truth(model: Model, *arguments: Any, dtype: torch.dtype | None = torch.float64) -> Outcome:
-    return outcome(model, dtype, lambda leaves: full_guidance(leaves, *arguments))
+    return outcome_of(model, dtype, lambda leaves: full_guidance(leaves, *arguments))
 
 
 def by_topd(model: Model, tokens: torch.Tensor, plan: torch.Tensor, **options: Any) -> Outcome:
-    return outcome(model, None, lambda leaves: guidance_kl(leaves.hidden, leaves.head(), tokens, plan, **options))
+    return outcome_of(model, None, lambda leaves: guidance_kl(leaves.hidden, leaves.head(), tokens, plan, **options))
 
 
 def test_literal_values_and_gradient(backend):
@@ -80,19 +72,19 @@ def test_literal_values_and_gradient(backend):
 def test_float64_value_and_gradients(model, options, backend, device):
     model = random_model((M, K_S), V, H, **model).to(device)
     tokens, plan = (part.to(device) for part in random_plan())
-    found = by_topd(model, tokens, plan, backend=backend, **options)
-    compare.assert_outcome(found, truth(model, tokens, plan, None, *options.values()), 1e-11)
+    outcome = by_topd(model, tokens, plan, backend=backend, **options)
+    compare.assert_outcome(outcome, truth(model, tokens, plan, None, *options.values()), 1e-11)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_no_worse_than_eager_at_the_dtype(dtype, backend, device):
     model = random_model((16, 8), 300, H, bias=True).to(device).to(dtype)
     tokens, plan = (part.to(device) for part in random_plan(16, 8, 6))
-    found, true = by_topd(model, tokens, plan, backend=backend), truth(model, tokens, plan)
+    outcome, true = by_topd(model, tokens, plan, backend=backend), truth(model, tokens, plan)
     yardstick = truth(model, tokens, plan, dtype=None)
-    compare.assert_no_worse(found.value, yardstick.value, true.value, CONSTANT, "value")
+    compare.assert_no_worse(outcome.value, yardstick.value, true.value, CONSTANT, "value")
     for name, gradient in true.grads.items():
-        compare.assert_no_worse(found.grads[name], yardstick.grads[name], gradient, CONSTANT, f"gradient of {name}")
+        compare.assert_no_worse(outcome.grads[name], yardstick.grads[name], gradient, CONSTANT, f"gradient of {name}")
 
 
 def test_rows_past_the_length_are_ignored(backend, device):
@@ -103,9 +95,9 @@ def test_rows_past_the_length_are_ignored(backend, device):
     true = truth(model, tokens, plan, lengths)
     past = torch.arange(K_S, device=device) >= lengths.unsqueeze(1)
     plan[past] = math.nan
-    found = by_topd(model, tokens, plan, student_lengths=lengths, backend=backend)
-    compare.assert_outcome(found, true, 1e-11)
-    assert found.grads["hidden"][past].eq(0).all()
+    outcome = by_topd(model, tokens, plan, student_lengths=lengths, backend=backend)
+    compare.assert_outcome(outcome, true, 1e-11)
+    assert outcome.grads["hidden"][past].eq(0).all()
     model.hidden[past] = math.nan
     value = guidance_kl(model.hidden, model.head(), tokens, plan, student_lengths=lengths, backend=backend)
     compare.assert_near(value, true.value, 1e-11)
@@ -131,8 +123,8 @@ def test_one_token_fifty_times_has_no_entropy(backend, device):
         logprobs = leaves.logits().log_softmax(-1)
         return -logprobs.gather(-1, token.unsqueeze(1).expand(M, K_S, 1))[..., 0].mean(1)
 
-    found = by_topd(model, token.expand(M, 50), plan, backend=backend)
-    compare.assert_outcome(found, outcome(model, torch.float64, cross_entropy), 1e-11)
+    outcome = by_topd(model, token.expand(M, 50), plan, backend=backend)
+    compare.assert_outcome(outcome, outcome_of(model, torch.float64, cross_entropy), 1e-11)
 
 
 def test_the_gradient_is_that_of_the_papers_sum(backend, device):
@@ -142,12 +134,12 @@ def test_the_gradient_is_that_of_the_papers_sum(backend, device):
     plan = plan / (K_S * plan.sum(-1, keepdim=True))
 
     def literal_sum(leaves: Model) -> torch.Tensor:
-        at = tokens.unsqueeze(1).expand(M, K_S, K_T)
-        return -(plan * leaves.logits().log_softmax(-1).gather(-1, at)).sum((1, 2))
+        index = tokens.unsqueeze(1).expand(M, K_S, K_T)
+        return -(plan * leaves.logits().log_softmax(-1).gather(-1, index)).sum((1, 2))
 
-    found, sums = by_topd(model, tokens, plan, backend=backend), outcome(model, torch.float64, literal_sum)
-    compare.assert_outcome(Outcome(sums.value, found.grads), sums, 1e-11)
-    assert (found.value <= sums.value).all()
+    outcome, sums = by_topd(model, tokens, plan, backend=backend), outcome_of(model, torch.float64, literal_sum)
+    compare.assert_outcome(Outcome(sums.value, outcome.grads), sums, 1e-11)
+    assert (outcome.value <= sums.value).all()
 
 
 def test_a_rows_mass_changes_nothing(backend, device):
@@ -167,15 +159,15 @@ def test_a_hint_never_changes_the_result(hint, ragged, backend, device):
     model = random_model((M, K_S), V, H).to(device)
     tokens, plan = (part.to(device) for part in random_plan())
     lengths = torch.tensor([2, K_S, 1], device=device) if ragged else None
-    found = by_topd(model, tokens, plan, student_lengths=lengths, weights_hint=f64(hint).to(device), backend=backend)
-    compare.assert_outcome(found, truth(model, tokens, plan, lengths), 1e-11)
+    outcome = by_topd(model, tokens, plan, student_lengths=lengths, weights_hint=f64(hint).to(device), backend=backend)
+    compare.assert_outcome(outcome, truth(model, tokens, plan, lengths), 1e-11)
 
 
 def test_a_small_workspace(backend, device):
     model = random_model((M, K_S), V, H).to(device)
     tokens, plan = (part.to(device) for part in random_plan())
-    found = by_topd(model, tokens, plan, workspace_bytes=8000, backend=backend)
-    compare.assert_outcome(found, truth(model, tokens, plan), 1e-11)
+    outcome = by_topd(model, tokens, plan, workspace_bytes=8000, backend=backend)
+    compare.assert_outcome(outcome, truth(model, tokens, plan), 1e-11)
 
 
 def test_a_frozen_head_gets_no_gradient(backend, device):
@@ -228,14 +220,14 @@ def test_the_plan_of_near_future_divergence(dtype, backend, device):
     student, teacher = torch.randint(V, (M, K_S), device=device), torch.randint(V, (M, K_T), device=device)
     lengths = {"student_lengths": torch.tensor([2, K_S, 1]), "teacher_lengths": torch.tensor([K_T, 1, 3])}
     lengths = {name: value.to(device) for name, value in lengths.items()}
-    found = topd.near_future_divergence(student, teacher, model.weight.to(dtype), **lengths)
-    true = truth(model, teacher, found.plan, lengths["student_lengths"])
+    transport = topd.near_future_divergence(student, teacher, model.weight.to(dtype), **lengths)
+    true = truth(model, teacher, transport.plan, lengths["student_lengths"])
     teacher[torch.arange(K_T, device=device) >= lengths["teacher_lengths"].unsqueeze(1)] = -1
     options = {"student_lengths": lengths["student_lengths"], "backend": backend}
-    result = by_topd(model, teacher, found.plan, **options)
+    result = by_topd(model, teacher, transport.plan, **options)
     compare.assert_outcome(result, true, 1e-11)
     assert (result.value >= 0).all()
-    assert torch.equal(by_topd(model, teacher, found.plan, **options).value, result.value)
+    assert torch.equal(by_topd(model, teacher, transport.plan, **options).value, result.value)
 
 
 @pytest.mark.parametrize("mode", ["keep", "cap", "mask"])
@@ -246,11 +238,11 @@ def test_from_scores_to_guidance(mode, backend, device):
     losses = -topd.linear_logprobs(model.hidden, model.head(), tokens.unsqueeze(-1), backend=backend)[..., 0]
     positions = topd.select_candidates(losses.detach(), rule="top_k", value=3)
     m, windows = len(positions), torch.randint(V, (2, len(positions), K_S), device=device)
-    found = topd.near_future_divergence(*windows, model.weight)
-    chosen = topd.divergent(found.distance)
+    transport = topd.near_future_divergence(*windows, model.weight)
+    chosen = topd.divergent(transport.distance)
     weights = topd.false_alarm_weights(losses.detach(), positions, chosen, mode=mode)
     states = model.hidden[positions[:, 0], positions[:, 1]].unsqueeze(1).expand(m, K_S, H)[chosen]
-    guidance = guidance_kl(states, model.head(), windows[1][chosen], found.plan[chosen], backend=backend)
+    guidance = guidance_kl(states, model.head(), windows[1][chosen], transport.plan[chosen], backend=backend)
     assert guidance.shape == (5,)  # of the six candidates the one of the lowest distance goes out
     loss = (weights * losses).mean() + 0.1 * guidance.mean()
     loss.backward()
@@ -258,111 +250,3 @@ def test_from_scores_to_guidance(mode, backend, device):
     for gradient in (model.hidden.grad, model.weight.grad):
         assert gradient.isfinite().all()
         assert gradient.abs().sum() > 0
-
-
-def call(**changes: Any) -> torch.Tensor:
-    """A good call with some arguments exchanged."""
-    good = {"window_hidden": torch.ones(M, K_S, H), "head": topd.Head(torch.ones(V, H))}
-    good |= {"teacher_tokens": torch.zeros(M, K_T, dtype=torch.int64), "plan": torch.ones(M, K_S, K_T)}
-    return guidance_kl(**(good | changes))
-
-
-def with_entry(value: float) -> torch.Tensor:
-    plan = torch.ones(M, K_S, K_T)
-    plan[1, 2, 3] = value
-    return plan
-
-
-def with_zero_row() -> torch.Tensor:
-    plan = torch.ones(M, K_S, K_T)
-    plan[1, 2] = 0
-    return plan
-
-
-Refusal = tuple[Callable[[], Any], type[Exception], list[str]]
-REFUSALS: dict[str, Refusal] = {
-    "no head": (lambda: call(head=torch.ones(V, H)), TypeError, ["head", "topd.Head", "Tensor"]),
-    "hidden no tensor": (lambda: call(window_hidden=[0.0]), TypeError, ["window_hidden", "Tensor", "list"]),
-    "hidden int": (lambda: call(window_hidden=torch.ones(M, K_S, H).int()), TypeError, ["window_hidden", "float32", "int32"]),
-    "hidden 2-D": (
-        lambda: call(window_hidden=torch.ones(K_S, H)),
-        ValueError,
-        ["window_hidden", "[m, K_s, H]", f"[{K_S}, {H}]"],
-    ),
-    "hidden width": (
-        lambda: call(window_hidden=torch.ones(M, K_S, 9)),
-        ValueError,
-        ["window_hidden", f"{H}]", "head.weight", "9]"],
-    ),
-    "hidden dtype": (
-        lambda: call(window_hidden=torch.ones(M, K_S, H).half()),
-        ValueError,
-        ["window_hidden", "head.weight", "share a dtype", "float16", "cast"],
-    ),
-    "no tokens": (lambda: call(teacher_tokens=None), TypeError, ["teacher_tokens", "Tensor", "NoneType"]),
-    "tokens int32": (lambda: call(teacher_tokens=torch.zeros(M, K_T).int()), TypeError, ["teacher_tokens", "int64", "int32"]),
-    "tokens m": (
-        lambda: call(teacher_tokens=torch.zeros(1, K_T).long()),
-        ValueError,
-        ["teacher_tokens", f"[{M}, K_t]", f"[1, {K_T}]"],
-    ),
-    "tokens 3-D": (
-        lambda: call(teacher_tokens=torch.zeros(M, K_S, K_T).long()),
-        ValueError,
-        ["teacher_tokens", "K_t]", f"[{M}, {K_S}, {K_T}]"],
-    ),
-    "tokens device": (
-        lambda: call(teacher_tokens=torch.zeros(M, K_T).long().to("meta")),
-        ValueError,
-        ["teacher_tokens", "meta", "cpu", "move"],
-    ),
-    "tokens outside": (
-        lambda: call(teacher_tokens=torch.full((M, K_T), V)),
-        ValueError,
-        ["teacher_tokens", f"[0, {V})", "head.weight", f"got {V}"],
-    ),
-    "plan no tensor": (lambda: call(plan=[[[1.0]]]), TypeError, ["plan", "Tensor", "list"]),
-    "plan int": (lambda: call(plan=torch.ones(M, K_S, K_T).long()), TypeError, ["plan", "float32", "int64"]),
-    "plan shape": (
-        lambda: call(plan=torch.ones(M, K_T, K_S)),
-        ValueError,
-        ["plan", f"[{M}, {K_S}, {K_T}]", f"[{M}, {K_T}, {K_S}]"],
-    ),
-    "plan device": (lambda: call(plan=torch.ones(M, K_S, K_T).to("meta")), ValueError, ["plan", "meta", "cpu", "move"]),
-    "plan grad": (
-        lambda: call(plan=torch.ones(M, K_S, K_T).requires_grad_()),
-        ValueError,
-        ["plan", "constant", "plan.detach()"],
-    ),
-    "plan negative": (lambda: call(plan=with_entry(-0.5)), ValueError, ["plan", ">= 0", "-0.5", "[1, 2, 3]"]),
-    "plan nan": (lambda: call(plan=with_entry(math.nan)), ValueError, ["plan", "finite", "nan", "[1, 2, 3]"]),
-    "plan inf": (lambda: call(plan=with_entry(math.inf)), ValueError, ["plan", "finite", "inf", "[1, 2, 3]"]),
-    "plan zero row": (lambda: call(plan=with_zero_row()), ValueError, ["plan", "sum > 0", "[1, 2]"]),
-    "lengths type": (lambda: call(student_lengths=[1] * M), TypeError, ["student_lengths", "Tensor", "list"]),
-    "lengths int32": (lambda: call(student_lengths=torch.ones(M).int()), TypeError, ["student_lengths", "int64", "int32"]),
-    "lengths shape": (lambda: call(student_lengths=torch.ones(2).long()), ValueError, ["student_lengths", f"[{M}]", "[2]"]),
-    "lengths 0": (lambda: call(student_lengths=torch.zeros(M).long()), ValueError, ["student_lengths", f"[1, {K_S}]", "got 0"]),
-    "lengths large": (
-        lambda: call(student_lengths=torch.full((M,), 6)),
-        ValueError,
-        ["student_lengths", f"[1, {K_S}]", "got 6"],
-    ),
-    "temperature": (lambda: call(temperature=0.0), ValueError, ["temperature", "> 0", "0.0"]),
-    "hint int": (lambda: call(weights_hint=torch.ones(M).long()), TypeError, ["weights_hint", "float32", "int64"]),
-    "hint shape": (lambda: call(weights_hint=torch.ones(M, K_S)), ValueError, ["weights_hint", f"[{M}]", f"[{M}, {K_S}]"]),
-    "workspace": (lambda: call(workspace_bytes=0), ValueError, ["workspace_bytes", "> 0", "0"]),
-    "backend": (lambda: call(backend="cuda"), ValueError, ["backend", "'eager'", "'cuda'"]),
-}
-
-
-@pytest.mark.parametrize(("refused", "kind", "words"), REFUSALS.values(), ids=REFUSALS.keys())
-def test_refusal_names_the_argument_the_rule_and_what_came(refused, kind, words):
-    with pytest.raises((TypeError, ValueError)) as caught:
-        refused()
-    assert type(caught.value) is kind
-    missing = [word for word in words if word not in str(caught.value)]
-    assert not missing, f"{missing} not in {caught.value}"
-
-
-def test_a_good_call_beside_the_refusals():
-    torch.testing.assert_close(call(), torch.full((M,), math.log(V)))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_opd import models
+from objective_cases import models
 from tiny_models import bloom
 
 import topd
@@ -33,14 +33,14 @@ def test_padded(config, student_of, shape):
     method = topd.TOPD if isinstance(config, topd.TOPDConfig) else topd.OPD
     for num_items in (None, 7):
         student.zero_grad()
-        found = method(student, teacher, config)(batch, num_items=num_items)
-        found.loss.backward()
-        assert found.loss == found.metrics["opd_loss"] == found.metrics["tokens"] == 0
+        objective = method(student, teacher, config)(batch, num_items=num_items)
+        objective.loss.backward()
+        assert objective.loss == objective.metrics["opd_loss"] == objective.metrics["tokens"] == 0
         assert all(p.grad is not None and (p.grad == 0).all() for p in student.parameters())
-        assert found.scores.reverse_kl.shape == found.scores.top1_agreement.shape == shape
+        assert objective.scores.reverse_kl.shape == objective.scores.top1_agreement.shape == shape
         if method is topd.TOPD:
-            assert found.near_future.score.shape == shape
-            assert found.near_future.windows.student_tokens.shape == (0, 50)
+            assert objective.near_future.score.shape == shape
+            assert objective.near_future.windows.student_tokens.shape == (0, 50)
 
 
 @pytest.mark.parametrize("bounds", [[0], [0, 0, 0]], ids=str)
@@ -52,11 +52,11 @@ def test_packed(reduction, bounds):
         "cu_seqlens": torch.tensor(bounds, dtype=torch.int32),
         "response_mask": torch.zeros(0, dtype=torch.bool),
     }
-    found = topd.OPD(student, teacher, topd.OPDConfig(reduction=reduction))(batch)
-    found.loss.backward()
-    assert found.loss == 0
+    objective = topd.OPD(student, teacher, topd.OPDConfig(reduction=reduction))(batch)
+    objective.loss.backward()
+    assert objective.loss == 0
     assert all(p.grad is not None and (p.grad == 0).all() for p in student.parameters())
-    assert found.scores.reverse_kl.shape == found.scores.top1_agreement.shape == (0,)
+    assert objective.scores.reverse_kl.shape == objective.scores.top1_agreement.shape == (0,)
 
 
 @pytest.mark.parametrize("method", [topd.OPD, topd.TOPD])

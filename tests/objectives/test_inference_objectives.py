@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_opd import backward, batch_of, models
+from objective_cases import backward, batch_of, models
 from tiny_models import tiny
 
 import topd

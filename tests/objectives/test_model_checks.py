@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from compare import assert_near
-from test_opd import MILD, backward, batch_of, models
+from objective_cases import MILD, backward, batch_of, models
 from tiny_models import tiny
 from torch._dynamo.testing import CompileCounter
 
@@ -59,10 +59,10 @@ def test_a_compiled_base_model_runs_compiled_and_right(way, form):
         student.model = torch.compile(student.model, backend=counter)
     objective = topd.OPD(student, teacher)
     assert not warnings_of(objective, batch)
-    found = objective(batch)
+    result = objective(batch)
     assert counter.frame_count > 0
-    assert_near(found.loss.detach(), expected.loss.detach().double(), 1e-5)
-    assert_near(backward(student, found.loss), gradient.double(), 1e-5)
+    assert_near(result.loss.detach(), expected.loss.detach().double(), 1e-5)
+    assert_near(backward(student, result.loss), gradient.double(), 1e-5)
 
 
 def test_a_compiled_whole_with_a_compiled_base_model_is_as_asked():
@@ -71,7 +71,7 @@ def test_a_compiled_whole_with_a_compiled_base_model_is_as_asked():
     assert not warnings_of(topd.OPD(torch.compile(student, backend="eager"), teacher))
 
 
-@pytest.mark.parametrize("way", ["torch.compile(base)", "base_model.compile"])
+@pytest.mark.parametrize("way", ["torch.compile(base)", pytest.param("base_model.compile", marks=pytest.mark.slow)])
 def test_windows_of_a_compiled_base_model_branch_and_see_masks_and_positions(way):
     student, teacher = models()
     config = topd.TOPDConfig(candidates="top_k", candidate_value=2, horizon=4, window_temperature=0.0)
@@ -80,11 +80,11 @@ def test_windows_of_a_compiled_base_model_branch_and_see_masks_and_positions(way
         student.model.compile(backend="eager")
     else:
         student.model = torch.compile(student.model, backend="eager")
-    found = topd.TOPD(student, teacher, config)(batch_of())
-    windows = found.near_future.windows
+    objective = topd.TOPD(student, teacher, config)(batch_of())
+    windows = objective.near_future.windows
     assert windows.student_way == "branches"
     assert torch.equal(windows.student_tokens, expected.near_future.windows.student_tokens)
-    assert_near(found.loss.detach(), expected.loss.detach().double(), 1e-5)
+    assert_near(objective.loss.detach(), expected.loss.detach().double(), 1e-5)
 
 
 @METHODS

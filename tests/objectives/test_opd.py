@@ -3,51 +3,24 @@
 import pytest
 import torch
 from compare import assert_near, row_divergence
-from tiny_models import bloom, checkpoint_activations, flat_gradient, ragged, tiny
+from objective_cases import MILD, backward, batch_of, models, reduced
+from tiny_models import bloom, checkpoint_activations, flat_gradient, tiny
 
 import topd
-
-MILD = {"initializer_range": 0.2}
-
-
-def models():
-    return tiny("llama", **MILD), tiny("qwen3", seed=3, **MILD)
-
-
-def batch_of(empty=()):
-    """Three ragged rollouts; the responses in `empty` have no token."""
-    ids, mask = ragged()
-    response = mask.clone()
-    response[0, :9], response[1, :4], response[2, :7] = 0, 0, 0
-    response[list(empty)] = 0
-    return {"input_ids": ids, "attention_mask": mask, "response_mask": response}
 
 
 def plain_losses(student, teacher, batch, divergence, temperature=1.0, hard_weight=0.0):
     """[B, T] from full logits, each rollout alone and without padding; column t is about token t."""
     ids, mask, response = (batch[key] for key in ("input_ids", "attention_mask", "response_mask"))
-    found = torch.zeros(ids.shape)
+    losses = torch.zeros(ids.shape)
     for row in range(ids.shape[0]):
         columns = mask[row].nonzero()[:, 0]
         tokens = ids[row, columns].unsqueeze(0)
         s, t = ((model(tokens).logits[0, :-1] / temperature).log_softmax(-1) for model in (student, teacher))
         loss = row_divergence(divergence, s, t.detach())
         loss = loss - hard_weight * s.gather(-1, tokens[0, 1:].unsqueeze(-1))[:, 0]
-        found = found.index_put((torch.full_like(columns[1:], row), columns[1:]), loss)
-    return torch.where(response > 0, found, 0.0)
-
-
-def reduced(losses, response, reduction, num_items=None):
-    counts = response.sum(-1)
-    if reduction == "token":
-        return losses.sum() / (num_items or counts.sum())
-    return (losses.sum(-1) / counts.clamp_min(1)).sum() / (num_items or (counts > 0).sum())
-
-
-def backward(model, loss):
-    model.zero_grad()
-    loss.backward()
-    return flat_gradient(model)
+        losses = losses.index_put((torch.full_like(columns[1:], row), columns[1:]), loss)
+    return torch.where(response > 0, losses, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -65,16 +38,16 @@ def backward(model, loss):
 def test_value_and_gradient_equal_the_plain_formula(options, num_items):
     student, teacher = models()
     batch, config = batch_of(), topd.OPDConfig(**options)
-    found = topd.OPD(student, teacher, config)(batch, num_items=num_items)
-    gradient = backward(student, found.loss)
+    objective = topd.OPD(student, teacher, config)(batch, num_items=num_items)
+    gradient = backward(student, objective.loss)
     divergence = {"reverse_kl": topd.ReverseKL(), "forward_kl": topd.ForwardKL()}.get(config.divergence, config.divergence)
     losses = plain_losses(student, teacher, batch, divergence, config.temperature, config.hard_weight)
     expected = reduced(losses, batch["response_mask"], config.reduction, num_items)
-    assert_near(found.loss.detach(), expected.detach().double(), 1e-5, "loss")
+    assert_near(objective.loss.detach(), expected.detach().double(), 1e-5, "loss")
     assert_near(gradient, backward(student, expected).double(), 1e-5, "gradient")
-    assert found.metrics["loss"] == found.metrics["opd_loss"] == found.loss.detach()
-    assert found.metrics["sequence_reduction"] == (config.reduction == "sequence")
-    assert found.near_future is None
+    assert objective.metrics["loss"] == objective.metrics["opd_loss"] == objective.loss.detach()
+    assert objective.metrics["sequence_reduction"] == (config.reduction == "sequence")
+    assert objective.near_future is None
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
@@ -96,14 +69,14 @@ def test_scores_stand_at_their_tokens_column():
 def test_metrics_are_means_over_response_tokens():
     student, teacher = models()
     batch = batch_of()
-    found = topd.OPD(student, teacher)(batch)
+    objective = topd.OPD(student, teacher)(batch)
     count = batch["response_mask"].sum()
-    assert found.metrics["tokens"] == count
-    assert_near(found.metrics["student_entropy"], (found.scores.student_entropy.sum() / count).double(), 1e-6)
-    assert_near(found.metrics["teacher_entropy"], (found.scores.teacher_entropy.sum() / count).double(), 1e-6)
+    assert objective.metrics["tokens"] == count
+    assert_near(objective.metrics["student_entropy"], (objective.scores.student_entropy.sum() / count).double(), 1e-6)
+    assert_near(objective.metrics["teacher_entropy"], (objective.scores.teacher_entropy.sum() / count).double(), 1e-6)
     stages = {"seconds_student_forward", "seconds_teacher_forward", "seconds_divergence"}
-    assert stages <= found.metrics.keys()
-    assert all(value.dtype == torch.float32 and not value.requires_grad for value in found.metrics.values())
+    assert stages <= objective.metrics.keys()
+    assert all(value.dtype == torch.float32 and not value.requires_grad for value in objective.metrics.values())
 
 
 @pytest.mark.parametrize("reduction", ["token", "sequence"])
@@ -113,20 +86,20 @@ def test_an_empty_response_trains_on(reduction):
     config = topd.OPDConfig(reduction=reduction)
     with_empty, rows = batch_of(empty=[1]), torch.tensor([0, 2])
     without = {key: value[rows] for key, value in batch_of().items()}
-    found, expected = (topd.OPD(student, teacher, config)(each) for each in (with_empty, without))
-    assert_near(found.loss.detach(), expected.loss.detach().double(), 1e-6)
-    assert_near(backward(student, found.loss), backward(student, expected.loss).double(), 1e-5)
+    objective, expected = (topd.OPD(student, teacher, config)(each) for each in (with_empty, without))
+    assert_near(objective.loss.detach(), expected.loss.detach().double(), 1e-6)
+    assert_near(backward(student, objective.loss), backward(student, expected.loss).double(), 1e-5)
 
 
 @pytest.mark.parametrize("config", [topd.OPDConfig(), topd.TOPDConfig(), topd.TOPDConfig(reduction="sequence")])
 def test_no_response_at_all_gives_zeros(config):
     student, teacher = models()
     method = topd.TOPD if isinstance(config, topd.TOPDConfig) else topd.OPD
-    found = method(student, teacher, config)(batch_of(empty=[0, 1, 2]))
-    assert found.loss == 0
-    assert (backward(student, found.loss) == 0).all()
+    objective = method(student, teacher, config)(batch_of(empty=[0, 1, 2]))
+    assert objective.loss == 0
+    assert (backward(student, objective.loss) == 0).all()
     unmeasured = {"distance_divergent", "distance_false_alarm"} if isinstance(config, topd.TOPDConfig) else set()
-    assert {name for name, value in found.metrics.items() if not value.isfinite()} == unmeasured
+    assert {name for name, value in objective.metrics.items() if not value.isfinite()} == unmeasured
 
 
 @pytest.mark.parametrize("reduction", ["token", "sequence"])
@@ -146,16 +119,16 @@ def test_a_model_may_teach_itself_and_bools_are_masks_too():
     student, _ = models()
     batch = batch_of()
     masks = {key: batch[key] > 0 for key in ("attention_mask", "response_mask")}
-    found = topd.OPD(student, student)(batch | masks)
-    assert 0 <= found.loss < 1e-5
-    assert_near(found.loss.detach(), topd.OPD(student, student)(batch).loss.detach().double(), 1e-9)
+    objective = topd.OPD(student, student)(batch | masks)
+    assert 0 <= objective.loss < 1e-5
+    assert_near(objective.loss.detach(), topd.OPD(student, student)(batch).loss.detach().double(), 1e-9)
 
 
 def test_vocabularies_that_differ_are_compared_on_the_common_one():
     student, teacher = models()[0], tiny("llama", seed=3, vocab_size=70, **MILD)
-    found = topd.OPD(student, teacher, allow_unequal_vocabularies=True)(batch_of())
-    assert found.loss > 0
-    assert found.scores.teacher_lost_mass[batch_of()["response_mask"] > 0].min() > 0
+    objective = topd.OPD(student, teacher, allow_unequal_vocabularies=True)(batch_of())
+    assert objective.loss > 0
+    assert objective.scores.teacher_lost_mass[batch_of()["response_mask"] > 0].min() > 0
 
 
 def test_models_that_cannot_branch_and_checkpointed_ones_train_too():
@@ -164,8 +137,8 @@ def test_models_that_cannot_branch_and_checkpointed_ones_train_too():
     expected = topd.OPD(student, teacher)(batch)
     gradient = backward(student, expected.loss)
     checkpoint_activations(student.train())
-    found = topd.OPD(student, teacher)(batch)
-    assert_near(backward(student, found.loss), gradient.double(), 1e-5)
+    objective = topd.OPD(student, teacher)(batch)
+    assert_near(backward(student, objective.loss), gradient.double(), 1e-5)
     other = bloom()
     assert backward(other, topd.OPD(other, teacher)(batch).loss).abs().max() > 0
 

@@ -40,14 +40,14 @@ def test_states_are_those_of_each_sequence_alone(kind):
     ids, bounds = batch["input_ids"], batch["cu_seqlens"].long()
     positions = torch.cat([torch.arange(n) for n in LENGTHS])
     with torch.no_grad():
-        found = decoder.packed_states(ids, positions, bounds)
+        states = decoder.packed_states(ids, positions, bounds)
         alone = [
             decoder.states(
                 part.unsqueeze(0), torch.ones(1, len(part), dtype=torch.int64), torch.arange(len(part)).unsqueeze(0)
             )[0]
             for part in ids.split(list(LENGTHS))
         ]
-    assert_near(found, torch.cat(alone).double(), 1e-5)
+    assert_near(states, torch.cat(alone).double(), 1e-5)
 
 
 @pytest.mark.parametrize("left", [True, False])
@@ -60,13 +60,13 @@ def test_states_are_those_of_each_sequence_alone(kind):
 def test_value_scores_and_gradient_equal_the_padded_batchs(options, num_items, left):
     student, teacher = tiny("llama", **MILD).double(), tiny("qwen3", seed=3, **MILD).double()
     objective = topd.OPD(student, teacher, topd.OPDConfig(**options))
-    found = []
+    runs = []
     for batch in (packed_batch(), padded_batch(left)):
         student.zero_grad()
         objective_ = objective(batch, num_items=num_items)
         objective_.loss.backward()
-        found.append((objective_, flat_gradient(student), batch["response_mask"] > 0))
-    (packed, gradient, inside), (padded, expected, response) = found
+        runs.append((objective_, flat_gradient(student), batch["response_mask"] > 0))
+    (packed, gradient, inside), (padded, expected, response) = runs
     assert_near(packed.loss.detach(), padded.loss.detach(), 1e-10, "loss")
     assert_near(gradient, expected, 1e-8, "gradient")
     for name in ("reverse_kl", "teacher_logprob", "student_entropy"):
@@ -115,8 +115,8 @@ def test_flash_attention_is_told_where_sequences_begin(monkeypatch):
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", varlen)
     for model in (student, teacher):
         model.config._attn_implementation = "flash_attention_2"
-    found = topd.OPD(student, teacher)(packed_batch()).loss
-    assert_near(found.detach(), expected.detach().double(), 1e-5)
+    loss = topd.OPD(student, teacher)(packed_batch()).loss
+    assert_near(loss.detach(), expected.detach().double(), 1e-5)
     assert told == [([0, 7, 8, 20, 24, 33], 12, 12)] * 6
 
 

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from test_opd import MILD, backward, batch_of, models
-from test_topd import FEW, GREEDY, step
+from objective_cases import MILD, backward, batch_of, models
 from tiny_models import bloom, flat_gradient, generated, prefix, tiny
+from topd_cases import FEW, GREEDY, step
 
 import topd
 
@@ -15,50 +15,50 @@ import topd
 def test_without_guidance_and_with_keep_it_equals_opd(reduction):
     student, teacher = models()
     batch = batch_of()
-    found = step(student, teacher, batch, guidance_weight=0, reduction=reduction)
+    objective = step(student, teacher, batch, guidance_weight=0, reduction=reduction)
     expected = topd.OPD(student, teacher, topd.OPDConfig(reduction=reduction))(batch)
-    assert found.loss.item() == expected.loss.item()
-    assert torch.equal(backward(student, found.loss), backward(student, expected.loss))
-    assert found.metrics["divergent_points"] > 0
-    assert found.metrics["guidance_loss"] > 0
+    assert objective.loss.item() == expected.loss.item()
+    assert torch.equal(backward(student, objective.loss), backward(student, expected.loss))
+    assert objective.metrics["divergent_points"] > 0
+    assert objective.metrics["guidance_loss"] > 0
 
 
 @pytest.mark.parametrize("options", [{"gate": "threshold", "gate_value": 1e9}, {"gate_value": 1.0}], ids=str)
 def test_with_no_divergent_point_and_keep_it_equals_opd(options):
     student, teacher = models()
     batch = batch_of()
-    found, expected = step(student, teacher, batch, **options), topd.OPD(student, teacher)(batch)
-    assert found.loss.item() == expected.loss.item()
-    assert torch.equal(backward(student, found.loss), backward(student, expected.loss))
-    assert (found.metrics["divergent_points"], found.metrics["guidance_loss"]) == (0, 0)
-    assert {name for name, value in found.metrics.items() if not value.isfinite()} == {"distance_divergent"}
-    assert found.metrics["distance_divergent"].isnan()
+    objective, expected = step(student, teacher, batch, **options), topd.OPD(student, teacher)(batch)
+    assert objective.loss.item() == expected.loss.item()
+    assert torch.equal(backward(student, objective.loss), backward(student, expected.loss))
+    assert (objective.metrics["divergent_points"], objective.metrics["guidance_loss"]) == (0, 0)
+    assert {name for name, value in objective.metrics.items() if not value.isfinite()} == {"distance_divergent"}
+    assert objective.metrics["distance_divergent"].isnan()
 
 
 def test_with_no_false_alarm_there_is_no_distance_of_one():
-    found = step(*models(), batch_of(), gate="threshold", gate_value=-1.0)
-    assert found.metrics["false_alarms"] == 0
-    assert found.metrics["distance_divergent"] > 0
-    assert found.metrics["distance_false_alarm"].isnan()
+    objective = step(*models(), batch_of(), gate="threshold", gate_value=-1.0)
+    assert objective.metrics["false_alarms"] == 0
+    assert objective.metrics["distance_divergent"] > 0
+    assert objective.metrics["distance_false_alarm"].isnan()
 
 
 def test_with_no_candidate_it_equals_opd():
     student, teacher = models()
     batch = batch_of()
-    found = step(student, teacher, batch, candidates="threshold", candidate_value=1e9)
-    assert found.loss.item() == topd.OPD(student, teacher)(batch).loss.item()
-    assert found.near_future.windows.student_tokens.shape == (0, 6)
-    unmeasured = {name for name, value in found.metrics.items() if not value.isfinite()}
+    objective = step(student, teacher, batch, candidates="threshold", candidate_value=1e9)
+    assert objective.loss.item() == topd.OPD(student, teacher)(batch).loss.item()
+    assert objective.near_future.windows.student_tokens.shape == (0, 6)
+    unmeasured = {name for name, value in objective.metrics.items() if not value.isfinite()}
     assert unmeasured == {"distance_divergent", "distance_false_alarm"}
 
 
 def test_an_empty_response_trains_on():
     student, teacher = models()
-    found = step(student, teacher, batch_of(empty=[1]))
-    assert found.metrics["candidates"] == 6
-    assert 1 not in found.near_future.windows.positions[:, 0]
-    assert math.isfinite(found.loss.item())
-    assert backward(student, found.loss).isfinite().all()
+    objective = step(student, teacher, batch_of(empty=[1]))
+    assert objective.metrics["candidates"] == 6
+    assert 1 not in objective.near_future.windows.positions[:, 0]
+    assert math.isfinite(objective.loss.item())
+    assert backward(student, objective.loss).isfinite().all()
 
 
 def test_num_items_weighs_a_part_by_its_share():
@@ -95,10 +95,10 @@ def test_every_metric_is_there_and_a_float():
 
 def test_models_that_cannot_branch_take_the_longer_way_and_say_so():
     student, teacher = bloom(), tiny("gemma3_sliding", **MILD)
-    found = step(student, teacher, batch_of())
-    assert (found.metrics["student_branches"], found.metrics["teacher_branches"]) == (0, 1)
-    assert found.near_future.windows.student_way.startswith("generate: ")
-    assert backward(student, found.loss).abs().max() > 0
+    objective = step(student, teacher, batch_of())
+    assert (objective.metrics["student_branches"], objective.metrics["teacher_branches"]) == (0, 1)
+    assert objective.near_future.windows.student_way.startswith("generate: ")
+    assert backward(student, objective.loss).abs().max() > 0
 
 
 def test_nothing_is_computed_twice(monkeypatch):
@@ -114,11 +114,11 @@ def test_nothing_is_computed_twice(monkeypatch):
 
     original = comparison.linear_divergence
     monkeypatch.setattr(comparison, "linear_divergence", lambda *a, **k: calls.append(1) or original(*a, **k))
-    found = step(student, teacher, batch)
+    objective = step(student, teacher, batch)
     steps = [(9, 1)] * 5
     assert shapes["teacher"] == [(3, 20), *steps]
     assert shapes["student"][:-1] == [(3, 20), *steps]
-    rows = found.near_future.windows.positions[found.near_future.divergent][:, 0]
+    rows = objective.near_future.windows.positions[objective.near_future.divergent][:, 0]
     assert shapes["student"][-1] == (rows.unique().numel(), int(rows.bincount().max()) * 5)
     assert len(calls) == 1
 
@@ -131,9 +131,9 @@ def test_half_precision_steps_run(autocast):
     if not autocast:
         student, teacher = student.to(torch.bfloat16), teacher.to(torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        found = step(student, teacher, batch_of(), **GREEDY)
-    found.loss.backward()
-    assert found.metrics["opd_loss"].item() == pytest.approx(exact, rel=0.1)
+        objective = step(student, teacher, batch_of(), **GREEDY)
+    objective.loss.backward()
+    assert objective.metrics["opd_loss"].item() == pytest.approx(exact, rel=0.1)
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in student.parameters())
 
 
@@ -142,12 +142,12 @@ def test_a_lora_student_of_its_own_base_trains_the_adapter_alone():
     base, teacher = models()
     settings = {"r": 2, "target_modules": ["q_proj", "v_proj", "lm_head"], "init_lora_weights": False}
     student = peft.get_peft_model(base, peft.LoraConfig(**settings)).eval()
-    found = step(student, teacher, batch_of(), **GREEDY)
-    found.loss.backward()
+    objective = step(student, teacher, batch_of(), **GREEDY)
+    objective.loss.backward()
     trained = {name for name, parameter in student.named_parameters() if parameter.grad is not None}
     assert trained == {name for name, _ in student.named_parameters() if "lora_" in name}
-    ids = prefix(batch_of()["input_ids"], batch_of()["attention_mask"], found.near_future.windows.positions[0])
-    assert found.near_future.windows.student_tokens[0].tolist() == generated(student, ids, 6, None)
+    ids = prefix(batch_of()["input_ids"], batch_of()["attention_mask"], objective.near_future.windows.positions[0])
+    assert objective.near_future.windows.student_tokens[0].tolist() == generated(student, ids, 6, None)
 
 
 def test_the_teacher_is_a_constant():

@@ -3,35 +3,17 @@
 import pytest
 import torch
 from compare import assert_near
-from test_linear_divergence_cost import H, N, V, matrix_products
-from test_opd import backward, batch_of, models, reduced
+from matrix_products import H, N, V, matrix_products
+from objective_cases import backward, batch_of, models, reduced
+from topk_teacher_cases import K, with_topk
 
 import topd
 from topd.integrations.rollouts import pack_rollouts
 from topd.objectives.batch import Padded
 from topd.objectives.topk_teacher import compare_topk
 
-K = 5
 KEYS = ("teacher_topk_logprobs", "teacher_topk_ids")
 SUPPORTS = [("forward_kl", "tail"), ("reverse_kl", "tail"), ("forward_kl", "renormalised"), ("reverse_kl", "raw")]
-
-
-@torch.no_grad()
-def own_logprobs(model, ids, mask, temperature=1.0):
-    """[B, T, V]: column t is the distribution of the token in column t; -inf where there is none."""
-    found = torch.full((*ids.shape, model.config.vocab_size), -torch.inf, dtype=model.dtype)
-    for row in range(ids.shape[0]):
-        columns = mask[row].nonzero()[:, 0]
-        logits = model(ids[row, columns].unsqueeze(0)).logits[0, :-1] / temperature
-        found[row, columns[1:]] = logits.log_softmax(-1)
-    return found
-
-
-def with_topk(batch, teacher, k=K, temperature=1.0):
-    """The batch of a server that answers for every attended token, padded by one entry."""
-    logprobs, ids = own_logprobs(teacher, batch["input_ids"], batch["attention_mask"], temperature).topk(k, dim=-1)
-    logprobs = torch.nn.functional.pad(logprobs, (0, 1), value=-torch.inf)
-    return batch | {"teacher_topk_logprobs": logprobs, "teacher_topk_ids": torch.nn.functional.pad(ids, (0, 1), value=-100)}
 
 
 def plain_losses(student, batch, config):

@@ -5,9 +5,9 @@ import re
 import pytest
 import torch
 from compare import assert_near
-from test_integrations_transformers import arguments, prompts, rows_of
-from test_opd import MILD, backward, batch_of
+from objective_cases import MILD, backward, batch_of
 from tiny_models import POSITIONS, VOCAB, ragged, tiny
+from trainer_cases import arguments, prompts, rows_of
 
 import topd
 from topd.integrations.rollouts import pack_rollouts, sample_rollouts
@@ -54,14 +54,14 @@ def test_lost_mass_of_both_sides_is_a_metric(form):
     """By hand: the share of each model's probability beyond the 61 entries that both have."""
     student, teacher = larger_student()
     batch = batch_of()
-    found = topd.OPD(student, teacher, **UNEQUAL)(pack_rollouts(batch) if form == "packed" else batch)
+    objective = topd.OPD(student, teacher, **UNEQUAL)(pack_rollouts(batch) if form == "packed" else batch)
     mask = {"attention_mask": batch["attention_mask"], "position_ids": (batch["attention_mask"].cumsum(-1) - 1).clamp_min(0)}
     with torch.no_grad():
         beyond = student(batch["input_ids"], **mask).logits.double().softmax(-1)[..., VOCAB:].sum(-1)
     expected = beyond[:, :-1][batch["response_mask"][:, 1:] > 0].mean()
-    assert_near(found.metrics["student_lost_mass"], expected, 1e-5)
-    assert found.metrics["student_lost_mass"] > 0.01
-    assert found.metrics["teacher_lost_mass"] == 0
+    assert_near(objective.metrics["student_lost_mass"], expected, 1e-5)
+    assert objective.metrics["student_lost_mass"] > 0.01
+    assert objective.metrics["teacher_lost_mass"] == 0
     turned = topd.TOPD(teacher, student, topd.TOPDConfig(**FEW), **UNEQUAL)(batch).metrics
     assert_near(turned["teacher_lost_mass"], expected, 1e-5)
     assert turned["student_lost_mass"] == 0
@@ -120,11 +120,11 @@ def test_a_larger_students_windows_are_drawn_where_tokens_are_compared(embedding
     prefer_beyond(student)
     chosen = torch.randn(VOCAB, 5) if embedding == "table" else embedding
     config = topd.TOPDConfig(embedding=chosen, **FEW)
-    found = topd.TOPD(student, teacher, config, **UNEQUAL)(batch_of(), generator=torch.Generator().manual_seed(0))
-    windows = found.near_future.windows
+    objective = topd.TOPD(student, teacher, config, **UNEQUAL)(batch_of(), generator=torch.Generator().manual_seed(0))
+    windows = objective.near_future.windows
     assert windows.teacher_tokens.max() < VOCAB
     assert (windows.student_tokens.max() < VOCAB) == (embedding in ("teacher", "table"))
-    assert backward(student, found.loss).isfinite().all()
+    assert backward(student, objective.loss).isfinite().all()
 
 
 def test_a_table_without_a_row_for_each_common_token_is_refused():

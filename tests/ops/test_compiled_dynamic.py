@@ -10,17 +10,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import topd
 
+pytestmark = pytest.mark.usefixtures("cold_compiler")
 V, H, M = 11, 5, 3
 # More values than torch compiles one function for (eight): were any of them a constant of the graph, this would raise.
 TEMPERATURES = [1.3, 1.0, 0.7, 2.5, 0.9, 1.7, 3.1, 0.6, 1.1, 2.2]
-
-
-@pytest.fixture(autouse=True)
-def cold_compiler():
-    torch._dynamo.reset()
-    with torch._inductor.config.patch(force_disable_caches=True):
-        yield
-    torch._dynamo.reset()
 
 
 class Batch:
@@ -96,8 +89,8 @@ def test_rows_and_temperatures_change_in_one_graph(name):
     frames = []
     for n, temperature in enumerate(TEMPERATURES, 4):
         batch = Batch(n, shared)
-        grads, expected = batch.gradients(compiled, temperature), batch.gradients(loss, temperature)
-        for each, true in zip(grads, expected, strict=True):
+        gradients, expected = batch.gradients(compiled, temperature), batch.gradients(loss, temperature)
+        for each, true in zip(gradients, expected, strict=True):
             torch.testing.assert_close(each, true, rtol=1e-5, atol=1e-6)
         frames.append(counter.frame_count)
     assert frames[-1] == frames[1]
@@ -105,7 +98,11 @@ def test_rows_and_temperatures_change_in_one_graph(name):
 
 @pytest.mark.parametrize(
     ("dynamic", "backend", "compiler"),
-    [(True, None, "inductor"), (None, None, "inductor"), (True, "eager", "aot_eager")],
+    [
+        (True, None, "inductor"),
+        pytest.param(None, None, "inductor", marks=pytest.mark.slow),
+        (True, "eager", "aot_eager"),
+    ],
 )
 def test_a_changing_temperature_on_every_backend(dynamic, backend, compiler):
     loss, shared = losses("linear_divergence", backend), leaves()

@@ -15,7 +15,7 @@ from topd.ops.linear_divergence.eager import divergence_rows
 from topd.ops.linear_divergence.spec import ROWS_INPUTS, Rows, RowsInputs, RowSpec
 from topd.scores import FIELDS
 
-pytestmark = pytest.mark.skipif(not topd.backends()["cpp"], reason=topd.backends()["cpp"].detail)
+pytestmark = pytest.mark.cpp
 
 KINDS = [(divergence.name, divergence.parameter) for divergence in DIVERGENCES]
 
@@ -151,8 +151,11 @@ def test_the_library_is_threaded_by_the_openmp_that_torch_ships():
 
 @pytest.mark.skipif("AVX512" not in torch.backends.cpu.get_cpu_capability(), reason="one build runs here, and is tested above")
 def test_the_avx2_build_passes_these_tests_too():
-    chosen = "agrees or digits or ulp or share or stride"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, __file__]
+    """And those of the rows of log-probabilities, in one process."""
+    others = "agrees or digits or ulp or share or stride"
+    chosen = f"({others} or test_logprob_rows) and not avx2 and not threads"
+    files = [__file__, str(Path(__file__).with_name("test_logprob_rows.py"))]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *files]
     ran = subprocess.run(command, env=os.environ | {"ATEN_CPU_CAPABILITY": "avx2"}, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout[-3000:]
     assert " passed" in ran.stdout

@@ -6,11 +6,11 @@
 import compare
 import pytest
 import torch
-from test_linear_divergence_cost import H, V, matrix_products
+from matrix_products import H, V, matrix_products
 
 import topd
 
-pytestmark = pytest.mark.skipif(not topd.backends()["cpp"], reason="the C++ kernels alone keep dlogits")
+pytestmark = pytest.mark.cpp
 OPTIONS = pytest.mark.parametrize("options", compare.OPTIONS.values(), ids=compare.OPTIONS.keys())
 FEW = 6
 

@@ -6,11 +6,11 @@ The width is 7: 6 rows are few. The truth is torch's log_softmax and gather in f
 import compare
 import pytest
 import torch
-from test_linear_divergence_cost import H, V, matrix_products
+from matrix_products import H, V, matrix_products
 
 import topd
 
-pytestmark = pytest.mark.skipif(not topd.backends()["cpp"], reason="the C++ kernels alone keep it")
+pytestmark = pytest.mark.cpp
 ROWS, WIDTH, VOCAB, CHOSEN = 6, 7, 41, 5
 HEADS = {
     "plain": {},

@@ -4,8 +4,8 @@ from dataclasses import replace
 from typing import Any
 
 import compare
+import logprob_cases as logprobs
 import pytest
-import test_linear_logprobs as logprobs
 import torch
 import torch._inductor.config
 from compare import Problem, plain, random_problem
@@ -48,14 +48,8 @@ def inputs_of(problem: Problem, backend: str, **changed: Any) -> divergence.Inpu
         problem.hard_weight,
     )
     sides = side_of(student), side_of(teacher)
-    call = divergence.Call(*sides, problem.mask, problem.tokens, spec, None, engine_of(chunked(backend)))
+    call = divergence.Call(*sides, problem.mask, problem.tokens, spec, None, engine_of(backend))
     return divergence.Inputs(call, None, needs(student), keep=True, scores=True)._replace(**changed)
-
-
-def chunked(backend: str) -> str:
-    if backend == "reference":
-        pytest.skip("the reference is not an op")
-    return backend
 
 
 def needs(model: compare.Model) -> Needs:
@@ -68,24 +62,24 @@ def check(op: Any, arguments: tuple[Any, ...]) -> None:
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_opcheck_forward(options, backend, device):
+def test_opcheck_forward(options, chunked, device):
     problem = random_problem(options, n=6, vocab=13).to(device)
     problem = replace(problem, student=problem.student.leaves(compare.TENSORS))
-    check(torch.ops.topd.linear_divergence, divergence.INPUTS.pack(inputs_of(problem, backend)))
+    check(torch.ops.topd.linear_divergence, divergence.INPUTS.pack(inputs_of(problem, chunked)))
 
 
 @pytest.mark.parametrize("uniform", [True, False], ids=["no hint", "hint"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_opcheck_backward(options, uniform, backend, device):
+def test_opcheck_backward(options, uniform, chunked, device):
     problem = random_problem(options, n=6, vocab=13).to(device)
     upstream = torch.randn(6, dtype=torch.float64, device=device)
-    inputs = inputs_of(problem, backend, weights_hint=None if uniform else upstream.abs())
+    inputs = inputs_of(problem, chunked, weights_hint=None if uniform else upstream.abs())
     outputs = divergence.OUTPUTS.unpack(*torch.ops.topd.linear_divergence(*divergence.INPUTS.pack(inputs)))
     saved = divergence.Saved(inputs.call, outputs.kept, inputs.needs, uniform_hint=uniform)
     check(torch.ops.topd.linear_divergence_backward, (upstream, *divergence.SAVED.pack(saved)))
 
 
-@pytest.mark.skipif(not topd.backends()["cpp"], reason=str(topd.backends()["cpp"]))
+@pytest.mark.cpp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("flags", [(True, True), (False, False)], ids=["grad+scores", "value"])
 def test_opcheck_rows(flags, dtype):
@@ -93,15 +87,6 @@ def test_opcheck_rows(flags, dtype):
     spec, products = inputs_of(problem, "cpp").call.spec, (torch.randn(5, 15, dtype=dtype), torch.randn(5, 13, dtype=dtype))
     inputs = divergence.RowsInputs(*products, problem.student.bias, problem.teacher.bias, torch.arange(5), spec, *flags)
     check(torch.ops.topd.divergence_rows, divergence.ROWS_INPUTS.pack(inputs))
-
-
-@pytest.fixture
-def cold_compiler():
-    """Nothing compiled before, here or in an earlier run, may stand in for compiling now."""
-    torch._dynamo.reset()
-    with torch._inductor.config.patch(force_disable_caches=True):
-        yield
-    torch._dynamo.reset()
 
 
 class Step(torch.nn.Module):
@@ -145,28 +130,28 @@ class Step(torch.nn.Module):
 
 @pytest.mark.usefixtures("cold_compiler")
 @pytest.mark.parametrize("uniform", [True, False], ids=["mean", "weights"])
-def test_a_compiled_training_step_is_the_eager_one(uniform, backend, device):
+def test_a_compiled_training_step_is_the_eager_one(uniform, chunked, device):
     """fullgraph, non-uniform weights of both signs with zeros, against eager and, at the first step, float64."""
     problem = random_problem({"student": {"bias": True}, "mask": True}, n=10, vocab=21).to(device).to(torch.float32)
     weights = torch.full((10,), 0.1) if uniform else torch.randn(10) * (torch.arange(10) % 4 != 0)
     weights = weights.to(device)
-    eager, step = Step(problem, chunked(backend)), Step(problem, backend)
+    eager, step = Step(problem, chunked), Step(problem, chunked)
     compiled = step.train_on(torch.compile(step, fullgraph=True), problem, weights)
     for by_compiled, expected in zip(compiled, eager.train_on(eager, problem, weights), strict=True):
         torch.testing.assert_close(by_compiled, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.usefixtures("cold_compiler")
-def test_a_compiled_gradient_is_the_true_one(backend, device):
+def test_a_compiled_gradient_is_the_true_one(chunked, device):
     """Weights that deviate from any one factor go through the compiled backward; the truth is float64."""
     problem = random_problem(OPTIONS["everything"], topd.ForwardKL(0.05), n=10, vocab=21).to(device)
-    student, name = problem.student.leaves(compare.TENSORS), chunked(backend)
+    student = problem.student.leaves(compare.TENSORS)
 
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor, upstream: Tensor) -> Tensor:
         head = topd.Head(weight, bias, softcap=8.0, adapter=topd.LowRank(a, b, 0.5))
         sides = hidden, head, problem.teacher.hidden, problem.teacher.head()
         value, scores = topd.linear_divergence(
-            *sides, **problem.options(), weights_hint=upstream.abs(), return_scores=True, backend=name
+            *sides, **problem.options(), weights_hint=upstream.abs(), return_scores=True, backend=chunked
         )
         return (value * upstream).sum() + scores.student_entropy.sum()
 
@@ -180,7 +165,7 @@ def logprob_inputs(problem: logprobs.Problem, backend: str, **changed: Any) -> l
     """As `inputs_of`, of topd::linear_logprobs."""
     model = problem.model
     spec = logprob.LogprobSpec(model.scale, model.softcap, problem.temperature)
-    engine = engine_of(chunked(backend))
+    engine = engine_of(backend)
     call = logprob.Call(side_of(model), problem.mask, problem.ids, spec, None, engine, padded=False, dense=True)
     return logprob.Inputs(call, None, needs(model), keep=True, entropy=problem.entropy)._replace(**changed)
 
@@ -190,27 +175,25 @@ LOGPROBS = ["plain", "everything"]
 
 @pytest.mark.parametrize("entropy", [False, True], ids=["", "entropy"])
 @pytest.mark.parametrize("options", LOGPROBS)
-def test_opcheck_logprobs_forward(options, entropy, backend, device):
+def test_opcheck_logprobs_forward(options, entropy, chunked, device):
     problem = logprobs.random_problem(logprobs.OPTIONS[options], n=6, vocab=13, entropy=entropy).to(device)
     problem = replace(problem, model=problem.model.leaves(compare.TENSORS))
-    check(torch.ops.topd.linear_logprobs, logprob.INPUTS.pack(logprob_inputs(problem, backend)))
+    check(torch.ops.topd.linear_logprobs, logprob.INPUTS.pack(logprob_inputs(problem, chunked)))
 
 
-@pytest.mark.parametrize("dense", [True, False], ids=["dense", "later"])
-@pytest.mark.parametrize("entropy", [False, True], ids=["", "entropy"])
-@pytest.mark.parametrize("options", LOGPROBS)
-def test_opcheck_logprobs_backward(options, entropy, dense, backend, device):
+@pytest.mark.parametrize(  # each pair of settings once
+    ("options", "entropy", "dense"),
+    [("plain", False, True), ("plain", True, False), ("everything", False, False), ("everything", True, True)],
+)
+def test_opcheck_logprobs_backward(options, entropy, dense, chunked, device):
     problem = logprobs.random_problem(logprobs.OPTIONS[options], n=6, vocab=13, entropy=entropy).to(device)
-    inputs = logprob_inputs(problem, backend)
+    inputs = logprob_inputs(problem, chunked)
     inputs = inputs._replace(call=inputs.call._replace(dense=dense))
     outputs = logprob.OUTPUTS.unpack(*torch.ops.topd.linear_logprobs(*logprob.INPUTS.pack(inputs)))
     upstream = torch.randn_like(outputs.logprobs), torch.randn_like(outputs.entropy) if entropy else None, None
     parts = (inputs.call, outputs.logprobs, outputs.outside, outputs.kept, inputs.needs)
     saved = logprob.Saved(*parts, uniform_hint=True)
     check(torch.ops.topd.linear_logprobs_backward, (*upstream, *logprob.SAVED.pack(saved)))
-
-
-needs_cpp = pytest.mark.skipif(not topd.backends()["cpp"], reason=str(topd.backends()["cpp"]))
 
 
 @pytest.mark.parametrize("temperature", [None, 1.7], ids=["", "numbers"])
@@ -223,19 +206,18 @@ def test_opcheck_topk_logprobs(temperature, device):
     check(torch.ops.topd.topk_logprobs, topk.INPUTS.pack(inputs))
 
 
-@needs_cpp
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("softcap", [None, 9.0])
-@pytest.mark.parametrize("flags", [(True, True), (True, False), (False, True), (False, False)], ids=str)
-def test_opcheck_logprob_rows(flags, softcap, dtype):
-    grad, entropy = flags
+@pytest.mark.cpp
+@pytest.mark.parametrize(("softcap", "dtype"), [(None, torch.float32), (9.0, torch.float64)], ids=str)
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("entropy", [True, False])
+def test_opcheck_logprob_rows(entropy, grad, softcap, dtype):
     tile, bias, ids = torch.randn(5, 13, dtype=dtype), torch.randn(13, dtype=dtype), torch.randint(13, (5, 3))
     second = torch.empty_like(tile) if grad and entropy else None
     arguments = (tile, bias, ids, 0.5, softcap, 1.3, second, grad, entropy)
     check(torch.ops.topd.logprob_rows, arguments)
 
 
-@needs_cpp
+@pytest.mark.cpp
 @pytest.mark.parametrize("op", ["weighted_gather", "weighted_scatter"])
 def test_opcheck_weighted(op):
     """out [N, H] or [V, H], a table [V, H] or rows [N, H]."""
@@ -247,11 +229,11 @@ def test_opcheck_weighted(op):
 
 
 @pytest.mark.usefixtures("cold_compiler")
-def test_a_compiled_step_on_log_probabilities_is_the_eager_one(backend, device):
+def test_a_compiled_step_on_log_probabilities_is_the_eager_one(chunked, device):
     """fullgraph, weights of both signs for the log-probabilities and the entropy, beside a mask."""
     options = {"bias": True, "rank": 2, "mask": True}
     problem = logprobs.random_problem(options, n=10, vocab=21).to(device).to(torch.float32)
-    weights, name = problem.upstream().float(), chunked(backend)
+    weights, name = problem.upstream().float(), chunked
 
     def loss(*tensors: Tensor) -> Tensor:
         model = replace(problem.model, **dict(zip(compare.TENSORS, tensors, strict=True)))

@@ -3,27 +3,15 @@
 import pytest
 import torch
 from torch import Tensor
+from weighted_cases import DTYPES, dense
 
-import topd
 from topd.ops.shared.engines import CPP, Engine, engine_of
 from topd.ops.weighted_gather.op import PIECE, weighted_gather
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
-
-@pytest.fixture(params=["eager", "cpp"])
-def chunked(request: pytest.FixtureRequest) -> Engine:
-    backend = topd.backends()[request.param]
-    if not backend:
-        pytest.skip(backend.detail)
-    return engine_of(request.param)
-
-
-def dense(ids: Tensor, weights: Tensor, vocab: int) -> Tensor:
-    """[N, V] float64: the weight of each entry of the table, those outside it left out."""
-    inside = (ids >= 0) & (ids < vocab)
-    out = torch.zeros(ids.shape[0], vocab, dtype=torch.float64)
-    return out.scatter_add(-1, ids.clamp(0, vocab - 1), weights.double().masked_fill(~inside, 0.0))
+@pytest.fixture
+def engine(chunked: str) -> Engine:
+    return engine_of(chunked)
 
 
 def random_case(n: int, m: int, vocab: int, width: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,56 +24,56 @@ def random_case(n: int, m: int, vocab: int, width: int, dtype: torch.dtype = tor
 @pytest.mark.parametrize("sums", [torch.float32, torch.float64])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (7, 3, 5, 1), (9, 50, 11, 33), (40, 1, 300, 64), (5, 4, 6, 1025)], ids=str)
-def test_is_the_dense_product(sizes, dtype, sums, chunked):
+def test_is_the_dense_product(sizes, dtype, sums, engine):
     """Added to what is there, in out's dtype, whatever the table's."""
     table, ids, weights = random_case(*sizes, dtype)
     out, weights = torch.randn(sizes[0], sizes[3], dtype=sums), weights.to(sums)
     expected = out.double() + dense(ids, weights, sizes[2]) @ table.double()
-    assert weighted_gather(chunked, out, table, ids, weights) is None
+    assert weighted_gather(engine, out, table, ids, weights) is None
     assert out.dtype == sums
     tolerance = 1e-13 if sums == torch.float64 else 3e-6
     assert ((out - expected).abs() <= tolerance * (1 + expected.abs().max())).all()
 
 
 @pytest.mark.parametrize("m", [1, 3])
-def test_a_weight_of_zero_and_an_id_outside_add_nothing_whatever_the_table_holds(m, chunked):
+def test_a_weight_of_zero_and_an_id_outside_add_nothing_whatever_the_table_holds(m, engine):
     table = torch.randn(6, 8)
     table[[0, 4, 5]] = torch.nan
     ids = torch.tensor([[1, 4, -1], [0, 2, 6], [5, 10_000, 3]])[:, :m]
     weights = torch.tensor([[2.0, 0.0, torch.nan], [0.0, -1.0, torch.inf], [-0.0, 7.0, 0.5]])[:, :m]
     out = torch.ones(3, 8)
-    weighted_gather(chunked, out, table, ids, weights)
+    weighted_gather(engine, out, table, ids, weights)
     expected = [1 + 2 * table[1], 1 - table[2] if m == 3 else torch.ones(8), 1 + 0.5 * table[3] if m == 3 else torch.ones(8)]
     torch.testing.assert_close(out, torch.stack(expected))
 
 
-def test_a_weight_that_is_not_finite_propagates_to_its_row_alone(chunked):
+def test_a_weight_that_is_not_finite_propagates_to_its_row_alone(engine):
     out = torch.zeros(3, 4)
     weights = torch.tensor([[1.0], [torch.nan], [1.0]])
-    weighted_gather(chunked, out, torch.randn(5, 4), torch.tensor([[1], [2], [3]]), weights)
+    weighted_gather(engine, out, torch.randn(5, 4), torch.tensor([[1], [2], [3]]), weights)
     assert out.isnan().all(-1).tolist() == [False, True, False]
     assert out[[0, 2]].isfinite().all()
 
 
 @pytest.mark.parametrize(("n", "m"), [(0, 3), (3, 0), (0, 0)])
-def test_nothing_to_add(n, m, chunked):
+def test_nothing_to_add(n, m, engine):
     out = torch.randn(n, 4)
     before = out.clone()
-    weighted_gather(chunked, out, torch.randn(5, 4), torch.zeros(n, m, dtype=torch.int64), torch.zeros(n, m))
+    weighted_gather(engine, out, torch.randn(5, 4), torch.zeros(n, m, dtype=torch.int64), torch.zeros(n, m))
     assert torch.equal(out, before)
 
 
-def test_more_than_one_piece(chunked):
+def test_more_than_one_piece(engine):
     """The eager form gathers a bounded number of entries at a time."""
     width, m = 1 << 12, 8
     rows = 2 * PIECE // (width * m) + 3
     table, ids, weights = random_case(rows, m, 12, width)
     out = torch.zeros(rows, width)
-    weighted_gather(chunked, out, table, ids, weights)
+    weighted_gather(engine, out, table, ids, weights)
     torch.testing.assert_close(out, (dense(ids, weights, 12) @ table.double()).float(), rtol=1e-5, atol=1e-5)
 
 
-def test_strides_of_every_operand(chunked):
+def test_strides_of_every_operand(engine):
     """Ids and weights by columns, a table that is a slice, one stored by columns and one of a single column."""
     table, ids, weights = random_case(9, 4, 11, 6)
     wide = torch.full((11, 10), torch.nan)
@@ -94,28 +82,28 @@ def test_strides_of_every_operand(chunked):
     by_columns = (x.T.contiguous().T for x in (ids, weights))
     for given in ((wide[:, 2:8], ids, weights), (table, *by_columns), (table.T.contiguous().T, ids, weights)):
         out = torch.zeros(9, 6)
-        weighted_gather(chunked, out, *given)
+        weighted_gather(engine, out, *given)
         torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
     column, out = torch.randn(1, 11).T, torch.zeros(9, 1)
-    weighted_gather(chunked, out, column, ids, weights)
+    weighted_gather(engine, out, column, ids, weights)
     torch.testing.assert_close(out.double(), dense(ids, weights, 11) @ column.double(), rtol=1e-5, atol=1e-5)
 
 
-def test_any_number_of_threads_gives_the_same_bits(chunked):
+def test_any_number_of_threads_gives_the_same_bits(engine):
     table, ids, weights = random_case(300, 20, 50, 200)
-    threads, sums = torch.get_num_threads(), []
+    threads, runs = torch.get_num_threads(), []
     try:
         for count in (1, 2, 2):
             torch.set_num_threads(count)
-            sums.append(torch.ones(300, 200))
-            weighted_gather(chunked, sums[-1], table, ids, weights)
+            runs.append(torch.ones(300, 200))
+            weighted_gather(engine, runs[-1], table, ids, weights)
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(sums[0], sums[1])
-    assert torch.equal(sums[1], sums[2])
+    assert torch.equal(runs[0], runs[1])
+    assert torch.equal(runs[1], runs[2])
 
 
-@pytest.mark.skipif(not topd.backends()["cpp"], reason=topd.backends()["cpp"].detail)
+@pytest.mark.cpp
 def test_wrong_operands_are_refused():
     out, table, ids, weights = torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, 1)
     for wrong, message in (

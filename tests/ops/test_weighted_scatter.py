@@ -2,21 +2,17 @@
 
 import pytest
 import torch
-from test_weighted_gather import DTYPES, dense
 from torch import Tensor
+from weighted_cases import DTYPES, dense
 
-import topd
 from topd.ops.shared.engines import CPP, Engine, engine_of
 from topd.ops.weighted_gather.op import PIECE
 from topd.ops.weighted_scatter.op import weighted_scatter
 
 
-@pytest.fixture(params=["eager", "cpp"])
-def chunked(request: pytest.FixtureRequest) -> Engine:
-    backend = topd.backends()[request.param]
-    if not backend:
-        pytest.skip(backend.detail)
-    return engine_of(request.param)
+@pytest.fixture
+def engine(chunked: str) -> Engine:
+    return engine_of(chunked)
 
 
 def random_case(n: int, m: int, vocab: int, width: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -29,24 +25,24 @@ def random_case(n: int, m: int, vocab: int, width: int, dtype: torch.dtype = tor
 @pytest.mark.parametrize("sums", [torch.float32, torch.float64])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (7, 3, 5, 1), (9, 50, 11, 33), (40, 1, 300, 64), (5, 4, 6, 1025)], ids=str)
-def test_is_the_dense_product(sizes, dtype, sums, chunked):
+def test_is_the_dense_product(sizes, dtype, sums, engine):
     """Added to what is there, in out's dtype, whatever the rows'."""
     rows, ids, weights = random_case(*sizes, dtype)
     out, weights = torch.randn(sizes[2], sizes[3], dtype=sums), weights.to(sums)
     expected = out.double() + dense(ids, weights, sizes[2]).T @ rows.double()
-    assert weighted_scatter(chunked, out, rows, ids, weights) is None
+    assert weighted_scatter(engine, out, rows, ids, weights) is None
     assert out.dtype == sums
     tolerance = 1e-13 if sums == torch.float64 else 3e-6
     assert ((out - expected).abs() <= tolerance * (1 + expected.abs().max())).all()
 
 
-def test_a_weight_of_zero_and_an_id_outside_add_nothing_whatever_the_row_holds(chunked):
+def test_a_weight_of_zero_and_an_id_outside_add_nothing_whatever_the_row_holds(engine):
     rows = torch.randn(4, 8)
     rows[[1, 2]] = torch.nan
     ids = torch.tensor([[1, 0], [0, 3], [-1, 7], [3, 7]])
     weights = torch.tensor([[2.0, -1.0], [0.0, -0.0], [torch.nan, 4.0], [0.5, torch.inf]])
     out = torch.ones(5, 8)
-    weighted_scatter(chunked, out, rows, ids, weights)
+    weighted_scatter(engine, out, rows, ids, weights)
     expected = torch.ones(5, 8)
     expected[0] -= rows[0]
     expected[1] += 2 * rows[0]
@@ -54,34 +50,34 @@ def test_a_weight_of_zero_and_an_id_outside_add_nothing_whatever_the_row_holds(c
     torch.testing.assert_close(out, expected)
 
 
-def test_a_weight_that_is_not_finite_propagates_to_its_id_alone(chunked):
+def test_a_weight_that_is_not_finite_propagates_to_its_id_alone(engine):
     out = torch.zeros(4, 3)
     weights = torch.tensor([[1.0, torch.nan, 1.0]])
-    weighted_scatter(chunked, out, torch.randn(1, 3), torch.tensor([[0, 2, 3]]), weights)
+    weighted_scatter(engine, out, torch.randn(1, 3), torch.tensor([[0, 2, 3]]), weights)
     assert out.isnan().all(-1).tolist() == [False, False, True, False]
     assert out[[0, 1, 3]].isfinite().all()
 
 
 @pytest.mark.parametrize(("n", "m"), [(0, 3), (3, 0), (0, 0)])
-def test_nothing_to_add(n, m, chunked):
+def test_nothing_to_add(n, m, engine):
     out = torch.randn(5, 4)
     before = out.clone()
-    weighted_scatter(chunked, out, torch.randn(n, 4), torch.zeros(n, m, dtype=torch.int64), torch.zeros(n, m))
+    weighted_scatter(engine, out, torch.randn(n, 4), torch.zeros(n, m, dtype=torch.int64), torch.zeros(n, m))
     assert torch.equal(out, before)
 
 
-def test_more_than_one_piece(chunked):
+def test_more_than_one_piece(engine):
     """The eager form expands a bounded number of entries at a time."""
     width, m = 1 << 12, 8
     n = 2 * PIECE // (width * m) + 3
     rows, ids, weights = random_case(n, m, 12, width)
     out = torch.zeros(12, width)
-    weighted_scatter(chunked, out, rows, ids, weights)
+    weighted_scatter(engine, out, rows, ids, weights)
     expected = dense(ids, weights, 12).T @ rows.double()
     assert ((out - expected).abs() <= 3e-6 * expected.abs().max()).all()
 
 
-def test_strides_of_every_operand(chunked):
+def test_strides_of_every_operand(engine):
     """Ids and weights by columns, rows that are a slice, one expanded, and stored by columns."""
     rows, ids, weights = random_case(9, 4, 11, 6)
     wide = torch.full((9, 10), torch.nan)
@@ -95,26 +91,26 @@ def test_strides_of_every_operand(chunked):
         (rows.T.contiguous().T, ids, weights),
     ):
         out = torch.zeros(11, 6)
-        weighted_scatter(chunked, out, *given)
+        weighted_scatter(engine, out, *given)
         expected = dense(ids, weights, 11).T @ given[0].double()
         torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_any_number_of_threads_and_any_run_gives_the_same_bits(chunked):
+def test_any_number_of_threads_and_any_run_gives_the_same_bits(engine):
     """Many rows of one id: the order of its sum is fixed."""
     rows, ids, weights = random_case(600, 8, 5, 64)
-    threads, sums = torch.get_num_threads(), []
+    threads, runs = torch.get_num_threads(), []
     try:
         for count in (1, *[2] * 10):
             torch.set_num_threads(count)
-            sums.append(torch.ones(5, 64))
-            weighted_scatter(chunked, sums[-1], rows, ids, weights)
+            runs.append(torch.ones(5, 64))
+            weighted_scatter(engine, runs[-1], rows, ids, weights)
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(sums[0], again) for again in sums[1:])
+    assert all(torch.equal(runs[0], again) for again in runs[1:])
 
 
-@pytest.mark.skipif(not topd.backends()["cpp"], reason=topd.backends()["cpp"].detail)
+@pytest.mark.cpp
 def test_wrong_operands_are_refused():
     out, rows, ids, weights = torch.zeros(5, 3), torch.zeros(2, 3), torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, 1)
     for wrong, message in (

@@ -24,9 +24,9 @@ QUICK = {"steps": 4, "evaluate_every": 2, "held_out": 3, "held_out_tokens": 6, "
 def tokenizer(*extra: str) -> Any:
     """Bytes as tokens."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate([END, *letters, *extra])}, merges=[]))
-    tokens.pre_tokenizer, tokens.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token=END, pad_token=END)
+    inner = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate([END, *letters, *extra])}, merges=[]))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=END, pad_token=END)
 
 
 def saved(folder: Path, layers: int, seed: int, *, extra: tuple[str, ...] = (), vocab: int | None = None) -> str:

@@ -1,0 +1,84 @@
+"""Objectives in float64, rollouts, prompts and arguments for transformers' Trainer."""
+
+import pytest
+import torch
+from objective_cases import batch_of
+from packaging.version import Version
+from tiny_models import tiny
+
+transformers = pytest.importorskip("transformers")
+accelerate = pytest.importorskip("accelerate")
+
+# Trainer of transformers 4 rounds the losses that it logs to four digits.
+LOGGED = {"rel": 1e-5, "abs": 6e-5 if Version(transformers.__version__) < Version("5") else 0.0}
+MILD = {"initializer_range": 0.2}
+LR = 0.5
+FEW = {"candidates": "top_k", "candidate_value": 2, "horizon": 4}
+
+
+def models():
+    return tiny("llama", **MILD).double(), tiny("qwen3", seed=3, **MILD).double()
+
+
+def rows_of(batch):
+    """A dataset: a row for each rollout."""
+    return [{key: value[row] for key, value in batch.items()} for row in range(len(batch["input_ids"]))]
+
+
+class InOrder(torch.utils.data.IterableDataset):
+    """Rows that Trainer does not shuffle, since they have no length."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+def four_rollouts():
+    """Responses of 11, 11, 0 and 4 tokens."""
+    batch = batch_of(empty=[2])
+    last = batch_of()
+    last["response_mask"][2, :14] = 0
+    return {key: torch.cat([value, last[key][2:]]) for key, value in batch.items()}
+
+
+def prompts():
+    """Four of unequal lengths, padded on the left."""
+    mask = torch.ones(4, 6, dtype=torch.int64)
+    mask[0, :3] = mask[2, :5] = 0
+    return {"input_ids": torch.randint(61, (4, 6), generator=torch.Generator().manual_seed(2)), "attention_mask": mask}
+
+
+def arguments(folder, **options):
+    given = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "optim": "sgd",
+        "learning_rate": LR,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 1,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    return transformers.TrainingArguments(**(given | options))
+
+
+def flat(model):
+    return torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()])
+
+
+def after_one_step(objective, batch):
+    """The parameters after one step of SGD on the whole batch."""
+    model = objective.student
+    model.zero_grad()
+    loss = objective(batch).loss
+    loss.backward()
+    stepped = torch.cat([(p if p.grad is None else p - LR * p.grad).detach().reshape(-1) for p in model.parameters()])
+    model.zero_grad()
+    return stepped, loss.item()
