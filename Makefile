@@ -18,10 +18,11 @@ BUILT := $(VENV)/built-$(TOPD_BUILD_CPP)
 test: $(BUILT)
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
-lint: $(BUILT)
+lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h')
 
 bench: $(BUILT)
 	$(RUN) -m bench.numerics

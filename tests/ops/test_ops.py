@@ -26,11 +26,11 @@ OPTIONS = {
 
 
 def pack(op: Any, known: dict[str, Any]) -> tuple[Any, ...]:
-    """An op's arguments by the names in its schema; an optional one that is not known is None."""
+    """Return an op's arguments by the names in its schema; one that is not known has its default, an optional one None."""
     arguments = op._schema.arguments
-    missing = [a.name for a in arguments if a.name not in known and "Optional" not in str(a.type)]
+    missing = [a.name for a in arguments if not (a.name in known or a.has_default_value() or "Optional" in str(a.type))]
     assert not missing, f"the schema of {op} has new arguments: {missing}"
-    return tuple(known.get(argument.name) for argument in arguments)
+    return tuple(known.get(argument.name, argument.default_value) for argument in arguments)
 
 
 def known_arguments(problem: Problem, backend: str) -> dict[str, Any]:

@@ -18,8 +18,8 @@ torch.library.define(
     "topd::divergence_rows",
     "(Tensor(a!) student_product, Tensor(b!) teacher_product, Tensor? student_bias, Tensor? teacher_bias, Tensor? tokens, "
     "float student_scale, float? student_softcap, float teacher_scale, float? teacher_softcap, float temperature, "
-    "str divergence, float parameter, float hard_weight, bool grad, bool scores, Tensor(c!)? grad_tile=None) -> "
-    "(Tensor value, Tensor scores, Tensor finite)",
+    "str divergence, float parameter, float hard_weight, bool grad, bool scores, "
+    "Tensor(c!)? grad_tile=None, float grad_scale=1.0) -> (Tensor value, Tensor scores, Tensor finite)",
 )
 
 

@@ -18,7 +18,7 @@ from topd_kernels.shared.half_range import logprob_scale, scaled_into
 torch.library.define(
     "topd::logprob_rows",
     "(Tensor(a!) product, Tensor? bias, Tensor ids, float scale, float? softcap, float temperature, "
-    "Tensor(b!)? entropy_tile, bool grad, bool entropy, Tensor(c!)? grad_tile=None) -> "
+    "Tensor(b!)? entropy_tile, bool grad, bool entropy, Tensor(c!)? grad_tile=None, float grad_scale=1.0) -> "
     "(Tensor logprobs, Tensor entropy, Tensor outside, Tensor first, Tensor slope, Tensor finite)",
 )
 

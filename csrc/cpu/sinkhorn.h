@@ -1,10 +1,11 @@
-// One entropic transport problem with uniform marginals, in double. Names and algorithm are those of topd/ops/transport/eager.py.
+// One entropic transport problem with uniform marginals, in double. Names and algorithm are those of
+// topd/ops/transport/eager.py.
 #pragma once
 
 #include <cmath>
 #include <vector>
 
-#include "distribution.h"
+#include "../shared/exp_log.h"
 
 namespace topd {
 inline namespace CPU_CAPABILITY {
@@ -99,17 +100,17 @@ class Problem {
     std::vector<double>&top = top_, &sum = sum_;
     top.assign(stride_, -kInf<double>), sum.assign(stride_, 0);
     for (int64_t r = 0; r < rows_; ++r) {
-      each_vector([&](int64_t at) {
-        scaled(r, at, inverse).store(&plan_[r * stride_ + at]);
-        larger(Vec<double>::loadu(&top[at]), Vec<double>::loadu(&plan_[r * stride_ + at])).store(&top[at]);
+      each_vector([&](int64_t column) {
+        scaled(r, column, inverse).store(&plan_[r * stride_ + column]);
+        larger(Vec<double>::loadu(&top[column]), Vec<double>::loadu(&plan_[r * stride_ + column])).store(&top[column]);
       });
     }
     for (int64_t r = 0; r < rows_; ++r) {
-      each_vector([&](int64_t at) {
-        double* const entry = &plan_[r * stride_ + at];
-        const Vec<double> e = exp(Vec<double>::loadu(entry) - Vec<double>::loadu(&top[at]));
+      each_vector([&](int64_t column) {
+        double* const entry = &plan_[r * stride_ + column];
+        const Vec<double> e = exp(Vec<double>::loadu(entry) - Vec<double>::loadu(&top[column]));
         e.store(entry);
-        (Vec<double>::loadu(&sum[at]) + e).store(&sum[at]);
+        (Vec<double>::loadu(&sum[column]) + e).store(&sum[column]);
       });
     }
     dual_ = 0;
@@ -118,9 +119,9 @@ class Problem {
     error_ = 0;
     for (int64_t r = 0; r < rows_; ++r) {
       Vec<double> total(0);
-      each_vector([&](int64_t at) {
-        double* const entry = &plan_[r * stride_ + at];
-        const Vec<double> p = Vec<double>::loadu(entry) * Vec<double>::loadu(&sum[at]);
+      each_vector([&](int64_t column) {
+        double* const entry = &plan_[r * stride_ + column];
+        const Vec<double> p = Vec<double>::loadu(entry) * Vec<double>::loadu(&sum[column]);
         p.store(entry);
         total = total + p;
       });
@@ -133,10 +134,10 @@ class Problem {
 
   template <typename Visit>
   void each_vector(const Visit& visit) const {
-    for (int64_t at = 0; at < stride_; at += kLanes) visit(at);
+    for (int64_t column = 0; column < stride_; column += kLanes) visit(column);
   }
-  Vec<double> scaled(int64_t r, int64_t at, double inverse) const {
-    return (Vec<double>(f_[r]) - Vec<double>::loadu(&cost_[r * stride_ + at])) * Vec<double>(inverse);
+  Vec<double> scaled(int64_t r, int64_t column, double inverse) const {
+    return (Vec<double>(f_[r]) - Vec<double>::loadu(&cost_[r * stride_ + column])) * Vec<double>(inverse);
   }
 
   void sinkhorn() {
@@ -172,11 +173,11 @@ class Problem {
     for (int64_t r = 0; r < rows_; ++r)
       for (int64_t c = 0; c < columns_; ++c) transposed_[c * width + r] = plan_[r * stride_ + c];
     for (int64_t i = 0; i < rows_; ++i) {
-      for (int64_t at = i / kLanes * kLanes; at < width; at += kLanes) {
+      for (int64_t column = i / kLanes * kLanes; column < width; column += kLanes) {
         Vec<double> sum(0);
         for (int64_t c = 0; c < columns_; ++c)
-          sum = fmadd(Vec<double>(plan_[i * stride_ + c]), Vec<double>::loadu(&transposed_[c * width + at]), sum);
-        fmadd(sum, Vec<double>(-1 / b_), Vec<double>(a_ * a_)).store(&factor_[i * width + at]);
+          sum = fmadd(Vec<double>(plan_[i * stride_ + c]), Vec<double>::loadu(&transposed_[c * width + column]), sum);
+        fmadd(sum, Vec<double>(-1 / b_), Vec<double>(a_ * a_)).store(&factor_[i * width + column]);
       }
       factor_[i * width + i] += row_sums_[i] + kRidge * a_;
     }
@@ -184,13 +185,13 @@ class Problem {
       double* const pivot = &factor_[k * width];
       if (!(pivot[k] > 0)) return false;
       const double root = 1 / std::sqrt(pivot[k]);
-      for (int64_t at = k / kLanes * kLanes; at < width; at += kLanes)
-        (Vec<double>::loadu(pivot + at) * Vec<double>(root)).store(pivot + at);
+      for (int64_t column = k / kLanes * kLanes; column < width; column += kLanes)
+        (Vec<double>::loadu(pivot + column) * Vec<double>(root)).store(pivot + column);
       for (int64_t i = k + 1; i < rows_; ++i) {
         const Vec<double> factor(-pivot[i]);
-        for (int64_t at = i / kLanes * kLanes; at < width; at += kLanes) {
-          double* const to = &factor_[i * width + at];
-          fmadd(factor, Vec<double>::loadu(pivot + at), Vec<double>::loadu(to)).store(to);
+        for (int64_t column = i / kLanes * kLanes; column < width; column += kLanes) {
+          double* const to = &factor_[i * width + column];
+          fmadd(factor, Vec<double>::loadu(pivot + column), Vec<double>::loadu(to)).store(to);
         }
       }
     }
