@@ -106,7 +106,7 @@ void for_each_task(const Tasks& tasks, const Body& body) {
   });
 }
 
-// Each slice of the depth has an out of its own, tasks.rows * ld behind the one before.
+// Writes each slice of the depth to an out of its own, tasks.rows * ld behind the one before.
 void run(const Tasks& tasks, const Operand& a, const Operand& b, const float* factors, const Target& out) {
   for_each_task(tasks, [&](const Task& task, Packing& packing, float*) {
     float* const to = out.data + (task.slice * tasks.rows + task.row) * out.ld + task.column;

@@ -45,13 +45,13 @@ class Operand {
   int64_t rows_, columns_, ld_;
 };
 
-// A block as brgemm takes it: rows of a `ld` apart, and how deep it is.
+// A block of a as brgemm takes it: `ld` elements from one row to the next, `depth` columns.
 struct Block {
   const at::BFloat16* data;
   int64_t ld, depth;
 };
 
-// Rounded to nearest, ties to even; infinities stay, NaNs stay NaNs.
+// Rounds to nearest, ties to even; infinities stay, NaNs stay NaNs.
 inline uint16_t rounded(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
@@ -66,7 +66,7 @@ inline float widened(uint16_t x) {
   return out;
 }
 
-// hi and lo of n products from[i] * factors[i]. What is not finite has no lo.
+// Splits n products from[i] * factors[i] into hi and lo. What is not finite has no lo.
 inline void split(const float* from, const float* factors, int64_t n, uint16_t* __restrict hi, uint16_t* __restrict lo) {
   for (int64_t i = 0; i < n; ++i) {
     const float x = from[i] * factors[i];
@@ -83,7 +83,7 @@ class Packing {
   Packing(int64_t rows, int64_t columns, int64_t depth)
       : a_(new uint16_t[rows * 2 * (depth + 1)]), b_(new uint16_t[columns * 2 * (depth + 1)]) {}
 
-  // factors[0 .. depth) multiply the columns of a float32 block.
+  // Packs a block of a; factors[0 .. depth) multiply the columns of a float32 block.
   Block a(const Operand& from, int64_t row, int64_t rows, int64_t column, int64_t depth, const float* factors) {
     if (from.in_place(depth)) return {from.pointer<at::BFloat16>(row, column), from.ld(), depth};
     const int64_t even = depth + depth % 2, ld = from.wide() ? 2 * even : even;
@@ -100,7 +100,7 @@ class Packing {
     return {reinterpret_cast<const at::BFloat16*>(a_.get()), ld, ld};
   }
 
-  // The block packed last is not packed again.
+  // Packs a block of b, unless it is the one packed last.
   const at::BFloat16* b(const Operand& from, int64_t row, int64_t depth, int64_t column, int64_t columns, bool twice) {
     const bool packed_last = row == last_row_ && column == last_column_;
     last_row_ = row, last_column_ = column;
@@ -118,7 +118,7 @@ class Packing {
   }
 
  private:
-  // Two rows of b side by side; zeros where there is no second one.
+  // Writes two rows of b side by side; zeros where there is no second one.
   static void interleave(const uint16_t* even, const uint16_t* odd, int64_t n, uint16_t* __restrict to) {
     for (int64_t j = 0; j < n; ++j) {
       to[2 * j] = even[j];

@@ -16,7 +16,8 @@ template <typename T>
 struct Pair {
   Distribution<T> student, teacher;
   T student_offset = 0, teacher_offset = 0, shift = 0, rest_gap;
-  bool forward_inf = false, reverse_inf = false;  // whether the teacher, the student alone has an entry
+  bool forward_inf = false;  // whether an entry has probability in the teacher alone
+  bool reverse_inf = false;  // and in the student alone
 
   Pair(const T* student_row, const T* teacher_row, int64_t size, Distribution<T> s, Distribution<T> t)
       : student(s), teacher(t), rest_gap(static_cast<T>(t.log_rest - s.log_rest)) {

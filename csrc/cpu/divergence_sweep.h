@@ -95,7 +95,8 @@ struct Sweeper {
     if (has_token && call.hard_weight != 0) out.value -= call.hard_weight * pair.student.logprob(token_logit);
   }
 
-  // The value and scores; leaves A in the student's row and p_S slope in the scratch. Returns E.
+  // Computes the value and the scores, leaves A in the student's row and p_S times the slope in the scratch row, and returns E.
+  // A and E: see Term.
   T values(const Row<T>& row, int64_t size, const Pair<T>& pair, Result<T>& out) const {
     const int64_t mode = pair.student.index;
     const Vec<T> zero(0);

@@ -61,7 +61,7 @@ struct Sweeper {
     return out;
   }
 
-  // The chosen logits, -inf for an id outside the vocabulary, and -inf in their place.
+  // Moves the chosen logits out of the row, where -inf takes their place; an id outside the vocabulary has the logit -inf.
   void take_out(const Row<T>& row) const {
     const auto inside = [&](int64_t id) { return 0 <= id && id < size; };
     for (int64_t m = 0; m < count; ++m) {
@@ -74,7 +74,7 @@ struct Sweeper {
     }
   }
 
-  // log1p of what the entries beside the largest one add: log Z - top.
+  // Returns log Z - top, as log1p of what the entries beside the largest one add.
   double log_of_others(const Row<T>& row, const Distribution<T>& rest, bool empty, double top) const {
     bool skipped = rest.top == top;
     double others = 0;
@@ -99,7 +99,7 @@ struct Sweeper {
     return {kNaN, kNaN, false};
   }
 
-  // log Z - top - E with E = sum p (z - top); the gradient is -p (z - top - E).
+  // Returns log Z - top - E with E = sum p (z - top); its gradient is -p (z - top - E).
   T entropy_of(const Row<T>& row, T top, double log_rest) const {
     const T share = static_cast<T>(std::exp(-log_rest));
     const auto gap = [&](const Vec<T>& logits) TOPD_INLINE { return larger(logits - Vec<T>(top), Vec<T>(-kFar<T>)); };

@@ -32,7 +32,7 @@ class Problem {
     return sum / static_cast<double>(rows_ * columns_);
   }
 
-  // The plan with exact columns; the largest |row sum - marginal| in units of the marginal.
+  // Finds the plan with exact columns, and returns the largest |row sum - marginal| in units of the marginal.
   double solve(double epsilon, int64_t max_iterations, double tolerance) {
     stage_ = std::max(epsilon, spread());
     int64_t tried = 0;
@@ -94,7 +94,7 @@ class Problem {
     return high - low;
   }
 
-  // plan, row sums, D(f) and the error at (f, stage).
+  // Computes plan, row sums, D(f) and the error at (f, stage).
   void evaluate() {
     const double inverse = 1 / stage_;
     std::vector<double>&top = top_, &sum = sum_;
@@ -145,7 +145,7 @@ class Problem {
     evaluate();
   }
 
-  // A Newton step with a line search on D; false, and nothing changed, where none can be taken.
+  // Takes a Newton step with a line search on D; returns false, and changes nothing, where there is none to take.
   bool newton() {
     if (!factorise()) return false;
     const std::vector<double> start = f_;
@@ -166,7 +166,7 @@ class Problem {
     return false;
   }
 
-  // H = diag(r) - P diag(1/b) Pᵀ + ridge + a 11ᵀ a as Uᵀ U, U in the upper triangle of padded lines.
+  // Factorises H = diag(r) - P diag(1/b) Pᵀ + ridge + a 11ᵀ a as Uᵀ U, U in the upper triangle of padded lines.
   bool factorise() {
     const int64_t width = padded(rows_);
     transposed_.assign(columns_ * width, 0), factor_.resize(rows_ * width);
@@ -198,7 +198,7 @@ class Problem {
     return true;
   }
 
-  // x = H^-1 x.
+  // Replaces x by H^-1 x.
   void substitute(std::vector<double>& x) const {
     const int64_t width = padded(rows_);
     for (int64_t k = 0; k < rows_; ++k) {

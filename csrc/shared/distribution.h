@@ -69,7 +69,7 @@ inline void apply(const Transform<T>& transform, T* row, int64_t size) {
       [](int64_t) {});
 }
 
-// The row is the same afterwards as before.
+// Writes to the row while it works, and leaves it as it was.
 template <typename T>
 inline Distribution<T> distribution(T* row, int64_t size) {
   Distribution<T> out;
