@@ -25,10 +25,11 @@ test: $(BUILT)
 test-all: $(BUILT)
 	$(PYTEST) $(TESTS)
 
-lint: $(BUILT)
+lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h')
 
 bench: $(BUILT)
 	$(RUN) -m bench.numerics

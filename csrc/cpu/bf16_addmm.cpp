@@ -1,6 +1,6 @@
-// topd::bf16_addmm on the CPU: out = beta out + alpha (a factors) b, summed in float32, b in bfloat16 and a in either, by torch's
-// brgemm (oneDNN's kernel for one block: AVX512_BF16 or AMX). torch.mm has no such product on a CPU. An out in bfloat16 is rounded
-// once, block by block: no float32 sums of its size are written.
+// topd::bf16_addmm on the CPU: out = beta out + alpha (a factors) b, summed in float32, b in bfloat16 and a in either, by
+// torch's brgemm (oneDNN's kernel for one block: AVX512_BF16 or AMX). torch.mm has no such product on a CPU. An out in bfloat16
+// is rounded once, block by block: no float32 sums of its size are written.
 //
 // A float32 a is split into two bfloat16 parts as it is packed, x = hi + lo with |x - hi - lo| <= 2^-18 |x|, and multiplied as
 // both: a b = hi b + lo b. The blocks and the order of every sum depend on the shapes alone, not on the threads.
@@ -16,7 +16,7 @@
 
 #include <memory>
 
-#include "../bf16_packing.h"
+#include "bf16_packing.h"
 
 namespace topd {
 inline namespace CPU_CAPABILITY {
@@ -52,7 +52,9 @@ struct Tasks {
 
   Tasks(const Operand& a, const Operand& b)
       : rows(a.rows()), columns(b.columns()), depth(a.columns()), block_depth(a.wide() ? kDepthSplit : kDepthInPlace),
-        block_rows(evenly(rows, a.in_place(depth) ? kRowsInPlace : depth > kShallow ? kRowsPacked : kRowsShallow)),
+        block_rows(evenly(rows, a.in_place(depth)  ? kRowsInPlace
+                                : depth > kShallow ? kRowsPacked
+                                                   : kRowsShallow)),
         block_columns(evenly(columns, b.transposed() ? kColumnsTransposed : kColumns)) {
     const int64_t wanted = tiles() < kTasks ? std::min(kTasks / tiles(), blocks(depth, kSlice)) : 1;
     slice_depth = blocks(blocks(depth, block_depth), wanted) * block_depth;
@@ -64,8 +66,13 @@ struct Tasks {
   Task task(int64_t i) const {
     const int64_t slice = i / tiles(), tile = i % tiles(), first = slice * slice_depth;
     const int64_t row = tile % down() * block_rows, column = tile / down() * block_columns;
-    return {slice, row, std::min(block_rows, rows - row), column, std::min(block_columns, columns - column),
-            first, std::min(depth, first + slice_depth)};
+    return {slice,
+            row,
+            std::min(block_rows, rows - row),
+            column,
+            std::min(block_columns, columns - column),
+            first,
+            std::min(depth, first + slice_depth)};
   }
 };
 
@@ -83,7 +90,8 @@ void sum(const Task& task, int64_t block_depth, const Operand& a, const Operand&
     const at::BFloat16* const right = packing.b(b, k, depth, task.column, task.columns, a.wide());
     const Block left = packing.a(a, task.row, task.rows, k, depth, factors ? factors + k : nullptr);
     const bool add = to.add || k > task.first;
-    at::native::cpublas::brgemm(task.rows, task.columns, left.depth, left.ld, task.columns, to.ld, add, left.data, right, to.data);
+    at::native::cpublas::brgemm(task.rows, task.columns, left.depth, left.ld, task.columns, to.ld, add, left.data, right,
+                                to.data);
   }
 }
 
@@ -98,7 +106,7 @@ void for_each_task(const Tasks& tasks, const Body& body) {
   });
 }
 
-// Each slice of the depth has an out of its own, tasks.rows * ld behind the one before.
+// Writes each slice of the depth to an out of its own, tasks.rows * ld behind the one before.
 void run(const Tasks& tasks, const Operand& a, const Operand& b, const float* factors, const Target& out) {
   for_each_task(tasks, [&](const Task& task, Packing& packing, float*) {
     float* const to = out.data + (task.slice * tasks.rows + task.row) * out.ld + task.column;
@@ -124,8 +132,8 @@ void run_turned(const Tasks& tasks, const Operand& a, const Operand& b, float* o
 
 }  // namespace
 
-void bf16_addmm(at::Tensor& out, const at::Tensor& a, const at::Tensor& b, const std::optional<at::Tensor>& factors, double beta,
-                double alpha) {
+void bf16_addmm(at::Tensor& out, const at::Tensor& a, const at::Tensor& b, const std::optional<at::Tensor>& factors,
+                double beta, double alpha) {
   const bool rounds = out.scalar_type() == at::kBFloat16;
   TORCH_CHECK_VALUE(out.dim() == 2 && (out.stride(1) == 1 || out.size(1) <= 1), "out must be [M, N], contiguous along N");
   TORCH_CHECK_VALUE(out.scalar_type() == at::kFloat || (rounds && beta == 0.0), "out must be float32, or bfloat16 with beta 0");
@@ -153,8 +161,7 @@ void bf16_addmm(at::Tensor& out, const at::Tensor& a, const at::Tensor& b, const
       return run_turned(tasks, turned_left, turned_right, out.data_ptr<float>(), out.stride(0));
   }
   const Tasks tasks(left, right);
-  if (tasks.slices == 1 && rounds)
-    return run_rounded(tasks, left, right, factor, out.data_ptr<at::BFloat16>(), out.stride(0));
+  if (tasks.slices == 1 && rounds) return run_rounded(tasks, left, right, factor, out.data_ptr<at::BFloat16>(), out.stride(0));
   if (tasks.slices == 1) return run(tasks, left, right, factor, {out.data_ptr<float>(), out.stride(0), beta != 0.0});
   const at::Tensor parts = at::empty({tasks.slices, tasks.rows, tasks.columns}, out.options().dtype(at::kFloat));
   run(tasks, left, right, factor, {parts.data_ptr<float>(), tasks.columns, false});

@@ -1,7 +1,7 @@
 // topd::logprob_rows on the CPU: each row of the tile is read once from memory and swept while it lies in cache.
 //
-// The chosen entries are taken out of the row (-inf stays behind), the rest has a softmax of its own, and the row's normaliser is
-// put together from it and the chosen logits in double. Sweeps: product to logits (only where something changes it); largest
+// The chosen entries are taken out of the row (-inf stays behind), the rest has a softmax of its own, and the row's normaliser
+// is put together from it and the chosen logits in double. Sweeps: product to logits (only where something changes it); largest
 // entry; normaliser; the entropy and its gradient where asked for; the gradient of the rest.
 
 #include "../ops.h"
@@ -12,9 +12,8 @@
 
 #include <vector>
 
-#include "../distribution.h"
-#include "../operands.h"
-#include "../row_math.h"
+#include "../shared/distribution.h"
+#include "../shared/row_math.h"
 
 namespace topd {
 inline namespace CPU_CAPABILITY {
@@ -62,7 +61,7 @@ struct Sweeper {
     return out;
   }
 
-  // The chosen logits, -inf for an id outside the vocabulary, and -inf in their place.
+  // Moves the chosen logits out of the row, where -inf takes their place; an id outside the vocabulary has the logit -inf.
   void take_out(const Row<T>& row) const {
     const auto inside = [&](int64_t id) { return 0 <= id && id < size; };
     for (int64_t m = 0; m < count; ++m) {
@@ -75,7 +74,7 @@ struct Sweeper {
     }
   }
 
-  // log1p of what the entries beside the largest one add: log Z - top.
+  // Returns log Z - top, as log1p of what the entries beside the largest one add.
   double log_of_others(const Row<T>& row, const Distribution<T>& rest, bool empty, double top) const {
     bool skipped = rest.top == top;
     double others = 0;
@@ -100,7 +99,7 @@ struct Sweeper {
     return {kNaN, kNaN, false};
   }
 
-  // log Z - top - E with E = sum p (z - top); the gradient is -p (z - top - E).
+  // Returns log Z - top - E with E = sum p (z - top); its gradient is -p (z - top - E).
   T entropy_of(const Row<T>& row, T top, double log_rest) const {
     const T share = static_cast<T>(std::exp(-log_rest));
     const auto gap = [&](const Vec<T>& logits) TOPD_INLINE { return larger(logits - Vec<T>(top), Vec<T>(-kFar<T>)); };
@@ -109,10 +108,10 @@ struct Sweeper {
     Vec<T> sum(0);
     sweep<T>(
         size,
-        [&](int64_t at, int64_t lanes) TOPD_INLINE {
-          const Vec<T> a = gap(load(row.logits + at, lanes)), p = probability(a);
+        [&](int64_t offset, int64_t lanes) TOPD_INLINE {
+          const Vec<T> a = gap(load(row.logits + offset, lanes)), p = probability(a);
           sum = fmadd(p, a, sum);
-          if (row.entropy_grad) store(p, row.entropy_grad + at, lanes);
+          if (row.entropy_grad) store(p, row.entropy_grad + offset, lanes);
         },
         [&](int64_t) TOPD_INLINE { mean += lane_sum(sum), sum = Vec<T>(0); });
     for (int64_t m = 0; m < count; ++m) {
@@ -120,14 +119,13 @@ struct Sweeper {
     }
     if (row.entropy_grad) {
       const Vec<T> centre(static_cast<T>(mean));
-      const auto term = [&](const Vec<T>& logits, const Vec<T>& p) TOPD_INLINE {
-        return p * (centre - gap(logits)) * transform.slope(logits);
-      };
+      const auto term = [&](const Vec<T>& logits, const Vec<T>& p)
+                            TOPD_INLINE { return p * (centre - gap(logits)) * transform.slope(logits); };
       sweep<T>(
           size,
-          [&](int64_t at, int64_t lanes) TOPD_INLINE {
-            T* const to = row.entropy_grad + at;
-            store(term(load(row.logits + at, lanes), load(to, lanes)), to, lanes);
+          [&](int64_t offset, int64_t lanes) TOPD_INLINE {
+            T* const to = row.entropy_grad + offset;
+            store(term(load(row.logits + offset, lanes), load(to, lanes)), to, lanes);
           },
           [](int64_t) {});
       for (int64_t m = 0; m < count; ++m) {
@@ -143,68 +141,93 @@ struct Sweeper {
     const Vec<T> top(rest.top), share(rest.share);
     sweep<T>(
         size,
-        [&](int64_t at, int64_t lanes) TOPD_INLINE {
-          if (row.next) fetch(row.next + at);
-          const Vec<T> logits = load(row.logits + at, lanes);
-          store(exp(logits - top) * share * transform.slope(logits), row.logits + at, lanes);
+        [&](int64_t offset, int64_t lanes) TOPD_INLINE {
+          if (row.next) fetch(row.next + offset);
+          const Vec<T> logits = load(row.logits + offset, lanes);
+          store(exp(logits - top) * share * transform.slope(logits), row.logits + offset, lanes);
         },
         [](int64_t) {});
   }
 };
 
-}  // namespace
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> logprob_rows(
-    at::Tensor& product, const std::optional<at::Tensor>& bias, const at::Tensor& ids, double scale,
-    std::optional<double> softcap, double temperature, const std::optional<at::Tensor>& entropy_tile, bool grad, bool entropy,
-    const std::optional<at::Tensor>& grad_tile, double grad_scale) {
-  TORCH_CHECK_VALUE(!grad_tile, "grad_tile must be None on the CPU: the gradient goes into product");
-  TORCH_CHECK_VALUE(grad_scale == 1, "grad_scale is for float16 tiles, which the CPU has not, and must be 1, got ", grad_scale);
+void check(const at::Tensor& product, const at::Tensor& ids) {
   TORCH_CHECK_VALUE(product.dim() == 2 && product.size(1) > 0 && product.stride(1) == 1,
                     "product must be [C, V], contiguous along the vocabulary, got ", product.sizes());
-  const int64_t rows = product.size(0), size = product.size(1);
-  TORCH_CHECK_VALUE(ids.scalar_type() == at::kLong && ids.dim() == 2 && ids.size(0) == rows, "ids must be int64 [C, M], got ",
-                    ids.sizes());
-  const bool entropy_grad = entropy_tile && grad && entropy;
-  TORCH_CHECK_VALUE(!entropy_grad || (entropy_tile->sizes() == product.sizes() && entropy_tile->stride(1) == 1 &&
-                                      entropy_tile->scalar_type() == product.scalar_type()),
+  TORCH_CHECK_VALUE(ids.scalar_type() == at::kLong && ids.dim() == 2 && ids.size(0) == product.size(0),
+                    "ids must be int64 [C, M], got ", ids.sizes());
+}
+
+// The op's results, in its order.
+struct Results {
+  at::Tensor logprobs;  // [C, M]
+  at::Tensor entropy;   // [C], or [0] where it is not asked for
+  at::Tensor outside;   // [C]
+  at::Tensor first;     // [C, M]
+  at::Tensor slope;     // [C, M], or [0, M] without a softcap
+  at::Tensor finite;    // [C]
+};
+
+template <typename T>
+void run_rows(const Sweeper<T>& sweeper, const at::Tensor& product, const at::Tensor& ids,
+              const std::optional<at::Tensor>& entropy_grad, const Results& results) {
+  const int64_t rows = product.size(0), size = sweeper.size, count = sweeper.count, stride = product.stride(0);
+  const int64_t entropy_stride = entropy_grad ? entropy_grad->stride(0) : 0;
+  const int64_t* const id = ids.const_data_ptr<int64_t>();
+  T* const tile = product.data_ptr<T>();
+  T* const entropy_tile = entropy_grad ? entropy_grad->data_ptr<T>() : nullptr;
+  T* const logprobs = results.logprobs.data_ptr<T>();
+  T* const entropy = results.entropy.data_ptr<T>();
+  T* const outside = results.outside.data_ptr<T>();
+  T* const slope = results.slope.size(0) > 0 ? results.slope.data_ptr<T>() : nullptr;
+  bool* const first = results.first.data_ptr<bool>();
+  bool* const finite = results.finite.data_ptr<bool>();
+  at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / size), [&](int64_t begin, int64_t end) {
+    std::vector<T> scratch(count);
+    for (int64_t i = begin; i < end; ++i) {
+      T* const logits = tile + i * stride;
+      const Result<T> out = sweeper.run({.logits = logits,
+                                         .entropy_grad = entropy_tile ? entropy_tile + i * entropy_stride : nullptr,
+                                         .next = i + 1 < end ? logits + stride : nullptr,
+                                         .ids = id + i * count,
+                                         .logprobs = logprobs + i * count,
+                                         .first = first + i * count,
+                                         .slope = slope ? slope + i * count : nullptr,
+                                         .chosen = scratch.data()});
+      if (sweeper.entropy) entropy[i] = out.entropy;
+      outside[i] = out.outside;
+      finite[i] = out.finite;
+    }
+  });
+}
+
+}  // namespace
+
+LogprobRows logprob_rows(at::Tensor& product, const std::optional<at::Tensor>& bias, const at::Tensor& ids, double scale,
+                         std::optional<double> softcap, double temperature, const std::optional<at::Tensor>& entropy_tile,
+                         bool grad, bool entropy, const std::optional<at::Tensor>& grad_tile, double grad_scale) {
+  TORCH_CHECK_VALUE(!grad_tile, "grad_tile must be None on the CPU: the gradient goes into product");
+  TORCH_CHECK_VALUE(grad_scale == 1.0, "grad_scale is for tiles of float16, which the CPU does not have, and must be 1, got ",
+                    grad_scale);
+  check(product, ids);
+  const bool with_entropy_grad = entropy_tile && grad && entropy;
+  TORCH_CHECK_VALUE(!with_entropy_grad || (entropy_tile->sizes() == product.sizes() && entropy_tile->stride(1) == 1 &&
+                                           entropy_tile->scalar_type() == product.scalar_type()),
                     "entropy_tile must be like product");
-  const at::Tensor held = ids.contiguous();
-  const int64_t* const id = held.const_data_ptr<int64_t>();
-  const int64_t count = ids.size(1);
-  at::Tensor logprobs = at::empty({rows, count}, product.options());
-  at::Tensor entropies = at::empty({entropy ? rows : 0}, product.options());
-  at::Tensor outside = at::empty({rows}, product.options());
-  at::Tensor first = at::empty({rows, count}, product.options().dtype(at::kBool));
-  at::Tensor slope = at::empty({softcap ? rows : 0, count}, product.options());
-  at::Tensor finite = at::empty({rows}, product.options().dtype(at::kBool));
+  const int64_t rows = product.size(0), size = product.size(1), count = ids.size(1);
+  const at::TensorOptions numbers = product.options(), flags = numbers.dtype(at::kBool);
+  const Results results{.logprobs = at::empty({rows, count}, numbers),
+                        .entropy = at::empty({entropy ? rows : 0}, numbers),
+                        .outside = at::empty({rows}, numbers),
+                        .first = at::empty({rows, count}, flags),
+                        .slope = at::empty({softcap ? rows : 0, count}, numbers),
+                        .finite = at::empty({rows}, flags)};
   AT_DISPATCH_FLOATING_TYPES(product.scalar_type(), "topd::logprob_rows", [&] {
     using T = scalar_t;
     const Transform<T> transform{bias_of<T>(bias, product, "bias"), scale, softcap.value_or(0), temperature};
     const Sweeper<T> sweeper{transform, size, count, grad, entropy};
-    T* const tile = product.data_ptr<T>();
-    T* const second = entropy_grad ? entropy_tile->data_ptr<T>() : nullptr;
-    T* const logprob = logprobs.data_ptr<T>();
-    T* const entropy_data = entropies.data_ptr<T>();
-    T* const outside_data = outside.data_ptr<T>();
-    T* const slopes = softcap ? slope.data_ptr<T>() : nullptr;
-    bool* const firsts = first.data_ptr<bool>();
-    bool* const finite_data = finite.data_ptr<bool>();
-    at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / size), [&](int64_t begin, int64_t end) {
-      std::vector<T> scratch(count);
-      for (int64_t i = begin; i < end; ++i) {
-        T* const row = tile + i * product.stride(0);
-        const Result<T> out = sweeper.run({row, second ? second + i * entropy_tile->stride(0) : nullptr,
-                                           i + 1 < end ? row + product.stride(0) : nullptr, id + i * count,
-                                           logprob + i * count, firsts + i * count, slopes ? slopes + i * count : nullptr,
-                                           scratch.data()});
-        if (entropy) entropy_data[i] = out.entropy;
-        outside_data[i] = out.outside;
-        finite_data[i] = out.finite;
-      }
-    });
+    run_rows(sweeper, product, ids.contiguous(), with_entropy_grad ? entropy_tile : std::nullopt, results);
   });
-  return {logprobs, entropies, outside, first, slope, finite};
+  return {results.logprobs, results.entropy, results.outside, results.first, results.slope, results.finite};
 }
 
 }  // namespace CPU_CAPABILITY

@@ -1,5 +1,5 @@
-// topd::transport on the CPU: one problem a task. Both windows' rows are gathered and the cost is formed in a thread's scratch, then
-// potentials, plan and Newton steps in double (topd/ops/transport/eager.py has the algorithm).
+// topd::transport on the CPU: one problem a task. Both windows' rows are gathered and the cost is formed in a thread's scratch,
+// then potentials, plan and Newton steps in double (topd/ops/transport/eager.py has the algorithm).
 
 #include "../ops.h"
 
@@ -10,7 +10,8 @@
 #include <array>
 #include <numeric>
 
-#include "../sinkhorn.h"
+#include "../shared/sweep.h"
+#include "sinkhorn.h"
 
 namespace topd {
 inline namespace CPU_CAPABILITY {
@@ -32,13 +33,16 @@ struct Side {
   int64_t window;
 
   Side(const at::Tensor& rows, const at::Tensor& tokens, const at::Tensor& counts, const char* name)
-      : table(rows.stride(1) == 1 ? rows : rows.contiguous()), held_ids(tokens.contiguous()), held_lengths(counts.contiguous()) {
+      : table(rows.stride(1) == 1 ? rows : rows.contiguous()), held_ids(tokens.contiguous()),
+        held_lengths(counts.contiguous()) {
     TORCH_CHECK_VALUE(rows.dim() == 2 && tokens.dim() == 2 && counts.dim() == 1 && counts.size(0) == tokens.size(0), name,
                       " takes table [V, d], ids [m, K] and lengths [m]");
-    TORCH_CHECK_VALUE(tokens.scalar_type() == at::kLong && counts.scalar_type() == at::kLong, name, " ids and lengths are int64");
+    TORCH_CHECK_VALUE(tokens.scalar_type() == at::kLong && counts.scalar_type() == at::kLong, name,
+                      " ids and lengths are int64");
     ids = held_ids.const_data_ptr<int64_t>(), lengths = held_lengths.const_data_ptr<int64_t>(), window = tokens.size(1);
     for (int64_t i = 0; i < counts.size(0); ++i) {
-      TORCH_CHECK_VALUE(1 <= lengths[i] && lengths[i] <= window, name, " lengths must lie in [1, ", window, "], got ", lengths[i]);
+      TORCH_CHECK_VALUE(1 <= lengths[i] && lengths[i] <= window, name, " lengths must lie in [1, ", window, "], got ",
+                        lengths[i]);
     }
   }
 
@@ -58,8 +62,10 @@ struct Side {
         const double norm = unit ? std::sqrt(squared_norm(to, width)) : 1;
         if (norm == 0 || norm == 1) continue;
         const T inverse = static_cast<T>(1 / norm);
-        if (std::isnormal(inverse)) for (int64_t d = 0; d < width; ++d) to[d] *= inverse;
-        else for (int64_t d = 0; d < width; ++d) to[d] = static_cast<T>(to[d] / norm);
+        if (std::isnormal(inverse))
+          for (int64_t d = 0; d < width; ++d) to[d] *= inverse;
+        else
+          for (int64_t d = 0; d < width; ++d) to[d] = static_cast<T>(to[d] / norm);
       }
     });
   }
@@ -97,7 +103,8 @@ class Costs {
       products(problem, [](const Vec<T>& x, const Vec<T>& y, const Vec<T>& sum) TOPD_INLINE { return fmadd(x, y, sum); });
       cosine(problem);
     } else {
-      products(problem, [](const Vec<T>& x, const Vec<T>& y, const Vec<T>& sum) TOPD_INLINE { return fmadd(x - y, x - y, sum); });
+      products(problem,
+               [](const Vec<T>& x, const Vec<T>& y, const Vec<T>& sum) TOPD_INLINE { return fmadd(x - y, x - y, sum); });
     }
   }
 
@@ -123,10 +130,10 @@ class Costs {
     for (int64_t r = 0; r < problem.rows(); r += kRows) {
       const T* const x = &x_[r * width_];
       for (int64_t tile = 0; tile < stride_ / kLanes * blocks; ++tile) {
-        const int64_t at = tile / blocks * kLanes, start = tile % blocks * kSummed;
+        const int64_t column = tile / blocks * kLanes, start = tile % blocks * kSummed;
         Vec<T> first(0), second(0), third(0), fourth(0);
         for (int64_t d = start; d < std::min(start + kSummed, width_); ++d) {
-          const Vec<T> y = Vec<T>::loadu(&y_[d * stride_ + at]);
+          const Vec<T> y = Vec<T>::loadu(&y_[d * stride_ + column]);
           first = f(Vec<T>(x[d]), y, first), second = f(Vec<T>(x[width_ + d]), y, second);
           third = f(Vec<T>(x[2 * width_ + d]), y, third), fourth = f(Vec<T>(x[3 * width_ + d]), y, fourth);
         }
@@ -134,7 +141,8 @@ class Costs {
         std::array<T, kLanes> lanes;
         for (int64_t k = 0; k < std::min(kRows, problem.rows() - r); ++k) {
           sums[k].store(lanes.data());
-          for (int64_t c = at; c < std::min(at + kLanes, problem.columns()); ++c) problem.cost_at(r + k, c) += lanes[c - at];
+          for (int64_t c = column; c < std::min(column + kLanes, problem.columns()); ++c)
+            problem.cost_at(r + k, c) += lanes[c - column];
         }
       }
     }
@@ -159,10 +167,9 @@ class Costs {
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> transport(
-    const at::Tensor& student_table, const at::Tensor& student_ids, const at::Tensor& student_lengths,
-    const at::Tensor& teacher_table, const at::Tensor& teacher_ids, const at::Tensor& teacher_lengths, c10::string_view cost,
-    double epsilon, int64_t max_iterations, double tolerance) {
+Transport transport(const at::Tensor& student_table, const at::Tensor& student_ids, const at::Tensor& student_lengths,
+                    const at::Tensor& teacher_table, const at::Tensor& teacher_ids, const at::Tensor& teacher_lengths,
+                    c10::string_view cost, double epsilon, int64_t max_iterations, double tolerance) {
   const Side student(student_table, student_ids, student_lengths, "student");
   const Side teacher(teacher_table, teacher_ids, teacher_lengths, "teacher");
   const Cost kind = cost_of(cost);

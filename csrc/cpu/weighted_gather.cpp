@@ -6,7 +6,7 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 
-#include "../weighted_rows.h"
+#include "../shared/weighted_rows.h"
 
 namespace topd {
 inline namespace CPU_CAPABILITY {

@@ -1,5 +1,5 @@
-// topd::weighted_scatter on the CPU: out[ids[n, m]] += weights[n, m] rows[n]. The entries are sorted by id, stably, and each id's row
-// of out is written by one thread: the same bits for any number of threads.
+// topd::weighted_scatter on the CPU: out[ids[n, m]] += weights[n, m] rows[n]. The entries are sorted by id, stably, and each
+// id's row of out is written by one thread: the same bits for any number of threads.
 
 #include "../ops.h"
 
@@ -9,7 +9,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "../weighted_rows.h"
+#include "../shared/weighted_rows.h"
 
 namespace topd {
 inline namespace CPU_CAPABILITY {

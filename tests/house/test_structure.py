@@ -158,6 +158,23 @@ def test_each_native_source_has_the_stem_of_an_op():
     assert {path.stem for path in (ROOT / "csrc" / "cpu").glob("*.cpp")} <= declared
 
 
+def test_a_header_of_one_op_stands_beside_it():
+    """csrc/shared holds what several ops include, be it through another header."""
+    csrc = ROOT / "csrc"
+    files = [path for path in csrc.rglob("*") if path.suffix in (".cpp", ".h")]
+    included = {
+        path: {(path.parent / name).resolve() for name in re.findall(r'#include "([^"]+)"', path.read_text())} for path in files
+    }
+
+    def reach(path: Path) -> set[Path]:
+        return {path}.union(*(reach(other) for other in included[path]))
+
+    ops = [reach(path) for path in (csrc / "cpu").glob("*.cpp")]
+    for header in (path for path in files if path.suffix == ".h"):
+        users = sum(header in op for op in ops)
+        assert (users == 1) == (header.parent.name == "cpu"), f"{header.name} is used by {users} ops"
+
+
 def test_listed_packages_are_those_of_the_tree():
     settings = PROJECT["tool"]["setuptools"]
     tree = set()

@@ -6,7 +6,7 @@ a peaked distribution):
     log p = (y - top) - log1p(rest)        d = log p_T - log p_S
     KL(p || q) = sum p phi(d),  phi(d) = exp(-d) + d - 1,  written q - p + p d where |d| > 1: no term is negative
 
-csrc/row_math.h and csrc/distribution.h are the same in C++.
+csrc/shared/row_math.h and csrc/shared/distribution.h are the same in C++.
 """
 
 from typing import NamedTuple

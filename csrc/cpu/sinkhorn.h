@@ -1,10 +1,11 @@
-// One entropic transport problem with uniform marginals, in double. Names and algorithm are those of topd/ops/transport/eager.py.
+// One entropic transport problem with uniform marginals, in double. Names and algorithm are those of
+// topd/ops/transport/eager.py.
 #pragma once
 
 #include <cmath>
 #include <vector>
 
-#include "distribution.h"
+#include "../shared/exp_log.h"
 
 namespace topd {
 inline namespace CPU_CAPABILITY {
@@ -31,7 +32,7 @@ class Problem {
     return sum / static_cast<double>(rows_ * columns_);
   }
 
-  // The plan with exact columns; the largest |row sum - marginal| in units of the marginal.
+  // Finds the plan with exact columns, and returns the largest |row sum - marginal| in units of the marginal.
   double solve(double epsilon, int64_t max_iterations, double tolerance) {
     stage_ = std::max(epsilon, spread());
     int64_t tried = 0;
@@ -93,23 +94,23 @@ class Problem {
     return high - low;
   }
 
-  // plan, row sums, D(f) and the error at (f, stage).
+  // Computes plan, row sums, D(f) and the error at (f, stage).
   void evaluate() {
     const double inverse = 1 / stage_;
     std::vector<double>&top = top_, &sum = sum_;
     top.assign(stride_, -kInf<double>), sum.assign(stride_, 0);
     for (int64_t r = 0; r < rows_; ++r) {
-      each_vector([&](int64_t at) {
-        scaled(r, at, inverse).store(&plan_[r * stride_ + at]);
-        larger(Vec<double>::loadu(&top[at]), Vec<double>::loadu(&plan_[r * stride_ + at])).store(&top[at]);
+      each_vector([&](int64_t column) {
+        scaled(r, column, inverse).store(&plan_[r * stride_ + column]);
+        larger(Vec<double>::loadu(&top[column]), Vec<double>::loadu(&plan_[r * stride_ + column])).store(&top[column]);
       });
     }
     for (int64_t r = 0; r < rows_; ++r) {
-      each_vector([&](int64_t at) {
-        double* const entry = &plan_[r * stride_ + at];
-        const Vec<double> e = exp(Vec<double>::loadu(entry) - Vec<double>::loadu(&top[at]));
+      each_vector([&](int64_t column) {
+        double* const entry = &plan_[r * stride_ + column];
+        const Vec<double> e = exp(Vec<double>::loadu(entry) - Vec<double>::loadu(&top[column]));
         e.store(entry);
-        (Vec<double>::loadu(&sum[at]) + e).store(&sum[at]);
+        (Vec<double>::loadu(&sum[column]) + e).store(&sum[column]);
       });
     }
     dual_ = 0;
@@ -118,9 +119,9 @@ class Problem {
     error_ = 0;
     for (int64_t r = 0; r < rows_; ++r) {
       Vec<double> total(0);
-      each_vector([&](int64_t at) {
-        double* const entry = &plan_[r * stride_ + at];
-        const Vec<double> p = Vec<double>::loadu(entry) * Vec<double>::loadu(&sum[at]);
+      each_vector([&](int64_t column) {
+        double* const entry = &plan_[r * stride_ + column];
+        const Vec<double> p = Vec<double>::loadu(entry) * Vec<double>::loadu(&sum[column]);
         p.store(entry);
         total = total + p;
       });
@@ -133,10 +134,10 @@ class Problem {
 
   template <typename Visit>
   void each_vector(const Visit& visit) const {
-    for (int64_t at = 0; at < stride_; at += kLanes) visit(at);
+    for (int64_t column = 0; column < stride_; column += kLanes) visit(column);
   }
-  Vec<double> scaled(int64_t r, int64_t at, double inverse) const {
-    return (Vec<double>(f_[r]) - Vec<double>::loadu(&cost_[r * stride_ + at])) * Vec<double>(inverse);
+  Vec<double> scaled(int64_t r, int64_t column, double inverse) const {
+    return (Vec<double>(f_[r]) - Vec<double>::loadu(&cost_[r * stride_ + column])) * Vec<double>(inverse);
   }
 
   void sinkhorn() {
@@ -144,7 +145,7 @@ class Problem {
     evaluate();
   }
 
-  // A Newton step with a line search on D; false, and nothing changed, where none can be taken.
+  // Takes a Newton step with a line search on D; returns false, and changes nothing, where there is none to take.
   bool newton() {
     if (!factorise()) return false;
     const std::vector<double> start = f_;
@@ -165,18 +166,18 @@ class Problem {
     return false;
   }
 
-  // H = diag(r) - P diag(1/b) Pᵀ + ridge + a 11ᵀ a as Uᵀ U, U in the upper triangle of padded lines.
+  // Factorises H = diag(r) - P diag(1/b) Pᵀ + ridge + a 11ᵀ a as Uᵀ U, U in the upper triangle of padded lines.
   bool factorise() {
     const int64_t width = padded(rows_);
     transposed_.assign(columns_ * width, 0), factor_.resize(rows_ * width);
     for (int64_t r = 0; r < rows_; ++r)
       for (int64_t c = 0; c < columns_; ++c) transposed_[c * width + r] = plan_[r * stride_ + c];
     for (int64_t i = 0; i < rows_; ++i) {
-      for (int64_t at = i / kLanes * kLanes; at < width; at += kLanes) {
+      for (int64_t column = i / kLanes * kLanes; column < width; column += kLanes) {
         Vec<double> sum(0);
         for (int64_t c = 0; c < columns_; ++c)
-          sum = fmadd(Vec<double>(plan_[i * stride_ + c]), Vec<double>::loadu(&transposed_[c * width + at]), sum);
-        fmadd(sum, Vec<double>(-1 / b_), Vec<double>(a_ * a_)).store(&factor_[i * width + at]);
+          sum = fmadd(Vec<double>(plan_[i * stride_ + c]), Vec<double>::loadu(&transposed_[c * width + column]), sum);
+        fmadd(sum, Vec<double>(-1 / b_), Vec<double>(a_ * a_)).store(&factor_[i * width + column]);
       }
       factor_[i * width + i] += row_sums_[i] + kRidge * a_;
     }
@@ -184,20 +185,20 @@ class Problem {
       double* const pivot = &factor_[k * width];
       if (!(pivot[k] > 0)) return false;
       const double root = 1 / std::sqrt(pivot[k]);
-      for (int64_t at = k / kLanes * kLanes; at < width; at += kLanes)
-        (Vec<double>::loadu(pivot + at) * Vec<double>(root)).store(pivot + at);
+      for (int64_t column = k / kLanes * kLanes; column < width; column += kLanes)
+        (Vec<double>::loadu(pivot + column) * Vec<double>(root)).store(pivot + column);
       for (int64_t i = k + 1; i < rows_; ++i) {
         const Vec<double> factor(-pivot[i]);
-        for (int64_t at = i / kLanes * kLanes; at < width; at += kLanes) {
-          double* const to = &factor_[i * width + at];
-          fmadd(factor, Vec<double>::loadu(pivot + at), Vec<double>::loadu(to)).store(to);
+        for (int64_t column = i / kLanes * kLanes; column < width; column += kLanes) {
+          double* const to = &factor_[i * width + column];
+          fmadd(factor, Vec<double>::loadu(pivot + column), Vec<double>::loadu(to)).store(to);
         }
       }
     }
     return true;
   }
 
-  // x = H^-1 x.
+  // Replaces x by H^-1 x.
   void substitute(std::vector<double>& x) const {
     const int64_t width = padded(rows_);
     for (int64_t k = 0; k < rows_; ++k) {

@@ -16,11 +16,13 @@ inline void add_row(Sum* to, const Entry* from, Sum weight, int64_t width) {
 
 class WeightedRows {
  public:
-  WeightedRows(const at::Tensor& out, const at::Tensor& rows, const at::Tensor& ids, const at::Tensor& weights, const char* name)
+  WeightedRows(const at::Tensor& out, const at::Tensor& rows, const at::Tensor& ids, const at::Tensor& weights,
+               const char* name)
       : sums_(out.scalar_type()), entries_(rows.scalar_type()), width_(out.size(-1)) {
     TORCH_CHECK_VALUE(out.dim() == 2 && rows.dim() == 2 && out.size(1) == rows.size(1), "out and ", name,
                       " must be [..., H] of one width, got ", out.sizes(), " and ", rows.sizes());
-    TORCH_CHECK_VALUE(out.is_contiguous() && (rows.stride(1) == 1 || rows.size(1) == 1), "out must be contiguous, and ", name, " along H");
+    TORCH_CHECK_VALUE(out.is_contiguous() && (rows.stride(1) == 1 || rows.size(1) == 1), "out must be contiguous, and ", name,
+                      " along H");
     TORCH_CHECK_VALUE(ids.scalar_type() == at::kLong && ids.dim() == 2 && weights.sizes() == ids.sizes(),
                       "ids must be int64 [N, M] and weights [N, M], got ", ids.sizes(), " and ", weights.sizes());
     TORCH_CHECK_VALUE(weights.scalar_type() == sums_ && (sums_ == at::kFloat || sums_ == at::kDouble),
@@ -31,7 +33,9 @@ class WeightedRows {
 
   int64_t id(int64_t i) const { return id_[i]; }
   template <typename Sum>
-  Sum weight(int64_t i) const { return static_cast<const Sum*>(weight_)[i]; }
+  Sum weight(int64_t i) const {
+    return static_cast<const Sum*>(weight_)[i];
+  }
   int64_t grain() const { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, width_)); }
 
   // Calls body(Sum{}, Entry{}).

@@ -43,9 +43,13 @@ inline Register<double> smaller(const Register<double>& a, const Register<double
 #else
 
 template <typename T>
-inline Register<T> less(const Register<T>& a, const Register<T>& b) { return a < b; }
+inline Register<T> less(const Register<T>& a, const Register<T>& b) {
+  return a < b;
+}
 template <typename T>
-inline Register<T> at_most(const Register<T>& a, const Register<T>& b) { return a <= b; }
+inline Register<T> at_most(const Register<T>& a, const Register<T>& b) {
+  return a <= b;
+}
 template <typename T>
 inline Register<T> select(const Register<T>& mask, const Register<T>& yes, const Register<T>& no) {
   return Register<T>::blendv(no, yes, mask);
@@ -57,9 +61,13 @@ inline Register<double> larger(const Register<double>& a, const Register<double>
 inline Register<double> smaller(const Register<double>& a, const Register<double>& b) { return _mm256_min_pd(a, b); }
 #else
 template <typename T>
-inline Register<T> larger(const Register<T>& a, const Register<T>& b) { return select(less(b, a), a, b); }
+inline Register<T> larger(const Register<T>& a, const Register<T>& b) {
+  return select(less(b, a), a, b);
+}
 template <typename T>
-inline Register<T> smaller(const Register<T>& a, const Register<T>& b) { return select(less(a, b), a, b); }
+inline Register<T> smaller(const Register<T>& a, const Register<T>& b) {
+  return select(less(a, b), a, b);
+}
 #endif
 
 #endif
@@ -97,17 +105,25 @@ inline Vec<T> fmadd(const Vec<T>& a, const Vec<T>& b, const Vec<T>& c) {
   return {at::vec::fmadd(a.low, b.low, c.low), at::vec::fmadd(a.high, b.high, c.high)};
 }
 template <typename T>
-inline Mask<T> less(const Vec<T>& a, const Vec<T>& b) { return {less(a.low, b.low), less(a.high, b.high)}; }
+inline Mask<T> less(const Vec<T>& a, const Vec<T>& b) {
+  return {less(a.low, b.low), less(a.high, b.high)};
+}
 template <typename T>
-inline Mask<T> at_most(const Vec<T>& a, const Vec<T>& b) { return {at_most(a.low, b.low), at_most(a.high, b.high)}; }
+inline Mask<T> at_most(const Vec<T>& a, const Vec<T>& b) {
+  return {at_most(a.low, b.low), at_most(a.high, b.high)};
+}
 template <typename T>
 inline Vec<T> where(const Mask<T>& mask, const Vec<T>& yes, const Vec<T>& no) {
   return {select(mask.low, yes.low, no.low), select(mask.high, yes.high, no.high)};
 }
 template <typename T>
-inline Vec<T> larger(const Vec<T>& a, const Vec<T>& b) { return {larger(a.low, b.low), larger(a.high, b.high)}; }
+inline Vec<T> larger(const Vec<T>& a, const Vec<T>& b) {
+  return {larger(a.low, b.low), larger(a.high, b.high)};
+}
 template <typename T>
-inline Vec<T> smaller(const Vec<T>& a, const Vec<T>& b) { return {smaller(a.low, b.low), smaller(a.high, b.high)}; }
+inline Vec<T> smaller(const Vec<T>& a, const Vec<T>& b) {
+  return {smaller(a.low, b.low), smaller(a.high, b.high)};
+}
 
 // Loads `count` entries; missing lanes are -inf, an entry of probability 0 on both sides, which contributes nothing.
 template <typename T>

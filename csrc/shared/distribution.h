@@ -1,17 +1,22 @@
-// One row's softmax: its largest logit and log1p of what the other entries add, which keeps the digits of a peaked row.
+// From a row of products to its softmax.
 #pragma once
 
-#include "row_math.h"
+#include <ATen/core/Tensor.h>
+
+#include <cmath>
+#include <optional>
+
+#include "exp_log.h"
+#include "sweep.h"
 
 namespace topd {
 inline namespace CPU_CAPABILITY {
 
-// Entries summed in T lanes before the sum goes on in double.
-constexpr int64_t kBlock = 1024;
-
+// What turns products into logits / temperature: softcap tanh(scale (product + bias) / softcap) / temperature; softcap 0 is
+// none.
 template <typename T>
 struct Transform {
-  const T* bias = nullptr;  // of the row's width
+  const T* bias = nullptr;  // [V], or null
   double scale = 1, softcap = 0, temperature = 1;
 
   bool identity() const { return bias == nullptr && softcap == 0 && scale == temperature; }
@@ -26,35 +31,25 @@ struct Transform {
 };
 
 template <typename T>
+const T* bias_of(const std::optional<at::Tensor>& bias, const at::Tensor& product, const char* name) {
+  if (!bias) return nullptr;
+  TORCH_CHECK_VALUE(bias->is_contiguous() && bias->scalar_type() == product.scalar_type() && bias->numel() == product.size(1),
+                    name, " must be contiguous, of the products' dtype and width");
+  return bias->const_data_ptr<T>();
+}
+
+// The softmax of a row: its largest logit, and log1p of what the other entries add, which keeps the digits of a peaked row.
+template <typename T>
 struct Distribution {
   T top = -kInf<T>, share = 1;  // the largest logit and its probability
   double log_rest = 0;
-  int64_t index = 0;
-  bool has_zero = false;  // an entry of -inf
+  int64_t index = 0;      // of the largest logit
+  bool has_zero = false;  // whether a logit is -inf
 
   bool exists() const { return std::isfinite(top) && std::isfinite(log_rest); }
   double lse() const { return top + log_rest; }
   T logprob(T logit) const { return static_cast<T>((logit - top) - log_rest); }
 };
-
-// For the sweeps' bodies: called at two places, they would otherwise become functions that spill every accumulator.
-#if defined(_MSC_VER)
-#define TOPD_INLINE
-#else
-#define TOPD_INLINE __attribute__((always_inline))
-#endif
-
-// Calls visit(offset, lanes) for each vector of [0, size) and close(block) after each block.
-template <typename T, typename Visit, typename Close>
-inline void sweep(int64_t size, const Visit& visit, const Close& close) {
-  for (int64_t block = 0; block < size; block += kBlock) {
-    const int64_t end = std::min(block + kBlock, size);
-    int64_t at = block;
-    for (; at + Vec<T>::size() <= end; at += Vec<T>::size()) visit(at, static_cast<int64_t>(Vec<T>::size()));
-    if (at < end) visit(at, end - at);
-    close(block);
-  }
-}
 
 // From products to logits / temperature, in place.
 template <typename T>
@@ -65,15 +60,16 @@ inline void apply(const Transform<T>& transform, T* row, int64_t size) {
   const Vec<T> outer(static_cast<T>(transform.softcap / transform.temperature));
   sweep<T>(
       size,
-      [&](int64_t at, int64_t lanes) TOPD_INLINE {
-        Vec<T> y = load(row + at, lanes);
-        if (transform.bias) y = y + load(transform.bias + at, lanes);
+      [&](int64_t offset, int64_t lanes) TOPD_INLINE {
+        Vec<T> y = load(row + offset, lanes);
+        if (transform.bias) y = y + load(transform.bias + offset, lanes);
         y = y * inner;
-        store(capped ? outer * y.tanh() : y, row + at, lanes);
+        store(capped ? outer * y.tanh() : y, row + offset, lanes);
       },
       [](int64_t) {});
 }
 
+// Writes to the row while it works, and leaves it as it was.
 template <typename T>
 inline Distribution<T> distribution(T* row, int64_t size) {
   Distribution<T> out;
@@ -81,11 +77,12 @@ inline Distribution<T> distribution(T* row, int64_t size) {
   Vec<T> block_top(-kInf<T>), bottom(kInf<T>);
   sweep<T>(
       size,
-      [&](int64_t at, int64_t lanes) TOPD_INLINE {
-        const Vec<T> y = load(row + at, lanes);
+      [&](int64_t offset, int64_t lanes) TOPD_INLINE {
+        const Vec<T> y = load(row + offset, lanes);
         block_top = larger(block_top, y);
         if (lanes == Vec<T>::size()) bottom = smaller(bottom, y);
-        else for (int64_t i = 0; i < lanes; ++i) out.has_zero |= row[at + i] == -kInf<T>;
+        else
+          for (int64_t i = 0; i < lanes; ++i) out.has_zero |= row[offset + i] == -kInf<T>;
       },
       [&](int64_t block) TOPD_INLINE {
         const T top = lane_max(block_top);
@@ -102,8 +99,7 @@ inline Distribution<T> distribution(T* row, int64_t size) {
   double rest = 0;
   Vec<T> sum(0);
   sweep<T>(
-      size,
-      [&](int64_t at, int64_t lanes) TOPD_INLINE { sum = sum + exp(load(row + at, lanes) - top); },
+      size, [&](int64_t offset, int64_t lanes) TOPD_INLINE { sum = sum + exp(load(row + offset, lanes) - top); },
       [&](int64_t) TOPD_INLINE {
         rest += lane_sum(sum);
         sum = Vec<T>(0);

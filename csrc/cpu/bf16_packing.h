@@ -1,6 +1,6 @@
 // Blocks of bf16_addmm's operands as brgemm reads them: a by rows, b with two rows side by side, [K/2][N][2]; both with an even
-// depth, filled up by a zero. A float32 a is split into hi + lo, side by side in one row of twice the depth, [hi | lo], and b stands
-// twice, [b; b], so that one product sums both.
+// depth, filled up by a zero. A float32 a is split into hi + lo, side by side in one row of twice the depth, [hi | lo], and b
+// stands twice, [b; b], so that one product sums both.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -35,7 +35,7 @@ class Operand {
   // Whether brgemm can read `depth` columns of it as they are.
   bool in_place(int64_t depth) const { return !wide_ && !transposed_ && depth % 2 == 0; }
   template <typename T>
-  const T* at(int64_t row, int64_t column) const {
+  const T* pointer(int64_t row, int64_t column) const {
     return static_cast<const T*>(data_) + (transposed_ ? column * ld_ + row : row * ld_ + column);
   }
 
@@ -45,13 +45,13 @@ class Operand {
   int64_t rows_, columns_, ld_;
 };
 
-// A block as brgemm takes it: rows of a `ld` apart, and how deep it is.
+// A block of a as brgemm takes it: `ld` elements from one row to the next, `depth` columns.
 struct Block {
   const at::BFloat16* data;
   int64_t ld, depth;
 };
 
-// Rounded to nearest, ties to even; infinities stay, NaNs stay NaNs.
+// Rounds to nearest, ties to even; infinities stay, NaNs stay NaNs.
 inline uint16_t rounded(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
@@ -66,7 +66,7 @@ inline float widened(uint16_t x) {
   return out;
 }
 
-// hi and lo of n products from[i] * factors[i]. What is not finite has no lo.
+// Splits n products from[i] * factors[i] into hi and lo. What is not finite has no lo.
 inline void split(const float* from, const float* factors, int64_t n, uint16_t* __restrict hi, uint16_t* __restrict lo) {
   for (int64_t i = 0; i < n; ++i) {
     const float x = from[i] * factors[i];
@@ -83,24 +83,24 @@ class Packing {
   Packing(int64_t rows, int64_t columns, int64_t depth)
       : a_(new uint16_t[rows * 2 * (depth + 1)]), b_(new uint16_t[columns * 2 * (depth + 1)]) {}
 
-  // factors[0 .. depth) multiply the columns of a float32 block.
+  // Packs a block of a; factors[0 .. depth) multiply the columns of a float32 block.
   Block a(const Operand& from, int64_t row, int64_t rows, int64_t column, int64_t depth, const float* factors) {
-    if (from.in_place(depth)) return {from.at<at::BFloat16>(row, column), from.ld(), depth};
+    if (from.in_place(depth)) return {from.pointer<at::BFloat16>(row, column), from.ld(), depth};
     const int64_t even = depth + depth % 2, ld = from.wide() ? 2 * even : even;
     if (from.wide() && from.transposed()) {
       split_transposed(from, row, rows, column, depth, factors);
     } else {
       for (int64_t i = 0; i < rows; ++i) {
         uint16_t* const to = a_.get() + i * ld;
-        if (from.wide()) split(from.at<float>(row + i, column), factors, depth, to, to + even);
-        else std::memcpy(to, from.at<uint16_t>(row + i, column), sizeof(uint16_t) * depth);
+        if (from.wide()) split(from.pointer<float>(row + i, column), factors, depth, to, to + even);
+        else std::memcpy(to, from.pointer<uint16_t>(row + i, column), sizeof(uint16_t) * depth);
       }
     }
     for (int64_t i = 0; i < (even != depth ? rows : 0); ++i) a_[i * ld + depth] = a_[i * ld + ld - 1] = 0;
     return {reinterpret_cast<const at::BFloat16*>(a_.get()), ld, ld};
   }
 
-  // The block packed last is not packed again.
+  // Packs a block of b, unless it is the one packed last.
   const at::BFloat16* b(const Operand& from, int64_t row, int64_t depth, int64_t column, int64_t columns, bool twice) {
     const bool packed_last = row == last_row_ && column == last_column_;
     last_row_ = row, last_column_ = column;
@@ -109,8 +109,8 @@ class Packing {
       transpose(from, row, depth, column, columns);
     } else {
       for (int64_t k = 0; k < depth; k += 2)
-        interleave(from.at<uint16_t>(row + k, column), k + 1 < depth ? from.at<uint16_t>(row + k + 1, column) : nullptr, columns,
-                   b_.get() + k * columns);
+        interleave(from.pointer<uint16_t>(row + k, column),
+                   k + 1 < depth ? from.pointer<uint16_t>(row + k + 1, column) : nullptr, columns, b_.get() + k * columns);
     }
     const int64_t packed = (depth + depth % 2) * columns;
     if (twice) std::memcpy(b_.get() + packed, b_.get(), sizeof(uint16_t) * packed);
@@ -118,7 +118,7 @@ class Packing {
   }
 
  private:
-  // Two rows of b side by side; zeros where there is no second one.
+  // Writes two rows of b side by side; zeros where there is no second one.
   static void interleave(const uint16_t* even, const uint16_t* odd, int64_t n, uint16_t* __restrict to) {
     for (int64_t j = 0; j < n; ++j) {
       to[2 * j] = even[j];
@@ -133,7 +133,7 @@ class Packing {
     for (int64_t k = 0; k < depth; k += kSide) {
       for (int64_t i = 0; i < rows; i += kSide) {
         const int64_t down = std::min(kSide, depth - k), across = std::min(kSide, rows - i);
-        at::vec::transpose_mxn<float>(from.at<float>(row + i, column + k), from.ld(), piece, kSide, down, across);
+        at::vec::transpose_mxn<float>(from.pointer<float>(row + i, column + k), from.ld(), piece, kSide, down, across);
         for (int64_t j = 0; j < across; ++j) {
           uint16_t *const hi = a_.get() + (i + j) * 2 * even + k, *const lo = hi + even;
           if (down == kSide) split(piece + kSide * j, factors + k, kSide, hi, lo);  // a constant count: one register
@@ -147,11 +147,11 @@ class Packing {
   void transpose(const Operand& from, int64_t row, int64_t depth, int64_t column, int64_t columns) {
     const int64_t words = from.ld() % 2 == 0 ? depth / 2 : 0;
     if (words)
-      at::vec::transpose_mxn<float>(reinterpret_cast<const float*>(from.at<uint16_t>(row, column)), from.ld() / 2,
+      at::vec::transpose_mxn<float>(reinterpret_cast<const float*>(from.pointer<uint16_t>(row, column)), from.ld() / 2,
                                     reinterpret_cast<float*>(b_.get()), columns, columns, words);
     for (int64_t k = 2 * words; k < depth + depth % 2; ++k)
       for (int64_t j = 0; j < columns; ++j)
-        b_[k / 2 * 2 * columns + 2 * j + k % 2] = k < depth ? *from.at<uint16_t>(row + k, column + j) : 0;
+        b_[k / 2 * 2 * columns + 2 * j + k % 2] = k < depth ? *from.pointer<uint16_t>(row + k, column + j) : 0;
   }
 
   std::unique_ptr<uint16_t[]> a_, b_;

@@ -84,17 +84,17 @@ template <typename T>
 struct Mixture {
   Vec<T> m, teacher_d, student_d, teacher_excess, student_excess;
 
-  Mixture(const Entry<T>& at, T beta, T rest) {  // rest = 1 - beta
-    const Vec<T> size = at.d.abs();
-    const Mask<T> teacher_smaller = at_most(at.d, Vec<T>(0));
+  Mixture(const Entry<T>& entry, T beta, T rest) {  // rest = 1 - beta
+    const Vec<T> size = entry.d.abs();
+    const Mask<T> teacher_smaller = at_most(entry.d, Vec<T>(0));
     const Vec<T> less = where(teacher_smaller, Vec<T>(beta), Vec<T>(rest));  // the smaller side's share of m
     const Vec<T> more = where(teacher_smaller, Vec<T>(rest), Vec<T>(beta));
-    const Vec<T> e = where(at.near, phi(size).plus - size, at.ratio - Vec<T>(1));  // expm1(-|d|)
-    const Vec<T> excess = less * e;                                                // m / larger - 1
-    const Mask<T> mild = at_most(Vec<T>(-0.5), excess);                            // below, 1 + excess would cancel
-    const Vec<T> share = where(mild, Vec<T>(1) + excess, fmadd(less, at.ratio, more));
+    const Vec<T> e = where(entry.near, phi(size).plus - size, entry.ratio - Vec<T>(1));  // expm1(-|d|)
+    const Vec<T> excess = less * e;                                                      // m / larger - 1
+    const Mask<T> mild = at_most(Vec<T>(-0.5), excess);                                  // below, 1 + excess would cancel
+    const Vec<T> share = where(mild, Vec<T>(1) + excess, fmadd(less, entry.ratio, more));
     const Vec<T> larger_d = log_share(share, excess, mild).neg(), smaller_d = larger_d - size;
-    m = Vec<T>(rest) * at.student_p + Vec<T>(beta) * at.teacher_p;
+    m = Vec<T>(rest) * entry.student_p + Vec<T>(beta) * entry.teacher_p;
     teacher_d = where(teacher_smaller, smaller_d, larger_d);
     student_d = where(teacher_smaller, larger_d, smaller_d);
     teacher_excess = where(teacher_smaller, more * e, excess.neg()) / share;
@@ -103,10 +103,10 @@ struct Mixture {
 
   // beta KL(p_T || m) + (1 - beta) KL(p_S || m). Their parts q - p cancel, so where |d| > 1 only the p d remain; below, the
   // non-negative form keeps the digits.
-  Vec<T> jsd_term(const Entry<T>& at, T beta, T rest) const {
-    const Vec<T> teacher = Vec<T>(beta) * at.teacher_p, student = Vec<T>(rest) * at.student_p;
+  Vec<T> jsd_term(const Entry<T>& entry, T beta, T rest) const {
+    const Vec<T> teacher = Vec<T>(beta) * entry.teacher_p, student = Vec<T>(rest) * entry.student_p;
     const Vec<T> near = fmadd(teacher, phi(teacher_d).plus, student * phi(student_d).plus);
-    return where(at.near, near, fmadd(teacher, teacher_d, student * student_d));
+    return where(entry.near, near, fmadd(teacher, teacher_d, student * student_d));
   }
 };
 
@@ -114,21 +114,21 @@ struct Mixture {
 // times the larger probability, log(1 + u) = u + u^2 kappa(u), psi(u) = (1 + u) log(1 + u) - u = u^2 (1 + (1 + u) kappa(u)).
 struct EvenMixture {
   // kappa fitted on [-1/2, 0] to 5e-9.
-  static constexpr std::array<float, 10> kKappa{1.6124811561f,  2.2975909427f,  1.8241911928f, 0.5596312338f,  0.3055154552f,
+  static constexpr std::array<float, 10> kKappa{1.6124811561f,  2.2975909427f, 1.8241911928f,  0.5596312338f, 0.3055154552f,
                                                 -0.1437135666f, 0.2018291095f, -0.2499269222f, 0.3333344539f, -0.4999999972f};
   Vec<float> term, student_d;  // 1/2 KL(p_T || m) + 1/2 KL(p_S || m); log p_S - log m
 
-  explicit EvenMixture(const Entry<float>& at) {
-    const Vec<float> zero(0), half(0.5f), one(1), size = at.d.abs();
+  explicit EvenMixture(const Entry<float>& entry) {
+    const Vec<float> zero(0), half(0.5f), one(1), size = entry.d.abs();
     const PhiPair<float> phi_size = phi(size);
-    const Vec<float> e = where(at.near, phi_size.plus - size, at.ratio - one);
+    const Vec<float> e = where(entry.near, phi_size.plus - size, entry.ratio - one);
     const Vec<float> u = half * e, square = u * u;
     Vec<float> kappa(kKappa[0]);
     for (size_t k = 1; k < kKappa.size(); ++k) kappa = fmadd(kappa, u, Vec<float>(kKappa[k]));
     const Vec<float> psi = square * fmadd(one + u, kappa, one);
-    const Vec<float> gained = where(at.near, at.ratio * phi_size.minus, fmadd(at.ratio, size, e).neg());
-    term = larger(at.student_p, at.teacher_p) * fmadd(half, gained, psi.neg());
-    student_d = (fmadd(square, kappa, u) + larger(at.d, zero)).neg();
+    const Vec<float> gained = where(entry.near, entry.ratio * phi_size.minus, fmadd(entry.ratio, size, e).neg());
+    term = larger(entry.student_p, entry.teacher_p) * fmadd(half, gained, psi.neg());
+    student_d = (fmadd(square, kappa, u) + larger(entry.d, zero)).neg();
   }
 };
 
