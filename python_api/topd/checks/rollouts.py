@@ -23,10 +23,10 @@ def check_differentiable(name: str, model: Any) -> None:
 
 def binary(name: str, value: object, like: Tensor, like_name: str) -> Tensor:
     """Return a mask of bools or of the integers 0 and 1 as bool; it has the shape of `like`, [B, T] or [N]."""
-    shape, device = (like.shape, f"the shape of {like_name}"), (like.device, like_name)
-    checked = check_tensor(name, value, shape=shape, device=device)
+    checked = check_tensor(name, value)
     if checked.dtype.is_floating_point or checked.dtype.is_complex:
         raise TypeError(f"{name} must be bool or integers 0 and 1, got {checked.dtype}; compare it, mask > 0.5, to make one")
+    check_tensor(name, checked, shape=(like.shape, f"the shape of {like_name}"), device=(like.device, like_name))
     if checked.dtype == torch.bool:
         return checked
     if checked.device.type == "cpu" and ((checked != 0) & (checked != 1)).any():
