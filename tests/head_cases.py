@@ -79,7 +79,7 @@ CAUSAL = {
 
 
 def spread(model: Any) -> Any:
-    """Away from the initial zeros and ones, so that every bias and adapter counts."""
+    """Move a model away from its initial zeros and ones, so that every bias and adapter counts."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -36,19 +36,19 @@ class Problem:
     entropy: bool = True
 
     def to(self, *where: Any) -> "Problem":
-        """On another device or, for what is floating, in another dtype."""
+        """Return it on another device or, for what is floating, in another dtype."""
         device = {} if isinstance(where[0], torch.dtype) else {"ids": self.ids.to(*where)}
         if device and self.mask is not None:
             device["mask"] = self.mask.to(*where)
         return replace(self, model=self.model.to(*where), **device)
 
     def upstream(self) -> Tensor:
-        """Random, for the log-probabilities and, in a last column, for the entropy."""
+        """Return random gradients, for the log-probabilities and, in a last column, for the entropy."""
         return torch.randn(*self.ids.shape[:-1], self.ids.shape[-1] + self.entropy, dtype=torch.float64).to(self.ids.device)
 
 
 def random_problem(options: dict[str, Any], *, n: int = 11, m: int = 3, vocab: int = 41, entropy: bool = True) -> Problem:
-    """The options of one entry of OPTIONS. Masked rows have ids of -100; the first row repeats one id."""
+    """Return a problem with the options of one entry of OPTIONS. Masked rows have ids of -100; the first row repeats one id."""
     of_model = {name: value for name, value in options.items() if name not in ("temperature", "mask")}
     model, ids, mask = random_model(n, vocab, 7, **of_model), torch.randint(vocab, (n, m)), None
     ids[:1] = ids[:1, :1]
@@ -65,7 +65,7 @@ def plain(
     trainable: tuple[str, ...] = TENSORS,
     dtype: torch.dtype | None = torch.float64,
 ) -> Outcome:
-    """The truth in float64, the yardstick with dtype=None. Value: the log-probabilities, then the entropy in a last column."""
+    """Return the truth in float64, the yardstick with dtype=None. The value has the entropy in a last column."""
     model, mask = problem.model.leaves(trainable, dtype), problem.mask
     rows = torch.ones_like(problem.model.hidden[..., 0], dtype=torch.bool) if mask is None else mask
     logits = replace(model, hidden=model.hidden[rows]).logits()
@@ -79,7 +79,7 @@ def plain(
 
 
 def run(problem: Problem, model: Model, backend: str, **options: Any) -> Tensor:
-    """What `plain` calls the value, through topd."""
+    """Return what `plain` calls the value, through topd."""
     settings = {"temperature": problem.temperature, "mask": problem.mask, "return_entropy": problem.entropy, "backend": backend}
     value = topd.linear_logprobs(model.hidden, model.head(), problem.ids, **(settings | options))
     return torch.cat([value[0], value[1].unsqueeze(-1)], -1) if problem.entropy else value

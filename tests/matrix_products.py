@@ -7,7 +7,7 @@ PRODUCTS = {"aten::mm": (0, 1), "aten::addmm_": (1, 2)}
 
 
 def matrix_products(run) -> float:
-    """Flop of the matrix products that run() calls, in units of 2 N H V."""
+    """Return the flop of the matrix products that run() calls, in units of 2 N H V."""
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
         run()
     flop = 0

@@ -18,7 +18,7 @@ TIGHT = {"tolerance": 1e-9, "max_iterations": 20_000}
 
 
 def random_case(k_student: int, k_teacher: int, *, m: int = M, ragged: bool = False) -> dict[str, torch.Tensor]:
-    """Arguments of near_future_divergence; what stands past a length must never be read."""
+    """Return arguments of near_future_divergence; what stands past a length must never be read."""
     case = {
         "student_tokens": torch.randint(V, (m, k_student)),
         "teacher_tokens": torch.randint(V, (m, k_teacher)),
@@ -38,7 +38,7 @@ def lengths_of(case: dict[str, torch.Tensor], side: str) -> list[int]:
 
 
 def true_costs(case: dict[str, torch.Tensor], cost: str) -> list[np.ndarray]:
-    """Each pair's cost matrix, of its own lengths, one entry at a time."""
+    """Return each pair's cost matrix, of its own lengths, one entry at a time."""
     runs = []
     table = case["embedding"].double().cpu().numpy()
     students, teachers = (case[f"{side}_tokens"].tolist() for side in ("student", "teacher"))
@@ -64,7 +64,7 @@ def uniform(size: int) -> np.ndarray:
 
 
 def exact_value(cost: np.ndarray) -> float:
-    """An assignment between equally long windows, a linear program otherwise."""
+    """Return the cost of the best plan: an assignment between equally long windows, a linear program otherwise."""
     rows, columns = cost.shape
     if rows == columns:
         return float(cost[linear_sum_assignment(cost)].mean())
@@ -75,7 +75,7 @@ def exact_value(cost: np.ndarray) -> float:
 
 
 def assert_transports(case: dict[str, torch.Tensor], plan: torch.Tensor, tolerance: float) -> None:
-    """Rows sum to 1 / the student's length, columns to 1 / the teacher's, both relative; nothing past the lengths."""
+    """Check that rows sum to 1 / the student's length, columns to 1 / the teacher's, and that nothing is past the lengths."""
     assert (plan >= 0).all()
     sizes = zip(lengths_of(case, "student"), lengths_of(case, "teacher"), strict=True)
     for each, (rows, columns) in zip(plan.double(), sizes, strict=True):

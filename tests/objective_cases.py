@@ -10,7 +10,7 @@ def models():
 
 
 def batch_of(empty=()):
-    """Three ragged rollouts; the responses in `empty` have no token."""
+    """Return three ragged rollouts; the responses in `empty` have no token."""
     ids, mask = ragged()
     response = mask.clone()
     response[0, :9], response[1, :4], response[2, :7] = 0, 0, 0

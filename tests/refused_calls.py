@@ -18,25 +18,25 @@ def head(**options: Any) -> topd.Head:
 
 
 def call(**changes: Any) -> Any:
-    """A good call of linear_divergence with some arguments exchanged."""
+    """Run a good call of linear_divergence with some arguments exchanged."""
     sides = {"student_hidden": f32(N, H), "student": head(), "teacher_hidden": f32(N, H), "teacher": head()}
     return topd.linear_divergence(**(sides | changes))
 
 
 def scored(**changes: Any) -> Any:
-    """The same for score_tokens."""
+    """Run the same for score_tokens."""
     sides = {"student_hidden": f32(N, H), "student": head(), "teacher_hidden": f32(N, H), "teacher": head()}
     return topd.score_tokens(**(sides | changes))
 
 
 def chosen(**changes: Any) -> Any:
-    """A good call of linear_logprobs with some arguments exchanged."""
+    """Run a good call of linear_logprobs with some arguments exchanged."""
     good = {"hidden": f32(N, H), "head": head(), "ids": f32(N, M).long()}
     return topd.linear_logprobs(**(good | changes))
 
 
 def top(**changes: Any) -> Any:
-    """The same for topk_logprobs."""
+    """Run the same for topk_logprobs."""
     return topd.topk_logprobs(**({"hidden": f32(N, H), "head": head(), "k": 2} | changes))
 
 

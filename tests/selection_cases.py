@@ -12,7 +12,7 @@ def offsets(*lengths: int) -> torch.Tensor:
 
 
 def random_batch(columns: int = 23):
-    """Scores with many ties; ragged responses behind prompts, holes in some, one empty, one of a single token."""
+    """Return scores with many ties; ragged responses behind prompts, holes in some, one empty, one of a single token."""
     score = torch.randint(-8, 9, (6, columns)).double() / 4
     mask = torch.rand(6, columns) < torch.tensor([1.0, 0.5, 0.8, 0.8, 0.3, 1.0]).unsqueeze(1)
     mask[1] = False

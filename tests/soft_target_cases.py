@@ -9,7 +9,7 @@ N, V, M = 11, 41, 6
 
 
 def full_kl(model: Model, ids: torch.Tensor, probs: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """sum q (log q - log p) over the whole vocabulary, q with its repeats added up; entries of probability 0 are not read."""
+    """Return sum q (log q - log p) over the whole vocabulary, repeats added up; entries of probability 0 are not read."""
     logits = model.logits()
     logprobs = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(-1)
     index = ids.masked_fill(probs == 0, 0)
@@ -30,7 +30,7 @@ def by_topd(model: Model, ids, probs, **options) -> Outcome:
 
 
 def random_targets(*shape: int, vocab: int = V) -> tuple[torch.Tensor, torch.Tensor]:
-    """Distinct ids and float64 probabilities; the last entry of every second row is padding with the id -100."""
+    """Return distinct ids and float64 probabilities; the last entry of every second row is padding with the id -100."""
     ids = torch.rand(*shape[:-1], vocab).argsort(-1)[..., : shape[-1]]
     probs = torch.rand(*shape, dtype=torch.float64)
     probs.view(-1, shape[-1])[::2, -1] = 0

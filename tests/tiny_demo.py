@@ -22,7 +22,7 @@ QUICK = {"steps": 4, "evaluate_every": 2, "held_out": 3, "held_out_tokens": 6, "
 
 
 def tokenizer(*extra: str) -> Any:
-    """Bytes as tokens."""
+    """Return a tokenizer with bytes as tokens."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     inner = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate([END, *letters, *extra])}, merges=[]))
     inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -45,13 +45,13 @@ def demo(pair: list[str], out: Path, *words: str) -> int:
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """Without what a clock or the system says."""
+    """Return the lines of metrics.jsonl without what a clock or the system says."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [{key: value for key, value in json.loads(line).items() if not key.startswith(TIMES)} for line in lines]
 
 
 def failing(capsys, *words: str) -> str:
-    """The one line that a command ends with."""
+    """Return the one line that a command ends with."""
     assert main(["demo", *words]) == 1
     line = capsys.readouterr().err
     assert line.startswith("topd demo: ")

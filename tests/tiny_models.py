@@ -33,7 +33,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def tiny(kind: str, seed: int = 0, **options: Any) -> Any:
-    """A float32 causal language model in eval mode, without end-of-sequence tokens of its own."""
+    """Return a float32 causal language model in eval mode, without end-of-sequence tokens of its own."""
     family, own = KINDS[kind]
     torch.manual_seed(seed)
     config_class = getattr(transformers, f"{family}TextConfig" if family == "Gemma3" else f"{family}Config")
@@ -47,7 +47,7 @@ def tiny(kind: str, seed: int = 0, **options: Any) -> Any:
 
 
 def bloom(seed: int = 0) -> Any:
-    """A model whose forward takes no position_ids: it cannot branch."""
+    """Return a model whose forward takes no position_ids: it cannot branch."""
     torch.manual_seed(seed)
     sizes = {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.6}
     model = transformers.BloomForCausalLM(transformers.BloomConfig(**sizes)).eval()
@@ -56,7 +56,7 @@ def bloom(seed: int = 0) -> Any:
 
 
 def word_tokenizer(*words: str) -> Any:
-    """A tokenizer of whole words, word i with id i, the first of them for padding and for what it does not know."""
+    """Return a tokenizer of whole words, word i with id i, the first of them for padding and for what it does not know."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     inner = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token=words[0]))
@@ -67,13 +67,13 @@ def word_tokenizer(*words: str) -> Any:
 
 
 def checkpoint_activations(model: Any) -> None:
-    """Under the name that this version of transformers has for it."""
+    """Switch checkpointing on, under the name that this version of transformers has for it."""
     name = "activation_checkpointing_enable"
     getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
 
 
 def ragged() -> tuple[torch.Tensor, torch.Tensor]:
-    """Three rollouts [3, 20], padded on the left, on the right, on both sides; the padding holds tokens too."""
+    """Return three rollouts [3, 20], padded on the left, on the right, on both sides; the padding holds tokens too."""
     generator = torch.Generator().manual_seed(1)
     mask = torch.ones(3, 20, dtype=torch.int64)
     mask[0, :4] = mask[1, 15:] = mask[2, :2] = mask[2, 18:] = 0
@@ -86,13 +86,13 @@ ENDS = [3, 4, 5, 6, 7]
 
 
 def prefix(input_ids: torch.Tensor, mask: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """[1, n]: the attended tokens before the position."""
+    """Return [1, n], the attended tokens before the position."""
     row, column = position.tolist()
     return input_ids[row, :column][mask[row, :column] > 0].unsqueeze(0)
 
 
 def generated(model: Any, ids: torch.Tensor, horizon: int, ends: list[int] | None) -> list[int]:
-    """What `model.generate` makes of one prefix alone, greedily."""
+    """Return what `model.generate` makes of one prefix alone, greedily."""
     options = {"eos_token_id": ends} if ends else {}
     whole = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=horizon, do_sample=False, pad_token_id=0, **options
@@ -101,5 +101,5 @@ def generated(model: Any, ids: torch.Tensor, horizon: int, ends: list[int] | Non
 
 
 def flat_gradient(model: Any) -> torch.Tensor:
-    """Of all parameters, in one vector; 0 where there is none."""
+    """Return the gradient of all parameters in one vector; 0 where there is none."""
     return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in model.parameters()])

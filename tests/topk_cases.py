@@ -17,13 +17,13 @@ both_directions = pytest.mark.parametrize("direction", DIRECTIONS)
 
 
 def kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """sum p log(p / q) over the entries with p > 0."""
+    """Return sum p log(p / q) over the entries with p > 0."""
     counts = p > 0
     return torch.where(counts, p * (p.where(counts, 1.0).log() - q.where(counts, 1.0).log()), 0.0).sum(-1)
 
 
 def from_probabilities(model: Model, ids, logprobs, *, direction, support, temperature=1.0, teacher_tail=None) -> torch.Tensor:
-    """The definition on full distributions. Entries of -inf are left out; the teacher's tail is 1 - sum unless it is given."""
+    """Return the definition on full distributions, without entries of -inf; the teacher's tail is 1 - sum unless given."""
     logits = model.logits()
     p = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).softmax(-1)
     given, index = ~logprobs.isneginf(), ids.masked_fill(logprobs.isneginf(), 0)
@@ -50,7 +50,7 @@ def by_topd(model: Model, ids, logprobs, **options) -> Outcome:
 
 
 def random_teacher(*shape: int, vocab: int = V) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and float64 log-probabilities of the k likeliest of a full distribution; every second row's last entry is padding."""
+    """Return ids and float64 log-probabilities of a distribution's k likeliest; every second row's last entry is padding."""
     logprobs, ids = (2 * torch.randn(*shape[:-1], vocab, dtype=torch.float64)).log_softmax(-1).topk(shape[-1], dim=-1)
     logprobs.view(-1, shape[-1])[::2, -1] = -math.inf
     ids.view(-1, shape[-1])[::2, -1] = -100

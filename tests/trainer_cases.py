@@ -21,7 +21,7 @@ def models():
 
 
 def rows_of(batch):
-    """A dataset: a row for each rollout."""
+    """Return a dataset, a row for each rollout."""
     return [{key: value[row] for key, value in batch.items()} for row in range(len(batch["input_ids"]))]
 
 
@@ -36,7 +36,7 @@ class InOrder(torch.utils.data.IterableDataset):
 
 
 def four_rollouts():
-    """Responses of 11, 11, 0 and 4 tokens."""
+    """Return four rollouts, with responses of 11, 11, 0 and 4 tokens."""
     batch = batch_of(empty=[2])
     last = batch_of()
     last["response_mask"][2, :14] = 0
@@ -44,7 +44,7 @@ def four_rollouts():
 
 
 def prompts():
-    """Four of unequal lengths, padded on the left."""
+    """Return four prompts of unequal lengths, padded on the left."""
     mask = torch.ones(4, 6, dtype=torch.int64)
     mask[0, :3] = mask[2, :5] = 0
     return {"input_ids": torch.randint(61, (4, 6), generator=torch.Generator().manual_seed(2)), "attention_mask": mask}
@@ -74,7 +74,7 @@ def flat(model):
 
 
 def after_one_step(objective, batch):
-    """The parameters after one step of SGD on the whole batch."""
+    """Return the parameters after one step of SGD on the whole batch."""
     model = objective.student
     model.zero_grad()
     loss = objective(batch).loss

@@ -7,7 +7,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 def dense(ids: Tensor, weights: Tensor, vocab: int) -> Tensor:
-    """[N, V] float64: the weight of each entry of the table, those outside it left out."""
+    """Return [N, V] float64, the weight of each entry of the table, those outside it left out."""
     inside = (ids >= 0) & (ids < vocab)
     out = torch.zeros(ids.shape[0], vocab, dtype=torch.float64)
     return out.scatter_add(-1, ids.clamp(0, vocab - 1), weights.double().masked_fill(~inside, 0.0))
