@@ -1,1 +1,1 @@
-"""Benchmarks of topd beside its rivals: speed, memory, numerics. See README.md."""
+"""Benchmarks: time, memory and digits of topd beside the floor, eager code and other libraries. README.md has the commands."""

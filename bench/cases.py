@@ -26,11 +26,11 @@ class Case:
     workspace_bytes: int | None = None
 
     def gemm_count(self, *, trainable_head: bool, teacher: bool = True) -> int:
-        """Matrix products of the floor, with a teacher or without."""
+        """Return how many matrix products the floor has, with a teacher or without."""
         return (3 if trainable_head else 2) + teacher
 
     def gemm_flop(self, *, trainable_head: bool, teacher: bool = True) -> int:
-        """Flop of the floor's matrix products."""
+        """Return the flop of the floor's matrix products."""
         products = self.gemm_count(trainable_head=trainable_head, teacher=False)
         return 2 * self.n * self.vocab * (products * self.student_width + teacher * self.teacher_width)
 
@@ -69,7 +69,7 @@ class Inputs:
     workspace_bytes: int | None
 
     def to(self, dtype: torch.dtype) -> "Inputs":
-        """The same numbers in another dtype, rounded where it has fewer digits."""
+        """Return the same numbers in another dtype, rounded where it has fewer digits."""
         tensors = (self.student_hidden, self.student_weight, self.teacher_hidden, self.teacher_weight)
         student_hidden, student_weight, teacher_hidden, teacher_weight = (
             each.detach().to(dtype).requires_grad_(each.requires_grad) for each in tensors
@@ -77,38 +77,47 @@ class Inputs:
         return Inputs(student_hidden, student_weight, teacher_hidden, teacher_weight, self.workspace_bytes)
 
     @property
+    def device(self) -> torch.device:
+        return self.student_hidden.device
+
+    @property
+    def rows(self) -> int:
+        return self.student_hidden.shape[0]
+
+    @property
     def trainable_head(self) -> bool:
         return self.student_weight.requires_grad
 
     @property
     def differentiated(self) -> tuple[Tensor, ...]:
-        """What gradients are asked for: hidden states, and the weight of a trainable head."""
+        """Return what gradients are asked for: hidden states, and the weight of a trainable head."""
         return (self.student_hidden, self.student_weight) if self.trainable_head else (self.student_hidden,)
 
 
-def _near(student: Tensor, width: int, scale: float, generator: torch.Generator) -> Tensor:
-    """Noise [rows, width] with the student's columns added, as far as both are wide."""
-    shared = min(width, student.shape[1])
-    teacher = torch.empty(student.shape[0], width).normal_(0.0, TEACHER_NOISE * scale, generator=generator)
-    teacher[:, :shared].add_(student[:, :shared])
-    return teacher
-
-
-def make_inputs(case: Case, *, trainable_head: bool, seed: int = 0) -> Inputs:
-    """Random float32 inputs: peaked softmaxes (logits of standard deviation 2) and a teacher near the student.
+def make_inputs(
+    case: Case,
+    *,
+    trainable_head: bool,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Inputs:
+    """Make random inputs: peaked softmaxes (logits of standard deviation 2) and a teacher near the student.
 
     Everything is written in place: no temporary of the inputs' size ever exists, as the memory benchmark wants it.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     scale = LOGIT_SPREAD / case.student_width**0.5
-    student_hidden = torch.empty(case.n, case.student_width).normal_(generator=generator)
-    student_weight = torch.empty(case.vocab, case.student_width).normal_(0.0, scale, generator=generator)
-    teacher_hidden = _near(student_hidden, case.teacher_width, 1.0, generator)
-    teacher_weight = _near(student_weight, case.teacher_width, scale, generator)
-    return Inputs(
-        student_hidden.requires_grad_(),
-        student_weight.requires_grad_(trainable_head),
-        teacher_hidden,
-        teacher_weight,
-        case.workspace_bytes,
-    )
+
+    def normal(rows: int, width: int, deviation: float) -> Tensor:
+        return torch.empty(rows, width, dtype=dtype, device=device).normal_(0.0, deviation, generator=generator)
+
+    def near(student: Tensor, width: int, deviation: float) -> Tensor:
+        """Return noise [rows, width] with the student's columns added, as far as both are wide."""
+        shared, teacher = min(width, student.shape[1]), normal(student.shape[0], width, TEACHER_NOISE * deviation)
+        teacher[:, :shared].add_(student[:, :shared])
+        return teacher
+
+    hidden, weight = normal(case.n, case.student_width, 1.0), normal(case.vocab, case.student_width, scale)
+    teacher = near(hidden, case.teacher_width, 1.0), near(weight, case.teacher_width, scale)
+    return Inputs(hidden.requires_grad_(), weight.requires_grad_(trainable_head), *teacher, case.workspace_bytes)

@@ -3,7 +3,6 @@
 m windows of K positions, K targets each; 3 matrix products over m K rows with a trainable head, 2 with a frozen one.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,17 +11,19 @@ import torch
 
 import topd
 from bench.cases import CASES, make_inputs
-from bench.measure import Spread, interleave, machine, ratio
-from bench.peers import floor
-from bench.process import positive
-from bench.report import machine_line, markdown_table, note
+from bench.command import parser_of
+from bench.cpu.clock import WallClock
+from bench.machine import cpu_facts
+from bench.peers.floor import floor
+from bench.report import machine_line, markdown_table, note, write_json
+from bench.timing import interleave, ratio, times_ms
 from topd.backends import choose_backend
 
 HEADER = ("head", "m", "K", "floor time_ms", "ours time_ms", "ours/floor")
 
 
 def measure(m: int, window: int, rounds: int, *, trainable: bool) -> list[str]:
-    """One line of the table."""
+    """Time one line of the table."""
     inputs = make_inputs(replace(CASES["smollm2"], n=m * window), trainable_head=trainable)
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(inputs.student_weight.shape[0], (m, window), generator=generator)
@@ -35,21 +36,26 @@ def measure(m: int, window: int, rounds: int, *, trainable: bool) -> list[str]:
 
     runs = {"floor": lambda: floor(inputs, "logprobs_50"), "ours": ours}
     head = "trainable" if trainable else "frozen"
-    samples = interleave(runs, rounds, lambda i: note(f"{head}: {f'round {i}/{rounds}' if i else 'warm-up'}"))
-    times = [f"{Spread.of([s.time_ms for s in samples[name]]).median:.1f}" for name in runs]
+    samples = interleave(runs, rounds, WallClock(), lambda text: note(f"{head}: {text}"))
+    times = [f"{times_ms(samples[name]).median:.1f}" for name in runs]
     return [head, str(m), str(window), *times, str(ratio(samples["ours"], samples["floor"]))]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    found = argparse.ArgumentParser(prog="python -m bench.guidance", description=(__doc__ or "").partition("\n")[0])
-    found.add_argument("--m", type=positive, default=20, help="windows (default 20)")
-    found.add_argument("--window", type=positive, default=50, help="positions and targets of a window (default 50)")
-    found.add_argument("--rounds", type=positive, default=5, help="timed rounds (default 5)")
-    arguments = found.parse_args(argv)
+    """Run the command."""
+    counts = {
+        "m": (20, "windows"),
+        "window": (50, "positions and targets of a window"),
+        "rounds": (5, "timed rounds"),
+    }
+    arguments = parser_of("guidance", __doc__, counts).parse_args(argv)
     sizes = (arguments.m, arguments.window, arguments.rounds)
     rows = [measure(*sizes, trainable=trainable) for trainable in (True, False)]
-    print(f"\n### guidance_kl\n\n{machine_line(machine(choose_backend(None, torch.device('cpu')), 'default'))}\n")
+    facts = cpu_facts(choose_backend(None, torch.device("cpu")))
+    print(f"\n### guidance_kl\n\n{machine_line(facts)}\n")
     print(markdown_table(HEADER, rows))
+    if arguments.json is not None:
+        write_json(arguments.json, {"benchmark": "guidance", "machine": facts, "header": HEADER, "rows": rows})
     return 0
 
 

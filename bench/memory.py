@@ -23,16 +23,17 @@ from typing import Any
 import torch
 
 from bench.cases import CASES, Inputs, make_inputs
-from bench.measure import machine
-from bench.peers import LOSSES, differentiable
-from bench.process import INTERRUPTED, options, positive, run_worker
+from bench.command import INTERRUPTED, parser_of, positive
+from bench.cpu.high_water import high_water_mib, settle
+from bench.cpu.process import options, run_worker
+from bench.losses import LOSSES, Workload
+from bench.machine import cpu_facts
+from bench.peers import CONTENDERS, differentiable
 from bench.report import machine_line, markdown_table, note, write_json
 from topd.backends import NAMES, choose_backend
-from topd.cli.memory import resident_mib, settled_mib
 from topd.ops.shared.plan import MIB, default_workspace
 from topd.options import BackendName
 
-PEERS = ("ours", "eager", "trl", "liger")
 HEADS = ("trainable", "frozen")
 SLACK_MIB = 64
 HEADER = ("peer", "head", "N", "loss", "peak_mib", "gradients_mib", "beyond_mib", "budget_mib", "within budget")
@@ -53,7 +54,7 @@ class MemoryRow:
     budget_mib: float | None
 
     def cells(self) -> list[str]:
-        """Its cells under HEADER."""
+        """Return its cells under HEADER."""
         sizes = [f"{size:.0f}" for size in (self.peak_mib, self.gradients_mib, self.beyond_mib)]
         if self.budget_mib is None:
             return [self.peer, self.head, str(self.n), self.loss, *sizes, "-", "-"]
@@ -62,36 +63,20 @@ class MemoryRow:
 
 
 def budget_mib(inputs: Inputs) -> float:
-    """What topd may use beyond inputs and gradients."""
+    """Return what topd may use beyond inputs and gradients."""
     gradients = sum(tensor.numel() for tensor in inputs.differentiated) * 4
     workspace = inputs.workspace_bytes or default_workspace("cpu")
     return (gradients + workspace) / MIB + SLACK_MIB
 
 
-def high_water_mib() -> float:
-    """VmHWM of this process."""
-    found = resident_mib("VmHWM")
-    if found is None:
-        raise RuntimeError("/proc/self/status has no VmHWM: this benchmark needs Linux")
-    return found
-
-
-def settle() -> float:
-    """The baseline: what is resident once free pages went back and the high-water mark was reset to it."""
-    found = settled_mib()
-    if found is None:
-        raise RuntimeError("the kernel did not reset VmHWM (/proc/self/clear_refs): this benchmark needs Linux")
-    return found
-
-
 def measure(case_name: str, peer: str, head: str, n: int, loss: str, backend: BackendName) -> MemoryRow:
-    """One measurement in this process, which should be fresh."""
+    """Measure once in this process, which should be fresh."""
     trainable = head == "trainable"
     warm_up = make_inputs(CASES["tiny"], trainable_head=trainable)
-    differentiable(warm_up, loss, backend)[peer]()
+    differentiable(Workload.of(warm_up, loss), backend)[peer]()
     torch.mm(torch.ones(512, 512), torch.ones(512, 512))
     inputs = make_inputs(replace(CASES[case_name], n=n), trainable_head=trainable)
-    contender = differentiable(inputs, loss, backend)[peer]
+    contender = differentiable(Workload.of(inputs, loss), backend)[peer]
     baseline_mib = settle()
     result = contender()
     peak_mib = high_water_mib() - baseline_mib
@@ -110,24 +95,24 @@ def measure(case_name: str, peer: str, head: str, n: int, loss: str, backend: Ba
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    found = argparse.ArgumentParser(prog="python -m bench.memory", description=(__doc__ or "").partition("\n")[0])
-    found.add_argument("--n", nargs="+", type=positive, default=[1024, 2048, 8192], help="tokens")
-    found.add_argument("--case", choices=CASES, default="smollm2", help="the shape whose N is replaced")
-    found.add_argument("--peer", nargs="+", choices=PEERS, default=list(PEERS))
-    found.add_argument("--head", nargs="+", choices=HEADS, default=list(HEADS))
-    found.add_argument("--loss", choices=LOSSES, default="reverse_kl")
-    found.add_argument("--eager-max-n", type=positive, default=2048, help="larger N are not tried on eager code")
-    found.add_argument("--backend", choices=NAMES, default=None, help="topd's backend (default: by device)")
-    found.add_argument("--json", type=Path, default=None, metavar="FILE", help="also write everything there")
-    found.add_argument("--worker", type=Path, default=None, help=argparse.SUPPRESS)
-    return found
+    """Return the command line."""
+    parser = parser_of("memory", __doc__)
+    parser.add_argument("--n", nargs="+", type=positive, default=[1024, 2048, 8192], help="tokens")
+    parser.add_argument("--case", choices=CASES, default="smollm2", help="the shape whose N is replaced")
+    parser.add_argument("--peer", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--head", nargs="+", choices=HEADS, default=list(HEADS))
+    parser.add_argument("--loss", choices=LOSSES, default="reverse_kl")
+    parser.add_argument("--eager-max-n", type=positive, default=2048, help="larger N are not tried on eager code")
+    parser.add_argument("--backend", choices=NAMES, default=None, help="topd's backend (default: by device)")
+    parser.add_argument("--worker", type=Path, default=None, help=argparse.SUPPRESS)
+    return parser
 
 
 def measurements(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """The workers' options, one worker a measurement."""
-    found: list[dict[str, Any]] = []
-    available = differentiable(make_inputs(CASES["tiny"], trainable_head=False), arguments.loss, arguments.backend)
+    """Return the workers' options, one worker a measurement."""
+    workers: list[dict[str, Any]] = []
+    tiny = Workload.of(make_inputs(CASES["tiny"], trainable_head=False), arguments.loss)
+    available = differentiable(tiny, arguments.backend)
     for peer in arguments.peer:
         if peer not in available:
             note(f"{peer} is not installed, or has no {arguments.loss}: left out")
@@ -141,20 +126,20 @@ def measurements(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         for head in arguments.head:
             for n in arguments.n:
                 if peer != "eager" or n <= arguments.eager_max_n:
-                    found.append(common | {"head": head, "n": n})
-    return found
+                    workers.append(common | {"head": head, "n": n})
+    return workers
 
 
 def work(arguments: argparse.Namespace, path: Path) -> None:
-    """The worker: one measurement."""
+    """Measure once, as a worker."""
     backend = choose_backend(arguments.backend, torch.device("cpu"))
     asked = (arguments.peer[0], arguments.head[0], arguments.n[0], arguments.loss)
     row = measure(arguments.case, *asked, backend)
-    write_json(path, {"machine": machine(backend, "default"), "row": asdict(row)})
+    write_json(path, {"machine": cpu_facts(backend), "row": asdict(row)})
 
 
 def print_reports(case: str, reports: Sequence[dict[str, Any]], *, complete: bool) -> list[MemoryRow]:
-    """The table of what was measured."""
+    """Print the table of what was measured."""
     rows = [MemoryRow(**report["row"]) for report in reports]
     if rows:
         print(f"\n### memory, {case}{'' if complete else ' (incomplete)'}\n")
@@ -183,9 +168,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             break
     rows = print_reports(arguments.case, reports, complete=not status)
     if arguments.json is not None:
-        found = {"benchmark": "memory", "case": arguments.case, "complete": not status}
+        report = {"benchmark": "memory", "case": arguments.case, "complete": not status}
         first = reports[0]["machine"] if reports else None
-        write_json(arguments.json, found | {"machine": first, "rows": [asdict(row) for row in rows]})
+        write_json(arguments.json, report | {"machine": first, "rows": [asdict(row) for row in rows]})
     return status or int(any(row.budget_mib is not None and row.beyond_mib > row.budget_mib for row in rows))
 
 

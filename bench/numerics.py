@@ -2,27 +2,28 @@
 
 float32 logits, V = 151,936 by default; the teacher's are the student's plus noise so small that the KL is 1e-3 to 1e-8.
 Truth is fp64 on the same float32 logits, as a sum of non-negative terms p (expm1(-d) + d), d = log p - log q. Beside
-topd's row op stand the usual formula sum p (log p - log q) and TRL's function, which is given the logits exactly: the
-identity matrix as hidden states, and the logits' transpose as the weight.
+topd stand the usual formula sum p (log p - log q) and TRL's function. topd and TRL are given the logits exactly: the identity
+matrix as hidden states, and the logits' transpose as the weight.
 """
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from bench.measure import Spread, machine
-from bench.peers import divergence_of_logprobs, trl_value, trl_version
-from bench.process import INTERRUPTED, positive
+import topd
+from bench.command import INTERRUPTED, parser_of, positive
+from bench.losses import divergence_of_logprobs
+from bench.machine import cpu_facts
+from bench.peers import trl
 from bench.report import machine_line, markdown_table, note, scientific, write_json
+from bench.timing import Spread
 from topd.backends import choose_backend
-from topd.ops.linear_divergence.rows import run_rows
-from topd.ops.linear_divergence.spec import RowsInputs, RowSpec
-from topd.ops.shared.engines import engine_of
+from topd.divergences import BY_NAME
+from topd.options import BackendName
 
 DIVERGENCES = ("reverse_kl", "forward_kl")
 TARGETS = (1e-3, 1e-5, 1e-7, 1e-8)
@@ -42,21 +43,21 @@ class NumericsRow:
     zero_share: float
 
     def cells(self) -> list[str]:
-        """Its cells under HEADER."""
+        """Return its cells under HEADER."""
         error = (scientific(self.error.median), scientific(self.error.high))
         shares = (f"{self.negative_share:.0%}", f"{self.zero_share:.0%}")
         return [self.divergence, scientific(self.true_kl.median), self.formula, *error, *shares]
 
 
 def make_logits(rows: int, vocab: int, kl: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Student and teacher logits [R, V]; for small noise the KL is half its variance."""
+    """Make student and teacher logits [R, V]; for small noise the KL is half its variance."""
     student = torch.randn(rows, vocab, generator=generator) * 2
     noise = torch.randn(rows, vocab, generator=generator) * (2 * kl) ** 0.5
     return student, student + noise
 
 
 def true_kl(student: Tensor, teacher: Tensor, divergence: str) -> Tensor:
-    """fp64 KL [R] of float32 logits."""
+    """Compute the KL [R] of float32 logits in fp64."""
     p, q = (side.double().log_softmax(-1) for side in (student, teacher))
     if divergence == "forward_kl":
         p, q = q, p
@@ -64,33 +65,40 @@ def true_kl(student: Tensor, teacher: Tensor, divergence: str) -> Tensor:
     return (p.exp() * (torch.expm1(-d) + d)).sum(-1)
 
 
-def our_rows(student: Tensor, teacher: Tensor, divergence: str, backend: str) -> Tensor:
-    """topd's row op on copies, which it may overwrite."""
-    spec = RowSpec(1.0, None, 1.0, None, 1.0, divergence, float("inf") if divergence == "forward_kl" else 0.0, 0.0)
-    inputs = RowsInputs(student.clone(), teacher.clone(), None, None, None, spec, grad=False, scores=False)
-    return run_rows(engine_of(backend), inputs).value
+def as_products(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return hidden states and weights of both sides whose products are the logits: a product with the identity is exact."""
+    identity = torch.eye(student.shape[0])
+    return identity, student.T.contiguous(), identity, teacher.T.contiguous()
+
+
+def our_rows(student: Tensor, teacher: Tensor, divergence: str, backend: BackendName) -> Tensor:
+    """Compute nats [R] by topd.linear_divergence."""
+    hidden, student_weight, _, teacher_weight = as_products(student, teacher)
+    heads = topd.Head(student_weight), topd.Head(teacher_weight)
+    value = topd.linear_divergence(hidden, heads[0], hidden, heads[1], divergence=BY_NAME[divergence], backend=backend)
+    assert isinstance(value, Tensor)
+    return value
 
 
 def usual_rows(student: Tensor, teacher: Tensor, divergence: str) -> Tensor:
-    """log_softmax and sum p (log p - log q) in float32."""
+    """Compute nats [R] by log_softmax and sum p (log p - log q) in float32."""
     return divergence_of_logprobs(student.log_softmax(-1), teacher.log_softmax(-1), divergence)
 
 
 def trl_rows(student: Tensor, teacher: Tensor, divergence: str) -> Tensor:
-    """TRL on given logits: a product with the identity is exact."""
-    identity = torch.eye(student.shape[0])
-    return trl_value(identity, student.T.contiguous(), identity, teacher.T.contiguous(), divergence)
+    """Compute nats [R] by TRL's chunked divergence."""
+    return trl.divergence(*as_products(student, teacher), divergence)
 
 
 Formula = Callable[[Tensor, Tensor, str], Tensor]
 
 
-def measure(rows: int, vocab: int, divergences: Sequence[str], seed: int, backend: str) -> list[NumericsRow]:
-    """Every divergence, target and formula."""
+def measure(rows: int, vocab: int, divergences: Sequence[str], seed: int, backend: BackendName) -> list[NumericsRow]:
+    """Measure every divergence, target and formula."""
     formulas: dict[str, Formula] = {"ours": lambda s, t, name: our_rows(s, t, name, backend), "usual": usual_rows}
-    if trl_version():
+    if trl.installed():
         formulas["trl"] = trl_rows
-    found = []
+    lines = []
     for divergence in divergences:
         generator = torch.Generator().manual_seed(seed)
         for target in TARGETS:
@@ -100,21 +108,19 @@ def measure(rows: int, vocab: int, divergences: Sequence[str], seed: int, backen
             for name, formula in formulas.items():
                 value = formula(student, teacher, divergence)
                 error = Spread.of(((value - true).abs() / true).tolist())
-                negative, zero = (float(found_at.float().mean()) for found_at in (value < 0, value == 0))
-                found.append(NumericsRow(divergence, target, Spread.of(true.tolist()), name, error, negative, zero))
-    return found
+                negative, zero = (float(matches.float().mean()) for matches in (value < 0, value == 0))
+                lines.append(NumericsRow(divergence, target, Spread.of(true.tolist()), name, error, negative, zero))
+    return lines
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    found = argparse.ArgumentParser(prog="python -m bench.numerics", description=(__doc__ or "").partition("\n")[0])
-    found.add_argument("--rows", type=positive, default=32, help="rows a target (default 32)")
-    found.add_argument("--vocab", type=positive, default=151936)
-    found.add_argument("--divergence", nargs="+", choices=DIVERGENCES, default=list(DIVERGENCES))
-    found.add_argument("--seed", type=int, default=0)
-    found.add_argument("--backend", choices=("eager", "cpp"), default=None, help="topd's backend (default: by device)")
-    found.add_argument("--json", type=Path, default=None, metavar="FILE", help="also write everything there")
-    return found
+    """Return the command line."""
+    parser = parser_of("numerics", __doc__, {"rows": (32, "rows a target")})
+    parser.add_argument("--vocab", type=positive, default=151936)
+    parser.add_argument("--divergence", nargs="+", choices=DIVERGENCES, default=list(DIVERGENCES))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--backend", choices=("eager", "cpp"), default=None, help="topd's backend (default: by device)")
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -126,12 +132,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows = measure(arguments.rows, arguments.vocab, arguments.divergence, arguments.seed, backend)
     except KeyboardInterrupt:
         return INTERRUPTED
-    found = machine(backend, "inherited")
+    facts = cpu_facts(backend, "inherited")
     print(f"\n### numerics, V = {arguments.vocab}, {arguments.rows} rows\n")
-    print(machine_line(found) + "\n")
+    print(machine_line(facts) + "\n")
     print(markdown_table(HEADER, [row.cells() for row in rows]))
     if arguments.json is not None:
-        report = {"benchmark": "numerics", "vocab": arguments.vocab, "machine": found}
+        report = {"benchmark": "numerics", "vocab": arguments.vocab, "machine": facts}
         write_json(arguments.json, report | {"rows": [asdict(row) for row in rows]})
     return 0
 

@@ -12,16 +12,18 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import topd
-from bench.measure import Spread, machine
-from bench.process import INTERRUPTED, positive
+from bench.command import INTERRUPTED, parser_of
+from bench.cpu.clock import WallClock
+from bench.machine import cpu_facts
 from bench.report import machine_line, markdown_table, note, write_json
+from bench.timing import Contender, Sample, ratio, take_turns, times_ms
 from topd.backends import choose_backend
 from topd_demo import smollm2
 
@@ -40,69 +42,87 @@ STAGES = (
 COUNTS = {"tokens": "response tokens", "candidates": "candidates", "divergent_points": "divergent"}
 PROMPT = 16
 NOWHERE = 49152  # an end-of-sequence token that is never drawn
-Round = dict[str, float]
+Stages = dict[str, float]
 
 
-def sample_rollouts(student: Any, count: int, tokens: int, seed: int) -> tuple[dict[str, Tensor], float]:
-    """A batch of full rollouts, and the seconds that the student took for them."""
-    torch.manual_seed(seed)
-    prompts = torch.randint(1000, 20_000, (count, PROMPT))
-    start = time.perf_counter()
-    with torch.no_grad():
-        ids = student.generate(
-            prompts,
-            attention_mask=torch.ones_like(prompts),
-            max_new_tokens=tokens - PROMPT,
-            do_sample=True,
-            eos_token_id=NOWHERE,
-            pad_token_id=0,
-        )
-    seconds = time.perf_counter() - start
-    response = torch.ones_like(ids)
-    response[:, :PROMPT] = 0
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "response_mask": response}, seconds
+@dataclass
+class Rollouts:
+    """Full rollouts of the student; each call samples the next batch."""
+
+    student: Any
+    count: int
+    tokens: int
+    seed: int = 0
+    batch: dict[str, Tensor] = field(default_factory=dict)
+
+    def __call__(self) -> None:
+        torch.manual_seed(self.seed)
+        self.seed += 1
+        prompts = torch.randint(1000, 20_000, (self.count, PROMPT))
+        with torch.no_grad():
+            ids = self.student.generate(
+                prompts,
+                attention_mask=torch.ones_like(prompts),
+                max_new_tokens=self.tokens - PROMPT,
+                do_sample=True,
+                eos_token_id=NOWHERE,
+                pad_token_id=0,
+            )
+        response = torch.ones_like(ids)
+        response[:, :PROMPT] = 0
+        self.batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "response_mask": response}
 
 
-def timed_step(objective: topd.OPD | topd.TOPD, batch: Mapping[str, Tensor]) -> Round:
-    """Seconds of each stage and of the step, and the metrics that say how much work it was."""
-    objective.student.zero_grad(set_to_none=True)
-    start = time.perf_counter()
-    found = objective(batch, generator=torch.Generator().manual_seed(0))
-    middle = time.perf_counter()
-    found.loss.backward()
-    end = time.perf_counter()
-    seconds = {name.removeprefix("seconds_"): value.item() for name, value in found.metrics.items()}
-    return seconds | {"backward": end - middle, "step": end - start}
+@dataclass
+class Step:
+    """An objective and its backward pass on the rollouts of the round; keeps the seconds of each step's stages, and the metrics
+    that say how much work it was."""
+
+    objective: topd.OPD | topd.TOPD
+    rollouts: Rollouts
+    stages: list[Stages] = field(default_factory=list)
+
+    def __call__(self) -> None:
+        self.objective.student.zero_grad(set_to_none=True)
+        result = self.objective(self.rollouts.batch, generator=torch.Generator().manual_seed(0))
+        middle = time.perf_counter()
+        result.loss.backward()
+        backward = time.perf_counter() - middle
+        metrics = {name.removeprefix("seconds_"): value.item() for name, value in result.metrics.items()}
+        self.stages.append(metrics | {"backward": backward})
 
 
-def table(opd: Sequence[Round], both: Sequence[Round], generation: Sequence[float]) -> list[list[str]]:
-    """Medians by stage; then ratios round by round."""
+def table(opd: Sequence[Stages], both: Sequence[Stages], samples: Mapping[str, Sequence[Sample]]) -> list[list[str]]:
+    """Return medians by stage; then ratios round by round."""
 
-    def median(rounds: Sequence[Round], name: str) -> str:
+    def median(rounds: Sequence[Stages], name: str) -> str:
         values = [each[name] for each in rounds if name in each]
         return f"{statistics.median(values):.2f}" if values else "-"
 
-    rows = [[name, median(opd, name), median(both, name)] for name in (*STAGES, "step")]
-    rows.append(["rollouts' generation", *[f"{statistics.median(generation):.2f}"] * 2])
-    steps = list(zip(opd, both, generation, strict=True))
-    rows.append(["TOPD / OPD, step", "1", str(Spread.of([b["step"] / a["step"] for a, b, _ in steps]))])
-    with_generation = [(b["step"] + g) / (a["step"] + g) for a, b, g in steps]
-    rows.append(["TOPD / OPD, rollouts counted", "1", str(Spread.of(with_generation))])
+    def seconds(name: str) -> str:
+        return f"{times_ms(samples[name]).median / 1e3:.2f}"
+
+    def with_rollouts(name: str) -> list[Sample]:
+        pairs = zip(samples[name], samples["rollouts"], strict=True)
+        return [Sample(step.time_ms + rollouts.time_ms) for step, rollouts in pairs]
+
+    rows = [[name, median(opd, name), median(both, name)] for name in STAGES]
+    rows.append(["step", seconds("OPD"), seconds("TOPD")])
+    rows.append(["rollouts' generation", *[seconds("rollouts")] * 2])
+    rows.append(["TOPD / OPD, step", "1", str(ratio(samples["TOPD"], samples["OPD"]))])
+    rows.append(["TOPD / OPD, rollouts counted", "1", str(ratio(with_rollouts("TOPD"), with_rollouts("OPD")))])
     return rows
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    found = argparse.ArgumentParser(prog="python -m bench.objectives", description=(__doc__ or "").partition("\n")[0])
-    for name, default, text in (
-        ("rollouts", 2, "rollouts of a batch"),
-        ("tokens", 512, "tokens of a rollout, prompt included"),
-        ("horizon", 50, "tokens of a window"),
-        ("rounds", 3, "timed rounds"),
-    ):
-        found.add_argument(f"--{name}", type=positive, default=default, help=f"{text} (default {default})")
-    found.add_argument("--json", type=Path, default=None, metavar="FILE", help="also write everything there")
-    return found
+    """Return the command line."""
+    counts = {
+        "rollouts": (2, "rollouts of a batch"),
+        "tokens": (512, "tokens of a rollout, prompt included"),
+        "horizon": (50, "tokens of a window"),
+        "rounds": (3, "timed rounds"),
+    }
+    return parser_of("objectives", __doc__, counts)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -111,31 +131,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     if smollm2.missing():
         note(f"bench.objectives: {smollm2.missing()}")
         return 1
-    described = machine(choose_backend(None, torch.device("cpu")), "default")
+    facts = cpu_facts(choose_backend(None, torch.device("cpu")))
     teacher = smollm2.load_model()
     student = smollm2.sliced(teacher)
-    opd, both = topd.OPD(student, teacher), topd.TOPD(student, teacher, topd.TOPDConfig(horizon=arguments.horizon))
-    opd_rounds: list[Round] = []
-    topd_rounds: list[Round] = []
-    generation: list[float] = []
+    rollouts = Rollouts(student, arguments.rollouts, arguments.tokens)
+    opd = Step(topd.OPD(student, teacher), rollouts)
+    both = Step(topd.TOPD(student, teacher, topd.TOPDConfig(horizon=arguments.horizon)), rollouts)
+    runs: dict[str, Contender] = {"rollouts": rollouts, "OPD": opd, "TOPD": both}
+    turns: list[dict[str, Sample]] = []
     try:
-        for number in range(arguments.rounds + 1):
-            note(f"round {number}/{arguments.rounds}" if number else "warm-up")
-            batch, seconds = sample_rollouts(student, arguments.rollouts, arguments.tokens, seed=number)
-            first, second = timed_step(opd, batch), timed_step(both, batch)
-            if number:
-                opd_rounds, topd_rounds, generation = [*opd_rounds, first], [*topd_rounds, second], [*generation, seconds]
+        for turn in take_turns(runs, arguments.rounds, WallClock(), note):
+            turns.append(turn)
     except KeyboardInterrupt:
-        if not opd_rounds:
+        if not turns:
             return INTERRUPTED
-    rows = table(opd_rounds, topd_rounds, generation)
-    last = topd_rounds[-1]
-    counts = ", ".join(f"{last[name]:.0f} {text}" for name, text in COUNTS.items())
+    samples = {name: [turn[name] for turn in turns] for name in runs}
+    counted = slice(1, 1 + len(turns))  # without the warm-up, and what an interrupt broke off
+    rows = table(opd.stages[counted], both.stages[counted], samples)
+    counts = ", ".join(f"{both.stages[len(turns)][name]:.0f} {text}" for name, text in COUNTS.items())
     shape = f"{arguments.rollouts} rollouts of {arguments.tokens} tokens, K = {arguments.horizon}"
-    print(f"\n### objectives, {shape}: {counts}\n\n{machine_line(described)}, rounds {len(opd_rounds)}\n")
+    print(f"\n### objectives, {shape}: {counts}\n\n{machine_line(facts)}, rounds {len(turns)}\n")
     print(markdown_table(HEADER, rows), flush=True)
     if arguments.json is not None:
-        write_json(arguments.json, {"benchmark": "objectives", "machine": described, "header": HEADER, "rows": rows})
+        write_json(arguments.json, {"benchmark": "objectives", "machine": facts, "header": HEADER, "rows": rows})
     return 0
 
 

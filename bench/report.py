@@ -7,12 +7,12 @@ from topd.cli.files import write_json as write_json
 
 
 def note(text: str) -> None:
-    """A line of progress on stderr."""
+    """Print a line of progress to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table with its columns padded to one width."""
+    """Return a table with its columns padded to one width."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
@@ -22,10 +22,10 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def machine_line(machine: Mapping[str, object]) -> str:
-    """The machine record in one line."""
+    """Return the facts of a machine in one line."""
     return ", ".join(f"{key} {value}" for key, value in machine.items() if value is not None)
 
 
 def scientific(value: float | None) -> str:
-    """Two digits, or a dash for what was not measured."""
+    """Return two digits, or a dash for what was not measured."""
     return "-" if value is None else f"{value:.1e}"

@@ -16,18 +16,22 @@ import torch
 
 from bench.agreement import DisagreementError, Errors, measure_errors, refuse_wrong
 from bench.cases import CASES, make_inputs
-from bench.measure import Spread, interleave, machine, ratio
-from bench.peers import LOSSES, Contender, differentiable, floor, has_teacher, warm_floor
-from bench.process import INTERRUPTED, MALLOC_MODES, Outcome, options, positive, run_worker
+from bench.command import INTERRUPTED, parser_of
+from bench.cpu.clock import WallClock
+from bench.cpu.process import MALLOC_MODES, Outcome, options, run_worker
+from bench.losses import LOSSES, Workload
+from bench.machine import cpu_facts
+from bench.peers import CONTENDERS, differentiable
+from bench.peers.floor import floor, warm_floor
 from bench.report import machine_line, markdown_table, note, scientific, write_json
+from bench.timing import Contender, Spread, interleave, ratio, times_ms
 from topd.backends import NAMES, choose_backend
 from topd.options import BackendName
 
 HEADS = ("trainable", "frozen")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-TIMED = ("floor", "warm_floor", "ours", "eager", "trl", "liger")
-CHECKED = ("ours", "eager", "trl", "liger")
-RATIOS = (("ours", "floor"), ("ours", "warm_floor"), ("eager", "ours"), ("trl", "ours"), ("liger", "ours"))
+TIMED = ("floor", "warm_floor", *CONTENDERS)
+RATIOS = (("ours", "floor"), ("ours", "warm_floor"), *((name, "ours") for name in CONTENDERS if name != "ours"))
 TIME_HEADER = (
     "case",
     "dtype",
@@ -43,8 +47,8 @@ CHECK_HEADER = (
     "dtype",
     "head",
     "loss",
-    *(f"{part} error {name}" for part in ("value", "dH") for name in CHECKED),
-    *(f"dW {name}" for name in CHECKED),
+    *(f"{part} error {name}" for part in ("value", "dH") for name in CONTENDERS),
+    *(f"dW {name}" for name in CONTENDERS),
     *(f"faults {name}" for name in TIMED),
 )
 
@@ -67,14 +71,14 @@ class SpeedRow:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "SpeedRow":
-        """The inverse of dataclasses.asdict."""
+        """Read what dataclasses.asdict wrote."""
         spreads = {
             key: {name: Spread(**spread) for name, spread in data[key].items()} for key in ("time_ms", "ratios", "page_faults")
         }
         return cls(**(data | spreads | {"errors": {name: Errors(**errors) for name, errors in data["errors"].items()}}))
 
     def time_cells(self) -> list[str]:
-        """Its cells under TIME_HEADER."""
+        """Return its cells under TIME_HEADER."""
         gflops = self.gemm_flop / self.time_ms["floor"].median / 1e6
         times = [f"{self.time_ms[name].median:.1f}" if name in self.time_ms else "-" for name in TIMED]
         pairs = [f"{above}/{below}" for above, below in RATIOS]
@@ -82,10 +86,10 @@ class SpeedRow:
         return [self.case, self.dtype, self.head, self.loss, str(self.gemm_count), f"{gflops:.0f}", *times, *ratios]
 
     def check_cells(self) -> list[str]:
-        """Its cells under CHECK_HEADER."""
+        """Return its cells under CHECK_HEADER."""
         parts: list[float | None] = []
         for part in ("value", "hidden", "weight"):
-            parts += [getattr(self.errors[name], part) if name in self.errors else None for name in CHECKED]
+            parts += [getattr(self.errors[name], part) if name in self.errors else None for name in CONTENDERS]
         faults = [f"{self.page_faults[name].median:.0f}" if name in self.page_faults else "-" for name in TIMED]
         return [self.case, self.dtype, self.head, self.loss, *map(scientific, parts), *faults]
 
@@ -94,36 +98,37 @@ def measure_row(case_name: str, dtype: str, head: str, loss: str, *, backend: Ba
     """Check one shape, dtype, head and loss, then time it."""
     case, trainable = CASES[case_name], head == "trainable"
     inputs = make_inputs(case, trainable_head=trainable).to(DTYPES[dtype])
+    workload = Workload.of(inputs, loss)
     where = f"{label} {case_name} {dtype} {head} {loss}"
     note(f"{where}: checking")
-    checked = differentiable(inputs, loss, backend)
-    errors = measure_errors(inputs, loss, {name: contender() for name, contender in checked.items()})
+    checked = differentiable(workload, backend)
+    errors = measure_errors(workload, {name: contender() for name, contender in checked.items()})
     refuse_wrong(errors, DTYPES[dtype])
     contenders: dict[str, Contender] = {
         "floor": lambda: floor(inputs, loss),
         "warm_floor": warm_floor(inputs, loss),
         **checked,
     }
-    samples = interleave(contenders, rounds, lambda i: note(f"{where}: {f'round {i}/{rounds}' if i else 'warm-up'}"))
+    samples = interleave(contenders, rounds, WallClock(), lambda text: note(f"{where}: {text}"))
     return SpeedRow(
         case=case_name,
         dtype=dtype,
         head=head,
         loss=loss,
-        gemm_count=case.gemm_count(trainable_head=trainable, teacher=has_teacher(loss)),
-        gemm_flop=case.gemm_flop(trainable_head=trainable, teacher=has_teacher(loss)),
-        time_ms={name: Spread.of([s.time_ms for s in taken]) for name, taken in samples.items()},
+        gemm_count=case.gemm_count(trainable_head=trainable, teacher=workload.has_teacher),
+        gemm_flop=case.gemm_flop(trainable_head=trainable, teacher=workload.has_teacher),
+        time_ms={name: times_ms(each) for name, each in samples.items()},
         ratios={f"{a}/{b}": ratio(samples[a], samples[b]) for a, b in RATIOS if a in samples and b in samples},
         errors=errors,
-        page_faults={name: Spread.of([s.page_faults for s in taken]) for name, taken in samples.items()},
-        samples_ms={name: [s.time_ms for s in taken] for name, taken in samples.items()},
+        page_faults={name: Spread.of([sample.page_faults for sample in each]) for name, each in samples.items()},
+        samples_ms={name: [sample.time_ms for sample in each] for name, each in samples.items()},
     )
 
 
 def work(arguments: argparse.Namespace, path: Path) -> None:
-    """The worker: every combination asked for, the report rewritten after each."""
+    """Measure every combination asked for, as a worker; the report is rewritten after each."""
     backend = choose_backend(arguments.backend, torch.device("cpu"))
-    found = machine(backend, arguments.malloc)
+    facts = cpu_facts(backend, arguments.malloc)
     rows: list[dict[str, Any]] = []
     for case in arguments.case:
         for head in arguments.head:
@@ -131,11 +136,11 @@ def work(arguments: argparse.Namespace, path: Path) -> None:
                 where = (case, arguments.dtype, head, loss)
                 row = measure_row(*where, backend=backend, rounds=arguments.rounds, label=arguments.malloc)
                 rows.append(asdict(row))
-                write_json(path, {"machine": found, "rows": rows})
+                write_json(path, {"machine": facts, "rows": rows})
 
 
 def print_report(malloc: str, outcome: Outcome) -> None:
-    """The tables of one allocator setting."""
+    """Print the tables of one allocator setting."""
     if outcome.report is None:
         return
     rows = [SpeedRow.from_json(row) for row in outcome.report["rows"]]
@@ -148,18 +153,16 @@ def print_report(malloc: str, outcome: Outcome) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    found = argparse.ArgumentParser(prog="python -m bench.speed", description=(__doc__ or "").partition("\n")[0])
-    found.add_argument("--rounds", type=positive, default=5, help="timed rounds a line (default 5)")
-    found.add_argument("--case", nargs="+", choices=CASES, default=["smollm2", "qwen"])
-    found.add_argument("--dtype", choices=DTYPES, default="float32", help="of hidden states and heads (default float32)")
-    found.add_argument("--head", nargs="+", choices=HEADS, default=list(HEADS))
-    found.add_argument("--loss", nargs="+", choices=LOSSES, default=list(LOSSES))
-    found.add_argument("--backend", choices=NAMES, default=None, help="topd's backend (default: by device)")
-    found.add_argument("--malloc", choices=(*MALLOC_MODES, "both"), default="both", help="allocator settings")
-    found.add_argument("--json", type=Path, default=None, metavar="FILE", help="also write everything there")
-    found.add_argument("--worker", type=Path, default=None, help=argparse.SUPPRESS)
-    return found
+    """Return the command line."""
+    parser = parser_of("speed", __doc__, {"rounds": (5, "timed rounds a line")})
+    parser.add_argument("--case", nargs="+", choices=CASES, default=["smollm2", "qwen"])
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of hidden states and heads (default float32)")
+    parser.add_argument("--head", nargs="+", choices=HEADS, default=list(HEADS))
+    parser.add_argument("--loss", nargs="+", choices=LOSSES, default=list(LOSSES))
+    parser.add_argument("--backend", choices=NAMES, default=None, help="topd's backend (default: by device)")
+    parser.add_argument("--malloc", choices=(*MALLOC_MODES, "both"), default="both", help="allocator settings")
+    parser.add_argument("--worker", type=Path, default=None, help=argparse.SUPPRESS)
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -185,8 +188,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if status:
             break
     if arguments.json is not None:
-        found = {"benchmark": "speed", "options": chosen, "complete": not status, "reports": reports}
-        write_json(arguments.json, found)
+        report = {"benchmark": "speed", "options": chosen, "complete": not status, "reports": reports}
+        write_json(arguments.json, report)
     return status
 
 

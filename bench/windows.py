@@ -13,20 +13,19 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.measure import Sample, Spread, machine, ratio, sample
-from bench.memory import high_water_mib, settle
-from bench.process import INTERRUPTED, positive
+import topd
+from bench.command import INTERRUPTED, parser_of
+from bench.cpu.clock import WallClock
+from bench.cpu.high_water import high_water_mib, settle
+from bench.machine import cpu_facts
 from bench.report import machine_line, markdown_table, note, write_json
+from bench.timing import Sample, Spread, ratio, take_turns
 from topd.backends import choose_backend
-from topd.branching.continuations import continue_from
-from topd.models.decoder import decoder_of
-from topd.models.sampling import Sampling
 from topd_demo import smollm2
 
 HEADER = ("model", "way", "time_s", "time / branches", "peak_mib", "windows equal")
@@ -51,26 +50,26 @@ class Watched:
 
 
 def rollout(model: Any, length: int, seed: int = 0) -> Tensor:
-    """[1, length], sampled by the model from its first token on."""
+    """Let the model sample [1, length] from its first token on."""
     torch.manual_seed(seed)
-    found: Tensor = model.generate(
-        torch.tensor([[1]]), max_new_tokens=length - 1, do_sample=True, eos_token_id=NOWHERE, pad_token_id=0
-    )
-    return found
+    first = torch.tensor([[1]])
+    ids: Tensor = model.generate(first, max_new_tokens=length - 1, do_sample=True, eos_token_id=NOWHERE, pad_token_id=0)
+    return ids
 
 
 def contenders(model: Any, ids: Tensor, columns: Tensor, horizon: int) -> dict[str, Watched]:
+    """Return the ways to make windows [m, horizon] of the model, by name."""
     attended = torch.ones_like(ids, dtype=torch.bool)
     positions = torch.stack([torch.zeros_like(columns), columns], dim=1)
     settings = {"max_new_tokens": horizon, "do_sample": False, "eos_token_id": NOWHERE, "pad_token_id": 0}
 
     def branches() -> Tensor:
-        decoder = decoder_of(model)
-        greedy = Sampling(horizon, temperature=0.0, generator=None, ends=[], vocab=NOWHERE)
-        found = continue_from(decoder, ids, attended, positions, greedy)
-        if found.way != "branches":
-            raise RuntimeError(f"the model did not branch: {found.way}")
-        return found.tokens
+        options: dict[str, Any] = {"horizon": horizon, "temperature": 0.0, "eos_token_id": NOWHERE}
+        # The model stands in the teacher's place; the student's windows are the rollout's own next tokens, which cost nothing.
+        windows = topd.sample_windows(model, model, ids, attended, positions, student_window="rollout", **options)
+        if windows.teacher_way != "branches":
+            raise RuntimeError(f"the model did not branch: {windows.teacher_way}")
+        return windows.teacher_tokens
 
     def one_by_one() -> Tensor:
         prefixes = [ids[:, :column] for column in columns.tolist()]
@@ -81,30 +80,27 @@ def contenders(model: Any, ids: Tensor, columns: Tensor, horizon: int) -> dict[s
         place = torch.arange(width) - (width - columns).unsqueeze(1)
         mask = place >= 0
         padded = torch.where(mask, ids[0, place.clamp_min(0)], 0)
-        found: Tensor = model.generate(padded, attention_mask=mask.long(), **settings)
-        return found[:, width:]
+        tokens: Tensor = model.generate(padded, attention_mask=mask.long(), **settings)
+        return tokens[:, width:]
 
     runs = {"branches": branches, "generate, one prefix a call": one_by_one, "generate, one batch": batched}
     return {name: Watched(torch.no_grad()(run)) for name, run in runs.items()}
 
 
-def take_turns(label: str, runs: dict[str, Watched], rounds: int) -> tuple[dict[str, list[Sample]], bool]:
-    """Samples of whole rounds, and whether all of them were run; an interrupt leaves out the round that it falls into."""
+def timed(label: str, runs: dict[str, Watched], rounds: int) -> tuple[dict[str, list[Sample]], bool]:
+    """Return the samples of whole rounds, and whether all of them were run."""
     samples: dict[str, list[Sample]] = {way: [] for way in runs}
     try:
-        for number in range(rounds):
-            taken = {}
-            for way, run in runs.items():
-                taken[way] = sample(run)
-                note(f"{label}: round {number + 1}/{rounds}, {way}, {taken[way].time_ms / 1e3:.1f} s")
-            for way, each in taken.items():
-                samples[way].append(each)
+        for turn in take_turns(runs, rounds, WallClock(), lambda text: note(f"{label}: {text}"), warm_up=False):
+            for way, sample in turn.items():
+                samples[way].append(sample)
     except KeyboardInterrupt:
         return samples, False
     return samples, True
 
 
 def rows_of(name: str, runs: dict[str, Watched], samples: dict[str, list[Sample]]) -> list[list[str]]:
+    """Return the lines of one model."""
     reference = runs["generate, one prefix a call"].tokens
     rows = []
     for way, run in runs.items():
@@ -118,18 +114,16 @@ def rows_of(name: str, runs: dict[str, Watched], samples: dict[str, list[Sample]
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    found = argparse.ArgumentParser(prog="python -m bench.windows", description=(__doc__ or "").partition("\n")[0])
-    for name, default, text in (
-        ("windows", 32, "windows"),
-        ("horizon", 50, "tokens of a window"),
-        ("tokens", 512, "tokens of the rollout"),
-        ("rounds", 3, "timed rounds"),
-    ):
-        found.add_argument(f"--{name}", type=positive, default=default, help=f"{text} (default {default})")
-    found.add_argument("--model", nargs="+", choices=("teacher", "student"), default=["teacher", "student"])
-    found.add_argument("--json", type=Path, default=None, metavar="FILE", help="also write everything there")
-    return found
+    """Return the command line."""
+    counts = {
+        "windows": (32, "windows"),
+        "horizon": (50, "tokens of a window"),
+        "tokens": (512, "tokens of the rollout"),
+        "rounds": (3, "timed rounds"),
+    }
+    parser = parser_of("windows", __doc__, counts)
+    parser.add_argument("--model", nargs="+", choices=("teacher", "student"), default=["teacher", "student"])
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -138,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if smollm2.missing():
         note(f"bench.windows: {smollm2.missing()}")
         return 1
-    described = machine(choose_backend(None, torch.device("cpu")), "default")
+    facts = cpu_facts(choose_backend(None, torch.device("cpu")))
     teacher = smollm2.load_model()
     ids = rollout(teacher, arguments.tokens)
     generator = torch.Generator().manual_seed(1)
@@ -151,16 +145,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         for warm_up in contenders(model, ids[:, :8], torch.tensor([3, 5]), 2).values():
             warm_up()
         runs = contenders(model, ids, columns, arguments.horizon)
-        samples, complete = take_turns(label, runs, arguments.rounds)
+        samples, complete = timed(label, runs, arguments.rounds)
         if samples["branches"]:
             rows += rows_of(label, runs, samples)
         if not complete:
             break
     shape = f"{arguments.windows} windows of {arguments.horizon} tokens on a rollout of {arguments.tokens}"
-    print(f"\n### windows, {shape}, greedy, float32{'' if complete else ' (incomplete)'}\n\n{machine_line(described)}\n")
+    print(f"\n### windows, {shape}, greedy, float32{'' if complete else ' (incomplete)'}\n\n{machine_line(facts)}\n")
     print(markdown_table(HEADER, rows), flush=True)
     if arguments.json is not None:
-        write_json(arguments.json, {"benchmark": "windows", "machine": described, "header": HEADER, "rows": rows})
+        write_json(arguments.json, {"benchmark": "windows", "machine": facts, "header": HEADER, "rows": rows})
     return 0 if complete else INTERRUPTED
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from bench.cases import Case
-from bench.gpu_clock import Clock, spread_ms
-from bench.gpu_kernels import Op, label, score_ops
-from bench.measure import Spread
+from bench.gpu.clock import DeviceClock
+from bench.gpu.kernels import Op, label, score_ops
+from bench.timing import Spread, interleave, times_ms
 
 HEADER = ("op", "kernel", "default", "time_ms", "best", "time_ms", "default / best", "tried")
 BLOCKS, WARPS = (512, 1024, 2048, 4096), (2, 4, 8)
@@ -19,15 +19,20 @@ TUNED = ("statistics", "sweep", "rest", "gradient", "gather", "scatter", "transp
 
 
 def setting(launch: Any) -> str:
-    """What `--tune` varies, in words."""
+    """Return what `--tune` varies, in words."""
     names = ("BLOCK", "BM", "BN", "BK", "PIECE")
     return " ".join(
         [f"{name}={launch.constants[name]}" for name in names if name in launch.constants] + [f"warps={launch.num_warps}"]
     )
 
 
+def changed(launch: Any, **fields: Any) -> Any:
+    """Return the launch with other fields."""
+    return launch._replace(**fields)
+
+
 def retiled(launch: Any, block: int, num_warps: int) -> Any:
-    """The same work with another BLOCK: its grid, or the number of blocks of a program, follow."""
+    """Return the same work with another BLOCK: its grid, or the number of blocks of a program, follow."""
     arguments, grid = dict(launch.arguments), launch.grid
     if "block_count" in arguments:
         blocks = -(-arguments["vocab"] // block)
@@ -35,19 +40,19 @@ def retiled(launch: Any, block: int, num_warps: int) -> Any:
     else:
         grid = (grid[0], -(-arguments["width"] // block))
     constants = {**launch.constants, "BLOCK": block}
-    return launch._replace(arguments=arguments, grid=grid, constants=constants, num_warps=num_warps)
+    return changed(launch, arguments=arguments, grid=grid, constants=constants, num_warps=num_warps)
 
 
 def alternatives(launch: Any) -> list[Any]:
-    """Other block sizes and warps; nothing for the kernels whose time is that of a launch."""
+    """Return the launch with other block sizes and warps; none for the kernels whose time is that of a launch."""
     if launch.name not in TUNED:
         return []
     if launch.name in ("transport", "transport_panels"):
         pieces = [(piece, warps) for piece in (2, 4, 8) for warps in (4, 8, 16)]
-        found = [launch._replace(constants={**launch.constants, "PIECE": p}, num_warps=warps) for p, warps in pieces]
+        others = [changed(launch, constants={**launch.constants, "PIECE": p}, num_warps=warps) for p, warps in pieces]
     else:
-        found = [retiled(launch, block, warps) for block in BLOCKS for warps in WARPS]
-    return [other for other in found if setting(other) != setting(launch)]
+        others = [retiled(launch, block, warps) for block in BLOCKS for warps in WARPS]
+    return [other for other in others if setting(other) != setting(launch)]
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ class TuneRow:
     failed: int
 
     def cells(self) -> list[str]:
-        """Its cells under HEADER."""
+        """Return its cells under HEADER."""
         times = f"{self.default_ms.median:.3f}", f"{self.best_ms.median:.3f}"
         gain = f"{self.default_ms.median / max(self.best_ms.median, 1e-9):.2f}"
         tried = f"{self.tried}" + (f", {self.failed} failed" if self.failed else "")
@@ -74,7 +79,7 @@ class TuneRow:
         return asdict(self)
 
 
-def tune_launch(op: str, launch: Any, others: list[Any], clock: Clock, rounds: int) -> TuneRow:
+def tune_launch(op: str, launch: Any, others: list[Any], clock: DeviceClock, rounds: int) -> TuneRow:
     """Time the default and the others by turns."""
     runs, failed = {setting(launch): launch.run}, 0
     launch.run()
@@ -86,24 +91,23 @@ def tune_launch(op: str, launch: Any, others: list[Any], clock: Clock, rounds: i
             failed += 1
             continue
         runs[setting(other)] = other.run
-    times = {name: spread_ms(taken) for name, taken in clock.interleave(runs, rounds).items()}
+    times = {name: times_ms(samples) for name, samples in interleave(runs, rounds, clock, warm_up=False).items()}
     best = min(times, key=lambda name: times[name].median)
     default = setting(launch)
     return TuneRow(op, label(launch), default, times[default], best, times[best], len(runs), failed)
 
 
-def tune(ops: Iterator[Op], clock: Clock, rounds: int) -> Iterator[TuneRow]:
-    """Every kernel worth it; launches before it run first, so that it finds what they leave."""
-    for op in ops:
-        for launch in op.launches:
-            launch.run()
-        for launch in op.launches:
-            if others := alternatives(launch):
-                yield tune_launch(op.name, launch, others, clock, rounds)
+def tune(op: Op, clock: DeviceClock, rounds: int) -> Iterator[TuneRow]:
+    """Yield every kernel that is worth it; launches before it run first, so that it finds what they leave."""
+    for launch in op.launches:
+        launch.run()
+    for launch in op.launches:
+        if others := alternatives(launch):
+            yield tune_launch(op.name, launch, others, clock, rounds)
 
 
-def tune_scores(case: Case, device: torch.device, dtype: torch.dtype, clock: Clock, rounds: int) -> TuneRow:
-    """The fused scores' tiles."""
-    (name, (default, *_)), *others = score_ops(case, device, dtype, (None, *SCORE_TILES))
-    kept = [other.launches[0] for other in others if setting(other.launches[0]) != setting(default)]
-    return tune_launch(name, default, kept, clock, rounds)
+def tune_scores(case: Case, device: torch.device, dtype: torch.dtype, clock: DeviceClock, rounds: int) -> TuneRow:
+    """Time the fused scores' tiles."""
+    default, *others = (op.launches[0] for op in score_ops(case, device, dtype, (None, *SCORE_TILES)))
+    name = f"score_tokens {case.name}, N = {case.n}"
+    return tune_launch(name, default, [other for other in others if setting(other) != setting(default)], clock, rounds)

@@ -4,7 +4,6 @@ A worker is the same module run with `--worker PATH`; it writes its report to PA
 measured before an interruption is not lost. The parent's environment is never changed.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -14,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench.command import INTERRUPTED
 from bench.report import note
 
 # Waiting threads sleep: two that spin beside a busy process can run 10 to 40 times slower.
@@ -31,8 +31,6 @@ MALLOC_MODES: dict[str, dict[str, str]] = {
     },
 }
 
-INTERRUPTED = 130
-
 
 class Outcome(NamedTuple):
     """A worker's last report (None: it had none yet), and its exit status: 0, INTERRUPTED, or 1 for a failure."""
@@ -42,7 +40,7 @@ class Outcome(NamedTuple):
 
 
 def child_environment(malloc: str) -> dict[str, str]:
-    """This environment with quiet OpenMP threads and exactly the named allocator settings."""
+    """Return this environment with quiet OpenMP threads and exactly the named allocator settings."""
     inherited = {
         name: value for name, value in os.environ.items() if not name.startswith("MALLOC_") and name != "GLIBC_TUNABLES"
     }
@@ -50,7 +48,7 @@ def child_environment(malloc: str) -> dict[str, str]:
 
 
 def _wait(process: "subprocess.Popen[bytes]") -> int:
-    """The exit status; an interrupt ends the worker too, and nothing is left running."""
+    """Wait for a worker and return its exit status; an interrupt ends the worker too, and nothing is left running."""
     try:
         return process.wait()
     except KeyboardInterrupt:
@@ -78,16 +76,8 @@ def run_worker(module: str, arguments: Sequence[str], *, malloc: str = "default"
         return Outcome(json.loads(path.read_text()) if path.exists() else None, status)
 
 
-def positive(text: str) -> int:
-    """An argparse type: an integer of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
 def options(values: Mapping[str, object]) -> list[str]:
-    """Command-line options from a mapping: lists are repeated words, None is left out."""
+    """Return command-line options from a mapping: lists are repeated words, None is left out."""
     words: list[str] = []
     for name, value in values.items():
         if value is None:

@@ -1,0 +1,5 @@
+import sys
+
+from bench.gpu.command import main
+
+sys.exit(main())

@@ -1,0 +1,170 @@
+"""Each Triton launch by name: its time, and the bytes that it declares, over that time, as a share of a copy's bandwidth.
+
+An op's launches are first run once, in order, and what they wrote is held against float64: a wrong kernel is not timed.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench.agreement import ROWS, few, of_largest, wide_logits
+from bench.cases import Case
+from bench.gpu.clock import DeviceClock
+from bench.losses import divergence_of_logprobs
+from bench.peers.transport import make_pairs
+from bench.timing import Spread, interleave, times_ms
+
+HEADER = ("op", "kernel", "time_ms", "MiB moved", "GB/s", "of a copy", "note")
+LIMIT = 1e-3
+
+
+class Op(NamedTuple):
+    """One call of an op: its launches, and the error of what they have written."""
+
+    name: str
+    launches: list[Any]
+    error: Callable[[], float]
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """One launch; None where it was not measured, or declares no bytes."""
+
+    op: str
+    kernel: str
+    time_ms: Spread | None
+    moved_bytes: int | None
+    share_of_copy: float | None
+    note: str = ""
+
+    @property
+    def failed(self) -> bool:
+        return self.time_ms is None
+
+    def cells(self) -> list[str]:
+        """Return its cells under HEADER."""
+        moved = rate = "-"
+        if self.moved_bytes is not None and self.time_ms is not None:
+            moved = f"{self.moved_bytes / 2**20:.1f}"
+            rate = f"{self.moved_bytes / max(self.time_ms.median, 1e-9) / 1e6:.0f}"
+        share = "-" if self.share_of_copy is None else f"{self.share_of_copy:.0%}"
+        spread = self.time_ms
+        time_ms = "-" if spread is None else f"{spread.median:.3f} ({spread.low:.3f}-{spread.high:.3f})"
+        return [self.op, self.kernel, time_ms, moved, rate, share, self.note]
+
+    def row(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def moved_bytes(launch: Any) -> int | None:
+    """Return the bytes that a launch declares to read and write; None where it declares none."""
+    return getattr(launch, "moved_bytes", None)
+
+
+def _error_of(written: Tensor, rows: Tensor, true: Tensor) -> float:
+    return of_largest(written[rows], true)
+
+
+def tile_ops(rows: int, vocab: int, ids: int, device: torch.device, dtype: torch.dtype) -> Iterator[Op]:
+    """Yield the row ops on a chunk [rows, vocab] of float32 tiles, gradients in the models' dtype."""
+    from topd_kernels.divergence_rows import launches as divergence_rows
+    from topd_kernels.logprob_rows import launches as logprob_rows
+
+    generator = torch.Generator(device).manual_seed(0)
+    student, teacher = (torch.empty(rows, vocab, device=device).normal_(0, 2, generator=generator) for _ in range(2))
+    grad, checked = torch.empty(rows, vocab, dtype=dtype, device=device), few(rows, ROWS, device)
+    student_logprobs, teacher_logprobs = (tile[checked].double().log_softmax(-1) for tile in (student, teacher))
+    for divergence, parameter in (("reverse_kl", 0.0), ("jsd", 0.5)):
+        spec = divergence_rows.Spec(1.0, None, 1.0, None, 1.0, divergence, parameter, 0.0)
+        order, outputs = divergence_rows.launches(student, teacher, None, None, None, spec, grad, False)
+        true = divergence_of_logprobs(student_logprobs, teacher_logprobs, divergence)
+        name = f"divergence_rows {divergence} [{rows}, {vocab}]"
+        yield Op(name, order, partial(_error_of, outputs.value, checked, true))
+    chosen = torch.randint(vocab, (rows, ids), device=device, generator=generator)
+    plain = logprob_rows.Spec(1.0, None, 1.0)
+    order, outputs = logprob_rows.launches(student, None, chosen, plain, None, grad, False)
+    true = student_logprobs.gather(-1, chosen[checked])
+    yield Op(f"logprob_rows M = {ids} [{rows}, {vocab}]", order, partial(_error_of, outputs.logprobs, checked, true))
+
+
+def weighted_ops(case: Case, ids: int, device: torch.device, dtype: torch.dtype) -> Iterator[Op]:
+    """Yield the ids' part of a gradient, for all N rows."""
+    from topd_kernels.weighted_gather import launches as weighted_gather
+    from topd_kernels.weighted_scatter import launches as weighted_scatter
+
+    generator = torch.Generator(device).manual_seed(0)
+    chosen = torch.randint(case.vocab, (case.n, ids), device=device, generator=generator)
+    weights = torch.empty(case.n, ids, device=device).normal_(generator=generator)
+    shape = f"[{case.n}, {ids}], H = {case.student_width}"
+    states, table = (torch.randn(size, case.student_width, dtype=dtype, device=device) for size in (case.n, case.vocab))
+    rows = few(case.n, ROWS, device)
+    sums = torch.zeros(case.n, case.student_width, device=device)
+    gathered = torch.einsum("rm,rmh->rh", weights[rows].double(), table[chosen[rows]].double())
+    launches = weighted_gather.launches(sums, table, chosen, weights)
+    yield Op(f"weighted_gather {shape}", launches, partial(_error_of, sums, rows, gathered))
+    entries = chosen[rows, 0]
+    hits = torch.where(chosen.unsqueeze(-1) == entries, weights.unsqueeze(-1), 0.0).sum(1)  # [N, R]
+    scattered = hits.double().T @ states.double()
+    target = torch.zeros(case.vocab, case.student_width, device=device)
+    launches = weighted_scatter.launches(target, states, chosen, weights)
+    yield Op(f"weighted_scatter {shape}", launches, partial(_error_of, target, entries, scattered))
+
+
+def transport_op(m: int, window: int, width: int, device: torch.device) -> Op:
+    """Return the transport between window pairs; its error is that of a row's sum, in units of its marginal."""
+    from topd_kernels.transport import launches as transport
+
+    student, teacher, table = (part.to(device) for part in make_pairs(m, window, width))
+    lengths = torch.full((m,), window, device=device)
+    sides = (table, student, lengths, table, teacher, lengths)
+    order, (_, plan, _) = transport.launches(*sides, "cosine", 0.05, 200, 1e-4)
+    return Op(
+        f"transport {m} x {window} x {window}, d = {width}", order, lambda: float((plan.sum(-1) * window - 1).abs().max())
+    )
+
+
+def score_ops(
+    case: Case, device: torch.device, dtype: torch.dtype, tiles: Sequence[tuple[int, int, int, int] | None] = (None,)
+) -> list[Op]:
+    """Return the fused scores, once for each tile; None is the default's."""
+    from topd_kernels.score_tokens import launches as score_tokens
+
+    def normal(rows: int, width: int, deviation: float) -> Tensor:
+        return torch.empty(rows, width, dtype=dtype, device=device).normal_(0, deviation)
+
+    sides = [
+        score_tokens.Operands(normal(case.n, width, 1.0), normal(case.vocab, width, width**-0.5), None, 1.0, None)
+        for width in (case.student_width, case.teacher_width)
+    ]
+    rows = few(case.n, ROWS, device)
+    student, teacher = (wide_logits(side.hidden[rows], side.weight, torch.float64).log_softmax(-1) for side in sides)
+    true = divergence_of_logprobs(student, teacher, "reverse_kl")
+    blocks = [None if tile is None else score_tokens.Blocks(*tile) for tile in tiles]
+    calls = [score_tokens.launches(*sides, None, 1.0, blocks=tile) for tile in blocks]
+    name = f"score_tokens {case.name}, N = {case.n}"
+    return [Op(name, order, partial(_error_of, scores[1], rows, true)) for order, scores in calls]
+
+
+def label(launch: Any) -> str:
+    """Return a kernel's name; which of two sweeps."""
+    return f"{launch.name}{', gradient' if launch.constants.get('GRAD') else ''}"
+
+
+def kernel_rows(op: Op, clock: DeviceClock, rounds: int, bandwidth: float | None) -> Iterator[KernelRow]:
+    """Yield each launch on its own; all of them run once before, in order, so that each finds what the others left."""
+    for launch in op.launches:
+        launch.run()
+    error = op.error()
+    if not error < LIMIT:
+        yield KernelRow(op.name, "-", None, None, None, f"wrong: off by {error:.1e}, not timed")
+        return
+    for launch in op.launches:
+        size = moved_bytes(launch)
+        time_ms = times_ms(interleave({"kernel": launch.run}, rounds, clock, warm_up=False)["kernel"])
+        share = None if bandwidth is None or size is None else size / max(time_ms.median, 1e-9) * 1e3 / bandwidth
+        note = "products: the bytes are not what bounds it" if launch.name.startswith("score") else ""
+        yield KernelRow(op.name, label(launch), time_ms, size, share, note)

@@ -1,0 +1,39 @@
+"""The contenders, a file each: topd ("ours"), eager torch, TRL, Liger, POT (transport.py), and the floor of bare products.
+
+A library's file has `offers(workload)`, whether it is installed and knows the loss on that device, and `loss(workload)`, nats
+[N] with a graph behind them, or [] where the library gives the mean alone. Libraries are imported when they are first called.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import Tensor
+
+from bench.losses import Gradients, Workload, gradients_of_mean
+from bench.peers import eager, liger, ours, trl
+from topd.options import BackendName
+
+LIBRARIES = {"trl": trl, "liger": liger}
+CONTENDERS = ("ours", "eager", *LIBRARIES)
+Differentiable = Callable[[], Gradients]
+
+
+def _gradients(loss: Callable[[], Tensor], workload: Workload) -> Gradients:
+    return gradients_of_mean(loss(), workload.inputs)
+
+
+def differentiable(workload: Workload, backend: BackendName | None, *, compiled: bool = False) -> dict[str, Differentiable]:
+    """Return the contenders that compute a loss and its gradients, by name.
+
+    Args:
+        backend: topd's; None is the device's default.
+        compiled: whether "torch.compile", the eager code compiled, is among them.
+    """
+    losses: dict[str, Callable[[], Tensor]] = {
+        "ours": partial(ours.loss, workload, backend),
+        "eager": partial(eager.loss, workload),
+    }
+    if compiled:
+        losses["torch.compile"] = eager.compiled(workload)
+    losses |= {name: partial(library.loss, workload) for name, library in LIBRARIES.items() if library.offers(workload)}
+    return {name: partial(_gradients, loss, workload) for name, loss in losses.items()}
