@@ -29,11 +29,13 @@ def differentiable(workload: Workload, backend: BackendName | None, *, compiled:
         backend: topd's; None is the device's default.
         compiled: whether "torch.compile", the eager code compiled, is among them.
     """
-    losses: dict[str, Callable[[], Tensor]] = {
-        "ours": partial(ours.loss, workload, backend),
-        "eager": partial(eager.loss, workload),
+    contenders: dict[str, Differentiable] = {
+        "ours": partial(_gradients, partial(ours.loss, workload, backend), workload),
+        "eager": partial(eager.gradients, workload),
     }
     if compiled:
-        losses["torch.compile"] = eager.compiled(workload)
-    losses |= {name: partial(library.loss, workload) for name, library in LIBRARIES.items() if library.offers(workload)}
-    return {name: partial(_gradients, loss, workload) for name, loss in losses.items()}
+        contenders["torch.compile"] = partial(_gradients, eager.compiled(workload), workload)
+    for name, library in LIBRARIES.items():
+        if library.offers(workload):
+            contenders[name] = partial(_gradients, partial(library.loss, workload), workload)
+    return contenders

@@ -7,30 +7,52 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.losses import Targets, Workload, cross_entropy_of_logprobs, divergence_of_logprobs, has_teacher
+from bench.losses import (
+    Gradients,
+    Targets,
+    Workload,
+    cross_entropy_of_logprobs,
+    divergence_of_logprobs,
+    gradients_of_mean,
+    has_teacher,
+)
 
 
-def loss(workload: Workload) -> Tensor:
-    """Return nats [N]; for one token a row by torch's own cross-entropy."""
-    return _full_logits(workload.loss, *workload.sides, *workload.targets)
+def gradients(workload: Workload) -> Gradients:
+    """Take a step: the log-probabilities of both sides are local variables, alive until the gradients are there, as in the loop
+    of a trainer."""
+    student_hidden, student_weight, teacher_hidden, teacher_weight = workload.sides
+    if not workload.has_teacher:
+        return gradients_of_mean(_cross_entropy(student_hidden, student_weight, *workload.targets), workload.inputs)
+    student = _logprobs(student_hidden, student_weight)
+    with torch.no_grad():
+        teacher = _logprobs(teacher_hidden, teacher_weight)
+    return gradients_of_mean(divergence_of_logprobs(student, teacher, workload.loss), workload.inputs)
 
 
 def compiled(workload: Workload) -> Callable[[], Tensor]:
-    """Return the same under torch.compile, not compiled yet."""
+    """Return what computes the same loss [N] under torch.compile, not compiled yet."""
     torch.compiler.reset()  # after eight variants torch would run eager code in silence
-    function: Callable[..., Tensor] = torch.compile(_full_logits, dynamic=False)
+    function: Callable[..., Tensor] = torch.compile(_loss, dynamic=False)
     return partial(function, workload.loss, *workload.sides, *workload.targets)
 
 
-def _full_logits(
+def _loss(
     loss: str, hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, ids: Tensor, probs: Tensor
 ) -> Tensor:
     if not has_teacher(loss):
-        logits = F.linear(hidden, weight).float()
-        if ids.shape[1] == 1:
-            return F.cross_entropy(logits, ids[:, 0], reduction="none")
-        return cross_entropy_of_logprobs(logits.log_softmax(-1), Targets(ids, probs))
-    student = F.log_softmax(F.linear(hidden, weight).float(), dim=-1)
+        return _cross_entropy(hidden, weight, ids, probs)
     with torch.no_grad():
-        teacher = F.log_softmax(F.linear(teacher_hidden, teacher_weight).float(), dim=-1)
-    return divergence_of_logprobs(student, teacher, loss)
+        teacher = _logprobs(teacher_hidden, teacher_weight)
+    return divergence_of_logprobs(_logprobs(hidden, weight), teacher, loss)
+
+
+def _logprobs(hidden: Tensor, weight: Tensor) -> Tensor:
+    return F.log_softmax(F.linear(hidden, weight).float(), dim=-1)
+
+
+def _cross_entropy(hidden: Tensor, weight: Tensor, ids: Tensor, probs: Tensor) -> Tensor:
+    """Return nats [N]; for one token a row by torch's own cross-entropy."""
+    if ids.shape[1] == 1:
+        return F.cross_entropy(F.linear(hidden, weight).float(), ids[:, 0], reduction="none")
+    return cross_entropy_of_logprobs(_logprobs(hidden, weight), Targets(ids, probs))
