@@ -1,4 +1,4 @@
-"""Each Triton launch by name: its time, and the bytes it cannot but move, over that time, as a share of a copy's bandwidth."""
+"""Each Triton launch by name: its time, and the bytes that it declares, over that time, as a share of a copy's bandwidth."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -13,15 +13,6 @@ from bench.gpu_problems import Sizes, transported
 from bench.measure import Spread
 
 HEADER = ("op", "kernel", "time_ms", "MiB moved", "GB/s", "of a copy", "note")
-# Tensors that a kernel reads, or reads and writes, whole; the launches name many of them only for an entry or two.
-TILES = {
-    "statistics": ("Student", "Teacher"),
-    "sweep": ("Student", "Teacher"),
-    "rest": ("Product",),
-    "gradient": ("Product",),
-    "score_blocks": ("StudentHidden", "StudentWeight", "TeacherHidden", "TeacherWeight", "States"),
-}
-LARGE = {"Student", "Teacher", "Product", "Grad", "EntropyGrad", "Bias", "StudentBias", "TeacherBias", "Slope", "Plan"}
 
 
 class Op(NamedTuple):
@@ -61,30 +52,6 @@ class KernelRow:
 
     def row(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.itemsize
-
-
-def moved_bytes(launch: Any) -> int:
-    """Bytes that a launch reads and writes at least, each once."""
-    name, given, constants = launch.name, launch.arguments, launch.constants
-    if name in ("gather", "scatter"):
-        source, ids = ("Table", "Ids") if name == "gather" else ("Rows", "Sorted")
-        rows: int = given[ids].numel() * given["width"] * given[source].itemsize
-        targets = given["Out"].shape[0] if name == "gather" else int(given[ids].unique().numel())
-        sums: int = 2 * targets * given["width"] * given["Out"].itemsize
-        return rows + sums + _bytes(given[ids]) + _bytes(given["Weights"])
-    if name in ("transport", "transport_panels"):
-        entries = given["StudentIds"].numel() + given["TeacherIds"].numel()
-        return int(entries * (given["width"] * given["StudentTable"].itemsize + 8) + _bytes(given["Plan"]))
-    if name not in TILES:
-        return sum(_bytes(value) for key, value in given.items() if isinstance(value, Tensor) and key not in LARGE)
-    read = sum(_bytes(given[key]) for key in TILES[name])
-    if name == "gradient" or (name == "sweep" and constants["GRAD"]):
-        read += _bytes(given["Grad"])
-    return read + (_bytes(given["EntropyGrad"]) if name == "gradient" and constants["ENTROPY"] else 0)
 
 
 def tile_ops(rows: int, vocab: int, ids: int, device: torch.device, dtype: torch.dtype) -> Iterator[Op]:
@@ -143,7 +110,8 @@ def score_ops(
         for width in (case.student_width, case.teacher_width)
     ]
     blocks = [None if tile is None else score_tokens.Blocks(*tile) for tile in tiles]
-    found = [score_tokens.launches(*sides, None, 1.0, blocks=tile)[0] for tile in blocks]
+    student, teacher = sides
+    found = [score_tokens.launches(student, teacher, None, 1.0, blocks=tile)[0] for tile in blocks]
     return [Op(f"score_tokens {case.name}, N = {case.n}", launches) for launches in found]
 
 
@@ -157,7 +125,7 @@ def kernel_rows(op: Op, clock: Clock, rounds: int, bandwidth: float | None) -> I
     for launch in op.launches:
         launch.run()
     for launch in op.launches:
-        size = moved_bytes(launch)
+        size = launch.moved_bytes
         time_ms = spread_ms(clock.interleave({"kernel": launch.run}, rounds)["kernel"])
         share = None if bandwidth is None else size / max(time_ms.median, 1e-9) * 1e3 / bandwidth
         note = "products: the bytes are not what bounds it" if launch.name.startswith("score") else ""

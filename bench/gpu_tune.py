@@ -1,7 +1,7 @@
 """`python -m bench.gpu --tune`: each kernel with other block sizes and warps than its launcher's. Nothing is changed by it."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ def retiled(launch: Any, block: int, num_warps: int) -> Any:
     else:
         grid = (grid[0], -(-arguments["width"] // block))
     constants = {**launch.constants, "BLOCK": block}
-    return launch._replace(arguments=arguments, grid=grid, constants=constants, num_warps=num_warps)
+    return replace(launch, arguments=arguments, grid=grid, constants=constants, num_warps=num_warps)
 
 
 def alternatives(launch: Any) -> list[Any]:
@@ -44,7 +44,7 @@ def alternatives(launch: Any) -> list[Any]:
         return []
     if launch.name in ("transport", "transport_panels"):
         pieces = [(piece, warps) for piece in (2, 4, 8) for warps in (4, 8, 16)]
-        found = [launch._replace(constants={**launch.constants, "PIECE": p}, num_warps=warps) for p, warps in pieces]
+        found = [replace(launch, constants={**launch.constants, "PIECE": p}, num_warps=warps) for p, warps in pieces]
     else:
         found = [retiled(launch, block, warps) for block in BLOCKS for warps in WARPS]
     return [other for other in found if setting(other) != setting(launch)]

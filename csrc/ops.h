@@ -14,12 +14,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> divergence_rows(
     const std::optional<at::Tensor>& teacher_bias, const std::optional<at::Tensor>& tokens, double student_scale,
     std::optional<double> student_softcap, double teacher_scale, std::optional<double> teacher_softcap, double temperature,
     c10::string_view divergence, double parameter, double hard_weight, bool grad, bool scores,
-    const std::optional<at::Tensor>& grad_tile);
+    const std::optional<at::Tensor>& grad_tile, double grad_scale);
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> logprob_rows(
     at::Tensor& product, const std::optional<at::Tensor>& bias, const at::Tensor& ids, double scale,
     std::optional<double> softcap, double temperature, const std::optional<at::Tensor>& entropy_tile, bool grad, bool entropy,
-    const std::optional<at::Tensor>& grad_tile);
+    const std::optional<at::Tensor>& grad_tile, double grad_scale);
 
 void weighted_gather(at::Tensor& out, const at::Tensor& table, const at::Tensor& ids, const at::Tensor& weights);
 

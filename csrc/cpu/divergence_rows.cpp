@@ -254,8 +254,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> divergence_rows(
     const std::optional<at::Tensor>& teacher_bias, const std::optional<at::Tensor>& tokens, double student_scale,
     std::optional<double> student_softcap, double teacher_scale, std::optional<double> teacher_softcap, double temperature,
     c10::string_view divergence, double parameter, double hard_weight, bool grad, bool scores,
-    const std::optional<at::Tensor>& grad_tile) {
+    const std::optional<at::Tensor>& grad_tile, double grad_scale) {
   TORCH_CHECK_VALUE(!grad_tile, "grad_tile must be None on the CPU: the gradient goes into student_product");
+  TORCH_CHECK_VALUE(grad_scale == 1, "grad_scale is for float16 tiles, which the CPU has not, and must be 1, got ", grad_scale);
   TORCH_CHECK_VALUE(student.dim() == 2 && teacher.dim() == 2 && student.size(0) == teacher.size(0),
                     "student_product and teacher_product must be [C, V_s] and [C, V_t], got ", student.sizes(), " and ",
                     teacher.sizes());

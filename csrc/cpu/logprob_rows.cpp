@@ -157,8 +157,9 @@ struct Sweeper {
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> logprob_rows(
     at::Tensor& product, const std::optional<at::Tensor>& bias, const at::Tensor& ids, double scale,
     std::optional<double> softcap, double temperature, const std::optional<at::Tensor>& entropy_tile, bool grad, bool entropy,
-    const std::optional<at::Tensor>& grad_tile) {
+    const std::optional<at::Tensor>& grad_tile, double grad_scale) {
   TORCH_CHECK_VALUE(!grad_tile, "grad_tile must be None on the CPU: the gradient goes into product");
+  TORCH_CHECK_VALUE(grad_scale == 1, "grad_scale is for float16 tiles, which the CPU has not, and must be 1, got ", grad_scale);
   TORCH_CHECK_VALUE(product.dim() == 2 && product.size(1) > 0 && product.stride(1) == 1,
                     "product must be [C, V], contiguous along the vocabulary, got ", product.sizes());
   const int64_t rows = product.size(0), size = product.size(1);

@@ -275,14 +275,15 @@ def ops() -> dict[str, gpu_kernels.Op]:
 
 
 def test_bytes_of_the_kernels():
-    sizes = {(name, gpu_kernels.label(x)): gpu_kernels.moved_bytes(x) for name, op in ops().items() for x in op.launches}
-    entries = 2 * 700
-    assert sizes["divergence_rows reverse_kl", "statistics"] == 8 * entries
-    assert sizes["divergence_rows reverse_kl", "sweep, gradient"] == 10 * entries
-    assert sizes["divergence_rows jsd", "sweep"] == 8 * entries
-    assert sizes["divergence_rows jsd", "sweep, gradient"] == 10 * entries
-    assert sizes["logprob_rows M = 3", "rest"] == 4 * entries
-    assert sizes["logprob_rows M = 3", "gradient"] == 6 * entries
+    """What the launches declare: the tiles, and a row's few numbers."""
+    sizes = {(name, gpu_kernels.label(x)): x.moved_bytes for name, op in ops().items() for x in op.launches}
+    entries, few = 2 * 700, 500
+    assert 0 < sizes["divergence_rows reverse_kl", "statistics"] - 8 * entries < few
+    assert 0 < sizes["divergence_rows reverse_kl", "sweep, gradient"] - 10 * entries < few
+    assert 0 < sizes["divergence_rows jsd", "sweep"] - 8 * entries < few
+    assert 0 < sizes["divergence_rows jsd", "sweep, gradient"] - 10 * entries < few
+    assert 0 < sizes["logprob_rows M = 3", "rest"] - 4 * entries < few
+    assert 0 < sizes["logprob_rows M = 3", "gradient"] - 6 * entries < few
     assert sizes["weighted_gather", "gather"] == 2 * 3 * 8 * 2 + 2 * 2 * 8 * 4 + 2 * 3 * (8 + 4)
     assert sizes["divergence_rows jsd", "finish"] < entries
 

@@ -29,11 +29,12 @@ def test_default_variants_fit_without_stack_and_spills():
 
 
 SPILLING = """
+from dataclasses import replace
 from tools.aot import table
 from tools.binaries import TARGETS, compile_launch
 from tools.variants import default_launches
 sweep = next(launch for launch in default_launches() if launch.name == "sweep")
-wide = sweep._replace(constants={**sweep.constants, "BLOCK": 4096}, num_warps=1)
+wide = replace(sweep, constants={**sweep.constants, "BLOCK": 4096}, num_warps=1)
 binary = compile_launch(wide, TARGETS["sm_90"])
 print(binary.fits, binary.stack_bytes > 0)
 """

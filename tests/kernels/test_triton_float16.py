@@ -10,7 +10,7 @@ from torch import Tensor
 from triton_cases import DEVICE, NEEDS_TRITON, logprob_outcome
 
 import topd
-from topd_kernels.shared import half_range
+from topd.ops.shared import half_range
 
 pytestmark = NEEDS_TRITON
 

@@ -27,7 +27,7 @@ PLAIN = RowSpec(1.0, None, 1.0, None, 1.0, "forward_kl", INF, 0.0)
 def _runs_here(device):
     from topd_kernels.shared.launch import interpreted
 
-    if device.type == "cpu" and not interpreted(kernels._score_blocks):
+    if device.type == "cpu" and not interpreted(kernels.score_blocks):
         pytest.skip("CPU tensors need TRITON_INTERPRET=1 when the kernels are defined")
 
 

@@ -16,7 +16,8 @@ from topd.ops.transport.op import run_transport
 pytest.importorskip("triton")
 from topd_kernels.shared.launch import interpreted
 from topd_kernels.transport import launches as kernels
-from topd_kernels.transport.launches import _transport, launches, transport
+from topd_kernels.transport.kernels import transport as kernel
+from topd_kernels.transport.launches import launches, transport
 
 V, D = 29, 6
 Sides = tuple[Windows, Windows]
@@ -43,7 +44,7 @@ def of_vectors(*sides: list[list[float]], dtype: torch.dtype = torch.float64) ->
 def solved(
     sides: Sides, device: torch.device, cost: str = "cosine", epsilon: float = 0.05, *, max_iterations=1000, tolerance=1e-4
 ) -> list[Tensor]:
-    if device.type == "cpu" and not interpreted(_transport):
+    if device.type == "cpu" and not interpreted(kernel):
         pytest.skip("CPU tensors need TRITON_INTERPRET=1")
     tensors = (x.to(device) for side in sides for x in side)
     return [x.cpu() for x in transport(*tensors, cost, epsilon, max_iterations, tolerance)]
@@ -288,6 +289,6 @@ def test_one_binary_for_any_number_of_problems_and_any_lengths(short, long):
     assert one.constants == other.constants
     assert one.grid == (1,)
     assert other.grid[0] == (16 if one.name == "transport" else min(16, kernels.processors(torch.empty(0))))
-    if not interpreted(_transport):
+    if not interpreted(kernel):
         free = {parameter.name for parameter in one.kernel.params if parameter.do_not_specialize}
         assert free >= {"student_window", "teacher_window", "max_iterations"}

@@ -12,13 +12,14 @@ from torch import Tensor
 from topd.backends import kernel
 from topd.ops.linear_divergence.eager import Rows, RowSpec, divergence_rows
 from topd.scores import FIELDS
-from topd_kernels.shared.half_range import divergence_scale, scaled_into
+from topd.ops.shared.half_range import divergence_scale, scaled_into
 
 torch.library.define(
     "topd::divergence_rows",
     "(Tensor(a!) student_product, Tensor(b!) teacher_product, Tensor? student_bias, Tensor? teacher_bias, Tensor? tokens, "
     "float student_scale, float? student_softcap, float teacher_scale, float? teacher_softcap, float temperature, "
-    "str divergence, float parameter, float hard_weight, bool grad, bool scores, Tensor(c!)? grad_tile=None) -> "
+    "str divergence, float parameter, float hard_weight, bool grad, bool scores, Tensor(c!)? grad_tile=None, "
+    "float grad_scale=1.0) -> "
     "(Tensor value, Tensor scores, Tensor finite)",
 )
 
@@ -48,12 +49,13 @@ def run_rows(
 ) -> Rows:
     """One chunk on the named backend. The tiles are overwritten; the gradient is in grad_tile, or may live in the student's."""
     operands = (student_product, teacher_product, student_bias, teacher_bias, tokens)
+    tile = student_product if grad_tile is None else grad_tile
+    scale = divergence_scale(tile.dtype, spec.divergence, spec.hard_weight, spec.student_scale / spec.temperature)
     if backend == "eager":
         rows = divergence_rows(*operands, spec, grad=grad, scores=scores)
         if grad_tile is None or rows.grad_logits is None:
             return rows
-        scale = divergence_scale(grad_tile.dtype, spec.divergence, spec.hard_weight, spec.student_scale / spec.temperature)
         return rows._replace(grad_logits=scaled_into(grad_tile, rows.grad_logits, scale))
     run = kernel("divergence_rows", backend, student_product.device)
-    value, found, finite = run(*operands, *spec, grad, scores, grad_tile)
-    return Rows(value, found, finite, (student_product if grad_tile is None else grad_tile) if grad else None)
+    value, found, finite = run(*operands, *spec, grad, scores, grad_tile, scale)
+    return Rows(value, found, finite, tile if grad else None)

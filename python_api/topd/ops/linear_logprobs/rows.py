@@ -13,12 +13,13 @@ from torch import Tensor
 
 from topd.backends import kernel
 from topd.ops.linear_logprobs.eager import LogprobRows, LogprobSpec, logprob_rows
-from topd_kernels.shared.half_range import logprob_scale, scaled_into
+from topd.ops.shared.half_range import logprob_scale, scaled_into
 
 torch.library.define(
     "topd::logprob_rows",
     "(Tensor(a!) product, Tensor? bias, Tensor ids, float scale, float? softcap, float temperature, "
-    "Tensor(b!)? entropy_tile, bool grad, bool entropy, Tensor(c!)? grad_tile=None) -> "
+    "Tensor(b!)? entropy_tile, bool grad, bool entropy, Tensor(c!)? grad_tile=None, "
+    "float grad_scale=1.0) -> "
     "(Tensor logprobs, Tensor entropy, Tensor outside, Tensor first, Tensor slope, Tensor finite)",
 )
 
@@ -50,15 +51,15 @@ def run_rows(
 ) -> LogprobRows:
     """One chunk on the named backend. The tile is overwritten; the gradient is in grad_tile, or may live in it, the entropy's
     in its own."""
+    tile = product if grad_tile is None else grad_tile
+    scale = logprob_scale(tile.dtype, spec.scale / spec.temperature)
     if backend == "eager":
         rows = logprob_rows(product, bias, ids, spec, grad=grad, entropy=entropy)
-        if grad_tile is None:
-            return rows
-        return _stored(rows, grad_tile, entropy_tile, logprob_scale(grad_tile.dtype, spec.scale / spec.temperature))
+        return rows if grad_tile is None else _stored(rows, grad_tile, entropy_tile, scale)
     run = kernel("logprob_rows", backend, product.device)
-    found: list[Tensor] = run(product, bias, ids, *spec, entropy_tile, grad, entropy, grad_tile)
+    found: list[Tensor] = run(product, bias, ids, *spec, entropy_tile, grad, entropy, grad_tile, scale)
     logprobs, entropies, outside, first, slope, finite = found
-    gradients = ((product if grad_tile is None else grad_tile) if grad else None, entropy_tile)
+    gradients = (tile if grad else None, entropy_tile)
     return LogprobRows(logprobs, entropies, outside, first, slope, finite, *gradients)
 
 
