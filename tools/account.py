@@ -1,7 +1,7 @@
 """The static account of linear_divergence on a GPU, and the time predicted from it: python -m tools.account
 
-Nothing here is measured on a GPU. The kernels' bytes are those that their launches declare (tests/kernels/test_account.py counts
-them in Triton's interpreter); a matrix product moves its operands and its result once. Predicted time: floating-point
+Nothing here is measured on a GPU. The kernels' bytes are those that their launches declare (tests/kernels/test_account.py
+counts them in Triton's interpreter); a matrix product moves its operands and its result once. Predicted time: floating-point
 operations / rate + bytes / bandwidth, of every launch after the other, nothing overlapped. The floor is the same of exactly
 those matrix products, unchunked: 16-bit operands, float32 logits. The rate is 70 % of the dense 16-bit peak, the bandwidth the
 data sheet's.

@@ -101,7 +101,7 @@ def _watching(launch: Launch, counts: Counts) -> Iterator[None]:
 
 
 def _run(launch: Launch) -> None:
-    """Run, and raise the watch's own error: the interpreter wraps an error once for each function between the kernel and the access."""
+    """Run, and raise the watch's own error, which the interpreter wraps once for each function between kernel and access."""
     try:
         launch.run()
     except InterpreterError as error:

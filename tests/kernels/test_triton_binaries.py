@@ -60,7 +60,7 @@ from topd_kernels.divergence_rows import launches as d
 from topd_kernels.logprob_rows import launches as l
 from topd_kernels.weighted_gather import launches as g
 from topd_kernels.weighted_scatter import launches as s
-found = {}
+binaries = {}
 for n in (1, 2, 3, 16, 17, 100, 128, 1000, 2048, 4099):
     student, teacher = torch.empty(n, 1000), torch.empty(n, 1000)
     odd = n % 2  # of a larger tensor: not aligned
@@ -74,8 +74,8 @@ for n in (1, 2, 3, 16, 17, 100, 128, 1000, 2048, 4099):
     table = torch.empty(9, 1000)
     launches += g.launches(student, table, ids, weights) + s.launches(table, student, ids, weights)
     for i, launch in enumerate(launches):
-        found.setdefault((i, launch.name), set()).add((source_of(launch).hash(), launch.num_warps))
-print(sorted(set(map(len, found.values()))), len(found))
+        binaries.setdefault((i, launch.name), set()).add((source_of(launch).hash(), launch.num_warps))
+print(sorted(set(map(len, binaries.values()))), len(binaries))
 """
 
 

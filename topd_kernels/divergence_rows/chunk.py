@@ -1,7 +1,6 @@
 """A chunk of divergence_rows: what its launches share, and each launch with its kernel's parameters by name."""
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -47,7 +46,7 @@ class Spec(NamedTuple):
     hard_weight: float
 
 
-@dataclass(frozen=True)
+@dataclass
 class Chunk:
     """What the launches of a chunk share: the tensors, the numbers, the records between the kernels, how it is cut."""
 
@@ -67,28 +66,23 @@ class Chunk:
     blocks: Blocks
     splits: int
 
-    @property
-    def rows(self) -> int:
-        """Return C."""
-        return self.student_product.shape[0]
+    rows: int = field(init=False)
+    general: bool = field(init=False)  # whether there is a bias or a softcap: the kernels' constant GENERAL
+    tails: bool = field(init=False)  # whether one side's vocabulary goes on beyond the common one, and its mass is asked for
+    registers: int | None = field(init=False)  # what a thread of a kernel over float64 tiles may have
+    tiles: dict[str, Any] = field(init=False)  # the arguments of the kernels that read logits
+    token_arguments: dict[str, Any] = field(init=False)
 
-    @cached_property
-    def tails(self) -> bool:
-        """Tell whether one side's vocabulary goes on beyond the common one, and somebody asks for its mass."""
-        return self.scores and self.student_product.shape[1] != self.teacher_product.shape[1]
-
-    @property
-    def registers(self) -> int | None:
-        """Return what a thread of a kernel over float64 tiles may have."""
-        return 255 if self.student_product.itemsize == 8 else None
-
-    @cached_property
-    def tiles(self) -> dict[str, Any]:
-        """Return the arguments of the kernels that read logits."""
+    def __post_init__(self) -> None:
         spec, student_product, teacher_product = self.spec, self.student_product, self.teacher_product
+        softcapped = bool(spec.student_softcap or spec.teacher_softcap)
         student_inner, student_outer = logit_numbers(spec.student_scale, spec.student_softcap, spec.temperature)
         teacher_inner, teacher_outer = logit_numbers(spec.teacher_scale, spec.teacher_softcap, spec.temperature)
-        return {
+        self.rows = student_product.shape[0]
+        self.general = softcapped or self.student_bias is not None or self.teacher_bias is not None
+        self.tails = self.scores and student_product.shape[1] != teacher_product.shape[1]
+        self.registers = 255 if student_product.itemsize == 8 else None
+        self.tiles = {
             "Student": student_product,
             "student_stride": student_product.stride(0),
             "StudentBias": student_product if self.student_bias is None else self.student_bias,
@@ -104,18 +98,9 @@ class Chunk:
             "rows": self.rows,
             "vocab": self.vocab,
         }
-
-    @cached_property
-    def general(self) -> bool:
-        """Tell whether there is a bias or a softcap: the kernels' constant GENERAL."""
-        softcapped = bool(self.spec.student_softcap or self.spec.teacher_softcap)
-        return softcapped or self.student_bias is not None or self.teacher_bias is not None
-
-    @cached_property
-    def token_arguments(self) -> dict[str, Any]:
-        """Return the arguments about tokens. A tensor that is never read stands for tokens that are not there."""
-        absent = self.outputs.value.new_empty(1, dtype=torch.int64) if self.tokens is None else self.tokens
-        return {"Tokens": absent, "has_tokens": int(self.tokens is not None)}
+        # A tensor that is never read stands for tokens that are not there.
+        tokens = self.outputs.value.new_empty(1, dtype=torch.int64) if self.tokens is None else self.tokens
+        self.token_arguments = {"Tokens": tokens, "has_tokens": int(self.tokens is not None)}
 
     def block_count(self, block: int) -> int:
         """Return the blocks of a part of a row."""

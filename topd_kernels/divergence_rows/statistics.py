@@ -165,12 +165,12 @@ def _merged(Parts, row, mask, splits, rows, field, TOP: tl.constexpr, MODE: tl.c
     there = load_field(Parts, PART_TEACHER_AT_MODE, field, row, mask)
     w = load_field(Parts, PART_CENTRE, field, row, mask)
     for split in range(1, splits):
-        part = split * rows + row
-        other_top = load_field(Parts, TOP, field, part, mask)
-        other_mode = load_field(Parts, MODE, field, part, mask)
-        other_rest = load_field(Parts, REST, field, part, mask)
-        other_there = load_field(Parts, PART_TEACHER_AT_MODE, field, part, mask)
-        other_w = load_field(Parts, PART_CENTRE, field, part, mask)
+        Part = Parts + split * rows + row
+        other_top = tl.load(Part + TOP * field, mask=mask, other=0.0)
+        other_mode = tl.load(Part + MODE * field, mask=mask, other=0.0)
+        other_rest = tl.load(Part + REST * field, mask=mask, other=0.0)
+        other_there = tl.load(Part + PART_TEACHER_AT_MODE * field, mask=mask, other=0.0)
+        other_w = tl.load(Part + PART_CENTRE * field, mask=mask, other=0.0)
         down = _relative(other_top, other_there, top, there)
         up = _relative(top, there, other_top, other_there)
         top, merged, higher, gap = merge(top, rest, other_top, other_rest)
@@ -225,9 +225,9 @@ def constants(
     only_t = tl.zeros([BLOCK], dtype)
     only_s = tl.zeros([BLOCK], dtype)
     for split in range(splits):
-        part = split * rows + row
-        only_t = tl.maximum(only_t, load_field(Parts, PART_ONLY_TEACHER, field, part, mask))
-        only_s = tl.maximum(only_s, load_field(Parts, PART_ONLY_STUDENT, field, part, mask))
+        Part = Parts + split * rows
+        only_t = tl.maximum(only_t, load_field(Part, PART_ONLY_TEACHER, field, row, mask))
+        only_s = tl.maximum(only_s, load_field(Part, PART_ONLY_STUDENT, field, row, mask))
     s_log = log1p(s_rest)
     t_log = log1p(t_rest)
     infinity = float("inf")

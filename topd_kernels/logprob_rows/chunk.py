@@ -1,7 +1,6 @@
 """A chunk of logprob_rows: what its launches share, and each launch with its kernel's parameters by name."""
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -40,7 +39,7 @@ class Spec(NamedTuple):
     temperature: float
 
 
-@dataclass(frozen=True)
+@dataclass
 class Chunk:
     """What the launches of a chunk share: the tensors, the numbers, the records between the kernels, how it is cut."""
 
@@ -57,15 +56,15 @@ class Chunk:
     blocks: Blocks
     splits: int
 
-    @cached_property
-    def general(self) -> bool:
-        """Tell whether there is a bias or a softcap: the kernels' constant GENERAL."""
-        return self.bias is not None or self.spec.softcap is not None
+    general: bool = field(init=False)  # whether there is a bias or a softcap: the kernels' constant GENERAL
+    numbers: dict[str, float] = field(init=False)  # what makes logits of products
+    tile: dict[str, Any] = field(init=False)  # the arguments of the kernels that read logits
 
-    @cached_property
-    def tile(self) -> dict[str, Any]:
-        """Return the arguments of the kernels that read logits."""
-        return {
+    def __post_init__(self) -> None:
+        inner, outer = logit_numbers(self.spec.scale, self.spec.softcap, self.spec.temperature)
+        self.general = self.bias is not None or self.spec.softcap is not None
+        self.numbers = {"inner": inner, "outer": outer}
+        self.tile = {
             "Product": self.product,
             "stride": self.product.stride(0),
             "Bias": self.product if self.bias is None else self.bias,
@@ -73,12 +72,6 @@ class Chunk:
             "vocab": self.product.shape[1],
             **self.numbers,
         }
-
-    @cached_property
-    def numbers(self) -> dict[str, float]:
-        """Return the numbers that make logits of products."""
-        inner, outer = logit_numbers(self.spec.scale, self.spec.softcap, self.spec.temperature)
-        return {"inner": inner, "outer": outer}
 
     @property
     def entry_blocks(self) -> int:

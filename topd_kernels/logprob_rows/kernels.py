@@ -109,13 +109,13 @@ def _merged(Parts, row, mask, splits, rows, ENTROPY: tl.constexpr):
     if ENTROPY:
         w = load_field(Parts, PART_GAPS, field, row, mask).to(tl.float64)
     for split in range(1, splits):
-        part = split * rows + row
-        other = load_field(Parts, PART_TOP, field, part, mask).to(tl.float64)
-        other_rest = load_field(Parts, PART_REST, field, part, mask).to(tl.float64)
+        Part = Parts + split * rows + row
+        other = tl.load(Part + PART_TOP * field, mask=mask, other=0.0).to(tl.float64)
+        other_rest = tl.load(Part + PART_REST * field, mask=mask, other=0.0).to(tl.float64)
         before = top
         top, merged, higher, gap = merge(before, rest, other, other_rest)
         if ENTROPY:
-            other_w = load_field(Parts, PART_GAPS, field, part, mask).to(tl.float64)
+            other_w = tl.load(Part + PART_GAPS * field, mask=mask, other=0.0).to(tl.float64)
             apart = tl.where(gap == 0, 0.0, -tl.abs(other - before))
             below = w + gap * (other_w + apart * (1 + other_rest))
             w = tl.where(higher, other_w + gap * (w + apart * (1 + rest)), below)

@@ -16,7 +16,7 @@ MAX_GRID_YZ = 65_535
 PROGRAMS_PER_PROCESSOR = 4
 
 
-@dataclass(frozen=True)
+@dataclass
 class Launch:
     """One launch of a kernel.
 
@@ -33,7 +33,7 @@ class Launch:
         flop: floating-point operations of its matrix products; 0 where it has none.
 
     Raises:
-        TypeError: a name is missing, or is none of the kernel's parameters.
+        TypeError: a parameter is missing or set twice, or a name is none of the kernel's parameters.
     """
 
     kernel: Any
@@ -47,12 +47,14 @@ class Launch:
     flop: int = 0
 
     def __post_init__(self) -> None:
-        given = self.arguments.keys() | self.constants.keys()
-        parameters = set(self.kernel.arg_names)
-        if unknown := sorted(given - parameters):
-            raise TypeError(f"{self.name} has no parameter {', '.join(unknown)}; it has {', '.join(self.kernel.arg_names)}")
-        if missing := sorted(parameters - given):
+        names, arguments, constants = self.kernel.arg_names, self.arguments.keys(), self.constants.keys()
+        if len(arguments) + len(constants) == len(names) and not set(names).difference(arguments, constants):
+            return
+        if unknown := sorted((arguments | constants).difference(names)):
+            raise TypeError(f"{self.name} has no parameter {', '.join(unknown)}; it has {', '.join(names)}")
+        if missing := sorted(set(names).difference(arguments, constants)):
             raise TypeError(f"a launch of {self.name} must set {', '.join(missing)}")
+        raise TypeError(f"a launch of {self.name} sets {', '.join(sorted(arguments & constants))} twice")
 
     @property
     def name(self) -> str:

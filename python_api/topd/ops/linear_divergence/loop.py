@@ -11,11 +11,11 @@ from topd.ops.linear_divergence.eager import Rows, RowSpec
 from topd.ops.linear_divergence.rows import run_rows
 from topd.ops.score_tokens.op import run_scores, serves
 from topd.ops.shared.advise_huge_pages import buffer
+from topd.ops.shared.half_range import divergence_scale
 from topd.ops.shared.numbers import numbers_in
 from topd.ops.shared.one_pass import workspace
 from topd.ops.shared.plan import EAGER_TEMPORARIES, ChunkPlan, Products, plan_chunks
 from topd.ops.shared.tiles import Side, grad_dtype, product_dtype
-from topd.ops.shared.half_range import divergence_scale
 
 # Divergences with their parameters that are scores themselves.
 FUSED_VALUES = (("forward_kl", float("inf")), ("reverse_kl", 0.0))

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from topd.backends import kernel
 from topd.ops.linear_divergence.eager import Rows, RowSpec, divergence_rows
-from topd.scores import FIELDS
 from topd.ops.shared.half_range import divergence_scale, scaled_into
+from topd.scores import FIELDS
 
 torch.library.define(
     "topd::divergence_rows",

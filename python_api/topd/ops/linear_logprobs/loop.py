@@ -9,11 +9,11 @@ from torch import Tensor
 from topd.ops.linear_logprobs.eager import LogprobRows, LogprobSpec
 from topd.ops.linear_logprobs.rows import run_rows
 from topd.ops.shared.advise_huge_pages import buffer
+from topd.ops.shared.half_range import logprob_scale
 from topd.ops.shared.numbers import numbers_in
 from topd.ops.shared.one_pass import workspace
 from topd.ops.shared.plan import EAGER_LOGPROB_TEMPORARIES, ChunkPlan, plan_chunks
 from topd.ops.shared.tiles import HeadGrads, Side, grad_dtype, product_dtype
-from topd.ops.shared.half_range import logprob_scale
 
 
 class Chunk(NamedTuple):
