@@ -38,6 +38,7 @@ def _divergence_rows(
     scores: bool,
     general: bool,
 ) -> list[Launch]:
+    """Return the launches of divergence_rows on a few rows."""
     student, teacher = (torch.empty(ROWS, vocab, dtype=dtype) for vocab in vocabs)
     softcap, (name, parameter) = 30.0 if general else None, divergence
     spec = divergence_rows.Spec(1.0, softcap, 1.0, softcap, 1.0, name, parameter, hard_weight=0.0)
@@ -46,6 +47,7 @@ def _divergence_rows(
 
 
 def _logprob_rows(dtype: torch.dtype, vocab: int, grad: torch.dtype | None, *, entropy: bool, general: bool) -> list[Launch]:
+    """Return the launches of logprob_rows on a few rows."""
     product = torch.empty(ROWS, vocab, dtype=dtype)
     spec = logprob_rows.Spec(1.0, 30.0 if general else None, 1.0)
     tile = None if grad is None else product if grad == dtype else product.new_empty(product.shape, dtype=grad)
@@ -55,6 +57,7 @@ def _logprob_rows(dtype: torch.dtype, vocab: int, grad: torch.dtype | None, *, e
 
 
 def _weighted(dtype: torch.dtype, table: torch.dtype, width: int) -> list[Launch]:
+    """Return the launches of weighted_gather and weighted_scatter on a few rows."""
     ids, weights = torch.zeros(ROWS, IDS, dtype=torch.int64), torch.empty(ROWS, IDS, dtype=dtype)
     out, vocab = torch.empty(ROWS, width, dtype=dtype), torch.empty(10, width, dtype=dtype)
     gather = weighted_gather.launches(out, vocab.to(table), ids, weights)
@@ -64,6 +67,7 @@ def _weighted(dtype: torch.dtype, table: torch.dtype, width: int) -> list[Launch
 def _score_tokens(
     dtypes: tuple[torch.dtype, torch.dtype], vocabs: tuple[int, int], width: int, *, general: bool
 ) -> list[Launch]:
+    """Return the launches of score_tokens on a few rows."""
     softcap = 30.0 if general else None
     sides = [
         score_tokens.Operands(torch.empty(ROWS, width, dtype=d), torch.empty(v, width, dtype=d), None, 1.0, softcap)
@@ -73,6 +77,7 @@ def _score_tokens(
 
 
 def _transport(dtype: torch.dtype, cost: str, windows: tuple[int, int], width: int) -> list[Launch]:
+    """Return the launch of transport on a few problems."""
     table, lengths = torch.empty(10, width, dtype=dtype), torch.ones(ROWS, dtype=torch.int64)
     ids = [torch.zeros(ROWS, window, dtype=torch.int64) for window in windows]
     return transport.launches(table, ids[0], lengths, table, ids[1], lengths, cost, 0.05, 200, 1e-4)[0]

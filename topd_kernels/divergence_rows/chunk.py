@@ -12,8 +12,6 @@ from topd_kernels.divergence_rows.terms import FORWARD_KL, REVERSE_KL
 from topd_kernels.shared.launch import Launch, bytes_of, cdiv, logit_numbers
 from topd_kernels.shared.row_math import FAR
 
-ID_BYTES = 8
-
 
 class Blocks(NamedTuple):
     """Entries that a program of the statistics and of the sweeps takes at a time, its warps, and the rows of a program where
@@ -140,7 +138,8 @@ class Chunk:
         """Return the launch that makes each row's parts one record."""
         has_tokens = self.tokens is not None
         read = (12 * self.splits + 4 * self.tails) * self.parts.itemsize
-        read += has_tokens * (ID_BYTES + self.entry_bytes(student=1, teacher=1))
+        if self.tokens is not None:
+            read += self.tokens.itemsize + self.entry_bytes(student=1, teacher=1)
         fields = 12 + 2 * has_tokens + 2 * self.tails
         return Launch(
             constants,
@@ -198,7 +197,7 @@ class Chunk:
         if grad:
             numbers += {FORWARD_KL.value: 0, REVERSE_KL.value: 2}.get(self.kind, self.splits)
             if self.tokens is not None:
-                numbers, read = numbers + 1, read + ID_BYTES
+                numbers, read = numbers + 1, read + self.tokens.itemsize
         return self.splits * (numbers * self.row.itemsize + read) + self.entry_bytes(student=self.vocab, teacher=self.vocab)
 
     def finish(self) -> Launch:

@@ -79,6 +79,26 @@ def _centre(Row, Sums, row, rows, splits, zero, KIND: tl.constexpr):
     return centre, dead
 
 
+@triton.jit
+def _store_nothing(Grad, start, end, BLOCK: tl.constexpr):
+    """Write 0 into the entries [start, end) of a row's gradient: those beyond the common vocabulary."""
+    for block in range(start, end, BLOCK):
+        entries = block + tl.arange(0, BLOCK)
+        tl.store(Grad + entries, tl.zeros([BLOCK], Grad.dtype.element_ty), mask=entries < end)
+
+
+@triton.jit
+def _store_sums(Sums, field, value, centres, forward, reverse, s_entropy, t_entropy, SCORES: tl.constexpr):
+    """Write the record of a part of a row; Sums points at the part."""
+    tl.store(Sums + SUM_VALUE * field, tl.sum(value, 0))
+    tl.store(Sums + SUM_CENTRE * field, tl.sum(centres, 0))
+    if SCORES:
+        tl.store(Sums + SUM_FORWARD_KL * field, tl.sum(forward, 0))
+        tl.store(Sums + SUM_REVERSE_KL * field, tl.sum(reverse, 0))
+        tl.store(Sums + SUM_STUDENT_ENTROPY * field, tl.sum(s_entropy, 0))
+        tl.store(Sums + SUM_TEACHER_ENTROPY * field, tl.sum(t_entropy, 0))
+
+
 @triton.jit(
     do_not_specialize=["rows", "splits", "student_biased", "teacher_biased", "has_tokens", "block_count"],
     do_not_specialize_on_alignment=["Tokens"],
@@ -166,20 +186,11 @@ def sweep(
             tl.store(Grad + row * grad_stride + entries, grad, mask=mask)
     if GRAD:
         if split == 0:
-            for block in range(vocab, student_width, BLOCK):
-                beyond = block + lanes
-                nothing = tl.zeros([BLOCK], Grad.dtype.element_ty)
-                tl.store(Grad + row * grad_stride + beyond, nothing, mask=beyond < student_width)
+            _store_nothing(Grad + row * grad_stride, vocab, student_width, BLOCK)
     if VALUE:
         Sums += split * rows + row
         field = splits.to(tl.int64) * rows
-        tl.store(Sums + SUM_VALUE * field, tl.sum(value, 0))
-        tl.store(Sums + SUM_CENTRE * field, tl.sum(centres, 0))
-        if SCORES:
-            tl.store(Sums + SUM_FORWARD_KL * field, tl.sum(forward, 0))
-            tl.store(Sums + SUM_REVERSE_KL * field, tl.sum(reverse, 0))
-            tl.store(Sums + SUM_STUDENT_ENTROPY * field, tl.sum(s_entropy, 0))
-            tl.store(Sums + SUM_TEACHER_ENTROPY * field, tl.sum(t_entropy, 0))
+        _store_sums(Sums, field, value, centres, forward, reverse, s_entropy, t_entropy, SCORES)
 
 
 @triton.jit

@@ -8,8 +8,6 @@ from torch import Tensor
 from topd_kernels.logprob_rows.kernels import at_ids, chosen, combine, gradient, leave_out, rest
 from topd_kernels.shared.launch import Launch, bytes_of, cdiv, logit_numbers
 
-ID_BYTES = 8
-
 
 class Blocks(NamedTuple):
     """Entries and ids that a program takes at a time, its warps, and the rows of a program where rows are few numbers each."""
@@ -87,7 +85,7 @@ class Chunk:
         """Return the launch that gathers the ids' logits. Each block of ids is held against all before it."""
         count, block = self.ids.shape[1], self.blocks.ids
         compared = sum(min(start + block, count) for start in range(0, count, block))
-        read = (count + compared) * ID_BYTES + count * self.entry_bytes
+        read = (count + compared) * self.ids.itemsize + count * self.entry_bytes
         slopes = count * self.general * self.slope.itemsize
         return Launch(
             chosen,

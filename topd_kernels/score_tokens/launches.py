@@ -30,7 +30,6 @@ from topd_kernels.shared.records import SCORES
 
 FINISH_ROWS, FINISH_WARPS = 64, 2
 MOST_SPLITS = 256
-ID_BYTES = 8
 
 
 class Blocks(NamedTuple):
@@ -111,7 +110,7 @@ def _blocks_launch(
     rows, vocab = student.hidden.shape[0], min(student.weight.shape[0], teacher.weight.shape[0])
     student_inner, student_outer = student.numbers(temperature)
     teacher_inner, teacher_outer = teacher.numbers(temperature)
-    token_bytes = 0 if tokens is None else rows * cdiv(vocab, blocks.entries) * ID_BYTES
+    token_bytes = 0 if tokens is None else rows * cdiv(vocab, blocks.entries) * tokens.itemsize
     operand_bytes = sum(plan.tile_bytes(side, vocab, blocks) for side in (student, teacher))
     return Launch(
         score_blocks,

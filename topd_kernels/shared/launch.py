@@ -58,14 +58,17 @@ class Launch:
 
     @property
     def name(self) -> str:
+        """Return the kernel's name."""
         return str(self.kernel.__name__)
 
     @property
     def moved_bytes(self) -> int:
+        """Return the bytes that are read and written."""
         return self.read_bytes + self.written_bytes
 
     @property
     def options(self) -> dict[str, Any]:
+        """Return what Triton is told beside the kernel's parameters."""
         options = {"num_warps": self.num_warps, "enable_fp_fusion": True}
         return options if self.registers is None or torch.version.hip else {**options, "maxnreg": self.registers}
 
