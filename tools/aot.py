@@ -25,30 +25,32 @@ from topd_kernels.shared.launch import Launch
 
 @cache
 def _variants(every: bool, kernels: tuple[str, ...]) -> list[Launch]:
-    """Of this process: launches hold tensors and kernels, which do not travel between processes."""
-    found = distinct(all_launches() if every else default_launches())
-    return [launch for launch in found if not kernels or launch.name in kernels]
+    """Return the launches to compile, of this process: they hold tensors and kernels, which do not travel between processes."""
+    variants = distinct(all_launches() if every else default_launches())
+    return [launch for launch in variants if not kernels or launch.name in kernels]
 
 
 def _compile(task: tuple[bool, tuple[str, ...], int, str]) -> Binary:
+    """Compile one variant, by its number, for one target."""
     every, kernels, index, target = task
     return compile_launch(_variants(every, kernels)[index], TARGETS[target])
 
 
 def table(binaries: list[Binary]) -> str:
-    """A line for each kernel and target: how many variants, and the most that any of them needs."""
+    """Return a line for each kernel and target: how many variants, and the most that any of them needs."""
     rows = []
     ordered = sorted(binaries, key=lambda b: (b.kernel, list(TARGETS).index(b.target)))
     for (kernel, target), group in groupby(ordered, key=lambda b: (b.kernel, b.target)):
-        found = list(group)
-        registers = [b.registers for b in found]
-        most = [str(max(getattr(b, name) for b in found)) for name in ("stack_bytes", "spills", "shared_bytes")]
+        variants = list(group)
+        registers = [b.registers for b in variants]
+        most = [str(max(getattr(b, name) for b in variants)) for name in ("stack_bytes", "spills", "shared_bytes")]
         span = f"{min(registers)} to {max(registers)}"
-        rows.append([kernel, target, str(len(found)), span, *most, "yes" if all(b.fits for b in found) else "NO"])
+        rows.append([kernel, target, str(len(variants)), span, *most, "yes" if all(b.fits for b in variants) else "NO"])
     return markdown_table(["kernel", "target", "variants", "registers", "stack, B", "spills", "shared, B", "fits"], rows)
 
 
 def main() -> int:
+    """Compile, print the table, return 1 where a binary does not fit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--all", action="store_true", help="every variant that a launcher can choose, not the default ones")

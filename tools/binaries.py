@@ -1,5 +1,5 @@
-"""What a kernel's binary needs: compiled ahead of time for a target that is not here; registers, stack, spills and shared
-memory are read from the binary itself."""
+"""Compile a launch ahead of time for a target that is not here, and read from the binary itself what it needs: registers,
+stack, spills and shared memory."""
 
 import re
 import subprocess
@@ -20,7 +20,7 @@ KIB = 1 << 10
 
 @dataclass(frozen=True)
 class Target:
-    """A device to compile for: its shared memory for one block, and the registers a thread of a block of `warps` may have."""
+    """A device to compile for, and the shared memory of one block on it."""
 
     name: str
     gpu: GPUTarget
@@ -64,13 +64,16 @@ class Binary:
 
     @property
     def fits(self) -> bool:
+        """Tell whether it needs no stack, spills nothing and has the shared memory it needs."""
         return self.stack_bytes == 0 and self.spills == 0 and self.shared_bytes <= self.shared_limit_bytes
 
     def row(self) -> dict[str, Any]:
+        """Return its numbers for JSON."""
         return {**asdict(self), "fits": self.fits}
 
 
 def _type_of(value: Any, annotated: str) -> str:
+    """Return Triton's name of an argument's type."""
     if annotated:
         return annotated
     if isinstance(value, torch.Tensor):
@@ -83,7 +86,7 @@ def _type_of(value: Any, annotated: str) -> str:
 
 
 def source_of(launch: Launch) -> ASTSource:
-    """The kernel with the types, constants and alignments with which this launch would call it."""
+    """Return the kernel with the types, constants and alignments with which this launch would call it."""
     signature, constants, attributes = {}, dict(launch.constants), {}
     for i, parameter in enumerate(launch.kernel.params):
         name = parameter.name
@@ -102,7 +105,7 @@ def source_of(launch: Launch) -> ASTSource:
 
 
 def variant_of(launch: Launch) -> str:
-    """The constants and the tensors' types, which tell one binary of a kernel from another."""
+    """Return the constants and the tensors' types, which tell one binary of a kernel from another."""
     types = "".join(dict.fromkeys(_TYPES[v.dtype] + " " for v in launch.arguments.values() if isinstance(v, torch.Tensor)))
     return f"{types}{' '.join(f'{name}={value}' for name, value in launch.constants.items())}"
 
@@ -126,20 +129,20 @@ def compile_launch(launch: Launch, target: Target) -> Binary:
 
 
 def _cuda_usage(asm: dict[str, Any]) -> tuple[int, int, int, int]:
-    """Registers, stack bytes and local bytes of a cubin."""
+    """Return registers, stack bytes and local bytes of a cubin."""
     tool = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
         usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.findall(r"REG:(\d+) STACK:(\d+)", usage)
+    functions = re.findall(r"REG:(\d+) STACK:(\d+)", usage)
     local = re.findall(r"LOCAL:(\d+)", usage)
-    assert found, usage
-    return max(int(r) for r, _ in found), max(int(s) for _, s in found), max(map(int, local), default=0), 0
+    assert functions, usage
+    return max(int(r) for r, _ in functions), max(int(s) for _, s in functions), max(map(int, local), default=0), 0
 
 
 def _hip_usage(asm: dict[str, Any]) -> tuple[int, int, int, int]:
-    """Vector registers, private bytes, spilled vector and scalar registers of AMD assembly."""
+    """Return vector registers, private bytes, spilled vector and scalar registers of AMD assembly."""
 
     def number(name: str) -> int:
         return max(map(int, re.findall(rf"\.{name}:\s+(\d+)", asm["amdgcn"])), default=0)

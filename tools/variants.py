@@ -1,4 +1,4 @@
-"""Every launch that the Triton launchers can choose, one for each binary; what `python -m tools.aot` compiles."""
+"""List every launch that the Triton launchers can choose, one for each binary: `python -m tools.aot` compiles them."""
 
 import itertools
 from collections.abc import Iterator
@@ -38,25 +38,26 @@ def _divergence_rows(
     scores: bool,
     general: bool,
 ) -> list[Launch]:
+    """Return the launches of divergence_rows on a few rows."""
     student, teacher = (torch.empty(ROWS, vocab, dtype=dtype) for vocab in vocabs)
-    softcap = 30.0 if general else None
-    spec = divergence_rows.Spec(1.0, softcap, 1.0, softcap, 1.0, *divergence, 0.0)
+    softcap, (name, parameter) = 30.0 if general else None, divergence
+    spec = divergence_rows.Spec(1.0, softcap, 1.0, softcap, 1.0, name, parameter, hard_weight=0.0)
     tile = None if grad is None else student if grad == dtype else student.new_empty(student.shape, dtype=grad)
-    launches: list[Launch] = divergence_rows.launches(student, teacher, None, None, None, spec, tile, scores)[0]
-    return launches
+    return divergence_rows.launches(student, teacher, None, None, None, spec, tile, scores)[0]
 
 
 def _logprob_rows(dtype: torch.dtype, vocab: int, grad: torch.dtype | None, *, entropy: bool, general: bool) -> list[Launch]:
+    """Return the launches of logprob_rows on a few rows."""
     product = torch.empty(ROWS, vocab, dtype=dtype)
     spec = logprob_rows.Spec(1.0, 30.0 if general else None, 1.0)
     tile = None if grad is None else product if grad == dtype else product.new_empty(product.shape, dtype=grad)
     second = product.new_empty(product.shape, dtype=grad) if entropy and grad is not None else None
     ids = torch.zeros(ROWS, IDS, dtype=torch.int64)
-    launches: list[Launch] = logprob_rows.launches(product, None, ids, spec, second, tile, entropy)[0]
-    return launches
+    return logprob_rows.launches(product, None, ids, spec, second, tile, entropy)[0]
 
 
 def _weighted(dtype: torch.dtype, table: torch.dtype, width: int) -> list[Launch]:
+    """Return the launches of weighted_gather and weighted_scatter on a few rows."""
     ids, weights = torch.zeros(ROWS, IDS, dtype=torch.int64), torch.empty(ROWS, IDS, dtype=dtype)
     out, vocab = torch.empty(ROWS, width, dtype=dtype), torch.empty(10, width, dtype=dtype)
     gather = weighted_gather.launches(out, vocab.to(table), ids, weights)
@@ -66,24 +67,24 @@ def _weighted(dtype: torch.dtype, table: torch.dtype, width: int) -> list[Launch
 def _score_tokens(
     dtypes: tuple[torch.dtype, torch.dtype], vocabs: tuple[int, int], width: int, *, general: bool
 ) -> list[Launch]:
+    """Return the launches of score_tokens on a few rows."""
     softcap = 30.0 if general else None
     sides = [
         score_tokens.Operands(torch.empty(ROWS, width, dtype=d), torch.empty(v, width, dtype=d), None, 1.0, softcap)
         for d, v in zip(dtypes, vocabs, strict=True)
     ]
-    launches: list[Launch] = score_tokens.launches(*sides, torch.zeros(ROWS, dtype=torch.int64), 1.0)[0]
-    return launches
+    return score_tokens.launches(sides[0], sides[1], torch.zeros(ROWS, dtype=torch.int64), 1.0)[0]
 
 
 def _transport(dtype: torch.dtype, cost: str, windows: tuple[int, int], width: int) -> list[Launch]:
+    """Return the launch of transport on a few problems."""
     table, lengths = torch.empty(10, width, dtype=dtype), torch.ones(ROWS, dtype=torch.int64)
     ids = [torch.zeros(ROWS, window, dtype=torch.int64) for window in windows]
-    launches: list[Launch] = transport.launches(table, ids[0], lengths, table, ids[1], lengths, cost, 0.05, 200, 1e-4)[0]
-    return launches
+    return transport.launches(table, ids[0], lengths, table, ids[1], lengths, cost, 0.05, 200, 1e-4)[0]
 
 
 def default_launches() -> Iterator[Launch]:
-    """What bfloat16 and float32 models with equal vocabularies and no softcap run."""
+    """Yield what bfloat16 and float32 models with equal vocabularies and no softcap run."""
     single, equal = torch.float32, (ALIGNED, ALIGNED)
     for divergence, grad, scores in itertools.product(DIVERGENCES[:3], (torch.bfloat16, single), (False, True)):
         yield from _divergence_rows(single, equal, divergence, grad, scores=scores, general=False)
@@ -98,7 +99,7 @@ def default_launches() -> Iterator[Launch]:
 
 
 def all_launches() -> Iterator[Launch]:
-    """Every kernel, dtype, divergence and option, over vocabularies whose rows are aligned and not."""
+    """Yield every kernel, dtype, divergence and option, over vocabularies whose rows are aligned and not."""
     yield from default_launches()
     for dtype in (torch.float32, torch.float64):
         grads = (None, dtype, *(NARROW if dtype == torch.float32 else ()))
@@ -122,8 +123,8 @@ def all_launches() -> Iterator[Launch]:
 
 
 def distinct(launches: Iterator[Launch]) -> list[Launch]:
-    """One launch for each binary."""
-    found: dict[str, Launch] = {}
+    """Return one launch for each binary."""
+    by_binary: dict[str, Launch] = {}
     for launch in launches:
-        found.setdefault(f"{source_of(launch).hash()} {launch.num_warps}", launch)
-    return list(found.values())
+        by_binary.setdefault(f"{source_of(launch).hash()} {launch.num_warps}", launch)
+    return list(by_binary.values())

@@ -1,10 +1,10 @@
-"""Triton's interpreter, watched: every address that a kernel reads or writes is held against the tensors it was given; bytes
-and floating-point operations are counted. Needs TRITON_INTERPRET=1 before the kernels are imported.
+"""Run launches in Triton's interpreter, watched: every address that a kernel reads or writes is held against the tensors it was
+given; bytes and floating-point operations are counted. Needs TRITON_INTERPRET=1 before the kernels are imported.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -24,52 +24,63 @@ class OutOfBoundsError(Exception):
 
 @dataclass
 class Counts:
-    """Of a run: bytes read and written by the unmasked lanes, and floating-point operations of all lanes."""
+    """What a launch did: bytes read and written by the unmasked lanes, of scratch too; bytes of scratch alone; floating-point
+    operations of all lanes, those of matrix products apart."""
 
     read: int = 0
     written: int = 0
+    scratch: int = 0
     flop: int = 0
-    kernels: dict[str, tuple[int, int, int]] = field(default_factory=dict)  # the same three, by kernel
+    matrix_flop: int = 0
 
 
-def _extents(launch: Launch) -> list[tuple[int, int]]:
-    """[begin, end) in bytes of each tensor: its own elements, not its storage."""
-    found = []
-    for value in launch.arguments.values():
+def _extents(launch: Launch) -> list[tuple[str, int, int]]:
+    """Return name and [begin, end) in bytes of each tensor: its own elements, not its storage."""
+    extents = []
+    for name, value in launch.arguments.items():
         if isinstance(value, torch.Tensor) and value.numel():
             last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
             begin = value.data_ptr()
-            found.append((begin, begin + (last + 1) * value.itemsize))
-    return found
+            extents.append((name, begin, begin + (last + 1) * value.itemsize))
+    return extents
 
 
-def _check(name: str, verb: str, addresses: Any, mask: Any, size: int, extents: list[tuple[int, int]]) -> int:
-    """The bytes of the unmasked lanes."""
-    used = np.broadcast_to(addresses, mask.shape)[mask.astype(bool)].astype(np.int64)
-    inside = np.zeros(used.shape, dtype=bool)
-    for begin, end in extents:
-        inside |= (used >= begin) & (used + size <= end)
+def _check(name: str, verb: str, pointers: Any, mask: Any, extents: list[tuple[str, int, int]]) -> tuple[int, int]:
+    """Return the bytes of the unmasked lanes, and those among them that are in scratch."""
+    size = pointers.get_element_ty().primitive_bitwidth // 8 or 1
+    used = np.broadcast_to(pointers.data, mask.data.shape)[mask.data.astype(bool)].astype(np.int64)
+    inside, scratch = np.zeros(used.shape, dtype=bool), 0
+    for tensor, begin, end in extents:
+        within = (used >= begin) & (used + size <= end)
+        inside |= within
+        scratch += int(within.sum()) if tensor == "Scratch" else 0
     if not inside.all():
         raise OutOfBoundsError(f"{name} {verb} {int((~inside).sum())} of {used.size} addresses outside its tensors")
-    return int(used.size) * size
+    return int(used.size) * size, scratch * size
 
 
 @contextmanager
 def _watching(launch: Launch, counts: Counts) -> Iterator[None]:
+    """Count what the interpreter does."""
     extents, builder = _extents(launch), interpreter_builder
-    load, store, binary, unary = (
-        getattr(builder, name) for name in ("create_masked_load", "create_masked_store", "binary_op", "unary_op")
-    )
+    watched = ("create_masked_load", "create_masked_store", "create_dot", "binary_op", "unary_op")
+    load, store, dot, binary, unary = (getattr(builder, name) for name in watched)
 
     def watched_load(pointers: Any, mask: Any, *rest: Any) -> Any:
-        size = pointers.get_element_ty().primitive_bitwidth // 8 or 1
-        counts.read += _check(launch.name, "reads", pointers.data, mask.data, size, extents)
+        read, scratch = _check(launch.name, "reads", pointers, mask, extents)
+        counts.read += read
+        counts.scratch += scratch
         return load(pointers, mask, *rest)
 
     def watched_store(pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        size = pointers.get_element_ty().primitive_bitwidth // 8 or 1
-        counts.written += _check(launch.name, "writes", pointers.data, mask.data, size, extents)
+        written, scratch = _check(launch.name, "writes", pointers, mask, extents)
+        counts.written += written
+        counts.scratch += scratch
         return store(pointers, value, mask, *rest)
+
+    def watched_dot(a: Any, b: Any, *rest: Any) -> Any:
+        counts.matrix_flop += 2 * a.data.size * b.data.shape[-1]
+        return dot(a, b, *rest)
 
     def counted(run: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(*arguments: Any) -> Any:
@@ -80,17 +91,17 @@ def _watching(launch: Launch, counts: Counts) -> Iterator[None]:
 
         return wrapper
 
-    builder.create_masked_load, builder.create_masked_store = watched_load, watched_store
+    builder.create_masked_load, builder.create_masked_store, builder.create_dot = watched_load, watched_store, watched_dot
     builder.binary_op, builder.unary_op = counted(binary), counted(unary)
     try:
         yield
     finally:
-        for name in ("create_masked_load", "create_masked_store", "binary_op", "unary_op"):
+        for name in watched:
             delattr(builder, name)
 
 
 def _run(launch: Launch) -> None:
-    """The interpreter wraps an error once for each function between the kernel and the access."""
+    """Run, and raise the watch's own error, which the interpreter wraps once for each function between kernel and access."""
     try:
         launch.run()
     except InterpreterError as error:
@@ -100,17 +111,17 @@ def _run(launch: Launch) -> None:
         raise error if cause is None else cause from None
 
 
-def run_watched(launches: list[Launch]) -> Counts:
-    """Run on CPU tensors; raises OutOfBoundsError where a kernel leaves its tensors."""
-    counts = Counts()
+def run_watched(launches: list[Launch]) -> list[Counts]:
+    """Run on CPU tensors and return what each launch did; raise OutOfBoundsError where a kernel leaves its tensors."""
+    runs = []
     for launch in launches:
-        before = counts.read, counts.written, counts.flop
+        counts = Counts()
         with _watching(launch, counts):
             _run(launch)
-        read, written, flop = counts.kernels.get(launch.name, (0, 0, 0))
-        counts.kernels[launch.name] = (
-            read + counts.read - before[0],
-            written + counts.written - before[1],
-            flop + counts.flop - before[2],
-        )
-    return counts
+        runs.append(counts)
+    return runs
+
+
+def total(runs: list[Counts]) -> Counts:
+    """Return the counts of several launches together."""
+    return Counts(*(sum(getattr(run, each.name) for run in runs) for each in fields(Counts)))

@@ -1,9 +1,11 @@
-"""Registers the launchers with the dispatcher for CUDA tensors, which are ROCm's as well, when it is imported."""
+"""Register the launchers with the dispatcher for CUDA tensors, which are ROCm's as well, when this is imported."""
+
+from collections.abc import Callable
 
 import torch
 
-from topd_kernels.divergence_rows import statistics as row_statistics
 from topd_kernels.divergence_rows.launches import divergence_rows
+from topd_kernels.divergence_rows.statistics import statistics
 from topd_kernels.logprob_rows.launches import logprob_rows
 from topd_kernels.score_tokens.launches import score_tokens
 from topd_kernels.shared import launch
@@ -11,7 +13,7 @@ from topd_kernels.transport.launches import transport
 from topd_kernels.weighted_gather.launches import weighted_gather
 from topd_kernels.weighted_scatter.launches import weighted_scatter
 
-LAUNCHERS = {
+LAUNCHERS: dict[str, Callable[..., object]] = {
     "divergence_rows": divergence_rows,
     "logprob_rows": logprob_rows,
     "score_tokens": score_tokens,
@@ -25,5 +27,5 @@ for _op, _launcher in LAUNCHERS.items():
 
 
 def interpreted() -> bool:
-    """Whether the kernels run in Triton's interpreter."""
-    return launch.interpreted(row_statistics.statistics)
+    """Tell whether the kernels run in Triton's interpreter."""
+    return launch.interpreted(statistics)

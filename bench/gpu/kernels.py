@@ -60,11 +60,6 @@ class KernelRow:
         return asdict(self)
 
 
-def moved_bytes(launch: Any) -> int | None:
-    """Return the bytes that a launch declares to read and write; None where it declares none."""
-    return getattr(launch, "moved_bytes", None)
-
-
 def _error_of(written: Tensor, rows: Tensor, true: Tensor) -> float:
     return of_largest(written[rows], true)
 
@@ -86,9 +81,9 @@ def tile_ops(rows: int, vocab: int, ids: int, device: torch.device, dtype: torch
         yield Op(name, order, partial(_error_of, outputs.value, checked, true))
     chosen = torch.randint(vocab, (rows, ids), device=device, generator=generator)
     plain = logprob_rows.Spec(1.0, None, 1.0)
-    order, outputs = logprob_rows.launches(student, None, chosen, plain, None, grad, False)
+    order, by_ids = logprob_rows.launches(student, None, chosen, plain, None, grad, False)
     true = student_logprobs.gather(-1, chosen[checked])
-    yield Op(f"logprob_rows M = {ids} [{rows}, {vocab}]", order, partial(_error_of, outputs.logprobs, checked, true))
+    yield Op(f"logprob_rows M = {ids} [{rows}, {vocab}]", order, partial(_error_of, by_ids.logprobs, checked, true))
 
 
 def weighted_ops(case: Case, ids: int, device: torch.device, dtype: torch.dtype) -> Iterator[Op]:
@@ -136,15 +131,18 @@ def score_ops(
     def normal(rows: int, width: int, deviation: float) -> Tensor:
         return torch.empty(rows, width, dtype=dtype, device=device).normal_(0, deviation)
 
-    sides = [
+    student_operands, teacher_operands = [
         score_tokens.Operands(normal(case.n, width, 1.0), normal(case.vocab, width, width**-0.5), None, 1.0, None)
         for width in (case.student_width, case.teacher_width)
     ]
     rows = few(case.n, ROWS, device)
-    student, teacher = (wide_logits(side.hidden[rows], side.weight, torch.float64).log_softmax(-1) for side in sides)
+    student, teacher = (
+        wide_logits(side.hidden[rows], side.weight, torch.float64).log_softmax(-1)
+        for side in (student_operands, teacher_operands)
+    )
     true = divergence_of_logprobs(student, teacher, "reverse_kl")
     blocks = [None if tile is None else score_tokens.Blocks(*tile) for tile in tiles]
-    calls = [score_tokens.launches(*sides, None, 1.0, blocks=tile) for tile in blocks]
+    calls = [score_tokens.launches(student_operands, teacher_operands, None, 1.0, blocks=tile) for tile in blocks]
     name = f"score_tokens {case.name}, N = {case.n}"
     return [Op(name, order, partial(_error_of, scores[1], rows, true)) for order, scores in calls]
 
@@ -163,8 +161,8 @@ def kernel_rows(op: Op, clock: DeviceClock, rounds: int, bandwidth: float | None
         yield KernelRow(op.name, "-", None, None, None, f"wrong: off by {error:.1e}, not timed")
         return
     for launch in op.launches:
-        size = moved_bytes(launch)
+        size = launch.moved_bytes
         time_ms = times_ms(interleave({"kernel": launch.run}, rounds, clock, warm_up=False)["kernel"])
-        share = None if bandwidth is None or size is None else size / max(time_ms.median, 1e-9) * 1e3 / bandwidth
+        share = None if bandwidth is None else size / max(time_ms.median, 1e-9) * 1e3 / bandwidth
         note = "products: the bytes are not what bounds it" if launch.name.startswith("score") else ""
         yield KernelRow(op.name, label(launch), time_ms, size, share, note)

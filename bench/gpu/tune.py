@@ -1,7 +1,7 @@
 """`python -m bench.gpu --tune`: each kernel with other block sizes and warps than its launcher's. Nothing is changed by it."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -26,11 +26,6 @@ def setting(launch: Any) -> str:
     )
 
 
-def changed(launch: Any, **fields: Any) -> Any:
-    """Return the launch with other fields."""
-    return launch._replace(**fields)
-
-
 def retiled(launch: Any, block: int, num_warps: int) -> Any:
     """Return the same work with another BLOCK: its grid, or the number of blocks of a program, follow."""
     arguments, grid = dict(launch.arguments), launch.grid
@@ -40,7 +35,7 @@ def retiled(launch: Any, block: int, num_warps: int) -> Any:
     else:
         grid = (grid[0], -(-arguments["width"] // block))
     constants = {**launch.constants, "BLOCK": block}
-    return changed(launch, arguments=arguments, grid=grid, constants=constants, num_warps=num_warps)
+    return replace(launch, arguments=arguments, grid=grid, constants=constants, num_warps=num_warps)
 
 
 def alternatives(launch: Any) -> list[Any]:
@@ -49,7 +44,7 @@ def alternatives(launch: Any) -> list[Any]:
         return []
     if launch.name in ("transport", "transport_panels"):
         pieces = [(piece, warps) for piece in (2, 4, 8) for warps in (4, 8, 16)]
-        others = [changed(launch, constants={**launch.constants, "PIECE": p}, num_warps=warps) for p, warps in pieces]
+        others = [replace(launch, constants={**launch.constants, "PIECE": p}, num_warps=warps) for p, warps in pieces]
     else:
         others = [retiled(launch, block, warps) for block in BLOCKS for warps in WARPS]
     return [other for other in others if setting(other) != setting(launch)]

@@ -1,15 +1,24 @@
-"""The static account: its bytes are those that the kernels touch, and the plan is the best that it knows."""
+"""The static account: what launches declare is what the kernels do, and the plan is the best that the account knows."""
+
+import math
 
 import pytest
 import torch
 
-from tools.account import FLOP, GIB, SHAPES, STATISTICS, SWEEP, _products, plan_of
+from tools.account import FLOP, GIB, PARAMETERS, SHAPES, _products, kernel_bytes, plan_of
 from topd.ops.shared.plan import MAX_PILE
 from topd_kernels.divergence_rows import launches as divergence_rows
 from topd_kernels.divergence_rows.statistics import statistics
 from topd_kernels.logprob_rows import launches as logprob_rows
-from topd_kernels.shared.launch import interpreted
+from topd_kernels.score_tokens import launches as score_tokens
+from topd_kernels.shared.launch import Launch, interpreted
+from topd_kernels.transport import launches as transport
+from topd_kernels.weighted_gather import launches as weighted_gather
+from topd_kernels.weighted_scatter import launches as weighted_scatter
 
+ROWS, IDS = 2, 70
+# One of each way through the kernels: without E, E in a second sweep, E with the statistics, a mixture.
+KINDS = (("forward_kl", math.inf), ("forward_kl", 0.05), ("reverse_kl", 0.0), ("jsd", 0.3))
 VOCAB = 16_384
 
 
@@ -22,27 +31,90 @@ def watch():
     return run_watched
 
 
-@pytest.mark.parametrize("divergence", SWEEP)
-def test_bytes_and_flop_are_those_of_the_kernels(divergence, watch):
+def assert_declared(launches: list[Launch], watch) -> None:
+    """Every launch reads and writes the bytes that it declares, its scratch apart."""
+    for launch, counts in zip(launches, watch(launches), strict=True):
+        counted = counts.read + counts.written - counts.scratch
+        assert (launch.moved_bytes, launch.flop) == (counted, counts.matrix_flop), launch.name
+        if not counts.scratch:
+            assert (launch.read_bytes, launch.written_bytes) == (counts.read, counts.written), launch.name
+
+
+@pytest.mark.parametrize(("kind", "parameter"), KINDS)
+def test_declared_bytes_of_divergence_rows(kind, parameter, watch):
+    """Plain; then a bias, tokens, two programs a row; then every option: both biases, scores, unequal vocabularies."""
+    tokens, spec = torch.tensor([0, 519]), divergence_rows.Spec(1.0, None, 1.0, None, 0.7, kind, parameter, 0.2)
+
+    def check(vocabs, student_bias, teacher_bias, tokens, *, scores, splits):
+        student, teacher = (torch.randn(ROWS, vocab) for vocab in vocabs)
+        operands = (student, teacher, student_bias, teacher_bias, tokens)
+        for grad in (None, torch.empty(student.shape, dtype=torch.float16)):
+            assert_declared(divergence_rows.launches(*operands, spec, grad, scores, splits=splits)[0], watch)
+
+    check((520, 520), None, None, None, scores=False, splits=1)
+    check((520, 530), torch.randn(520), None, tokens, scores=False, splits=2)
+    check((530, 520), torch.randn(530), torch.randn(520).double(), tokens, scores=True, splits=2)
+
+
+@pytest.mark.parametrize("grad", [None, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("biased", "softcap", "count", "splits"),
+    [(False, None, IDS, 1), (True, None, IDS, 2), (True, 5.0, IDS, 1), (False, None, 0, 2)],
+)
+def test_declared_bytes_of_logprob_rows(biased, softcap, count, splits, grad, watch):
+    product, spec = torch.randn(ROWS, 2100), logprob_rows.Spec(1.0, softcap, 0.7)
+    bias, ids = torch.randn(2100) if biased else None, torch.stack([torch.randperm(2100)[:count] for _ in range(ROWS)])
+    for entropy in (False, True):
+        tile = None if grad is None else product.to(grad)
+        second = torch.empty_like(tile) if entropy and tile is not None else None
+        assert_declared(logprob_rows.launches(product, bias, ids, spec, second, tile, entropy, splits=splits)[0], watch)
+
+
+@pytest.mark.parametrize("width", [1, 600])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_declared_bytes_of_weighted_rows(dtype, width, watch):
+    ids, weights = torch.randperm(13)[:10].view(ROWS, 5), torch.randn(ROWS, 5)
+    rows, table = torch.randn(ROWS, width), torch.randn(13, width)
+    assert_declared(weighted_gather.launches(rows, table.to(dtype), ids, weights), watch)
+    assert_declared(weighted_scatter.launches(table, rows.to(dtype), ids, weights), watch)
+
+
+@pytest.mark.parametrize("cost", transport.COSTS)
+@pytest.mark.parametrize("windows", [(7, 5), (70, 66)], ids=["registers", "panels"])
+def test_declared_bytes_of_transport(windows, cost, watch):
+    tables = [torch.randn(13, 6), torch.randn(13, 6, dtype=torch.float64)]
+    ids, lengths = [torch.randint(13, (2, k)) for k in windows], [torch.full((2,), k) for k in windows]
+    operands = (tables[0], ids[0], lengths[0], tables[1], ids[1], lengths[1])
+    assert_declared(transport.launches(*operands, cost, 0.05, 3, 1e-4)[0], watch)
+
+
+@pytest.mark.parametrize(
+    ("vocabs", "biased", "tokens"), [((64, 64), False, None), ((64, 96), True, torch.arange(32)), ((96, 64), False, None)]
+)
+def test_declared_bytes_and_flop_of_score_tokens(vocabs, biased, tokens, watch):
+    """Of rows, vocabularies and widths that fill their blocks: what a block has beyond them is multiplied, and not declared."""
+    student, teacher = (
+        score_tokens.Operands(torch.randn(32, h), torch.randn(v, h), torch.randn(v) if biased else None, 1.0, None)
+        for h, v in zip((16, 32), vocabs, strict=True)
+    )
+    blocks = score_tokens.Blocks(16, 32, 16, 4)
+    assert_declared(score_tokens.launches(student, teacher, tokens, 0.7, blocks=blocks, splits=2)[0], watch)
+
+
+@pytest.mark.parametrize("divergence", PARAMETERS)
+def test_bytes_and_flop_of_an_entry(divergence, watch):
+    """The tiles' entries are what the declared bytes of a large vocabulary are made of; flop as the account has it."""
     student, teacher, grad = torch.randn(1, VOCAB), torch.randn(1, VOCAB), torch.empty(1, VOCAB, dtype=torch.bfloat16)
-    parameter = {"forward_kl": float("inf"), "jsd": 0.5, "reverse_kl": 0.0}[divergence]
-    spec = divergence_rows.Spec(1.0, None, 1.0, None, 1.0, divergence, parameter, 0.0)
-    kernels = watch(divergence_rows.launches(student, teacher, None, None, None, spec, grad, False)[0]).kernels
-    each = {name: (read + written) / VOCAB for name, (read, written, _) in kernels.items()}
-    few = 512 / VOCAB  # a row's own numbers
-    assert each["statistics"] == pytest.approx(STATISTICS, abs=few)
-    assert each["sweep"] == pytest.approx(SWEEP[divergence], abs=few)
-    assert each["constants"] + each["finish"] < few
-    flop = kernels["statistics"][2] + kernels["sweep"][2]
+    spec = divergence_rows.Spec(1.0, None, 1.0, None, 1.0, divergence, PARAMETERS[divergence], 0.0)
+    launches = divergence_rows.launches(student, teacher, None, None, None, spec, grad, False)[0]
+    entry = {"statistics": 8, "constants": 0, "sweep": 8 + 2 if divergence != "jsd" else 8 + 8 + 2, "finish": 0}
+    declared = dict.fromkeys(entry, 0.0)
+    for launch in launches:
+        declared[launch.name] += launch.moved_bytes / VOCAB
+    assert declared == pytest.approx(entry, abs=512 / VOCAB)  # a row's own numbers
+    assert kernel_bytes(divergence, 1, VOCAB) == pytest.approx(sum(entry.values()), abs=1024 / VOCAB)
+    flop = sum(counts.flop for launch, counts in zip(launches, watch(launches), strict=True) if entry[launch.name])
     assert flop / VOCAB == pytest.approx(FLOP[divergence], rel=0.02)
-
-
-def test_bytes_of_logprob_rows(watch):
-    product, spec = torch.randn(1, VOCAB), logprob_rows.Spec(1.0, None, 1.0)
-    launches, _ = logprob_rows.launches(product, None, torch.tensor([[3, 5]]), spec, None, product, False)
-    kernels = watch(launches).kernels
-    assert kernels["rest"][0] / VOCAB == pytest.approx(4, abs=0.02)
-    assert (kernels["gradient"][0] + kernels["gradient"][1]) / VOCAB == pytest.approx(8, abs=0.02)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)

@@ -29,11 +29,12 @@ def test_default_variants_fit_without_stack_and_spills():
 
 
 SPILLING = """
+from dataclasses import replace
 from tools.aot import table
 from tools.binaries import TARGETS, compile_launch
 from tools.variants import default_launches
 sweep = next(launch for launch in default_launches() if launch.name == "sweep")
-wide = sweep._replace(constants={**sweep.constants, "BLOCK": 4096}, num_warps=1)
+wide = replace(sweep, constants={**sweep.constants, "BLOCK": 4096}, num_warps=1)
 binary = compile_launch(wide, TARGETS["sm_90"])
 print(binary.fits, binary.stack_bytes > 0)
 """
@@ -59,7 +60,7 @@ from topd_kernels.divergence_rows import launches as d
 from topd_kernels.logprob_rows import launches as l
 from topd_kernels.weighted_gather import launches as g
 from topd_kernels.weighted_scatter import launches as s
-found = {}
+binaries = {}
 for n in (1, 2, 3, 16, 17, 100, 128, 1000, 2048, 4099):
     student, teacher = torch.empty(n, 1000), torch.empty(n, 1000)
     odd = n % 2  # of a larger tensor: not aligned
@@ -73,8 +74,8 @@ for n in (1, 2, 3, 16, 17, 100, 128, 1000, 2048, 4099):
     table = torch.empty(9, 1000)
     launches += g.launches(student, table, ids, weights) + s.launches(table, student, ids, weights)
     for i, launch in enumerate(launches):
-        found.setdefault((i, launch.name), set()).add((source_of(launch).hash(), launch.num_warps))
-print(sorted(set(map(len, found.values()))), len(found))
+        binaries.setdefault((i, launch.name), set()).add((source_of(launch).hash(), launch.num_warps))
+print(sorted(set(map(len, binaries.values()))), len(binaries))
 """
 
 

@@ -24,8 +24,8 @@ REVERSE, FORWARD, JSD = spec_of("reverse_kl"), spec_of("forward_kl", INF), spec_
 BY_NAME = {"reverse_kl": REVERSE, "jsd": JSD}
 
 
-def assert_same(found: Rows, expected: Rows) -> None:
-    for name, a, b in zip(Rows._fields, found, expected, strict=True):
+def assert_same(result: Rows, expected: Rows) -> None:
+    for name, a, b in zip(Rows._fields, result, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, msg=name)
 
 
@@ -50,21 +50,21 @@ def test_each_divergence_with_every_option(divergence, parameter):
     }
     numbers = {"student_scale": -0.7, "student_softcap": 6.0, "teacher_scale": 1.3, "temperature": 1.5, "hard_weight": 0.4}
     spec = spec_of(divergence, parameter, **numbers)
-    found = divergence_by_triton(student, teacher, spec, **options)
-    assert_divergence(found, student, teacher, spec, **options)
-    assert found.value.isinf().tolist() == [False, False, True, True]
-    assert found.scores[FIELDS.index("student_logprob")].isneginf().tolist() == [False, False, True, True]
-    assert not found.grad_logits[:, 13:].any()
-    assert found.grad_logits[:, :13].all()
+    result = divergence_by_triton(student, teacher, spec, **options)
+    assert_divergence(result, student, teacher, spec, **options)
+    assert result.value.isinf().tolist() == [False, False, True, True]
+    assert result.scores[FIELDS.index("student_logprob")].isneginf().tolist() == [False, False, True, True]
+    assert not result.grad_logits[:, 13:].any()
+    assert result.grad_logits[:, :13].all()
 
 
 @pytest.mark.parametrize(("rows", "spec"), [(1, REVERSE), (7, JSD), (130, FORWARD)], ids=["1", "7", "130"])
 def test_numbers_of_rows(rows, spec):
     """130 are more than a program of the row constants takes."""
     student, teacher = random_logits(rows, 3, 3)
-    found = divergence_by_triton(student, teacher, spec, scores=False, grad="in place" if rows < 130 else None)
-    assert found.scores.shape == (0, rows)
-    assert_divergence(found, student, teacher, spec)
+    result = divergence_by_triton(student, teacher, spec, scores=False, grad="in place" if rows < 130 else None)
+    assert result.scores.shape == (0, rows)
+    assert_divergence(result, student, teacher, spec)
 
 
 @pytest.mark.parametrize("name", BY_NAME)
@@ -100,10 +100,10 @@ def test_programs_that_share_a_row(splits, name):
     teacher[1, :520] = student[1, :520] = -INF  # a whole part without probability
     spec = spec_of(name, INF if name == "forward_kl" else 0.5)._replace(hard_weight=0.3)
     options = {"tokens": torch.tensor([0, 600, 1099]), "splits": splits, "scores": name == "forward_kl"}
-    found = divergence_by_triton(student, teacher, spec, **options)
-    assert_divergence(found, student, teacher, spec, tokens=options["tokens"])
+    result = divergence_by_triton(student, teacher, spec, **options)
+    assert_divergence(result, student, teacher, spec, tokens=options["tokens"])
     if (splits, name) == (3, "reverse_kl"):
-        assert_same(divergence_by_triton(student, teacher, spec, **options), found)
+        assert_same(divergence_by_triton(student, teacher, spec, **options), result)
 
 
 @pytest.mark.parametrize(("divergence", "parameter"), KINDS)
@@ -119,13 +119,13 @@ def test_near_equal_and_certain_rows_keep_their_digits(divergence, parameter):
     teacher[5] += 1e4
     student[5] += 1e4
     spec = spec_of(divergence, parameter)
-    found = divergence_by_triton(student, teacher, spec)
-    assert_divergence(found, student, teacher, spec)
-    assert (found.value >= 0).all() or parameter == 0.05
+    result = divergence_by_triton(student, teacher, spec)
+    assert_divergence(result, student, teacher, spec)
+    assert (result.value >= 0).all() or parameter == 0.05
     true = divergence_truth(student, teacher, spec)
     if divergence != "total_variation":
         assert 0 < true.value[0] < 3e-9
-        assert found.value[0].item() == pytest.approx(true.value[0].item(), rel=1e-5)
+        assert result.value[0].item() == pytest.approx(true.value[0].item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("offset", [0.0, 3.9, 10.0, 15.0, 17.0, 100.0])
@@ -133,8 +133,8 @@ def test_offsets_leave_the_gradient_of_the_reverse_kl_its_digits(offset):
     """d is 1e-2 everywhere, whatever the sides' offsets."""
     student = 3 * torch.randn(2, 300)
     teacher = student + 1e-2 * torch.randn(2, 300) + offset
-    found = divergence_by_triton(student, teacher, REVERSE, scores=False)
-    assert_divergence(found, student, teacher, REVERSE)
+    result = divergence_by_triton(student, teacher, REVERSE, scores=False)
+    assert_divergence(result, student, teacher, REVERSE)
 
 
 @pytest.mark.parametrize(
@@ -147,8 +147,8 @@ def test_the_first_entry_is_one_of_many(student_first, teacher_first, offset):
     student = 3 * torch.randn(2, 300)
     teacher = student + 1e-2 * torch.randn(2, 300) + offset
     student[:, 0], teacher[:, 0] = student_first, teacher_first
-    found = divergence_by_triton(student, teacher, REVERSE, scores=False)
-    assert_divergence(found, student, teacher, REVERSE)
+    result = divergence_by_triton(student, teacher, REVERSE, scores=False)
+    assert_divergence(result, student, teacher, REVERSE)
 
 
 @pytest.mark.parametrize(("divergence", "parameter"), KINDS)
@@ -164,12 +164,12 @@ def test_probabilities_of_zero(divergence, parameter):
     bias = torch.tensor([0.3, -0.2, 0.1, 0.0, -INF, 0.5], dtype=torch.float64)
     spec = spec_of(divergence, parameter, hard_weight=0.3)
     options = {"student_bias": bias, "teacher_bias": bias, "tokens": torch.tensor([0, 1, 2, 0, 0])}
-    found = divergence_by_triton(student, teacher, spec, **options)
-    assert_divergence(found, student, teacher, spec, **options)
-    assert found.finite.all()
-    assert found.grad_logits.isfinite().all()
-    assert found.scores[FIELDS.index("forward_kl")].isinf().tolist() == [False, True, False, False, True]
-    assert found.scores[FIELDS.index("reverse_kl")].isinf().tolist() == [False, False, True, False, True]
+    result = divergence_by_triton(student, teacher, spec, **options)
+    assert_divergence(result, student, teacher, spec, **options)
+    assert result.finite.all()
+    assert result.grad_logits.isfinite().all()
+    assert result.scores[FIELDS.index("forward_kl")].isinf().tolist() == [False, True, False, False, True]
+    assert result.scores[FIELDS.index("reverse_kl")].isinf().tolist() == [False, False, True, False, True]
 
 
 def test_what_an_infinite_value_leaves_of_the_gradient():
@@ -194,21 +194,21 @@ def test_rows_without_a_distribution_stand_alone(spec, splits):
     student[5], teacher[6] = -INF, -INF
     student[7, 3], student[7, 4] = INF, NAN
     spec, tokens = spec._replace(hard_weight=0.5), torch.arange(9)
-    found = divergence_by_triton(student, teacher, spec, tokens=tokens, splits=splits, scores=splits == 1)
-    assert_divergence(found, student, teacher, spec, tokens=tokens)
+    result = divergence_by_triton(student, teacher, spec, tokens=tokens, splits=splits, scores=splits == 1)
+    assert_divergence(result, student, teacher, spec, tokens=tokens)
     kept = torch.tensor([True, *[False] * 7, True])
-    assert torch.equal(found.finite, kept)
-    assert found.value.isnan().tolist() == (~kept).tolist()
-    assert found.scores[:, ~kept].isnan().all()
-    assert found.grad_logits.any(-1).tolist() == kept.tolist()
+    assert torch.equal(result.finite, kept)
+    assert result.value.isnan().tolist() == (~kept).tolist()
+    assert result.scores[:, ~kept].isnan().all()
+    assert result.grad_logits.any(-1).tolist() == kept.tolist()
 
 
 @pytest.mark.parametrize(("divergence", "parameter"), KINDS)
 def test_equal_sides_are_exactly_equal(divergence, parameter):
     tile = torch.cat([torch.randn(1, 50) * 20, torch.zeros(1, 50)])
-    found = divergence_by_triton(tile, tile, spec_of(divergence, parameter), scores=False)
-    assert found.value.tolist() == [0, 0]
-    assert not found.grad_logits.any()
+    result = divergence_by_triton(tile, tile, spec_of(divergence, parameter), scores=False)
+    assert result.value.tolist() == [0, 0]
+    assert not result.grad_logits.any()
 
 
 def test_the_first_of_equal_entries_is_the_most_likely_one():
@@ -219,13 +219,13 @@ def test_the_first_of_equal_entries_is_the_most_likely_one():
     teacher[[0, 1, 2], [3, 7, 900]] = 9.0
     teacher[3, [3, 900]] = 9.0
     for splits in (1, 2):
-        found = divergence_by_triton(student, teacher, FORWARD, grad=None, splits=splits)
-        assert found.scores[FIELDS.index("top1_agreement")].tolist() == [1, 0, 0, 1]
+        result = divergence_by_triton(student, teacher, FORWARD, grad=None, splits=splits)
+        assert result.scores[FIELDS.index("top1_agreement")].tolist() == [1, 0, 0, 1]
 
 
 def test_no_rows():
-    found = divergence_by_triton(torch.empty(0, 5), torch.empty(0, 7), JSD, grad=torch.bfloat16)
-    assert [tuple(part.shape) for part in found] == [(0,), (9, 0), (0,), (0, 5)]
+    result = divergence_by_triton(torch.empty(0, 5), torch.empty(0, 7), JSD, grad=torch.bfloat16)
+    assert [tuple(part.shape) for part in result] == [(0,), (9, 0), (0,), (0, 5)]
 
 
 def test_rows_with_a_stride():
@@ -249,10 +249,10 @@ def test_a_row_by_hand():
         (FORWARD._replace(hard_weight=2.0), (d0 + d1) / 2 + 2 * ln(4), (-1 / 4 - 2 * 3 / 4, 1 / 4 + 2 * 3 / 4)),
     ]
     for spec, value, grad in cases:
-        found = divergence_by_triton(student, teacher, spec, tokens=torch.tensor([0]))
-        assert found.value.item() == pytest.approx(value, rel=1e-14)
-        assert found.grad_logits[0].tolist() == pytest.approx(grad, rel=1e-13)
-    scores = dict(zip(FIELDS, found.scores[:, 0].tolist(), strict=True))
+        result = divergence_by_triton(student, teacher, spec, tokens=torch.tensor([0]))
+        assert result.value.item() == pytest.approx(value, rel=1e-14)
+        assert result.grad_logits[0].tolist() == pytest.approx(grad, rel=1e-13)
+    scores = dict(zip(FIELDS, result.scores[:, 0].tolist(), strict=True))
     expected = {
         "forward_kl": (d0 + d1) / 2,
         "reverse_kl": reverse,

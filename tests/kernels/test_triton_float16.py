@@ -12,8 +12,8 @@ import topd
 pytestmark = NEEDS_TRITON
 
 
-def relative(found: Tensor, true: Tensor) -> float:
-    return ((found.double() - true).norm() / true.norm()).item()
+def relative(result: Tensor, true: Tensor) -> float:
+    return ((result.double() - true).norm() / true.norm()).item()
 
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
@@ -25,7 +25,7 @@ def test_float16_keeps_small_dlogits(divergence):
     weight, b = torch.randn(vocab, 8, device=DEVICE) / 2, torch.randn(vocab, 2, device=DEVICE) / 10
     near = weight + 1e-3 * torch.randn(vocab, 8, device=DEVICE) + 0.5 * (b @ a)
     upstream = 2.0**12 * torch.tensor([1.0, 1, -0.3, 1, 1], device=DEVICE)
-    found = []
+    grads = []
     for backend, dtype in (("triton", torch.float16), ("reference", torch.float64)):
         leaves = [x.half().to(dtype).requires_grad_() for x in (hidden, weight, a, b)]
         student = topd.Head(leaves[1], adapter=topd.LowRank(leaves[2], leaves[3], 0.5))
@@ -33,8 +33,8 @@ def test_float16_keeps_small_dlogits(divergence):
         options = {"divergence": divergence, "workspace_bytes": 24 * 8016 if backend == "triton" else None}
         value = topd.linear_divergence(leaves[0], student, leaves[0].detach(), teacher, backend=backend, **options)
         value.backward(upstream.to(value.dtype))
-        found.append([leaf.grad for leaf in leaves])
-    for one, other in zip(*found, strict=True):
+        grads.append([leaf.grad for leaf in leaves])
+    for one, other in zip(*grads, strict=True):
         assert relative(one, other) < 2e-3
 
 
@@ -46,11 +46,11 @@ def test_float16_keeps_small_probabilities():
     ids = torch.randint(1, vocab, (rows, 2), device=DEVICE)
     upstream = [torch.zeros(rows, 2, device=DEVICE), 2.0**10 * torch.randn(rows, device=DEVICE)]
     model = compare.Model(hidden.half(), weight.half())
-    found, true = (
+    result, true = (
         logprob_outcome(model, ids, name, upstream, dtype).grads["hidden"][:, 1:]
         for name, dtype in (("triton", torch.float16), ("reference", torch.float64))
     )
-    assert relative(found, true) < 2e-3
+    assert relative(result, true) < 2e-3
 
 
 def test_float16_holds_what_a_reverse_kl_may_reach():
@@ -68,10 +68,10 @@ def test_float16_under_a_gradient_scaler():
     teacher = compare.Model(hidden.half(), (weight + 0.003 * torch.randn(19, 8, device=DEVICE)).half())
     upstream = 2.0**16 * torch.randn(6, device=DEVICE)
     problem = compare.Problem(student, teacher, topd.ForwardKL())
-    found = by_topd(problem, "triton", upstream)
+    result = by_topd(problem, "triton", upstream)
     true = by_topd(problem.to(torch.float64), "reference", upstream.double())
     assert 100 < true.grads["weight"].abs().max() < 1000
-    compare.assert_near(found.grads["weight"].double(), true.grads["weight"], 2**-9, "gradient of weight")
+    compare.assert_near(result.grads["weight"].double(), true.grads["weight"], 2**-9, "gradient of weight")
 
 
 def test_float16_under_small_upstream_gradients():
@@ -82,9 +82,9 @@ def test_float16_under_small_upstream_gradients():
     ids = torch.full((16, 1), 3, device=DEVICE)
     upstream = [(2.0**-24 * torch.linspace(0.5, 1, 16, device=DEVICE)).unsqueeze(-1)]
     model = compare.Model(states.half(), weight.half())
-    found, true = (
+    result, true = (
         logprob_outcome(model, ids, name, upstream, dtype).grads["weight"].double()
         for name, dtype in (("triton", torch.float16), ("reference", torch.float64))
     )
     assert true[7].abs().max() > 2**-22
-    assert ((found - true).abs() <= 2**-24).all()
+    assert ((result - true).abs() <= 2**-24).all()

@@ -45,8 +45,8 @@ def random_case(rows: int, width: int, count: int, dtype: torch.dtype = torch.fl
     return logits.to(dtype), ids
 
 
-def assert_same(found: LogprobRows, expected: LogprobRows) -> None:
-    for name, a, b in zip(LogprobRows._fields, found, expected, strict=True):
+def assert_same(result: LogprobRows, expected: LogprobRows) -> None:
+    for name, a, b in zip(LogprobRows._fields, result, expected, strict=True):
         assert (a is None) == (b is None), name
         if a is not None:
             torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, msg=name)
@@ -59,26 +59,26 @@ def test_numbers_of_ids(plain, count, dtype):
     """Of 130 entries; with scale, softcap, temperature and bias, or without."""
     logits, ids = random_case(4, 130, count, dtype)
     spec, bias = (PLAIN, None) if plain else (OPTIONS, torch.randn(130, dtype=dtype))
-    found = logprobs_by_triton(logits, ids, spec, bias=bias)
-    assert found.slope.shape == (0 if plain else 4, count)
-    assert_logprobs(found, logits, ids, spec, bias=bias)
+    result = logprobs_by_triton(logits, ids, spec, bias=bias)
+    assert result.slope.shape == (0 if plain else 4, count)
+    assert_logprobs(result, logits, ids, spec, bias=bias)
 
 
 def test_more_ids_than_a_block_with_repeats_across_blocks():
     logits, ids = random_case(2, 90, 200)
-    found = logprobs_by_triton(logits, ids)
-    assert_logprobs(found, logits, ids)
+    result = logprobs_by_triton(logits, ids)
+    assert_logprobs(result, logits, ids)
     inside = [row[(row >= 0) & (row < 90)].unique().numel() for row in ids]
-    assert found.first.sum(-1).tolist() == inside
+    assert result.first.sum(-1).tolist() == inside
 
 
 @pytest.mark.parametrize("rows", [1, 7, 70])
 def test_numbers_of_rows(rows):
     """70 are more than a program that combines takes."""
     logits, ids = random_case(rows, 3, 1)
-    found = logprobs_by_triton(logits, ids, entropy=rows < 70)
-    assert found.entropy.shape == (rows if rows < 70 else 0,)
-    assert_logprobs(found, logits, ids)
+    result = logprobs_by_triton(logits, ids, entropy=rows < 70)
+    assert result.entropy.shape == (rows if rows < 70 else 0,)
+    assert_logprobs(result, logits, ids)
 
 
 @pytest.mark.parametrize("width", [1, 13, 1000, 4099])
@@ -94,10 +94,10 @@ def test_programs_that_share_a_row(splits):
     logits, ids = random_case(4, 2100, 5)
     logits[torch.arange(3), torch.tensor([3, 1500, 2090])] += 60
     logits[3, :1024] = -INF
-    found = logprobs_by_triton(logits, ids, splits=splits)
-    assert_logprobs(found, logits, ids)
+    result = logprobs_by_triton(logits, ids, splits=splits)
+    assert_logprobs(result, logits, ids)
     if splits == 3:
-        assert_same(logprobs_by_triton(logits, ids, splits=splits), found)
+        assert_same(logprobs_by_triton(logits, ids, splits=splits), result)
 
 
 @pytest.mark.parametrize("grad", [None, torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -106,11 +106,11 @@ def test_gradients_in_tiles_of_their_own_are_the_rounded_ones(grad):
     logits, ids = random_case(3, 200, 4, torch.float32)
     inside, apart = logprobs_by_triton(logits, ids), logprobs_by_triton(logits, ids, grad=grad)
     assert_same(apart._replace(outside_grad=None, entropy_grad=None), inside._replace(outside_grad=None, entropy_grad=None))
-    for found, full in ((apart.outside_grad, inside.outside_grad), (apart.entropy_grad, inside.entropy_grad)):
-        assert (found is None) == (grad is None)
+    for result, full in ((apart.outside_grad, inside.outside_grad), (apart.entropy_grad, inside.entropy_grad)):
+        assert (result is None) == (grad is None)
         if grad is not None:
-            assert torch.equal(found, rounded(full, grad))
-            assert found.any(-1).all()
+            assert torch.equal(result, rounded(full, grad))
+            assert result.any(-1).all()
     alone = logprobs_by_triton(logits, ids, grad=grad, entropy=False)
     assert_same(alone, apart._replace(entropy=alone.entropy, entropy_grad=None))
 
@@ -121,11 +121,11 @@ def test_the_whole_vocabulary_chosen_leaves_nothing_outside(dtype, spec):
     logits = 3 * torch.randn(3, 6, dtype=dtype)
     ids = torch.stack([torch.randperm(6) for _ in range(3)])[:, [0, 1, 2, 3, 4, 5, 0]]
     ids[2, 5] = ids[2, 4]  # one entry is not chosen here
-    found = logprobs_by_triton(logits, ids, spec)
-    assert found.outside.isneginf().tolist() == [True, True, False]
-    assert found.outside_grad.any(-1).tolist() == [False, False, True]
-    assert_logprobs(found, logits, ids, spec)
-    torch.testing.assert_close(found.logprobs[:2, :6].double().logsumexp(-1), torch.zeros(2).double(), rtol=0, atol=1e-6)
+    result = logprobs_by_triton(logits, ids, spec)
+    assert result.outside.isneginf().tolist() == [True, True, False]
+    assert result.outside_grad.any(-1).tolist() == [False, False, True]
+    assert_logprobs(result, logits, ids, spec)
+    torch.testing.assert_close(result.logprobs[:2, :6].double().logsumexp(-1), torch.zeros(2).double(), rtol=0, atol=1e-6)
 
 
 def test_a_certain_token_keeps_the_digits_of_its_log_probability():
@@ -135,13 +135,13 @@ def test_a_certain_token_keeps_the_digits_of_its_log_probability():
     logits[1] += 1e4
     logits[3, 40] = 20.0
     ids = torch.tensor([[17, 3], [17, 3], [5, 3], [17, 40], [40, 17]])
-    found, true = logprobs_by_triton(logits, ids), logprobs_truth(logits, ids)
-    assert_logprobs(found, logits, ids)
+    result, true = logprobs_by_triton(logits, ids), logprobs_truth(logits, ids)
+    assert_logprobs(result, logits, ids)
     assert (-true.logprobs[0, 0]).log10().item() == pytest.approx(-8.5, abs=0.5)
-    at = (torch.tensor([0, 1, 3, 4]), torch.tensor([0, 0, 0, 1]))
-    torch.testing.assert_close(found.logprobs[at].double(), true.logprobs[at], rtol=3e-6, atol=0)
-    torch.testing.assert_close(found.outside[2].double(), true.outside[2], rtol=3e-6, atol=0)
-    torch.testing.assert_close(found.entropy.double(), true.entropy, rtol=3e-6, atol=0)
+    likely = (torch.tensor([0, 1, 3, 4]), torch.tensor([0, 0, 0, 1]))
+    torch.testing.assert_close(result.logprobs[likely].double(), true.logprobs[likely], rtol=3e-6, atol=0)
+    torch.testing.assert_close(result.outside[2].double(), true.outside[2], rtol=3e-6, atol=0)
+    torch.testing.assert_close(result.entropy.double(), true.entropy, rtol=3e-6, atol=0)
 
 
 def test_probabilities_of_zero():
@@ -152,13 +152,13 @@ def test_probabilities_of_zero():
     bias[[4, 7]] = -INF
     logits[1, 1:] = logits[2, 1:] = logits[3, :4] = -INF
     logits[2, 0], logits[2, 3] = -INF, 2.0
-    found = logprobs_by_triton(logits, ids, bias=bias)
-    assert_logprobs(found, logits, ids, bias=bias)
-    assert found.finite.all()
-    assert found.logprobs[:, 1:].isneginf().all()
-    assert found.logprobs[1, 0] == 0
-    assert found.outside.isneginf().tolist() == [False, True, False, False]
-    assert found.entropy[[1, 2]].tolist() == [0, 0]
+    result = logprobs_by_triton(logits, ids, bias=bias)
+    assert_logprobs(result, logits, ids, bias=bias)
+    assert result.finite.all()
+    assert result.logprobs[:, 1:].isneginf().all()
+    assert result.logprobs[1, 0] == 0
+    assert result.outside.isneginf().tolist() == [False, True, False, False]
+    assert result.entropy[[1, 2]].tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("splits", [1, 2])
@@ -169,14 +169,14 @@ def test_rows_without_a_distribution_stand_alone(splits):
     logits[1, 2] = logits[2, 3] = logits[3, -1] = NAN
     logits[4, 5] = logits[5, 0] = INF
     logits[6] = -INF
-    found = logprobs_by_triton(logits, ids, splits=splits)
+    result = logprobs_by_triton(logits, ids, splits=splits)
     kept = torch.tensor([True, *[False] * 6, True])
-    assert torch.equal(found.finite, kept)
-    for value in (found.logprobs[:, 0], found.logprobs[:, 2], found.entropy, found.outside):
+    assert torch.equal(result.finite, kept)
+    for value in (result.logprobs[:, 0], result.logprobs[:, 2], result.entropy, result.outside):
         assert value.isnan().tolist() == (~kept).tolist()
-    assert found.outside_grad.any(-1).tolist() == kept.tolist()
-    assert found.entropy_grad.any(-1).tolist() == kept.tolist()
-    assert_logprobs(found, logits, ids)
+    assert result.outside_grad.any(-1).tolist() == kept.tolist()
+    assert result.entropy_grad.any(-1).tolist() == kept.tolist()
+    assert_logprobs(result, logits, ids)
 
 
 def test_no_token_has_no_effect():
@@ -200,15 +200,15 @@ def test_a_row_by_hand():
     """p = (1/2, 1/4, 1/8, 1/8), the second and twice the third chosen: outside are 1/2 and 1/8."""
     ln = math.log
     logits = torch.tensor([[7 + ln(4), 7 + ln(2), 7.0, 7.0]], dtype=torch.float64)
-    found = logprobs_by_triton(logits, torch.tensor([[1, 2, 2]]))
+    result = logprobs_by_triton(logits, torch.tensor([[1, 2, 2]]))
     entropy = ln(2) / 2 + ln(4) / 4 + 2 * ln(8) / 8
-    assert found.logprobs[0].tolist() == pytest.approx([-ln(4), -ln(8), -ln(8)], rel=1e-14)
-    assert found.first.tolist() == [[True, True, False]]
-    assert found.outside.item() == pytest.approx(ln(5 / 8), rel=1e-14)
-    assert found.outside_grad[0].tolist() == pytest.approx([4 / 5, 0, 0, 1 / 5], rel=1e-14)
-    assert found.entropy.item() == pytest.approx(entropy, rel=1e-14)
+    assert result.logprobs[0].tolist() == pytest.approx([-ln(4), -ln(8), -ln(8)], rel=1e-14)
+    assert result.first.tolist() == [[True, True, False]]
+    assert result.outside.item() == pytest.approx(ln(5 / 8), rel=1e-14)
+    assert result.outside_grad[0].tolist() == pytest.approx([4 / 5, 0, 0, 1 / 5], rel=1e-14)
+    assert result.entropy.item() == pytest.approx(entropy, rel=1e-14)
     each = [-p * (ln(p) + entropy) for p in (1 / 2, 1 / 4, 1 / 8, 1 / 8)]
-    assert found.entropy_grad[0].tolist() == pytest.approx(each, rel=1e-13, abs=1e-15)
+    assert result.entropy_grad[0].tolist() == pytest.approx(each, rel=1e-13, abs=1e-15)
 
 
 @pytest.mark.parametrize(
@@ -232,8 +232,8 @@ def test_logprobs_and_all_gradients(given, entropy, hint):
     guess = {"none": None, "right": -2 * upstream[0].sum(-1), "wrong": torch.randn(N, device=DEVICE)}[hint]
     true = logprob_outcome(model, ids, "reference", upstream, torch.float64, **options)
     chunks = {"weights_hint": guess, "workspace_bytes": 2 * 4 * 2 * VOCAB}
-    found = logprob_outcome(model, ids, "triton", upstream, torch.float32, **options, **chunks)
-    compare.assert_outcome(found, true, FLOAT32)
+    result = logprob_outcome(model, ids, "triton", upstream, torch.float32, **options, **chunks)
+    compare.assert_outcome(result, true, FLOAT32)
 
 
 @pytest.mark.parametrize("dtype", STORED, ids=str)
@@ -243,8 +243,8 @@ def test_logprobs_in_16_bits(dtype):
     ids = torch.stack([torch.randperm(VOCAB)[:3] for _ in range(N)]).to(DEVICE)
     g = torch.randn(N, 3, device=DEVICE)
     true = logprob_outcome(model.to(torch.float64), ids, "reference", [g], torch.float64)
-    found = logprob_outcome(model, ids, "triton", [g], dtype, workspace_bytes=3 * 6 * VOCAB)
-    compare.assert_near(found.value.double(), true.value, FLOAT32, "value")
+    result = logprob_outcome(model, ids, "triton", [g], dtype, workspace_bytes=3 * 6 * VOCAB)
+    compare.assert_near(result.value.double(), true.value, FLOAT32, "value")
     exact = model.to(torch.float64)
     total = g.double().sum(-1, keepdim=True).abs()
     p = F.linear(exact.hidden, exact.weight).softmax(-1).scatter(-1, ids, 0.0)
@@ -252,11 +252,11 @@ def test_logprobs_in_16_bits(dtype):
     relative, least = STORED[dtype]
     stored = total * (relative * p + least * q)
     allowed = stored @ exact.weight.abs()
-    assert_within(found.grads["hidden"], true.grads["hidden"], allowed, "gradient of hidden")
+    assert_within(result.grads["hidden"], true.grads["hidden"], allowed, "gradient of hidden")
     rounding = 3 * torch.finfo(dtype).eps / 2  # hint 1: weighted hidden states were rounded too
     # Every row deviates from the hint: the sums start anew, under the true weights.
     allowed = (stored + rounding * total * p).T @ exact.hidden.abs()
-    assert_within(found.grads["weight"], true.grads["weight"], allowed, "gradient of weight")
+    assert_within(result.grads["weight"], true.grads["weight"], allowed, "gradient of weight")
 
 
 @pytest.mark.parametrize("reduce", ["sum", "mean"])
@@ -275,11 +275,11 @@ def test_ids_outside_under_one_upstream_gradient(backend, reduce):
         getattr(logprobs, reduce)().backward()
         return tuple(leaf.grad for leaf in leaves)
 
-    for name, found, true in zip(
+    for name, result, true in zip(
         TENSORS, gradients(backend, torch.float32), gradients("reference", torch.float64), strict=False
     ):
-        compare.assert_near(found.double(), true, FLOAT32, name)
-        assert found.any()
+        compare.assert_near(result.double(), true, FLOAT32, name)
+        assert result.any()
 
 
 @pytest.mark.parametrize("uniform", [True, False], ids=["sum", "weights"])

@@ -60,15 +60,15 @@ def test_divergences_and_all_gradients(options, divergence):
     """An upstream gradient of its own for each row; chunks of two rows."""
     problem = problem_of(options, divergence)
     upstream = torch.randn(N, device=DEVICE)
-    found, true = both(problem, upstream, workspace_bytes=2 * 4 * 2 * VOCAB)
-    compare.assert_outcome(found, true, FLOAT32)
-    assert all(found.grads[name].any() for name in found.grads)
+    result, true = both(problem, upstream, workspace_bytes=2 * 4 * 2 * VOCAB)
+    compare.assert_outcome(result, true, FLOAT32)
+    assert all(result.grads[name].any() for name in result.grads)
 
 
 def test_float64_is_exact():
     problem = problem_of(FULL | {"mask": True}, topd.SkewReverseKL())
-    found, true = both(problem, torch.randn(N, device=DEVICE), torch.float64)
-    compare.assert_outcome(found, true, 1e-12)
+    result, true = both(problem, torch.randn(N, device=DEVICE), torch.float64)
+    compare.assert_outcome(result, true, 1e-12)
 
 
 def test_scores():
@@ -99,9 +99,9 @@ def test_any_upstream_gradient_and_any_hint(upstream, hint):
     grad = UPSTREAMS[upstream]()
     guess = HINTS[hint](grad)
     options = {} if guess is None else {"weights_hint": guess.to(DEVICE)}
-    found, true = both(problem_of({"student": {"bias": True}}), grad.to(DEVICE), **options)
-    compare.assert_outcome(found, true, FLOAT32)
-    assert not found.grads["hidden"][(grad == 0).to(DEVICE)].any()
+    result, true = both(problem_of({"student": {"bias": True}}), grad.to(DEVICE), **options)
+    compare.assert_outcome(result, true, FLOAT32)
+    assert not result.grads["hidden"][(grad == 0).to(DEVICE)].any()
 
 
 @NARROW
@@ -112,19 +112,19 @@ def test_16_bits_cost_what_rounding_dlogits_costs(workspace_bytes, dtype):
     problem = problem_of({"student": {"bias": True, "softcap": 8.0}}).to(dtype)
     upstream, side = torch.randn(N, device=DEVICE), problem.student
     hint = upstream * torch.tensor([1.0, 1, 1, 1, -2, 1], device=DEVICE)
-    found, true = both(problem, upstream, dtype, weights_hint=hint, workspace_bytes=workspace_bytes)
-    compare.assert_near(found.value.double(), true.value, FLOAT32, "value")
+    result, true = both(problem, upstream, dtype, weights_hint=hint, workspace_bytes=workspace_bytes)
+    compare.assert_near(result.value.double(), true.value, FLOAT32, "value")
     relative, least = STORED[dtype]
     dlogits = true_dlogits(problem).abs()
     stored = relative * dlogits + least
     hidden, weight, g = side.hidden.double().abs(), side.weight.double().abs(), upstream.double().abs().unsqueeze(-1)
     # A weighted hidden state is rounded under the hint, and once more where its row is redone.
     rounding = 3 * torch.finfo(dtype).eps / 2
-    assert_within(found.grads["hidden"], true.grads["hidden"], g * (stored @ weight), "gradient of hidden")
+    assert_within(result.grads["hidden"], true.grads["hidden"], g * (stored @ weight), "gradient of hidden")
     allowed = stored.T @ (g * hidden) + rounding * dlogits.T @ (g * hidden)
-    assert_within(found.grads["weight"], true.grads["weight"], allowed, "gradient of weight")
+    assert_within(result.grads["weight"], true.grads["weight"], allowed, "gradient of weight")
     allowed = ((stored + rounding * dlogits) * g).sum(0)
-    assert_within(found.grads["bias"], true.grads["bias"], allowed, "gradient of bias")
+    assert_within(result.grads["bias"], true.grads["bias"], allowed, "gradient of bias")
     if workspace_bytes is not None:
         plan = plan_of(problem, workspace_bytes)
         assert plan.pile > 1
@@ -134,11 +134,11 @@ def test_16_bits_cost_what_rounding_dlogits_costs(workspace_bytes, dtype):
 def test_16_bit_adapter_and_mask():
     """bfloat16, every option: within a few of its roundings of the largest."""
     problem = problem_of(FULL | {"mask": True}, topd.JSD())
-    found, true = both(problem, torch.ones(N, device=DEVICE), torch.bfloat16)
-    compare.assert_near(found.value.double(), true.value, FLOAT32, "value")
+    result, true = both(problem, torch.ones(N, device=DEVICE), torch.bfloat16)
+    compare.assert_near(result.value.double(), true.value, FLOAT32, "value")
     for name in TENSORS:
-        compare.assert_near(found.grads[name].double(), true.grads[name], 2**-7, name)
-    assert not found.grads["hidden"][~problem.mask].any()
+        compare.assert_near(result.grads[name].double(), true.grads[name], 2**-7, name)
+    assert not result.grads["hidden"][~problem.mask].any()
 
 
 def lone_feature(dtype: torch.dtype, n: int = N) -> Tensor:
@@ -172,11 +172,11 @@ def test_a_row_taken_away_leaves_no_residue(op, dtype):
         return head.weight.grad.double()
 
     every, kept = torch.arange(N, device=DEVICE), torch.tensor([0, 1, 3, 4, 5], device=DEVICE)
-    found, without, present = gradient(every, upstream), gradient(kept, upstream), gradient(every, 0.37 * hint)
+    result, without, present = gradient(every, upstream), gradient(kept, upstream), gradient(every, 0.37 * hint)
     size = present[:, 7].abs().max()
     assert size > 0.01
-    assert found[:, 7].abs().max() <= 1e-6 * size
-    assert ((found - without).abs() <= torch.finfo(dtype).eps * without.abs() + 2e-6 * without.abs().max()).all()
+    assert result[:, 7].abs().max() <= 1e-6 * size
+    assert ((result - without).abs() <= torch.finfo(dtype).eps * without.abs() + 2e-6 * without.abs().max()).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -200,10 +200,10 @@ def test_a_row_of_nan_under_no_weight_leaves_clean_gradients(op, dtype):
 
     kept = every != 1
     upstream = kept * torch.tensor([0.4, 7.0, 0.4, -0.3, 0.4, 0.4], device=DEVICE)
-    (states, found), (expected, without) = gradients(every, upstream), gradients(every[kept], upstream[kept])
+    (states, result), (expected, without) = gradients(every, upstream), gradients(every[kept], upstream[kept])
     assert not states[1].any()
     torch.testing.assert_close(states[kept], expected, rtol=1e-5, atol=1e-6)
-    assert ((found - without).abs() <= torch.finfo(dtype).eps * without.abs() + 2e-6 * without.abs().max()).all()
+    assert ((result - without).abs() <= torch.finfo(dtype).eps * without.abs() + 2e-6 * without.abs().max()).all()
     assert gradients(every, torch.ones_like(upstream))[1].isnan().all()
 
 
@@ -236,14 +236,14 @@ def test_compiled_without_a_break():
     def gradients(of) -> list[Tensor]:
         eye = torch.eye(student.hidden.shape[1], device=DEVICE, dtype=dtype)
         leaves = [x.clone().requires_grad_() for x in (eye, student.weight, student.bias)]
-        found = of(*leaves)
-        found.backward()
-        return [found.detach(), *(leaf.grad for leaf in leaves)]
+        result = of(*leaves)
+        result.backward()
+        return [result.detach(), *(leaf.grad for leaf in leaves)]
 
     torch._dynamo.reset()
     compiled = gradients(torch.compile(loss, fullgraph=True, backend="aot_eager"))
-    for found, expected in zip(compiled, gradients(loss), strict=True):
-        assert torch.equal(found, expected)
+    for result, expected in zip(compiled, gradients(loss), strict=True):
+        assert torch.equal(result, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -27,7 +27,7 @@ PLAIN = RowSpec(1.0, None, 1.0, None, 1.0, "forward_kl", INF, 0.0)
 def _runs_here(device):
     from topd_kernels.shared.launch import interpreted
 
-    if device.type == "cpu" and not interpreted(kernels._score_blocks):
+    if device.type == "cpu" and not interpreted(kernels.score_blocks):
         pytest.skip("CPU tensors need TRITON_INTERPRET=1 when the kernels are defined")
 
 
@@ -66,20 +66,20 @@ def fused(
     """Scores [9, N] by the kernels, launched as `run_scores` has them; a GPU takes its own tiles."""
     blocks = blocks if device.type == "cpu" else None
 
-    def implementation(s_hidden, s_weight, s_bias, t_hidden, t_weight, t_bias, at, *numbers):
+    def implementation(s_hidden, s_weight, s_bias, t_hidden, t_weight, t_bias, tokens, *numbers):
         s_scale, s_softcap, t_scale, t_softcap, temperature = numbers
         sides = (
             kernels.Operands(s_hidden, s_weight, s_bias, s_scale, s_softcap),
             kernels.Operands(t_hidden, t_weight, t_bias, t_scale, t_softcap),
         )
-        found, scores = kernels.launches(*sides, at, temperature, blocks=blocks, splits=splits)
-        for launch in found:
+        order, scores = kernels.launches(*sides, tokens, temperature, blocks=blocks, splits=splits)
+        for launch in order:
             launch.run()
         return scores
 
     assert serves(student, teacher)
-    at = None if tokens is None else tokens.to(device)
-    return run_scores(implementation, moved(student, device), moved(teacher, device), at, spec).cpu()
+    tokens = None if tokens is None else tokens.to(device)
+    return run_scores(implementation, moved(student, device), moved(teacher, device), tokens, spec).cpu()
 
 
 def truth(student: Side, teacher: Side, tokens: Tensor | None, spec: RowSpec = PLAIN) -> Tensor:
@@ -99,9 +99,9 @@ def truth(student: Side, teacher: Side, tokens: Tensor | None, spec: RowSpec = P
     return scores
 
 
-def assert_scores(found: Tensor, true: Tensor, *, rtol: float = 1e-5, atol: float = 1e-5) -> None:
-    assert found.dtype == torch.float32
-    for name, row, true_row in zip(FIELDS, found.double(), true, strict=True):
+def assert_scores(result: Tensor, true: Tensor, *, rtol: float = 1e-5, atol: float = 1e-5) -> None:
+    assert result.dtype == torch.float32
+    for name, row, true_row in zip(FIELDS, result.double(), true, strict=True):
         tolerance = {"rtol": 0, "atol": 0} if name == "top1_agreement" else {"rtol": rtol, "atol": atol}
         torch.testing.assert_close(row, true_row, **tolerance, equal_nan=True, msg=lambda m, name=name: f"{name}: {m}")
 
@@ -110,13 +110,13 @@ def test_literal(device):
     """p_S = (1/2, 1/2), p_T = (1/4, 3/4) of a common vocabulary of two; the teacher's third entry has half of its mass."""
     student = side(torch.ones(2, 1), torch.zeros(2, 1))
     teacher = side(torch.ones(2, 1), torch.tensor([[0.0], [math.log(3)], [math.log(4)]]))
-    found = fused(student, teacher, torch.tensor([1, 2]), device, blocks=SMALL)
+    result = fused(student, teacher, torch.tensor([1, 2]), device, blocks=SMALL)
     log = math.log
     forward, reverse = 1 / 4 * log(1 / 2) + 3 / 4 * log(3 / 2), 1 / 2 * log(2) + 1 / 2 * log(2 / 3)
     entropy = 1 / 4 * log(4) + 3 / 4 * log(4 / 3)
     expected = [forward, reverse, log(2), entropy, -log(2), log(3 / 4), 0, 0, 1 / 2]
     outside = [*expected[:4], -INF, -INF, *expected[6:]]
-    torch.testing.assert_close(found, torch.tensor([expected, outside]).T, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(result, torch.tensor([expected, outside]).T, rtol=1e-6, atol=1e-7)
 
 
 def test_rows_and_entries_that_fill_no_block(device):
@@ -157,8 +157,8 @@ OPTIONS = {
 def test_options(spec, bias, device):
     student, teacher = random_side(5, 300, 9, bias=bias), random_side(5, 350, 7, bias=bias)
     tokens = torch.randint(300, (5,))
-    found = fused(student, teacher, tokens, device, spec=spec, blocks=WIDE)
-    assert_scores(found, truth(student, teacher, tokens, spec))
+    result = fused(student, teacher, tokens, device, spec=spec, blocks=WIDE)
+    assert_scores(result, truth(student, teacher, tokens, spec))
 
 
 def test_no_tokens(device):
@@ -192,8 +192,8 @@ def test_probabilities_of_zero_and_no_distribution(logits, device):
         nothing = torch.zeros(len(pair[0]), 1)
         student, teacher = (side(nothing[:1], nothing, bias) for bias in pair)
         tokens = torch.tensor([len(nothing) // 4])
-        found = fused(student, teacher, tokens, device, blocks=SMALL, splits=2)
-        assert_scores(found, truth(student, teacher, tokens), rtol=1e-6, atol=1e-7)
+        result = fused(student, teacher, tokens, device, blocks=SMALL, splits=2)
+        assert_scores(result, truth(student, teacher, tokens), rtol=1e-6, atol=1e-7)
 
 
 def test_near_equal_sides_keep_their_digits(device):
@@ -202,19 +202,19 @@ def test_near_equal_sides_keep_their_digits(device):
     distance = torch.tensor([1e-2, 1e-3, 3e-4, 1e-4, 5e-5, 3e-5]).unsqueeze(-1)
     teacher = logits + distance * torch.randn(6, 4099)
     sides = from_logits(logits, teacher)
-    found, true = fused(*sides, None, device, blocks=WIDE, splits=3), truth(*sides, None)
+    result, true = fused(*sides, None, device, blocks=WIDE, splits=3), truth(*sides, None)
     assert true[0].min() < 1e-9
     for i in (0, 1):
-        assert (found[i] >= 0).all()
-        assert ((found[i] - true[i]).abs() / true[i]).max() < 1e-3
-    torch.testing.assert_close(found[2:4].double(), true[2:4], rtol=1e-6, atol=0)
+        assert (result[i] >= 0).all()
+        assert ((result[i] - true[i]).abs() / true[i]).max() < 1e-3
+    torch.testing.assert_close(result[2:4].double(), true[2:4], rtol=1e-6, atol=0)
 
 
 def test_equal_sides_are_exactly_zero(device):
     rows = torch.stack([8 * torch.randn(50), torch.full((50,), 3.7), torch.eye(50)[7] * 1e4, torch.randn(50) * 1e-3])
-    found = fused(*from_logits(rows, rows), None, device, blocks=SMALL, splits=2)
-    assert not found[:2].any()
-    assert found[6].all()
+    result = fused(*from_logits(rows, rows), None, device, blocks=SMALL, splits=2)
+    assert not result[:2].any()
+    assert result[6].all()
 
 
 def test_peaked_rows_keep_their_digits(device):
@@ -228,17 +228,17 @@ def test_peaked_rows_keep_their_digits(device):
     student = torch.stack([peaked(gap) for gap in (15.0, 20.0, 25.0, 30.0)])
     teacher = torch.stack([peaked(gap) for gap in (16.0, 18.0, 25.5, 22.0)])
     sides, tokens = from_logits(student, teacher), torch.full((4,), 9)
-    found, true = fused(*sides, tokens, device, blocks=SMALL, splits=2), truth(*sides, tokens)
-    torch.testing.assert_close(found[:6].double(), true[:6], rtol=1e-4, atol=0)
+    result, true = fused(*sides, tokens, device, blocks=SMALL, splits=2), truth(*sides, tokens)
+    torch.testing.assert_close(result[:6].double(), true[:6], rtol=1e-4, atol=0)
 
 
 def test_huge_one_hot_and_flat_logits(device):
     eye, flat = torch.eye(40), torch.zeros(1, 40)
     huge = torch.cat([1e4 * eye[:3], -1e4 * eye[:2], flat, flat + 1e4, flat - 1e4, 1e4 * torch.randn(2, 40)])
     sides = from_logits(huge.repeat_interleave(10, 0), huge.repeat(10, 1))
-    found, true = fused(*sides, None, device, blocks=kernels.Blocks(128, 16, 32, 4)), truth(*sides, None)
-    assert (found[:2] >= 0).all()
-    assert_scores(found, true, rtol=1e-6, atol=1e-6)
+    result, true = fused(*sides, None, device, blocks=kernels.Blocks(128, 16, 32, 4)), truth(*sides, None)
+    assert (result[:2] >= 0).all()
+    assert_scores(result, true, rtol=1e-6, atol=1e-6)
 
 
 def test_ties_go_to_the_smaller_entry(device):
@@ -247,8 +247,8 @@ def test_ties_go_to_the_smaller_entry(device):
     logits[0, [3, 5]], logits[1, [3, 20]], logits[2, [3, 60]], logits[3, [4, 60]] = 1.0, 1.0, 1.0, 1.0
     only = torch.zeros(4, 64)
     only[:, 3] = 1.0
-    found = fused(*from_logits(logits, only), None, device, blocks=SMALL, splits=2)
-    assert found[6].tolist() == [1, 1, 1, 0]
+    result = fused(*from_logits(logits, only), None, device, blocks=SMALL, splits=2)
+    assert result[6].tolist() == [1, 1, 1, 0]
 
 
 def test_splits_change_nothing_but_rounding_and_one_plan_repeats_itself(device):
@@ -275,9 +275,9 @@ def test_what_the_kernel_serves():
 def test_the_fake_knows_the_shape():
     with torch.device("meta"):
         sides = side(torch.ones(5, 3), torch.ones(7, 3)), side(torch.ones(5, 2), torch.ones(9, 2))
-    found = run_scores(torch.ops.topd.score_tokens, *sides, None, PLAIN)
-    assert found.shape == (9, 5)
-    assert found.dtype == torch.float32
+    result = run_scores(torch.ops.topd.score_tokens, *sides, None, PLAIN)
+    assert result.shape == (9, 5)
+    assert result.dtype == torch.float32
 
 
 @pytest.mark.parametrize("processors", [1, 108, 132])
@@ -288,13 +288,13 @@ def test_the_plan_covers_the_vocabulary_within_the_grid(processors, monkeypatch)
     for n in (1, 2, 16, 100, 129, 1000, 4096, 5000, 10**5, 10**6):
         with torch.device("meta"):
             sides = [kernels.Operands(torch.ones(n, 64), torch.ones(v, 64), None, 1.0, None) for v in (151_936, 152_064)]
-            found, _ = kernels.launches(*sides, None, 1.0)
-        blocks, tail, finish = found
+            order, _ = kernels.launches(*sides, None, 1.0)
+        blocks, tail, finish = order
         assert blocks.grid[0] * blocks.constants["BM"] >= n
         assert (blocks.grid[1] - 1) * blocks.arguments["run"] < 151_936 <= blocks.grid[1] * blocks.arguments["run"]
         assert max(blocks.grid[1], tail.grid[1]) <= 65_535
         assert finish.arguments["splits"] == blocks.grid[1]
-        constants.add(repr([launch.constants for launch in found]))
+        constants.add(repr([launch.constants for launch in order]))
     assert len(constants) == 1
 
 

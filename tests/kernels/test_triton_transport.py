@@ -15,7 +15,8 @@ from topd.ops.transport.spec import WindowSide
 pytest.importorskip("triton")
 from topd_kernels.shared.launch import interpreted
 from topd_kernels.transport import launches as kernels
-from topd_kernels.transport.launches import _transport, launches, transport
+from topd_kernels.transport.kernels import transport as kernel
+from topd_kernels.transport.launches import launches, transport
 
 V, D = 29, 6
 Sides = tuple[WindowSide, WindowSide]
@@ -35,28 +36,28 @@ def random_sides(k_student: int, k_teacher: int, *, m: int = 2, ragged: bool = F
 
 def of_vectors(*sides: list[list[float]], dtype: torch.dtype = torch.float64) -> Sides:
     """One problem between the listed vectors."""
-    found = (WindowSide(torch.tensor(x, dtype=dtype), torch.arange(len(x))[None], torch.tensor([len(x)])) for x in sides)
-    return tuple(found)
+    windows = (WindowSide(torch.tensor(x, dtype=dtype), torch.arange(len(x))[None], torch.tensor([len(x)])) for x in sides)
+    return tuple(windows)
 
 
 def solved(
     sides: Sides, device: torch.device, cost: str = "cosine", epsilon: float = 0.05, *, max_iterations=1000, tolerance=1e-4
 ) -> list[Tensor]:
-    if device.type == "cpu" and not interpreted(_transport):
+    if device.type == "cpu" and not interpreted(kernel):
         pytest.skip("CPU tensors need TRITON_INTERPRET=1")
     tensors = (x.to(device) for side in sides for x in side)
     return [x.cpu() for x in transport(*tensors, cost, epsilon, max_iterations, tolerance)]
 
 
-def assert_equals_the_reference(sides: Sides, device: torch.device, cost: str, epsilon: float, at: float = 1e-6) -> None:
-    """Distances to `at` of the unit that costs have, plans to `at` of a marginal."""
+def assert_equals_the_reference(sides: Sides, device: torch.device, cost: str, epsilon: float, within: float = 1e-6) -> None:
+    """Check distances to `within` of the unit that costs have, plans to `within` of a marginal."""
     wide = [side._replace(table=side.table.double()) for side in sides]
     tight = dict(TIGHT, max_iterations=3000)
     distance, plan, error = solved(sides, device, cost, epsilon, **tight)
     true_distance, true_plan, _ = reference(*wide, cost, epsilon, **tight)
     unit = max(1.0, true_distance.max().item())
-    torch.testing.assert_close(distance.double(), true_distance, rtol=0, atol=at * unit)
-    torch.testing.assert_close(plan.double(), true_plan, rtol=0, atol=at * true_plan.sum(-1).max().item())
+    torch.testing.assert_close(distance.double(), true_distance, rtol=0, atol=within * unit)
+    torch.testing.assert_close(plan.double(), true_plan, rtol=0, atol=within * true_plan.sum(-1).max().item())
     assert (error <= 1e-9 * (1 + 1e-6)).all()
     assert (plan >= 0).all()
     assert plan.sum((1, 2)).tolist() == pytest.approx([1.0] * len(plan), rel=1e-6)
@@ -133,9 +134,9 @@ def test_panels_agree_with_a_tile(device):
     sides = random_sides(40, 50, ragged=True)
     padded = [side._replace(ids=torch.nn.functional.pad(side.ids, (0, 70 - side.ids.shape[1]), value=-1)) for side in sides]
     assert [call(*each)[0][0].name for each in (sides, padded)] == ["transport", "transport_panels"]
-    found, other = solved(sides, device, tolerance=1e-9), solved(tuple(padded), device, tolerance=1e-9)
-    torch.testing.assert_close(other[0], found[0], rtol=0, atol=1e-10)
-    torch.testing.assert_close(other[1][:, :40, :50], found[1], rtol=0, atol=1e-10)
+    result, other = solved(sides, device, tolerance=1e-9), solved(tuple(padded), device, tolerance=1e-9)
+    torch.testing.assert_close(other[0], result[0], rtol=0, atol=1e-10)
+    torch.testing.assert_close(other[1][:, :40, :50], result[1], rtol=0, atol=1e-10)
     assert not other[1][:, 40:].any()
     assert not other[1][:, :, 50:].any()
 
@@ -171,10 +172,10 @@ def test_out_of_iterations_is_where_the_reference_is(device, iterations):
     """Up to the first Newton steps, whose systems are solved less exactly; at the epsilon that was asked for."""
     sides = random_sides(7, 5)
     numbers = {"max_iterations": iterations, "tolerance": 1e-9}
-    found, true = solved(sides, device, epsilon=1e-3, **numbers), reference(*sides, "cosine", 1e-3, **numbers)
-    assert (found[2] > 1e-9).all()
+    result, true = solved(sides, device, epsilon=1e-3, **numbers), reference(*sides, "cosine", 1e-3, **numbers)
+    assert (result[2] > 1e-9).all()
     if iterations <= 2:
-        for one, other in zip(found, true, strict=True):
+        for one, other in zip(result, true, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
@@ -220,9 +221,9 @@ def test_equal_windows_are_no_distance_apart(device, cost):
 @pytest.mark.parametrize("windows", [(7, 6), (70, 65)])
 def test_repeats_bit_for_bit_and_problems_do_not_touch(device, windows):
     sides = random_sides(*windows, m=3, ragged=True, dtype=torch.float32)
-    found, again = solved(sides, device), solved(sides, device)
+    result, again = solved(sides, device), solved(sides, device)
     alone = solved(tuple(WindowSide(x.table, x.ids[1:2], x.lengths[1:2]) for x in sides), device)
-    for one, other, single in zip(found, again, alone, strict=True):
+    for one, other, single in zip(result, again, alone, strict=True):
         assert torch.equal(one, other)
         assert torch.equal(one[1:2], single)
 
@@ -234,8 +235,8 @@ def test_strides(device):
     odd_ids = student.ids.repeat_interleave(2, 1)[:, ::2]
     turned = teacher.table.T.contiguous().T
     plain = solved((student, teacher), device)
-    found = solved((student._replace(table=odd_rows, ids=odd_ids), teacher._replace(table=turned)), device)
-    for one, other in zip(plain, found, strict=True):
+    result = solved((student._replace(table=odd_rows, ids=odd_ids), teacher._replace(table=turned)), device)
+    for one, other in zip(plain, result, strict=True):
         assert torch.equal(one, other)
 
 
@@ -243,12 +244,12 @@ def test_strides(device):
 def test_any_number_of_programs(device, programs, monkeypatch):
     """A program by panels takes one problem after the other, in scratch that the last one has left."""
     sides = random_sides(30, 67, m=5, ragged=True)
-    found = solved(sides, device)
+    result = solved(sides, device)
     monkeypatch.setattr(kernels, "processors", lambda like: programs)
     (launch,), _ = call(*sides)
     assert launch.grid == (min(programs, 5),)
     assert launch.arguments["Scratch"].shape == (min(programs, 5), 2, 128, 128)
-    for one, other in zip(found, solved(sides, device), strict=True):
+    for one, other in zip(result, solved(sides, device), strict=True):
         assert torch.equal(one, other)
 
 
@@ -278,6 +279,6 @@ def test_one_binary_for_any_number_of_problems_and_any_lengths(short, long):
     assert one.constants == other.constants
     assert one.grid == (1,)
     assert other.grid[0] == (16 if one.name == "transport" else min(16, kernels.processors(torch.empty(0))))
-    if not interpreted(_transport):
+    if not interpreted(kernel):
         free = {parameter.name for parameter in one.kernel.params if parameter.do_not_specialize}
         assert free >= {"student_window", "teacher_window", "max_iterations"}

@@ -57,11 +57,11 @@ def random_case(name: str, n: int, m: int, vocab: int, width: int, dtype: torch.
 def test_is_the_loop(name, dtype, sums):
     """Added to what is there, in out's dtype, whatever the source's."""
     case = random_case(name, 6, 5, 7, 20, dtype, sums)
-    found = by_triton(name, *case)
-    assert found.dtype == sums
+    result = by_triton(name, *case)
+    assert result.dtype == sums
     tolerance = 1e-14 if sums == torch.float64 else 5e-7
     expected = OPS[name][1](*case)
-    assert ((found.double() - expected).abs() <= tolerance * (1 + expected.abs().max())).all()
+    assert ((result.double() - expected).abs() <= tolerance * (1 + expected.abs().max())).all()
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (3, 2, 5, 600), (2, 70, 3, 512), (60, 1, 4, 3), (2, 3, 40, 513)], ids=str)
@@ -90,10 +90,10 @@ def test_what_is_not_finite_propagates_to_its_own_row_alone(name):
     out, source, ids, weights = random_case(name, 4, 1, 4, 3, torch.float32, torch.float32)
     ids[:] = torch.tensor([[0], [2], [2], [3]])
     weights[1] = NAN
-    found = by_triton(name, out, source, ids, weights)
+    result = by_triton(name, out, source, ids, weights)
     hit = 1 if name == "gather" else 2
-    assert found.isnan().all(-1).tolist() == [row == hit for row in range(4)]
-    assert found[[row for row in range(4) if row != hit]].isfinite().all()
+    assert result.isnan().all(-1).tolist() == [row == hit for row in range(4)]
+    assert result[[row for row in range(4) if row != hit]].isfinite().all()
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -102,8 +102,8 @@ def test_the_order_of_a_sum_is_that_of_its_entries(name):
     out, source = torch.zeros(2 if name == "gather" else 3, 1), torch.ones(3 if name == "gather" else 2, 1)
     ids = torch.tensor([[0, 0, 0], [1, 1, 1]])
     weights = torch.tensor([[1e8, 1.0, -1e8], [1e8, -1e8, 1.0]])
-    found = by_triton(name, out, source, ids, weights)
-    assert found[:2, 0].tolist() == [0, 1]
+    result = by_triton(name, out, source, ids, weights)
+    assert result[:2, 0].tolist() == [0, 1]
     case = random_case(name, 30, 4, 3, 5, torch.float32, torch.float32)
     assert torch.equal(by_triton(name, *case), by_triton(name, *case))
 

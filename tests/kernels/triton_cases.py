@@ -89,8 +89,8 @@ def divergence_by_triton(
     order, out = divergence_rows.launches(*tiles, *biases, there(tokens), numbers, to, scores, splits=splits)
     launch.run_all(order)
     unchanged = [tiles[1].cpu(), teacher] + ([tiles[0].cpu(), student] if to is not tiles[0] else [])
-    for found, given in zip(unchanged[::2], unchanged[1::2], strict=True):
-        torch.testing.assert_close(found, given, rtol=0, atol=0, equal_nan=True, msg="a tile that is only read")
+    for after, given in zip(unchanged[::2], unchanged[1::2], strict=True):
+        torch.testing.assert_close(after, given, rtol=0, atol=0, equal_nan=True, msg="a tile that is only read")
     return Rows(*(part.cpu() for part in out), None if to is None else to.cpu())
 
 
@@ -146,11 +146,11 @@ def random_logits(rows: int, student_vocab: int, teacher_vocab: int, dtype: torc
     return student.to(dtype), (teacher + 40.0 * (torch.arange(rows) % 4 == 1).unsqueeze(-1)).to(dtype)
 
 
-def assert_as_good(found: Tensor, yardstick: Tensor, truth: Tensor, what: str, rounding: Tensor | float = 0.0) -> None:
+def assert_as_good(result: Tensor, yardstick: Tensor, truth: Tensor, what: str, rounding: Tensor | float = 0.0) -> None:
     """Rows [C] or [C, V]: what is not finite agrees, and each element is as near to the truth as the yardstick's, but for 3e-6
     of its row's largest and `rounding` [C, 1], to which the row's inputs of the last step are known."""
-    assert found.dtype == yardstick.dtype, what
-    rows = [x.double().reshape(x.shape[0], -1) for x in (found, yardstick, truth)]
+    assert result.dtype == yardstick.dtype, what
+    rows = [x.double().reshape(x.shape[0], -1) for x in (result, yardstick, truth)]
     known = rows[2].isfinite()
     torch.testing.assert_close(rows[0][~known], rows[2][~known], rtol=0, atol=0, equal_nan=True, msg=what)
     near, eager, true = (x.masked_fill(~known, 0.0) for x in rows)
@@ -161,40 +161,40 @@ def assert_as_good(found: Tensor, yardstick: Tensor, truth: Tensor, what: str, r
     assert excess <= 1, f"{what}: an element is {excess:.3g} times as wrong as allowed"
 
 
-def assert_divergence(found: Rows, student: Tensor, teacher: Tensor, spec: RowSpec, **rest: Tensor | None) -> None:
+def assert_divergence(result: Rows, student: Tensor, teacher: Tensor, spec: RowSpec, **rest: Tensor | None) -> None:
     """All of a result in its own dtype: float64 to rounding, float32 as good as eager torch's. p_S - p_T from two rounded
     probabilities is known to 2 ulp of the largest."""
     true = divergence_truth(student, teacher, spec, **rest)
     eager = divergence_truth(student, teacher, spec, None, **rest)
-    assert torch.equal(found.finite, true.finite)
+    assert torch.equal(result.finite, true.finite)
     if student.dtype == torch.float64:
         close = torch.testing.assert_close
-        close(found.value, true.value, rtol=1e-11, atol=1e-14, equal_nan=True)
-        if found.grad_logits is not None:
-            close(found.grad_logits, true.grad_logits, rtol=1e-10, atol=1e-14)
-        if found.scores.shape[0]:
-            close(found.scores, true.scores, rtol=1e-11, atol=1e-14, equal_nan=True)
+        close(result.value, true.value, rtol=1e-11, atol=1e-14, equal_nan=True)
+        if result.grad_logits is not None:
+            close(result.grad_logits, true.grad_logits, rtol=1e-10, atol=1e-14)
+        if result.scores.shape[0]:
+            close(result.scores, true.scores, rtol=1e-11, atol=1e-14, equal_nan=True)
         return
     # The total variation is linear where the KLs are quadratic: near equality it is known as the probabilities are.
-    assert_as_good(found.value, eager.value, true.value, "value", 1e-7 if spec.divergence == "total_variation" else 0.0)
+    assert_as_good(result.value, eager.value, true.value, "value", 1e-7 if spec.divergence == "total_variation" else 0.0)
     largest = torch.maximum(*(x.double().softmax(-1).amax(-1, keepdim=True).nan_to_num() for x in (student, teacher)))
     # Its gradient jumps where the sides are equal.
     sure = true.value > 1e-2 if spec.divergence == "total_variation" else torch.ones_like(true.finite)
-    grads = [rows.grad_logits[sure] for rows in (found, eager, true)]
+    grads = [rows.grad_logits[sure] for rows in (result, eager, true)]
     assert_as_good(*grads, "gradient", largest[sure] * 2**-22)
-    for i, name in enumerate(FIELDS if found.scores.shape[0] else ()):
-        assert_as_good(found.scores[i], eager.scores[i], true.scores[i], name)
+    for i, name in enumerate(FIELDS if result.scores.shape[0] else ()):
+        assert_as_good(result.scores[i], eager.scores[i], true.scores[i], name)
 
 
 def assert_logprobs(
-    found: LogprobRows, product: Tensor, ids: Tensor, spec: LogprobSpec = PLAIN, *, bias: Tensor | None = None
+    result: LogprobRows, product: Tensor, ids: Tensor, spec: LogprobSpec = PLAIN, *, bias: Tensor | None = None
 ) -> None:
     """As `assert_divergence`, of what the result holds."""
     true, eager = logprobs_truth(product, ids, spec, bias=bias), logprobs_truth(product, ids, spec, bias=bias, dtype=None)
-    assert torch.equal(found.finite, true.finite)
-    assert torch.equal(found.first, true.first)
+    assert torch.equal(result.finite, true.finite)
+    assert torch.equal(result.first, true.first)
     for name in ("logprobs", "entropy", "outside", "slope", "outside_grad", "entropy_grad"):
-        value, expected, yardstick = (getattr(rows, name) for rows in (found, true, eager))
+        value, expected, yardstick = (getattr(rows, name) for rows in (result, true, eager))
         if value is None or (name == "entropy" and value.shape == (0,)):
             continue
         assert value.shape == expected.shape, name
@@ -220,10 +220,10 @@ def true_dlogits(problem: Problem) -> Tensor:
     return by_topd(unit, "reference", torch.ones(rows, device=DEVICE), trainable=("hidden",)).grads["hidden"]
 
 
-def assert_within(found: Tensor, true: Tensor, allowed: Tensor, what: str) -> None:
-    """allowed, rounding to found's dtype, and float32's own error."""
-    slack = allowed + true.abs() * torch.finfo(found.dtype).eps + FLOAT32 * true.abs().max()
-    excess = ((found.double() - true).abs() / slack).max().item()
+def assert_within(result: Tensor, true: Tensor, allowed: Tensor, what: str) -> None:
+    """Check each element within `allowed`, rounding to the result's dtype, and float32's own error."""
+    slack = allowed + true.abs() * torch.finfo(result.dtype).eps + FLOAT32 * true.abs().max()
+    excess = ((result.double() - true).abs() / slack).max().item()
     assert excess <= 1, f"{what}: an element is {excess:.3g} times as wrong as allowed"
 
 

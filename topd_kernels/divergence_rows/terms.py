@@ -1,42 +1,23 @@
 """The six divergences for Triton: one entry of both distributions, its term of the value, and what its gradient is made of.
-Formulas are those of topd/ops/linear_divergence/eager.py."""
+
+Formulas are those of topd/ops/linear_divergence/eager.py. A forward KL with an entry clip is a kind of its own.
+"""
 
 import triton
 import triton.language as tl
 
-from topd_kernels.shared.row_math import FAR, kl_term, mixture, phi_pair
+from topd_kernels.shared.records import numbered
+from topd_kernels.shared.row_math import FAR, NEAR_OFFSETS, kl_term, mixture, phi_pair
 
-FORWARD_KL = tl.constexpr(0)
-CLIPPED_KL = tl.constexpr(1)
-REVERSE_KL = tl.constexpr(2)
-JSD = tl.constexpr(3)
-SKEW_KL = tl.constexpr(4)
-SKEW_REVERSE_KL = tl.constexpr(5)
-TOTAL_VARIATION = tl.constexpr(6)
-
-
-def kind_of(divergence: str, parameter: float) -> int:
-    """The kernels' number of a divergence; a forward KL with an entry clip is a kind of its own."""
-    if divergence == "forward_kl":
-        return CLIPPED_KL.value if parameter != float("inf") else FORWARD_KL.value
-    kinds = {
-        "reverse_kl": REVERSE_KL,
-        "jsd": JSD,
-        "skew_kl": SKEW_KL,
-        "skew_reverse_kl": SKEW_REVERSE_KL,
-        "total_variation": TOTAL_VARIATION,
-    }
-    if divergence not in kinds:
-        raise ValueError(f"unknown divergence {divergence!r}")
-    return int(kinds[divergence].value)
+FORWARD_KL, CLIPPED_KL, REVERSE_KL, JSD, SKEW_KL, SKEW_REVERSE_KL, TOTAL_VARIATION = numbered(7)
 
 
 @triton.jit
 def log_ratio(ys, yt, student_top, teacher_top, rest_gap):
-    """d = log p_T - log p_S; 0 where both are 0. Subtracts the logits themselves where their offsets are near, since the
+    """Return d = log p_T - log p_S; 0 where both are 0. Subtracts the logits themselves where their offsets are near, since the
     difference of near-equal numbers is exact, and the shifted ones where the offsets are far apart."""
     shift = teacher_top - student_top
-    near = tl.abs(shift) <= 4
+    near = tl.abs(shift) <= NEAR_OFFSETS
     d = (yt - tl.where(near, 0.0, teacher_top)) - (ys - tl.where(near, 0.0, student_top))
     d = d - tl.where(near, shift, 0.0) - rest_gap
     no_student = ys == float("-inf")
@@ -47,12 +28,13 @@ def log_ratio(ys, yt, student_top, teacher_top, rest_gap):
 
 @triton.jit
 def student_minus_teacher(p_teacher, p_student, d, near, phi_plus):
+    """Return p_S - p_T, with its digits where the two are near."""
     return tl.where(near, p_teacher * (phi_plus - d), p_student - p_teacher)
 
 
 @triton.jit
 def mixture_term(p_teacher, p_student, d, near, parameter, complement, KIND: tl.constexpr):
-    """Value and A of the divergences against a mixture. The JSD's parts q - p cancel, so where |d| > 1 only p d remain."""
+    """Return value and A of a divergence against a mixture. The JSD's parts q - p cancel, so where |d| > 1 only p d remain."""
     if KIND == SKEW_REVERSE_KL:
         m, _, student_d, _, student_excess = mixture(p_teacher, p_student, d, near, complement, parameter)
         phi_d, _ = phi_pair(student_d)
@@ -70,8 +52,8 @@ def mixture_term(p_teacher, p_student, d, near, parameter, complement, KIND: tl.
 
 @triton.jit
 def term_of(p_teacher, p_student, d, parameter, complement, KIND: tl.constexpr):
-    """A term of the value, A, and a term of E. The gradient is A - p_S E for the two forward KLs, p_S (A - E) for the others,
-    whose E is the sum of p_S A. complement = 1 - parameter, taken in double."""
+    """Return a term of the value, A, and a term of E. The gradient is A - p_S E for the two forward KLs, p_S (A - E) for the
+    others, whose E is the sum of p_S A. complement = 1 - parameter, taken in double."""
     near = tl.abs(d) <= 1
     centre = d * 0
     if KIND == JSD or KIND == SKEW_KL or KIND == SKEW_REVERSE_KL:

@@ -1,1 +1,1 @@
-"""topd::logprob_rows for Triton."""
+"""topd::logprob_rows for Triton: kernels.py, what they leave each other (records.py), and the launches of a chunk."""

@@ -17,14 +17,18 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from topd_kernels.shared.row_math import expm1, kl_term, log1p, phi_pair
-
-FLOOR = tl.constexpr(-1e30)
-# Offsets of both sides nearer than this are left in: the difference of near-equal logits is exact, that of shifted ones is not.
-NEAR_OFFSETS = tl.constexpr(4.0)
-# A log-ratio beyond this is that of an entry which one side forbids.
-FORBIDDEN = tl.constexpr(1e29)
-GROUP_FLOATS = tl.constexpr(11)
+from topd_kernels.score_tokens.records import (
+    SIDE_ENTROPY,
+    SIDE_MODE,
+    SIDE_REST,
+    SIDE_TOP,
+    STATE_FORWARD,
+    STATE_RATIO,
+    STATE_REVERSE,
+    STATE_STUDENT,
+    STATE_TEACHER,
+)
+from topd_kernels.shared.row_math import FLOOR, FORBIDDEN, NEAR_OFFSETS, NO_ENTRY, expm1, kl_term, log1p, phi_pair
 
 
 class Side(NamedTuple):
@@ -46,6 +50,7 @@ class Group(NamedTuple):
 
 @triton.jit
 def empty_side(rows: tl.constexpr):
+    """Return a side without entries."""
     none = tl.full((rows,), FLOOR, tl.float32)
     zero = tl.zeros((rows,), tl.float32)
     return Side(none, zero, tl.zeros((rows,), tl.int32), zero)
@@ -53,15 +58,16 @@ def empty_side(rows: tl.constexpr):
 
 @triton.jit
 def empty_group(rows: tl.constexpr):
+    """Return a group without entries, which merging leaves out."""
     zero = tl.zeros((rows,), tl.float32)
     return Group(empty_side(rows), empty_side(rows), zero, zero, zero)
 
 
 @triton.jit
 def side_of(y, entry):
-    """Logits [BM, BN] of the entries [BN], ascending, FLOOR where there is none: one side's part of their group."""
+    """Return one side's part of a group, from its logits [BM, BN] of the entries [BN], ascending; FLOOR where there is none."""
     top = tl.max(y, 1)
-    mode = tl.min(tl.where(y == top[:, None], entry[None, :], 2147483647), 1)
+    mode = tl.min(tl.where(y == top[:, None], entry[None, :], NO_ENTRY), 1)
     shifted = y - top[:, None]
     e = tl.exp(shifted)
     rest = tl.sum(tl.where(entry[None, :] == mode[:, None], 0.0, e), 1)
@@ -70,14 +76,15 @@ def side_of(y, entry):
 
 @triton.jit
 def log_mass_ratio(rest, over_rest):
-    """log((1 + rest) / (1 + over_rest)), with the digits of a small one."""
+    """Return log((1 + rest) / (1 + over_rest)), with the digits of a small one."""
     x = (rest - over_rest) / (1 + over_rest)
     return tl.where(tl.abs(x) <= 0.5, log1p(x), log1p(rest) - log1p(over_rest))
 
 
 @triton.jit
 def group_of(s, t, student, teacher):
-    """Logits [BM, BN] and what `side_of` made of them, as a group. The probabilities are formed anew: registers are scarcer."""
+    """Return a group, from both sides' logits [BM, BN] and what `side_of` returned. The probabilities are formed anew:
+    registers are scarcer."""
     shift = teacher.top - student.top
     near = tl.abs(shift) <= NEAR_OFFSETS
     rests = log_mass_ratio(teacher.rest, student.rest)
@@ -97,7 +104,8 @@ def group_of(s, t, student, teacher):
 
 @triton.jit
 def _shares(delta):
-    """Of groups A and B with log(mass_B / mass_A) = delta: their shares of the union, and the shares' negative logarithms."""
+    """Return the shares of groups A and B in their union, where log(mass_B / mass_A) = delta, and the shares' negative
+    logarithms."""
     e = tl.exp(-tl.abs(delta))
     soft = log1p(e)
     smaller = e / (1 + e)
@@ -113,13 +121,13 @@ def _shares(delta):
 
 @triton.jit
 def log_mass_step(top, rest, other_top, other_rest):
-    """log(the other's mass / this mass)."""
+    """Return log(the other's mass / this mass)."""
     return (other_top - top) + (log1p(other_rest) - log1p(rest))
 
 
 @triton.jit
 def merge_masses(top, rest, other_top, other_rest):
-    """The union's top and rest, and whether the other's top is larger."""
+    """Return the union's top and rest, and whether the other's top is larger."""
     higher = other_top > top
     upper = tl.where(higher, other_top, top)
     gap = tl.exp(tl.where(higher, top, other_top) - upper)
@@ -128,6 +136,7 @@ def merge_masses(top, rest, other_top, other_rest):
 
 @triton.jit
 def _merge_sides(a, b, share_a, share_b, cost_a, cost_b):
+    """Merge one side of two groups: cost is the negative logarithm of a share."""
     top, rest, higher = merge_masses(a.top, a.rest, b.top, b.rest)
     entropy = share_a * a.entropy + share_b * b.entropy + (share_a * cost_a + share_b * cost_b)
     return Side(top, rest, tl.where(higher, b.mode, a.mode), entropy)
@@ -135,13 +144,13 @@ def _merge_sides(a, b, share_a, share_b, cost_a, cost_b):
 
 @triton.jit
 def _weighted(share, value):
-    """share * value; an infinite value's share is not 0, though it may have underflowed."""
+    """Return share * value; an infinite value's share is not 0, though it may have underflowed."""
     return tl.where(value == float("inf"), value, share * value)
 
 
 @triton.jit
 def merge(a, b):
-    """Two groups to one; b's entries lie above a's."""
+    """Merge two groups; b's entries lie above a's."""
     s_step = log_mass_step(a.student.top, a.student.rest, b.student.top, b.student.rest)
     t_step = log_mass_step(a.teacher.top, a.teacher.rest, b.teacher.top, b.teacher.rest)
     q_a, q_b, s_cost_a, s_cost_b = _shares(s_step)
@@ -174,32 +183,38 @@ def merge(a, b):
 
 
 @triton.jit
-def store_group(At, group, rows, inside):
-    """Into At + i rows, i < GROUP_FLOATS."""
-    s = group.student
-    t = group.teacher
-    values = (
-        s.top, s.rest, s.mode.to(tl.float32, bitcast=True), s.entropy,
-        t.top, t.rest, t.mode.to(tl.float32, bitcast=True), t.entropy,
-        group.ratio, group.forward, group.reverse,
-    )  # fmt: skip
-    for i in tl.static_range(GROUP_FLOATS):
-        tl.store(At + i * rows, values[i], mask=inside)
+def _store_side(State, SIDE: tl.constexpr, side, rows, inside):
+    """Write a side's fields, which begin at SIDE."""
+    tl.store(State + (SIDE + SIDE_TOP) * rows, side.top, mask=inside)
+    tl.store(State + (SIDE + SIDE_REST) * rows, side.rest, mask=inside)
+    tl.store(State + (SIDE + SIDE_MODE) * rows, side.mode.to(tl.float32, bitcast=True), mask=inside)
+    tl.store(State + (SIDE + SIDE_ENTROPY) * rows, side.entropy, mask=inside)
 
 
 @triton.jit
-def _load_side(At, rows, inside):
-    top = tl.load(At, mask=inside, other=FLOOR)
-    rest = tl.load(At + rows, mask=inside, other=0.0)
-    mode = tl.load(At + 2 * rows, mask=inside, other=0.0).to(tl.int32, bitcast=True)
-    return Side(top, rest, mode, tl.load(At + 3 * rows, mask=inside, other=0.0))
+def store_group(State, group, rows, inside):
+    """Write a group into the record of its rows; State points at the rows."""
+    _store_side(State, STATE_STUDENT, group.student, rows, inside)
+    _store_side(State, STATE_TEACHER, group.teacher, rows, inside)
+    tl.store(State + STATE_RATIO * rows, group.ratio, mask=inside)
+    tl.store(State + STATE_FORWARD * rows, group.forward, mask=inside)
+    tl.store(State + STATE_REVERSE * rows, group.reverse, mask=inside)
 
 
 @triton.jit
-def load_group(At, rows, inside):
-    """As `store_group` left it; an empty one outside."""
-    student = _load_side(At, rows, inside)
-    teacher = _load_side(At + 4 * rows, rows, inside)
-    ratio = tl.load(At + 8 * rows, mask=inside, other=0.0)
-    forward = tl.load(At + 9 * rows, mask=inside, other=0.0)
-    return Group(student, teacher, ratio, forward, tl.load(At + 10 * rows, mask=inside, other=0.0))
+def _load_side(State, SIDE: tl.constexpr, rows, inside):
+    """Return a side whose fields begin at SIDE."""
+    top = tl.load(State + (SIDE + SIDE_TOP) * rows, mask=inside, other=FLOOR)
+    rest = tl.load(State + (SIDE + SIDE_REST) * rows, mask=inside, other=0.0)
+    mode = tl.load(State + (SIDE + SIDE_MODE) * rows, mask=inside, other=0.0).to(tl.int32, bitcast=True)
+    return Side(top, rest, mode, tl.load(State + (SIDE + SIDE_ENTROPY) * rows, mask=inside, other=0.0))
+
+
+@triton.jit
+def load_group(State, rows, inside):
+    """Return the group that `store_group` wrote; an empty one outside."""
+    student = _load_side(State, STATE_STUDENT, rows, inside)
+    teacher = _load_side(State, STATE_TEACHER, rows, inside)
+    ratio = tl.load(State + STATE_RATIO * rows, mask=inside, other=0.0)
+    forward = tl.load(State + STATE_FORWARD * rows, mask=inside, other=0.0)
+    return Group(student, teacher, ratio, forward, tl.load(State + STATE_REVERSE * rows, mask=inside, other=0.0))

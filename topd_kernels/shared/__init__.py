@@ -1,1 +1,1 @@
-"""What several kernels share."""
+"""What the kernels of several ops share."""

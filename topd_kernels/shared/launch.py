@@ -1,51 +1,74 @@
 """A kernel with everything that one launch of it needs, held apart from running it: the same description is run on a device,
-compiled for a target that is not here, and looked at by the static account.
+compiled for a target that is not here (`python -m tools.aot`), watched in the interpreter (`tools/watched.py`) and counted by
+the static account (`python -m tools.account`).
 
-Launchers return a list of these; what they choose among (block sizes, constants) is therefore what `python -m tools.aot`
-compiles.
+Launchers return a list of these; what is checked is therefore what runs.
 """
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 MAX_GRID_YZ = 65_535
+PROGRAMS_PER_PROCESSOR = 4
 
 
-class Launch(NamedTuple):
-    """`arguments` are the kernel's runtime arguments by name, `constants` its constexprs. `registers`: how many a thread may
-    have on NVIDIA; ptxas, left alone, may rather spill some, so that two blocks fit onto a multiprocessor."""
+@dataclass
+class Launch:
+    """One launch of a kernel.
+
+    Attributes:
+        kernel: the @triton.jit function.
+        grid: its programs, in one to three dimensions.
+        arguments: its runtime arguments, by the names of its parameters.
+        constants: its constexprs, by the names of its parameters.
+        num_warps: warps of a program.
+        registers: how many a thread may have on NVIDIA; ptxas, left alone, may rather spill some, so that two blocks fit onto a
+            multiprocessor.
+        read_bytes, written_bytes: what its loads and stores touch, from cache or memory. Where that depends on the data: as if
+            every token and id were in the vocabulary, no id came twice, no weight were 0 and every window full.
+        flop: floating-point operations of its matrix products; 0 where it has none.
+
+    Raises:
+        TypeError: a parameter is missing or set twice, or a name is none of the kernel's parameters.
+    """
 
     kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any]
     constants: dict[str, Any]
-    num_warps: int = 4
+    num_warps: int
     registers: int | None = None
+    read_bytes: int = 0
+    written_bytes: int = 0
+    flop: int = 0
 
-    @classmethod
-    def of(
-        cls,
-        kernel: Any,
-        grid: tuple[int, ...],
-        arguments: dict[str, Any],
-        constants: dict[str, Any],
-        num_warps: int,
-        registers: int | None = None,
-    ) -> "Launch":
-        """With those arguments and constants that the kernel knows."""
-        known = ({name: each[name] for name in kernel.arg_names if name in each} for each in (arguments, constants))
-        return cls(kernel, grid, *known, num_warps, registers)
+    def __post_init__(self) -> None:
+        names, arguments, constants = self.kernel.arg_names, self.arguments.keys(), self.constants.keys()
+        if len(arguments) + len(constants) == len(names) and not set(names).difference(arguments, constants):
+            return
+        if unknown := sorted((arguments | constants).difference(names)):
+            raise TypeError(f"{self.name} has no parameter {', '.join(unknown)}; it has {', '.join(names)}")
+        if missing := sorted(set(names).difference(arguments, constants)):
+            raise TypeError(f"a launch of {self.name} must set {', '.join(missing)}")
+        raise TypeError(f"a launch of {self.name} sets {', '.join(sorted(arguments & constants))} twice")
 
     @property
     def name(self) -> str:
-        return str(self.kernel.__name__).strip("_")
+        """Return the kernel's name."""
+        return str(self.kernel.__name__)
+
+    @property
+    def moved_bytes(self) -> int:
+        """Return the bytes that are read and written."""
+        return self.read_bytes + self.written_bytes
 
     @property
     def options(self) -> dict[str, Any]:
+        """Return what Triton is told beside the kernel's parameters."""
         options = {"num_warps": self.num_warps, "enable_fp_fusion": True}
         return options if self.registers is None or torch.version.hip else {**options, "maxnreg": self.registers}
 
@@ -58,21 +81,44 @@ class Launch(NamedTuple):
 
 
 def run_all(launches: list[Launch]) -> None:
+    """Run launches in order."""
     for launch in launches:
         launch.run()
 
 
 def interpreted(kernel: Any) -> bool:
-    """Whether TRITON_INTERPRET was set when this kernel was defined."""
+    """Tell whether TRITON_INTERPRET was set when this kernel was defined."""
     return isinstance(kernel, InterpretedFunction)
 
 
 def processors(like: Tensor) -> int:
-    """Multiprocessors of the device of `like`; 1 on a CPU, where programs run one after another."""
+    """Return the multiprocessors of the device of `like`; 1 on a CPU, where programs run one after another."""
     return torch.cuda.get_device_properties(like.device).multi_processor_count if like.device.type == "cuda" else 1
 
 
-def splits_of(rows: int, blocks: int, multiprocessors: int) -> int:
-    """Programs that share a row's vocabulary: enough for four programs a multiprocessor, each with four blocks at least."""
-    wanted = triton.cdiv(4 * multiprocessors, max(1, rows))
-    return max(1, min(wanted, blocks // 4, 64))
+def cdiv(count: int, size: int) -> int:
+    """Return how many blocks of `size` hold `count`."""
+    return -(-count // size)
+
+
+def splits_of(wanted: int, blocks: int, most: int = 64) -> int:
+    """Return how many programs ("splits") share a row's vocabulary of so many blocks: as many as wanted, but each with four
+    blocks at least."""
+    return max(1, min(wanted, blocks // 4, most))
+
+
+def splits_of_rows(rows: int, blocks: int, multiprocessors: int) -> int:
+    """Return the splits of a kernel whose programs take a row each: enough of them to fill the device."""
+    return splits_of(cdiv(PROGRAMS_PER_PROCESSOR * multiprocessors, max(1, rows)), blocks)
+
+
+def logit_numbers(scale: float, softcap: float | None, temperature: float) -> tuple[float, float]:
+    """Return `inner` and `outer` of row_math.logits_of; outer is 0 where there is no softcap."""
+    if softcap is None:
+        return scale / temperature, 0.0
+    return scale / softcap, softcap / temperature
+
+
+def bytes_of(*tensors: Tensor) -> int:
+    """Return the bytes of tensors, each entry once."""
+    return sum(tensor.numel() * tensor.itemsize for tensor in tensors)

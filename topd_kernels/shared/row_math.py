@@ -1,24 +1,42 @@
-"""The elementwise math of topd/ops/shared/row_math.py for Triton; names and formulas are that file's. Functions take float32 or
-float64 blocks or scalars, and stay in that dtype."""
+"""The elementwise math of topd/ops/shared/row_math.py for Triton, as csrc's row_math.h has it in C++; names and formulas are
+those files'. Functions take float32 or float64 blocks or scalars, and stay in that dtype."""
 
 import triton
 import triton.language as tl
 
 # d is held in [-FAR, FAR]: an entry without probability on one side then contributes what it should with no case of its own.
 FAR = tl.constexpr(1e30)
+# The logit of probability 0 where differences of logits must stay finite: its exp is 0 beside any other.
+FLOOR = tl.constexpr(-FAR.value)
+# A log-ratio beyond this is that of an entry which one side forbids.
+FORBIDDEN = tl.constexpr(1e29)
+# Where both sides' logits are shifted by no further than this, their difference is taken as it is: that of near-equal numbers
+# is exact, that of shifted ones is not.
+NEAR_OFFSETS = tl.constexpr(4.0)
 # What stands in a tile for an entry that was taken out of its row: the lowest finite float32, which no product takes.
 LEFT_OUT = tl.constexpr(-3.4028234663852886e38)
+# Above every entry's number.
+NO_ENTRY = tl.constexpr(2147483647)
+
+# phi in float32, fitted to 5e-9 for |d| <= 1: phi(d) = q (even - d odd), q = d d, where
+# even = 1/2 + PHI_EVEN_1 q + PHI_EVEN_2 q q + ... and odd = 1/6 + PHI_ODD_1 q + ...
+PHI_EVEN_1 = tl.constexpr(4.1666734964e-02)
+PHI_EVEN_2 = tl.constexpr(1.3885394437e-03)
+PHI_EVEN_3 = tl.constexpr(2.5358644052e-05)
+PHI_ODD_1 = tl.constexpr(8.3333393559e-03)
+PHI_ODD_2 = tl.constexpr(1.9838100707e-04)
+PHI_ODD_3 = tl.constexpr(2.8062904676e-06)
 
 
 @triton.jit
 def number(value, dtype: tl.constexpr):
-    """A runtime float64 in dtype. Under the interpreter it is a Python float, which `tl.cast` would round to float32."""
+    """Return a runtime float64 in dtype. Under the interpreter it is a Python float, which `tl.cast` would round to float32."""
     return (tl.full([], 0, dtype) + value).to(dtype)
 
 
 @triton.jit
 def held(x, dtype: tl.constexpr):
-    """x in dtype, float16 within its range."""
+    """Return x in dtype, float16 held within its range."""
     if dtype == tl.float16:
         x = tl.minimum(tl.maximum(x, -65504.0), 65504.0)
     return x.to(dtype)
@@ -26,7 +44,7 @@ def held(x, dtype: tl.constexpr):
 
 @triton.jit
 def log1p(x):
-    """x >= -0.5, with the digits of a small x: 2 atanh(x / (2 + x)) as a series where |x| <= 0.5."""
+    """Return log(1 + x) for x >= -0.5, with the digits of a small x: 2 atanh(x / (2 + x)) as a series where |x| <= 0.5."""
     s = x / (2 + x)
     q = s * s
     series = q * 0 + 1 / 17
@@ -54,7 +72,7 @@ def log1p(x):
 
 @triton.jit
 def phi_pair(d):
-    """phi(d) = exp(-d) + d - 1 and phi(-d) for |d| <= 1, from the two halves of one series; float32: fitted to 5e-9."""
+    """Return phi(d) = exp(-d) + d - 1 and phi(-d) for |d| <= 1, from the two halves of one series."""
     q = d * d
     if d.dtype == tl.float64:
         even = q * 0 + 1 / 6402373705728000
@@ -72,10 +90,10 @@ def phi_pair(d):
         odd = odd * q + 1 / 362880
         odd = odd * q + 1 / 5040
     else:
-        even = q * 2.5358644052e-05 + 1.3885394437e-03
-        odd = q * 2.8062904676e-06 + 1.9838100707e-04
-    even = even * q + (1 / 24 if d.dtype == tl.float64 else 4.1666734964e-02)
-    odd = odd * q + (1 / 120 if d.dtype == tl.float64 else 8.3333393559e-03)
+        even = q * PHI_EVEN_3 + PHI_EVEN_2
+        odd = q * PHI_ODD_3 + PHI_ODD_2
+    even = even * q + (1 / 24 if d.dtype == tl.float64 else PHI_EVEN_1)
+    odd = odd * q + (1 / 120 if d.dtype == tl.float64 else PHI_ODD_1)
     even = even * q + 0.5
     odd = odd * q + 1 / 6
     return q * (even - d * odd), q * (even + d * odd)
@@ -83,14 +101,14 @@ def phi_pair(d):
 
 @triton.jit
 def expm1(x):
-    """From phi where |x| <= 1."""
+    """Return exp(x) - 1, from phi where |x| <= 1."""
     _, minus = phi_pair(x)
     return tl.where(tl.abs(x) <= 1, minus + x, tl.exp(x) - 1)
 
 
 @triton.jit
 def tanh(x):
-    """Below 1/2 from expm1(2 |x|), whose digits survive; beyond from exp(-2 |x|), which cannot overflow."""
+    """Return tanh(x): below 1/2 from expm1(2 |x|), whose digits survive; beyond from exp(-2 |x|), which cannot overflow."""
     size = tl.abs(x)
     small = expm1(2 * tl.minimum(size, 0.5))
     e = tl.exp(-2 * size)
@@ -100,14 +118,14 @@ def tanh(x):
 
 @triton.jit
 def kl_term(p, q, d, near, phi_d):
-    """A non-negative term of KL(p || q), d = log p - log q: p phi(d) where |d| <= 1 (`near`), q - p + p d elsewhere."""
+    """Return a non-negative term of KL(p || q), d = log p - log q: p phi(d) where |d| <= 1 (`near`), q - p + p d elsewhere."""
     return tl.where(near, p * phi_d, q - p + p * d)
 
 
 @triton.jit
 def mixture(p_teacher, p_student, d, near, beta, rest):
-    """m = (1 - beta) p_S + beta p_T, rest = 1 - beta: m, log-ratios to it and relative excesses over it, accurate near
-    p_S = p_T."""
+    """Return m = (1 - beta) p_S + beta p_T, where rest = 1 - beta; the sides' log-ratios to it and relative excesses over it,
+    teacher first, accurate near p_S = p_T."""
     size = tl.abs(d)
     teacher_smaller = d <= 0
     less = tl.where(teacher_smaller, beta, rest)
@@ -132,13 +150,13 @@ def mixture(p_teacher, p_student, d, near, beta, rest):
 
 
 @triton.jit
-def logits_of(product, Bias, at, mask, has_bias, inner, outer, capped, GENERAL: tl.constexpr):
-    """Logits / temperature of products; -inf where masked or left out. inner = scale / temperature, or scale / softcap with
-    outer = softcap / temperature where capped. GENERAL: a bias or a softcap is there."""
+def logits_of(product, Bias, entries, mask, biased, inner, outer, capped, GENERAL: tl.constexpr):
+    """Return the logits / temperature of products; -inf where masked or left out. inner = scale / temperature, or scale /
+    softcap with outer = softcap / temperature where capped. GENERAL: a bias or a softcap is there."""
     y = product
     if GENERAL:
-        if has_bias:
-            y += tl.load(Bias + at, mask=mask, other=0.0)
+        if biased:
+            y += tl.load(Bias + entries, mask=mask, other=0.0)
         y *= inner
         if capped:
             y = outer * tanh(y)
@@ -149,7 +167,7 @@ def logits_of(product, Bias, at, mask, has_bias, inner, outer, capped, GENERAL: 
 
 @triton.jit
 def slope_of(logits, steep, unit, capped, GENERAL: tl.constexpr):
-    """d logits / d product; steep = scale / temperature, unit = temperature / softcap."""
+    """Return d logits / d product; steep = scale / temperature, unit = temperature / softcap."""
     slope = tl.zeros_like(logits) + steep
     if GENERAL:
         if capped:
@@ -159,19 +177,21 @@ def slope_of(logits, steep, unit, capped, GENERAL: tl.constexpr):
 
 
 @triton.jit
-def lane_update(y, at, top, index, rest):
-    """One more entry a lane: its largest so far, where that is, and the sum of exp(y - top) over the others."""
+def lane_update(y, entries, top, index, rest):
+    """Take one more entry a lane: return its largest so far, where that is, the sum of exp(y - top) over the others, whether
+    the new one is the largest, and exp(-|y - top|)."""
     above = y > top
     e = tl.where(y == float("-inf"), 0.0, tl.exp(-tl.abs(y - top)))
     rest = tl.where(above, (rest + 1) * e, rest + e)
-    return tl.where(above, y, top), tl.where(above, at, index), rest, above, e
+    return tl.where(above, y, top), tl.where(above, entries, index), rest, above, e
 
 
 @triton.jit
 def over_lanes(top, index, rest):
-    """Lanes to one: the largest entry (the first of equals), its index, the sum over the others; and each lane's factor."""
+    """Merge the lanes: return the largest entry (the first of equals), its index, the sum over the others, which lane it is in,
+    and each lane's factor."""
     best = tl.max(top, 0)
-    first = tl.min(tl.where(top == best, index, 2147483647), 0)
+    first = tl.min(tl.where(top == best, index, NO_ENTRY), 0)
     is_mode = (top == best) & (index == first)
     factor = tl.where(top == float("-inf"), 0.0, tl.exp(top - best))
     return best, first, tl.sum(tl.where(is_mode, rest, factor * (1 + rest)), 0), is_mode, factor
@@ -179,7 +199,7 @@ def over_lanes(top, index, rest):
 
 @triton.jit
 def merge(top, rest, other_top, other_rest):
-    """Two parts of a row to one: top, rest, whether the other's is larger, and exp(lower - upper)."""
+    """Merge two parts of a row: return top, rest, whether the other's is larger, and exp(lower - upper)."""
     higher = other_top > top
     upper = tl.where(higher, other_top, top)
     lower = tl.where(higher, top, other_top)

@@ -1,227 +1,49 @@
 """topd::transport in Triton: m optimal-transport problems, one program a problem, one launch.
 
-The definition of the math, and the names, are those of topd/ops/transport/eager.py. What differs:
-
-- the Newton system H v = a - r, H = diag(r) - P diag(1/b) Pᵀ, is solved by conjugate gradients with H's diagonal as
-  preconditioner, so that the plan is all that a product with H needs. H is singular along the ones, to which a - r is
-  orthogonal; the ridge can then be 1e-10 of a marginal, and a tolerance of 1e-9 takes tens of iterations rather than
-  hundreds. A system is solved to the error of its plan, at most 0.1: one to ten steps at usual tolerances;
-- the iteration is a loop of single passes, each an evaluation of the plan at f + size * step and what follows from it, so that
-  the binary holds two copies of the evaluation (the other is the final one) and no plan lives from one pass to the next.
-
-Windows up to 64: costs and plan in registers (transport_tile). Up to 128: in scratch, 256 KiB a program, through registers by
-panels of columns (transport_panels); a program takes one problem after the other, so that the scratch of all that run at a
-time, 33 MiB on 132 multiprocessors, stays in an L2 of that size.
-
-Precision: vectors, plans, sums, potentials and costs in float64. Products of table entries in the tables' float (16-bit:
-float32), their sums in float64, in pieces of PIECE entries.
-
-Read per problem: its ids, two lengths, and (K_S + K_T) rows of the tables, twice for the cosine; by panels the student's rows
-once a panel. Written: K_S K_T entries of the plan, a distance, an error.
+Windows up to 64: costs and plan in registers (tile.py). Up to 128: in scratch, 256 KiB a program, through registers by panels
+of columns (panels.py); a program takes one problem after the other, so that the scratch of all that run at a time, 33 MiB on
+132 multiprocessors, stays in an L2 of that size.
 """
 
+from typing import Any, NamedTuple
+
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from topd_kernels.shared.launch import Launch, processors, run_all
-from topd_kernels.shared.row_math import number
-from topd_kernels.transport.costs import COSTS, SQEUCLIDEAN, costs, inverse_norms, side
-from topd_kernels.transport.panels import coupled_panels, curvatures_panels, evaluate_panels, store_costs, store_rounded
-from topd_kernels.transport.tile import coupled, curvatures, evaluate, rounded
+from topd_kernels.shared.launch import Launch, bytes_of, cdiv, processors, run_all
+from topd_kernels.transport.costs import COSTS
+from topd_kernels.transport.kernels import transport as transport_tile
+from topd_kernels.transport.kernels import transport_panels
+
+__all__ = ["COSTS", "Outputs", "launches", "transport"]
 
 MAX_WINDOW = 128
 LARGEST_TILE = 64  # rows and columns of costs that registers hold in float64
 PANEL = 16  # columns of 128 rows that leave a thread some 40 of its registers
-STAGE_FACTOR, STAGE_TOLERANCE, STAGE_SINKHORN = tl.constexpr(4.0), tl.constexpr(0.1), tl.constexpr(2)
-RIDGE = tl.constexpr(1e-10)  # of a marginal, on the Hessian
-ARMIJO, MAX_HALVINGS = tl.constexpr(1e-4), tl.constexpr(20)
-# What the pass evaluates: a plain step, a step of Newton's, the same f at a lower stage, f again after a search in vain.
-PLAIN, SEARCH, LOWERED, GAVE_UP = (tl.constexpr(i) for i in range(4))
-# What conjugate gradients solve a Newton system to: the plan's error, within these.
-COARSEST, FINEST = tl.constexpr(0.1), tl.constexpr(1e-6)
-
-
-@triton.jit
-def _newton_step(
-    plan, rows, is_row, a, b_inverse, unit_a, error, columns, ROWS: tl.constexpr, PANEL: tl.constexpr
-):  # fmt: skip
-    """H^-1 (a - rows) by conjugate gradients; what is reached so far where the steps run out or H does not curve upwards."""
-    ridge = RIDGE * unit_a
-    if PANEL == 0:
-        diagonal = curvatures(plan, b_inverse) + ridge
-    else:
-        diagonal = curvatures_panels(plan, rows, b_inverse, columns, ROWS, PANEL) + ridge
-    scale = tl.where(is_row, 1 / diagonal, 0.0)
-    residual = a - rows
-    found = residual * 0
-    direction = scale * residual
-    size = tl.sum(residual * direction, 0)
-    reduction = tl.minimum(tl.maximum(error, FINEST), COARSEST)
-    goal = size * reduction * reduction
-    left = 2 * ROWS
-    while (left > 0) & (size > goal):
-        if PANEL == 0:
-            product = (rows + ridge) * direction - coupled(plan, direction, b_inverse)
-        else:
-            product = (rows + ridge) * direction - coupled_panels(plan, direction, b_inverse, columns, ROWS, PANEL)
-        curvature = tl.sum(direction * product, 0)
-        left -= 1
-        if curvature > 0:
-            length = size / curvature
-            found += length * direction
-            residual -= length * product
-            next_size = tl.sum(scale * residual * residual, 0)
-            direction = scale * residual + next_size / size * direction
-            size = next_size
-        else:
-            left = 0
-    return found
-
-
-@triton.jit
-def _solve(
-    cost, Plan, is_row, a, b, unit_a, unit_b, columns, spread, epsilon, max_iterations, tolerance,
-    ROWS: tl.constexpr, PANEL: tl.constexpr,
-):  # fmt: skip
-    """The student's potential. A pass evaluates f + size * step and takes it; a step of Newton's that it does not take is
-    halved, or given up for a plain one. By panels (PANEL > 0) `cost` and `Plan` are scratch; else the cost is a tile."""
-    b_inverse = tl.where(b > 0, 1 / unit_b, 0.0)
-    f, step = a * 0, a * 0
-    size, slope, before = unit_a * 0, unit_a * 0, unit_a * 0
-    stage = tl.maximum(epsilon, spread)
-    iterations, tried, halvings, phase = 0, 0, 0, PLAIN
-    running = True
-    while running:
-        x = f + size * step
-        if PANEL == 0:
-            plan, rows, dual, error = evaluate(x, cost, is_row, a, b, unit_a, unit_b, stage)
-        else:
-            plan = Plan
-            rows, dual, error = evaluate_panels(x, cost, Plan, is_row, a, unit_a, unit_b, columns, stage, ROWS, PANEL)
-        risen = dual - before >= ARMIJO * size * slope - 1e-15 * tl.abs(before)
-        if (phase == SEARCH) & ~risen:
-            halvings += 1
-            size = tl.where(halvings < MAX_HALVINGS, size / 2, 0.0)
-            phase = tl.where(halvings < MAX_HALVINGS, SEARCH, GAVE_UP)
-        else:
-            f = x
-            final = stage <= epsilon
-            solved = (error <= tl.where(final, tolerance, STAGE_TOLERANCE)) & (phase <= SEARCH)
-            spent = (iterations >= max_iterations) & (phase != GAVE_UP)
-            if solved & ~final:
-                stage = tl.maximum(stage / STAGE_FACTOR, epsilon)
-                size = size * 0
-                tried = 0
-                phase = LOWERED
-            elif solved | spent | (error != error):
-                running = False
-            else:
-                step = stage * tl.where(is_row, tl.log(unit_a / tl.maximum(rows, 1e-300)), 0.0)
-                size = size * 0 + 1
-                if phase == GAVE_UP:
-                    phase = PLAIN
-                else:
-                    phase = PLAIN
-                    if tried >= STAGE_SINKHORN:
-                        step = stage * _newton_step(plan, rows, is_row, a, b_inverse, unit_a, error, columns, ROWS, PANEL)
-                        slope = tl.sum(step * (a - rows), 0)
-                        before = dual
-                        halvings = 0
-                        phase = SEARCH
-                    iterations += 1
-                    tried += 1
-    return f
-
-
-_BY_VALUE = ["student_window", "teacher_window", "max_iterations", "width", "student_stride", "teacher_stride"]
-_UNALIGNED = ["StudentIds", "TeacherIds", "StudentLengths", "TeacherLengths"]
-
-
-@triton.jit(do_not_specialize=_BY_VALUE, do_not_specialize_on_alignment=_UNALIGNED)
-def _transport(
-    StudentTable, StudentIds, StudentLengths, TeacherTable, TeacherIds, TeacherLengths, Distance, Plan, MarginalError,
-    student_window, teacher_window, width, student_stride, teacher_stride,
-    epsilon: tl.float64, max_iterations, tolerance: tl.float64,
-    COST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIECE: tl.constexpr,
-):  # fmt: skip
-    """One problem, the costs a tile."""
-    problem = tl.program_id(0).to(tl.int64)
-    row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    student_ids, is_row, a, unit_a = side(StudentIds, StudentLengths, problem, student_window, row)
-    teacher_ids, is_column, b, unit_b = side(TeacherIds, TeacherLengths, problem, teacher_window, column)
-    is_entry = is_row[:, None] & is_column[None, :]
-    x_scale = inverse_norms(StudentTable, student_ids, is_row, width, student_stride, COST, ROWS, PIECE)
-    y_scale = inverse_norms(TeacherTable, teacher_ids, is_column, width, teacher_stride, COST, COLUMNS, PIECE)
-    cost = costs(
-        StudentTable, TeacherTable, student_ids, teacher_ids, is_row, is_column, x_scale, y_scale, width, student_stride,
-        teacher_stride, COST, ROWS, COLUMNS, PIECE, Plan.dtype.element_ty,
-    )  # fmt: skip
-    spread = tl.max(tl.max(cost, 1), 0) - tl.min(tl.min(tl.where(is_entry, cost, float("inf")), 1), 0)
-    epsilon = number(epsilon, tl.float64)
-    if COST == SQEUCLIDEAN:
-        epsilon *= tl.maximum(tl.sum(tl.sum(cost, 1), 0) * unit_a * unit_b, 1e-12)
-    tolerance = number(tolerance, tl.float64)
-
-    f = _solve(cost, Plan, is_row, a, b, unit_a, unit_b, COLUMNS, spread, epsilon, max_iterations, tolerance, ROWS, 0)
-
-    plan, rows, _, error = evaluate(f, cost, is_row, a, b, unit_a, unit_b, epsilon)
-    plan = rounded(plan, rows, a, b)
-    plan = tl.where(is_entry & (cost + error != cost + error), error, plan)  # a problem without a solution has none anywhere
-    tl.store(Distance + problem, tl.sum(tl.sum(plan * cost, 1), 0))
-    tl.store(MarginalError + problem, error)
-    held = (row < student_window)[:, None] & (column < teacher_window)[None, :]
-    tl.store(Plan + (problem * student_window + row[:, None]) * teacher_window + column[None, :], plan, mask=held)
-
-
-@triton.jit(do_not_specialize=[*_BY_VALUE, "problems"], do_not_specialize_on_alignment=_UNALIGNED)
-def _transport_panels(
-    StudentTable, StudentIds, StudentLengths, TeacherTable, TeacherIds, TeacherLengths, Distance, Plan, MarginalError, Scratch,
-    student_window, teacher_window, width, student_stride, teacher_stride,
-    epsilon: tl.float64, max_iterations, tolerance: tl.float64, problems,
-    COST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PANEL: tl.constexpr, PIECE: tl.constexpr,
-):  # fmt: skip
-    """Every num_programs-th problem, costs and plan in this program's two matrices of Scratch [programs, 2, COLUMNS, ROWS]."""
-    program = tl.program_id(0).to(tl.int64)
-    Cost = Scratch + program * (2 * ROWS * COLUMNS)
-    Entropic = Cost + ROWS * COLUMNS
-    tolerance = number(tolerance, tl.float64)
-    for later in range(0, problems - tl.program_id(0), tl.num_programs(0)):
-        problem = program + later
-        student_ids, is_row, a, unit_a = side(StudentIds, StudentLengths, problem, student_window, tl.arange(0, ROWS))
-        columns = tl.minimum(tl.load(TeacherLengths + problem), teacher_window).to(tl.int32)
-        unit_b = 1 / columns.to(tl.float64)
-        total, spread = store_costs(
-            Cost, StudentTable, TeacherTable, TeacherIds, TeacherLengths, problem, student_ids, is_row, teacher_window, columns,
-            width, student_stride, teacher_stride, COST, ROWS, PANEL, PIECE, Plan.dtype.element_ty,
-        )  # fmt: skip
-        least = number(epsilon, tl.float64)
-        if COST == SQEUCLIDEAN:
-            least *= tl.maximum(total * unit_a * unit_b, 1e-12)
-
-        f = _solve(
-            Cost, Entropic, is_row, a, unit_b, unit_a, unit_b, columns, spread, least, max_iterations, tolerance, ROWS, PANEL
-        )  # fmt: skip
-
-        rows, _, error = evaluate_panels(f, Cost, Entropic, is_row, a, unit_a, unit_b, columns, least, ROWS, PANEL)
-        distance = store_rounded(
-            Plan, problem, Entropic, Cost, is_row, rows, a, unit_b, error, columns, student_window, teacher_window, ROWS, PANEL,
-        )  # fmt: skip
-        tl.store(Distance + problem, distance)
-        tl.store(MarginalError + problem, error)
+PIECE = 4  # entries of a table's row at a time
+# How often a cost reads the tables' rows: the cosine once for their norms.
+READS = {"cosine": 2, "sqeuclidean": 1, "mismatch": 0}
 
 
 def block_of(window: int) -> int:
-    """Entries that a program holds of a window of this many."""
+    """Return the entries that a program holds of a window of this many."""
     if not 1 <= window <= MAX_WINDOW:
         raise ValueError(f"windows must hold 1 to {MAX_WINDOW} tokens on a GPU, got {window}")
-    return max(16, triton.next_power_of_2(window))
+    return max(16, 1 << (window - 1).bit_length())
 
 
 def warps_of(block: int) -> int:
-    """Sixteen entries of the largest tile or panel a thread, which leaves its float64 numbers in registers."""
+    """Return a program's warps: sixteen entries of the largest tile or panel a thread, which leaves its float64 numbers in
+    registers."""
     return max(2, min(block, LARGEST_TILE) ** 2 // 512)
+
+
+class Outputs(NamedTuple):
+    """distance [m], plan [m, K_S, K_T], marginal_error [m]; float64 where a table is, else float32."""
+
+    distance: Tensor
+    plan: Tensor
+    marginal_error: Tensor
 
 
 def launches(
@@ -235,19 +57,18 @@ def launches(
     epsilon: float,
     max_iterations: int,
     tolerance: float,
-) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor]]:
-    """The launch, and (distance [m], plan [m, K_S, K_T], marginal_error [m]), which it fills; float64 where a table is, else
-    float32."""
+) -> tuple[list[Launch], Outputs]:
+    """Return the launch, and what it will have written."""
     if cost not in COSTS:
         raise ValueError(f"cost must be one of {', '.join(COSTS)}, got {cost!r}")
-    problems, student_window = student_ids.shape
-    teacher_window = teacher_ids.shape[1]
+    (problems, student_window), teacher_window = student_ids.shape, teacher_ids.shape[1]
     block = block_of(max(student_window, teacher_window))
     student_table, teacher_table = (x if x.stride(1) == 1 else x.contiguous() for x in (student_table, teacher_table))
     dtype = torch.promote_types(torch.promote_types(student_table.dtype, teacher_table.dtype), torch.float32)
-    distance = student_table.new_empty(problems, dtype=dtype)
-    plan = student_table.new_empty(problems, student_window, teacher_window, dtype=dtype)
-    marginal_error = torch.empty_like(distance)
+    new = student_table.new_empty
+    outputs = Outputs(
+        new(problems, dtype=dtype), new(problems, student_window, teacher_window, dtype=dtype), new(problems, dtype=dtype)
+    )
     arguments = {
         "StudentTable": student_table,
         "StudentIds": student_ids.contiguous(),
@@ -255,9 +76,9 @@ def launches(
         "TeacherTable": teacher_table,
         "TeacherIds": teacher_ids.contiguous(),
         "TeacherLengths": teacher_lengths.contiguous(),
-        "Distance": distance,
-        "Plan": plan,
-        "MarginalError": marginal_error,
+        "Distance": outputs.distance,
+        "Plan": outputs.plan,
+        "MarginalError": outputs.marginal_error,
         "student_window": student_window,
         "teacher_window": teacher_window,
         "width": student_table.shape[1],
@@ -267,14 +88,56 @@ def launches(
         "max_iterations": max_iterations,
         "tolerance": tolerance,
     }
-    constants = {"COST": COSTS.index(cost), "ROWS": block, "COLUMNS": block, "PIECE": 4, "PANEL": PANEL}
-    kernel, programs = _transport, problems
-    if block > LARGEST_TILE:
-        kernel, programs = _transport_panels, min(problems, processors(plan))
-        arguments["Scratch"] = plan.new_empty(programs, 2, block, block, dtype=torch.float64)
-        arguments["problems"] = problems
-    launch = Launch.of(kernel, (programs,), arguments, constants, warps_of(block), 255)
-    return [launch], (distance, plan, marginal_error)
+    constants = {"COST": COSTS.index(cost), "ROWS": block, "COLUMNS": block, "PIECE": PIECE}
+    make = _by_panels if block > LARGEST_TILE else _in_registers
+    return [make(arguments, constants, cost, outputs)], outputs
+
+
+def _in_registers(arguments: dict[str, Any], constants: dict[str, int], cost: str, outputs: Outputs) -> Launch:
+    """Return the launch that takes a problem a program."""
+    block, reads = constants["ROWS"], READS[cost]
+    return Launch(
+        transport_tile,
+        (outputs.distance.shape[0],),
+        arguments,
+        constants,
+        warps_of(block),
+        255,
+        read_bytes=_window_bytes(arguments) + _table_bytes(arguments, student=reads, teacher=reads),
+        written_bytes=bytes_of(*outputs),
+    )
+
+
+def _by_panels(arguments: dict[str, Any], constants: dict[str, int], cost: str, outputs: Outputs) -> Launch:
+    """Return the launch whose programs take one problem after the other. Its scratch is not among the bytes: it stays in cache,
+    and how often it is read depends on the iterations."""
+    block, problems = constants["ROWS"], outputs.distance.shape[0]
+    programs, panels = min(problems, processors(outputs.plan)), cdiv(arguments["teacher_window"], PANEL)
+    scratch = outputs.plan.new_empty(programs, 2, block, block, dtype=torch.float64)
+    reads = READS[cost]
+    tables = _table_bytes(arguments, student=reads and reads - 1 + panels, teacher=reads)
+    return Launch(
+        transport_panels,
+        (programs,),
+        {**arguments, "Scratch": scratch, "problems": problems},
+        {**constants, "PANEL": PANEL},
+        warps_of(block),
+        255,
+        read_bytes=_window_bytes(arguments) + panels * bytes_of(arguments["TeacherLengths"]) + tables,
+        written_bytes=bytes_of(*outputs),
+    )
+
+
+def _window_bytes(arguments: dict[str, Any]) -> int:
+    """Return the bytes of both sides' ids and lengths."""
+    return bytes_of(*(arguments[name] for name in ("StudentIds", "StudentLengths", "TeacherIds", "TeacherLengths")))
+
+
+def _table_bytes(arguments: dict[str, Any], *, student: int, teacher: int) -> int:
+    """Return the bytes of the tables' rows, read so many times each."""
+    rows = student * arguments["StudentIds"].numel() * arguments["StudentTable"].itemsize
+    rows += teacher * arguments["TeacherIds"].numel() * arguments["TeacherTable"].itemsize
+    return int(rows * arguments["width"])
 
 
 def transport(
@@ -289,8 +152,8 @@ def transport(
     max_iterations: int,
     tolerance: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """topd::transport; arguments and results are its schema's."""
+    """Run the op `topd::transport`."""
     student, teacher = (student_table, student_ids, student_lengths), (teacher_table, teacher_ids, teacher_lengths)
-    found, outputs = launches(*student, *teacher, cost, epsilon, max_iterations, tolerance)
-    run_all(found)
+    order, outputs = launches(*student, *teacher, cost, epsilon, max_iterations, tolerance)
+    run_all(order)
     return outputs

@@ -1,5 +1,5 @@
-"""Plans that registers do not hold. Costs and plan lie in a scratch matrix each, [COLUMNS, ROWS] in float64, and pass through
-registers in panels of PANEL columns. What transport_tile does with smaller ones, by the same formulas: columns are normalised
+"""Plans that registers do not hold: costs and plan lie in a scratch matrix each, [COLUMNS, ROWS] in float64, and pass through
+registers in panels of PANEL columns. tile.py does the same with smaller ones: columns are normalised
 one by one; row sums, D and products with H add up over the panels. `columns` is how many count, b the marginal of each.
 
 A thread may read what another one of its block wrote: each function here begins with a barrier.
@@ -13,9 +13,9 @@ from topd_kernels.transport.costs import costs, inverse_norms, side
 
 @triton.jit
 def _panel(start, columns, ROWS: tl.constexpr, PANEL: tl.constexpr):
-    """Where entries of a panel stand in a scratch matrix, and which of its columns count."""
-    at = start + tl.arange(0, PANEL)
-    return at[:, None] * ROWS + tl.arange(0, ROWS)[None, :], at < columns
+    """Return where the entries of a panel stand in a scratch matrix, and which of its columns count."""
+    panel_columns = start + tl.arange(0, PANEL)
+    return panel_columns[:, None] * ROWS + tl.arange(0, ROWS)[None, :], panel_columns < columns
 
 
 @triton.jit
@@ -24,7 +24,7 @@ def store_costs(
     student_stride, teacher_stride,
     COST: tl.constexpr, ROWS: tl.constexpr, PANEL: tl.constexpr, PIECE: tl.constexpr, FLOAT: tl.constexpr,
 ):  # fmt: skip
-    """The panels of the first `columns` columns; their sum, and their largest entry less their smallest."""
+    """Write the panels of the first `columns` columns; return their sum, and their largest entry less their smallest."""
     tl.debug_barrier()
     x_scale = inverse_norms(StudentTable, student_ids, is_row, width, student_stride, COST, ROWS, PIECE)
     total = tl.full([], 0.0, tl.float64)
@@ -37,8 +37,8 @@ def store_costs(
             TeacherTable, StudentTable, ids, student_ids, valid, is_row, scale, x_scale, width, teacher_stride, student_stride,
             COST, PANEL, ROWS, PIECE, FLOAT,
         )  # fmt: skip
-        at, _ = _panel(start, columns, ROWS, PANEL)
-        tl.store(Cost + at, cost)
+        entries, _ = _panel(start, columns, ROWS, PANEL)
+        tl.store(Cost + entries, cost)
         total += tl.sum(tl.sum(cost, 1), 0)
         high = tl.maximum(high, tl.max(tl.max(cost, 1), 0))
         counted = tl.where(valid[:, None] & is_row[None, :], cost, float("inf"))
@@ -50,18 +50,18 @@ def store_costs(
 def evaluate_panels(
     f, Cost, Plan, is_row, a, unit_a, unit_b, columns, stage, ROWS: tl.constexpr, PANEL: tl.constexpr
 ):  # fmt: skip
-    """As `evaluate`; P goes into Plan."""
+    """Return what `evaluate` returns, but for P, which goes into Plan."""
     tl.debug_barrier()
     rows = a * 0
     transposed = unit_b * 0
     for start in range(0, columns, PANEL):
-        at, is_column = _panel(start, columns, ROWS, PANEL)
-        scaled = tl.where(is_row[None, :], (f[None, :] - tl.load(Cost + at)) * (1 / stage), float("-inf"))
+        entries, is_column = _panel(start, columns, ROWS, PANEL)
+        scaled = tl.where(is_row[None, :], (f[None, :] - tl.load(Cost + entries)) * (1 / stage), float("-inf"))
         top = tl.max(scaled, 1)
         plan = tl.exp(scaled - top[:, None])
         total = tl.sum(plan, 1)
         plan = plan * tl.where(is_column, unit_b / total, 0.0)[:, None]
-        tl.store(Plan + at, plan)
+        tl.store(Plan + entries, plan)
         rows += tl.sum(plan, 0)
         transposed += tl.sum(tl.where(is_column, unit_b * (top + tl.log(total)), 0.0), 0)
     dual = tl.sum(a * f, 0) + stage * (tl.log(unit_b) - transposed)
@@ -71,31 +71,33 @@ def evaluate_panels(
 
 @triton.jit
 def curvatures_panels(Plan, like, b_inverse, columns, ROWS: tl.constexpr, PANEL: tl.constexpr):
+    """Return what `curvatures` returns."""
     tl.debug_barrier()
     total = like * 0
     for start in range(0, columns, PANEL):
-        at, _ = _panel(start, columns, ROWS, PANEL)
-        plan = tl.load(Plan + at)
+        entries, _ = _panel(start, columns, ROWS, PANEL)
+        plan = tl.load(Plan + entries)
         total += tl.sum(plan * (1 - plan * b_inverse), 0)
     return total
 
 
 @triton.jit
 def coupled_panels(Plan, direction, b_inverse, columns, ROWS: tl.constexpr, PANEL: tl.constexpr):
+    """Return what `coupled` returns."""
     tl.debug_barrier()
     total = direction * 0
     for start in range(0, columns, PANEL):
-        at, _ = _panel(start, columns, ROWS, PANEL)
-        plan = tl.load(Plan + at)
+        entries, _ = _panel(start, columns, ROWS, PANEL)
+        plan = tl.load(Plan + entries)
         through = tl.sum(plan * direction[None, :], 1) * b_inverse
         total += tl.sum(plan * through[:, None], 0)
     return total
 
 
 @triton.jit
-def _scaled_down(Plan, at, is_column, row_scale, b):
-    """A panel whose rows and columns hold no more than their marginals, and what its columns lack."""
-    plan = tl.load(Plan + at, mask=is_column[:, None], other=0.0) * row_scale[None, :]
+def _scaled_down(Plan, entries, is_column, row_scale, b):
+    """Return a panel whose rows and columns hold no more than their marginals, and what its columns lack."""
+    plan = tl.load(Plan + entries, mask=is_column[:, None], other=0.0) * row_scale[None, :]
     b = tl.where(is_column, b, 0.0)
     plan = plan * tl.minimum(b / tl.maximum(tl.sum(plan, 1), 1e-300), 1.0)[:, None]
     return plan, tl.maximum(b - tl.sum(plan, 1), 0.0)
@@ -106,23 +108,23 @@ def store_rounded(
     Out, problem, Plan, Cost, is_row, rows, a, b, error, columns, student_window, teacher_window,
     ROWS: tl.constexpr, PANEL: tl.constexpr,
 ):  # fmt: skip
-    """As `rounded`, into the plan that is returned; its distance. A problem without a solution has none anywhere."""
+    """Write the plan as `rounded` does, into Out; return its distance. A problem without a solution has none anywhere."""
     tl.debug_barrier()
     row_scale = tl.minimum(a / tl.maximum(rows, 1e-300), 1.0)
     kept = a * 0
     for start in range(0, columns, PANEL):
-        at, is_column = _panel(start, columns, ROWS, PANEL)
-        plan, _ = _scaled_down(Plan, at, is_column, row_scale, b)
+        entries, is_column = _panel(start, columns, ROWS, PANEL)
+        plan, _ = _scaled_down(Plan, entries, is_column, row_scale, b)
         kept += tl.sum(plan, 0)
     missing_a = tl.maximum(a - kept, 0.0)
     share = missing_a / tl.maximum(tl.sum(missing_a, 0), 1e-300)
     distance = error * 0
     row = problem * student_window + tl.arange(0, ROWS)[None, :]
     for start in range(0, teacher_window, PANEL):
-        at, is_column = _panel(start, columns, ROWS, PANEL)
-        plan, missing_b = _scaled_down(Plan, at, is_column, row_scale, b)
+        entries, is_column = _panel(start, columns, ROWS, PANEL)
+        plan, missing_b = _scaled_down(Plan, entries, is_column, row_scale, b)
         plan += missing_b[:, None] * share[None, :]
-        cost = tl.load(Cost + at, mask=is_column[:, None], other=0.0)
+        cost = tl.load(Cost + entries, mask=is_column[:, None], other=0.0)
         lost = is_column[:, None] & is_row[None, :] & (cost + error != cost + error)
         plan = tl.where(lost, error, plan)
         distance += tl.sum(tl.sum(plan * cost, 1), 0)

@@ -1,4 +1,4 @@
-"""A plan of up to 64 x 64 in registers, [ROWS, COLUMNS] in float64. What transport_panels does with larger ones."""
+"""Plans of up to 64 x 64 in registers, [ROWS, COLUMNS] in float64; panels.py does the same with larger ones."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def evaluate(f, cost, is_row, a, b, unit_a, unit_b, stage):
-    """P with exact columns at (f, stage), its row sums, D(f), and the largest |row sum - marginal| in units of it."""
+    """Return P with exact columns at (f, stage), its row sums, D(f), and the largest |row sum - marginal| in units of it."""
     scaled = tl.where(is_row[:, None], (f[:, None] - cost) * (1 / stage), float("-inf"))
     top = tl.max(scaled, 0)
     plan = tl.exp(scaled - top[None, :])
@@ -20,20 +20,21 @@ def evaluate(f, cost, is_row, a, b, unit_a, unit_b, stage):
 
 @triton.jit
 def curvatures(plan, b_inverse):
-    """What P diag(1/b) Pᵀ leaves of the row sums on H's diagonal."""
+    """Return what P diag(1/b) Pᵀ leaves of the row sums on H's diagonal."""
     return tl.sum(plan * (1 - plan * b_inverse[None, :]), 1)
 
 
 @triton.jit
 def coupled(plan, direction, b_inverse):
-    """P diag(1/b) Pᵀ direction."""
+    """Return P diag(1/b) Pᵀ direction."""
     columns = tl.sum(plan * direction[:, None], 0) * b_inverse
     return tl.sum(plan * columns[None, :], 1)
 
 
 @triton.jit
 def rounded(plan, rows, a, b):
-    """The plan moved onto its marginals: rows and columns scaled down where they hold too much, the rest spread evenly."""
+    """Return the plan moved onto its marginals: rows and columns scaled down where they hold too much, the rest spread
+    evenly."""
     plan = plan * tl.minimum(a / tl.maximum(rows, 1e-300), 1.0)[:, None]
     plan = plan * tl.minimum(b / tl.maximum(tl.sum(plan, 0), 1e-300), 1.0)[None, :]
     missing_a = tl.maximum(a - tl.sum(plan, 1), 0.0)

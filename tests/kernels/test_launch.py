@@ -1,0 +1,48 @@
+"""What a launch refuses, and names that two sides must agree on."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from topd.scores import FIELDS
+from topd_kernels.shared import records
+from topd_kernels.shared.launch import Launch, splits_of, splits_of_rows
+from topd_kernels.weighted_gather.kernels import gather
+from topd_kernels.weighted_gather.launches import launches
+
+
+@pytest.fixture
+def launch() -> Launch:
+    ids = torch.zeros(2, 3, dtype=torch.int64)
+    return launches(torch.zeros(2, 5), torch.zeros(4, 5), ids, torch.zeros(2, 3))[0]
+
+
+def test_an_unknown_name_is_refused(launch):
+    with pytest.raises(TypeError, match=r"^gather has no parameter Tabel, blocks; it has Out, out_stride, Table, .*, BLOCK$"):
+        replace(launch, arguments={**launch.arguments, "Tabel": 1}, constants={"BLOCK": 512, "blocks": 1})
+
+
+def test_a_missing_name_is_refused(launch):
+    with pytest.raises(TypeError, match=r"^a launch of gather must set BLOCK, width$"):
+        Launch(gather, (1,), {name: value for name, value in launch.arguments.items() if name != "width"}, {}, 4)
+
+
+def test_a_name_that_is_set_twice_is_refused(launch):
+    with pytest.raises(TypeError, match=r"^a launch of gather sets width twice$"):
+        replace(launch, constants={**launch.constants, "width": 5})
+
+
+def test_scores_are_in_the_order_of_the_fields():
+    for place, field in enumerate(FIELDS):
+        assert getattr(records, f"SCORE_{field.upper()}").value == place
+    assert records.SCORES.value == len(FIELDS)
+
+
+def test_programs_that_share_a_row():
+    """Four programs a multiprocessor, each with four blocks at least, and 64 at most."""
+    assert [splits_of_rows(rows, 1000, 100) for rows in (0, 1, 7, 100, 399, 400)] == [64, 64, 58, 4, 2, 1]
+    assert [splits_of_rows(1, blocks, 100) for blocks in (0, 3, 8, 100)] == [1, 1, 2, 25]
+    assert splits_of(300, 4000, 256) == 256
