@@ -92,6 +92,14 @@ class Polynomial:
     __lt__, __radd__, __rmul__ = __le__, __add__, __mul__
 
 
+class Constexpr(float):
+    """A number that Triton knows when it compiles, and whose `value` Python reads."""
+
+    @property
+    def value(self) -> float:
+        return float(self)
+
+
 def first_branch(_cut: Cut, taken: Polynomial, _other: Polynomial) -> Polynomial:
     return taken
 
@@ -123,7 +131,7 @@ def in_torch(dtype: torch.dtype) -> tuple[dict[int, float], list[float]]:
 
 def in_triton(name: str, dtype: torch.dtype) -> tuple[Any, list[float]]:
     """Return what a function of Triton's row math makes of a variable, and the numbers that it compares with."""
-    stub = SimpleNamespace(float32=torch.float32, float64=torch.float64, where=first_branch, abs=elsewhere, constexpr=float)
+    stub = SimpleNamespace(float32=torch.float32, float64=torch.float64, where=first_branch, abs=elsewhere, constexpr=Constexpr)
     stub.exp = stub.log = elsewhere
     x = Polynomial({1: 1.0}, dtype, [])
 

@@ -6,7 +6,7 @@ from typing import Any
 import compare
 import pytest
 import torch
-from compare import by_topd, plain, true_scores
+from compare import by_topd, plain
 from gpu_cases import (
     DTYPES,
     EACH_SIZE,
@@ -19,6 +19,7 @@ from gpu_cases import (
     scores_of,
     upstream_of,
 )
+from score_truth import true_scores
 from torch import Tensor
 from triton_cases import DEVICE, NEEDS_TRITON
 
