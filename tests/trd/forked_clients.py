@@ -1,8 +1,8 @@
 """Clients in processes that are forked from this one, so that imports are paid once: a JSON line in, one line out for each.
 
-A line {"url", "problems", "path", "answers", "seconds", "signal"} becomes a process that runs `generate`; what comes back is its
-exit code, negative for the signal that ended it. After so many answers and then seconds the process sends itself the signal;
-with "answers" null it does not.
+A line {"url", "problems", "path", "answers", "seconds", "signal"} becomes a process that runs `generate`; what comes back is
+its exit code, negative for the signal that ended it. After so many answers and then seconds the process sends itself the
+signal; with "answers" null it does not.
 """
 
 import json
@@ -40,11 +40,11 @@ def client(order: dict) -> None:
     generate(order["problems"], Killed(order), order["path"], progress=False)
 
 
-with (
-    tempfile.TemporaryDirectory() as folder
-):  # nobody listens there: what the client imports when it first asks is imported now
+# Nobody listens there: what the client imports when it first asks is imported now.
+with tempfile.TemporaryDirectory() as folder:
     nobody = FromServer("http://127.0.0.1:9/v1", "model", retries=0)
     generate([{"problem": ""}], nobody, Path(folder) / "run.jsonl", progress=False)
+
 for line in sys.stdin:
     child = os.fork()
     if child == 0:

@@ -28,7 +28,7 @@ class Handler(BaseHTTPRequestHandler):
             nth = server.asked[name]
             server.in_flight += 1
             server.most = max(server.most, server.in_flight)
-            server.bodies.append((self.path, dict(self.headers), body))
+            server.bodies.append((self.path, self.headers, body))
             if server.log:
                 server.log.write(name + "\n")
                 server.log.flush()
@@ -40,15 +40,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def respond(self, text: str, name: str, nth: int, body: dict[str, Any]) -> None:
         time.sleep(self.server.delay)  # type: ignore[attr-defined]
-        if match := re.search(r"STORM (\d+) after (\S+)", text):
-            if nth <= int(match[1]):
-                self.send(429, {"error": {"message": "slow down"}}, {"Retry-After": match[2]})
-                return
-        if match := re.search(r"STATUS (\d+)( once)?", text):
-            if not match[2] or nth == 1:
-                self.send(int(match[1]), {"error": {"message": f"the server's words\non {name}", "code": None}})
-                return
-        if "CONTEXT" in text:
+        storm = re.search(r"STORM (\d+) after (\S+)", text)
+        status = re.search(r"STATUS (\d+)( once)?", text)
+        if storm and nth <= int(storm[1]):
+            self.send(429, {"error": {"message": "slow down"}}, {"Retry-After": storm[2]})
+        elif status and (not status[2] or nth == 1):
+            self.send(int(status[1]), {"error": {"message": f"the server's words\non {name}", "code": None}})
+        elif "CONTEXT" in text:
             self.send(400, {"error": {"message": "too many tokens", "code": "context_length_exceeded"}})
         elif "BROKEN" in text and nth == 1:
             self.close_connection = True
@@ -104,7 +102,7 @@ class LocalServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), Handler)
         self.lock, self.asked, self.delay = threading.Lock(), Counter[str](), delay
         self.in_flight = self.most = 0
-        self.bodies: list[tuple[str, dict[str, str], dict[str, Any]]] = []
+        self.bodies: list[tuple[str, Any, dict[str, Any]]] = []
         self.log = open(log, "a") if log else None  # noqa: SIM115
 
     @property

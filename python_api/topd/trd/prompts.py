@@ -160,8 +160,9 @@ def _fitting(
     cuts: dict[str, int] = {}
     for name in ("rollout", "reference"):
         if least > budget and name in texts:
-            kept[name] = _longest_start(texts[name], notice, partial(size_with, name), budget)
-            cuts[f"{name}_tokens_cut"] = _count(tokenizer, texts[name]) - _count(tokenizer, kept[name].removesuffix(notice))
+            start = _longest_start(texts[name], notice, partial(size_with, name), budget)
+            kept[name] = _noticed(start, notice)
+            cuts[f"{name}_tokens_cut"] = _count(tokenizer, texts[name]) - _count(tokenizer, start)
             least = size_with(name, kept[name])
     if least <= budget:
         return Prompt(filled(template, kept), **cuts)
@@ -173,25 +174,25 @@ def _fitting(
 
 
 def _longest_start(text: str, notice: str, size: Callable[[str], int], budget: int) -> str:
-    """Return the longest start of the text, with the notice behind it, with which the prompt keeps the budget; the notice alone
-    where nothing does. Guesses between the two sizes known, since a token takes about as many characters everywhere."""
-
-    def cut(length: int) -> str:
-        return f"{text[:length].rstrip()}\n{notice}" if length else notice
-
+    """Return the longest start of the text with which, and the notice behind it, the prompt keeps the budget; else "". Guesses
+    between the two sizes known, since a token takes about as many characters everywhere."""
     low, low_size = 0, size(notice)
     high, high_size = len(text), size(text)
     halve = False
     while high - low > 1 and low_size <= budget - SLACK:
         share = 0.5 if halve or high_size <= low_size else (budget - low_size) / (high_size - low_size)
         middle = min(max(low + int(share * (high - low)), low + 1), high - 1)
-        middle_size = size(cut(middle))
+        middle_size = size(_noticed(text[:middle].rstrip(), notice))
         halve = not halve
         if middle_size <= budget:
             low, low_size = middle, middle_size
         else:
             high, high_size = middle, middle_size
-    return cut(low)
+    return text[:low].rstrip()
+
+
+def _noticed(start: str, notice: str) -> str:
+    return f"{start}\n{notice}" if start else notice
 
 
 def _count(tokenizer: Any, text: str) -> int:
