@@ -54,7 +54,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send(200, {"choices": []}, {"Content-Length": "9999"})
             self.close_connection = True
         elif "HANGING" in text and nth == 1:
-            time.sleep(0.6)
+            time.sleep(2)
         elif "HTML" in text:
             self.send(200, "<html>a page</html>", {"Content-Type": "text/html"})
         else:

@@ -85,15 +85,16 @@ def test_two_hundred_problems_survive_two_kills_of_the_server_and_twenty_of_the_
     order = {"url": f"http://127.0.0.1:{server.port}/v1", "problems": problems, "path": str(tmp_path / "run.jsonl")}
     moments, asked_later = random.Random(5), []
     for _ in range(20):
-        code = clients(**order, answers=moments.randrange(8), seconds=moments.uniform(0, 0.05))
+        code = clients(**order, answers=moments.randrange(8), seconds=moments.uniform(0, 0.03))
         assert code == -signal.SIGKILL
         asked_later.append((finished(tmp_path / "run.jsonl"), len(server.asked())))
     before_restarts = len(server.asked())
     assert 20 < len(finished(tmp_path / "run.jsonl")) < 180
 
     def restart_twice() -> None:
+        deadline = time.monotonic() + 30
         for more in (10, 20):
-            while len(server.asked()) < before_restarts + more:
+            while len(server.asked()) < before_restarts + more and time.monotonic() < deadline:
                 time.sleep(0.005)
             server.kill()
             server.start()
@@ -115,11 +116,11 @@ def test_two_hundred_problems_survive_two_kills_of_the_server_and_twenty_of_the_
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 128 + signal.SIGTERM)])
 def test_ctrl_c_and_sigterm_end_a_run_between_two_records(tmp_path, server, clients, sent, code):
-    problems = [{"problem": f"problem {number}"} for number in range(40)]
+    problems = [{"problem": f"problem {number}"} for number in range(80)]
     order = {"url": f"http://127.0.0.1:{server.port}/v1", "problems": problems, "path": str(tmp_path / "run.jsonl")}
     assert clients(**order, answers=5, seconds=0.02, signal=sent) == code
     text = (tmp_path / "run.jsonl").read_bytes()
     assert text.endswith(b"}\n")
-    assert 5 <= text.count(b"\n") < 41
+    assert 5 <= text.count(b"\n") < 81
     assert clients(**order) == 0
-    assert len(finished(tmp_path / "run.jsonl")) == 40
+    assert len(finished(tmp_path / "run.jsonl")) == 80
