@@ -4,12 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-PYTHON_API = Path(__file__).parents[2] / "python_api"
+ROOT = Path(__file__).parents[2]
 
 
 def test_hosts_and_clients_are_imported_when_they_are_used():
     code = (
-        f"import sys; sys.path.insert(0, {str(PYTHON_API)!r})\n"
+        f"import sys; sys.path[:0] = [{str(ROOT / 'python_api')!r}, {str(ROOT)!r}]\n"
         "import topd.trd\n"
         "print(sorted({'transformers', 'openai', 'rich', 'httpx', 'httpx2'} & set(sys.modules)))\n"
     )

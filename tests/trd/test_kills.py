@@ -18,7 +18,7 @@ from topd.trd import read_run, summary
 
 pytest.importorskip("openai")
 HERE = Path(__file__).parent
-PYTHON_API = HERE.parents[1] / "python_api"
+ROOT = HERE.parents[1]
 
 
 class ServerProcess:
@@ -60,7 +60,7 @@ def server(tmp_path):
 @pytest.fixture(scope="module")
 def clients():
     """Run a client to its end: order -> exit code."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(PYTHON_API), os.environ.get("PYTHONPATH", "")])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "python_api"), str(ROOT)])}
     command = [sys.executable, str(HERE / "forked_clients.py")]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdin is not None

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_prompts import TOKENIZER
+from test_prompts import TOKENIZER, character_tokenizer
 
 from topd.trd import Answer, Templates, generate, read_run, summary
 
@@ -251,6 +251,12 @@ def test_wrong_generators_and_verifiers_are_refused(tmp_path):
         generate(PROBLEMS, lambda _request: 5, tmp_path / "a", progress=False)
     with pytest.raises(TypeError, match=r"verify must return True, False or None, got 0.5"):
         generate(PROBLEMS, student, tmp_path / "a", verify=lambda *_: 0.5, progress=False)
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused_before_there_is_a_file(tmp_path):
+    with pytest.raises(ValueError, match="has no chat template; pass chat=False"):
+        run(tmp_path / "a", tokenizer=character_tokenizer(chat=False))
+    assert not (tmp_path / "a").exists()
 
 
 def test_a_verifier_that_breaks_leaves_the_verdict_open(tmp_path):

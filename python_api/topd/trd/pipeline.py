@@ -172,6 +172,8 @@ def _checked_run(
         positive_int("seed", seed, hint="or 0")
     default = STUDENT_OPTIONS if stage == "rollout" else TEACHER_OPTIONS
     options = dict(default if template_options is None else template_options) if flag("chat", chat) else {}
+    if tokenizer is not None:
+        Prompt("").rendered(tokenizer, chat=chat, options=options)  # refused before there is a file
     return _Run(stage, task, words, with_reference, tokenizer, max_prompt_tokens, sampling, seed, chat, options)
 
 
