@@ -74,7 +74,7 @@ def test_the_self_check_sees_a_wrong_gradient(monkeypatch):
 
 def test_help_fits_eighty_columns(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
-    for words in (["--help"], ["demo", "--help"], ["doctor", "--help"]):
+    for words in (["--help"], ["demo", "--help"], ["doctor", "--help"], ["refine", "--help"]):
         with pytest.raises(SystemExit) as stopped:
             parser().parse_args(words)
         assert stopped.value.code == 0

@@ -26,6 +26,7 @@ LAYERS = (
     ("topd.near_future", "topd.plots", "topd.models"),
     ("topd.branching",),
     ("topd.objectives",),
+    ("topd.trd",),
     ("topd.integrations",),
     ("topd",),
     ("topd.cli.errors", "topd.cli.files", "topd.cli.memory", "topd.cli.options"),
@@ -34,7 +35,15 @@ LAYERS = (
 )
 HOSTS = {"transformers", "trl", "peft", "accelerate"}
 # What may know a host's package; all others meet them as objects that they are given.
-KNOWS_HOSTS = ("topd.models", "topd.branching", "topd.integrations", "topd.cli.doctor", "topd_demo")
+KNOWS_HOSTS = (
+    "topd.models",
+    "topd.branching",
+    "topd.integrations",
+    "topd.trd.from_model",
+    "topd.cli.doctor",
+    "topd.cli.refine",
+    "topd_demo",
+)
 
 
 def imported(path: Path) -> set[str]:
