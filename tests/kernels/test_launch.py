@@ -1,9 +1,12 @@
 """What a launch refuses, and names that two sides must agree on."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -33,6 +36,49 @@ def test_a_missing_name_is_refused(launch):
 def test_a_name_that_is_set_twice_is_refused(launch):
     with pytest.raises(TypeError, match=r"^a launch of gather sets width twice$"):
         replace(launch, constants={**launch.constants, "width": 5})
+
+
+class Kernel:
+    """A kernel's stand-in that notes which device is current when it is launched."""
+
+    arg_names = ("Out", "Table", "count")
+    __name__ = "stand_in"
+
+    def __init__(self) -> None:
+        self.current, self.launched_on = torch.device("cuda:0"), []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda **_: self.launched_on.append(self.current)
+
+    @contextmanager
+    def as_current(self, device: torch.device) -> Iterator[None]:
+        """Stand for torch.cuda.device."""
+        before, self.current = self.current, device
+        yield
+        self.current = before
+
+
+def tensors_on(*devices: str) -> list[torch.Tensor]:
+    with FakeTensorMode():
+        return [torch.empty(3, device=device) for device in devices]
+
+
+def test_a_launch_is_on_the_device_of_its_tensors_whichever_is_current(monkeypatch):
+    kernel = Kernel()
+    monkeypatch.setattr(torch.cuda, "device", kernel.as_current)
+    for device in ("cuda:1", "cuda:0", "cpu"):
+        out, table = tensors_on(device, device)
+        Launch(kernel, (1,), {"Out": out, "Table": table, "count": 3}, {}, 4).run()
+    assert kernel.launched_on == [torch.device("cuda:1"), torch.device("cuda:0"), torch.device("cuda:0")]
+    assert kernel.current == torch.device("cuda:0")
+
+
+def test_tensors_on_several_devices_are_refused_by_name():
+    kernel = Kernel()
+    out, table = tensors_on("cuda:1", "cuda:0")
+    with pytest.raises(ValueError, match=r"^Table of stand_in must be on cuda:1 as Out is, got cuda:0; move it there$"):
+        Launch(kernel, (1,), {"Out": out, "Table": table, "count": 3}, {}, 4).run()
+    assert not kernel.launched_on
 
 
 def test_scores_are_in_the_order_of_the_fields():

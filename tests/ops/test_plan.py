@@ -5,6 +5,7 @@ import torch
 from memory_watch import Largest
 
 import topd
+from topd.ops.shared.loop import workspace
 from topd.ops.shared.plan import MIB, default_workspace, plan_chunks
 
 
@@ -60,12 +61,51 @@ def test_the_same_arguments_give_the_same_plan():
 
 
 def test_default_workspace():
-    """512 MiB on a CPU; on a GPU 2 GiB, or a quarter of the free memory where that is less."""
+    """512 MiB on a CPU; on a GPU 2 GiB, or half of it, and so on, down to a quarter of the memory or 64 MiB."""
     assert default_workspace("cpu") == 512 * MIB
-    assert default_workspace("cpu", free_bytes=MIB) == 512 * MIB
+    assert default_workspace("cpu", MIB) == 512 * MIB
     assert default_workspace("cpu", bf16_products=True) == 256 * MIB
-    assert default_workspace("cuda", free_bytes=80_000 * MIB) == 2048 * MIB
-    assert default_workspace("cuda", free_bytes=4000 * MIB) == 1000 * MIB
+    assert (
+        default_workspace("cuda")
+        == default_workspace("cuda", 80_000 * MIB)
+        == default_workspace("cuda", 8192 * MIB)
+        == 2048 * MIB
+    )
+    assert default_workspace("cuda", 8191 * MIB) == default_workspace("cuda", 4096 * MIB) == 1024 * MIB
+    assert default_workspace("cuda", 10 * MIB) == 64 * MIB
+
+
+class Allocator:
+    """torch's caching allocator on a device of 80 GiB, simulated: what was freed stays reserved."""
+
+    total = 80 * 1024 * MIB
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.allocated = self.reserved = 0
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (self.total - self.reserved, self.total))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: self.reserved)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: self.allocated)
+
+    def change(self, nbytes: int) -> None:
+        self.allocated += nbytes
+        self.reserved = max(self.reserved, self.allocated)
+        assert self.allocated <= self.total
+
+
+def test_the_plan_of_a_training_loop_is_the_same_at_every_step(monkeypatch):
+    """Weights and optimizer take 40 GiB, activations 27 at the loss, with some noise, and 38 at the peak of backward."""
+    allocator, gib = Allocator(monkeypatch), 1024 * MIB
+    allocator.change(40 * gib)
+    plans = []
+    for step in range(5):
+        activations = 27 * gib + step * 100 * MIB
+        allocator.change(activations)
+        nbytes = workspace(torch.device("cuda:0"), None, torch.bfloat16)
+        plans.append(plan_chunks(8192, 151_936, 151_936, workspace_bytes=nbytes))
+        allocator.change(38 * gib - activations)
+        allocator.change(-38 * gib)
+    assert set(plans) == {plan_chunks(8192, 151_936, 151_936, workspace_bytes=2048 * MIB)}
+    assert allocator.total - allocator.reserved == 2 * gib  # a quarter of which was the workspace of all steps but the first
 
 
 def test_large_sizes_do_not_overflow():

@@ -5,6 +5,7 @@ the static account (`python -m tools.account`).
 Launchers return a list of these; what is checked is therefore what runs.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,11 +73,32 @@ class Launch:
         options = {"num_warps": self.num_warps, "enable_fp_fusion": True}
         return options if self.registers is None or torch.version.hip else {**options, "maxnreg": self.registers}
 
+    @property
+    def device(self) -> torch.device:
+        """Return the device of the arguments.
+
+        Raises:
+            ValueError: they are on several.
+        """
+        tensors = {name: value for name, value in self.arguments.items() if isinstance(value, Tensor)}
+        first = next(iter(tensors))
+        for name, value in tensors.items():
+            if value.device != tensors[first].device:
+                raise ValueError(
+                    f"{name} of {self.name} must be on {tensors[first].device} as {first} is, got {value.device}; move it there"
+                )
+        return tensors[first].device
+
     def run(self) -> None:
-        """Launch on the device of the arguments; on CPU tensors only through Triton's interpreter."""
+        """Launch on the device of the arguments, whichever is current, and on its current stream; on CPU tensors only through
+        Triton's interpreter."""
         if any(size > MAX_GRID_YZ for size in self.grid[1:]):
             raise ValueError(f"grid of {self.name} must not pass {MAX_GRID_YZ} in y or z, got {self.grid}")
-        if 0 not in self.grid:
+        if 0 in self.grid:
+            return
+        device = self.device
+        # Triton launches on the current device's stream, where a pointer of another device is read as one of its own.
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
 
 

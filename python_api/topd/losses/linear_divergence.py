@@ -187,7 +187,7 @@ def linear_divergence(
             pass costs nothing more; it never changes a value.
         return_scores: also return `TokenScores`.
         workspace_bytes: bound for the tiles of logits; None: 512 MiB on a CPU, 256 where it multiplies bfloat16; on a GPU the
-            smaller of 2 GiB and a quarter of the free memory.
+            largest power of two within 2 GiB and a quarter of the available memory.
         backend: None (by device), "reference", "eager", "cpp" or "triton"; one asked for by name never falls back.
 
     Returns:

@@ -93,7 +93,7 @@ def linear_logprobs(
         return_entropy: also return the entropy, differentiable like the log-probabilities; using its gradient costs three more
             matrix products (one with a frozen head).
         workspace_bytes: bound for the tile of logits; None: 512 MiB on a CPU, 256 where it multiplies bfloat16; on a GPU the
-            smaller of 2 GiB and a quarter of the free memory.
+            largest power of two within 2 GiB and a quarter of the available memory.
         backend: None (by device), "reference", "eager", "cpp" or "triton"; one asked for by name never falls back.
 
     Returns:

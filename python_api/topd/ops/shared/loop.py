@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from topd.ops.shared.engines import Engine
-from topd.ops.shared.plan import ChunkPlan, default_workspace
+from topd.ops.shared.plan import CUDA_SHARE, CUDA_WORKSPACE, ChunkPlan, default_workspace
 from topd.ops.shared.tiles import WidenedSide
 
 
@@ -20,8 +20,20 @@ def workspace(device: torch.device, workspace_bytes: int | None, products: torch
     """Return the bytes for a call's tiles; `products` is the dtype in which they are multiplied."""
     if workspace_bytes is not None:
         return workspace_bytes
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-    return default_workspace(device.type, free, bf16_products=products == torch.bfloat16)
+    available = available_bytes(device) if device.type == "cuda" else None
+    return default_workspace(device.type, available, bf16_products=products == torch.bfloat16)
+
+
+def available_bytes(device: torch.device) -> int:
+    """Return the memory of a GPU that torch can still hand out: what the driver calls free, and what torch keeps for reuse.
+
+    In a training loop torch keeps nearly all of the device, so that the driver's figure alone would fall to next to nothing
+    after the first step.
+    """
+    free, _ = torch.cuda.mem_get_info(device)
+    if free >= CUDA_SHARE * CUDA_WORKSPACE:
+        return free
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def chosen_rows(mask: Tensor | None) -> Tensor | None:

@@ -14,6 +14,9 @@ CPU_WORKSPACE = 512 * MIB
 # Where bfloat16 is multiplied as it is: the products are so fast that fresh pages for larger tiles cost more than they save.
 CPU_WORKSPACE_BF16 = 256 * MIB
 CUDA_WORKSPACE = 2048 * MIB
+CUDA_WORKSPACE_LEAST = 64 * MIB
+# A call takes at most one part in so many of the memory that is available.
+CUDA_SHARE = 4
 
 # [C, V] temporaries that the eager backend's elementwise code keeps alive at its peak, beside the two tiles: 17 at most was
 # measured, for the JSD with scores, softcap, bias and hard weight. The compiled backends keep none.
@@ -71,12 +74,19 @@ class Products(NamedTuple):
         return forward / rows + backward / (rows * pile)
 
 
-def default_workspace(device_type: str, free_bytes: int | None = None, *, bf16_products: bool = False) -> int:
-    """Return the bytes that a call may use for its tiles: 512 MiB on a CPU, 256 where bfloat16 is multiplied as it is; on a GPU
-    2 GiB, or a quarter of the free memory if that is less."""
+def default_workspace(device_type: str, available: int | None = None, *, bf16_products: bool = False) -> int:
+    """Return the bytes that a call may use for its tiles.
+
+    On a CPU 512 MiB, or 256 where bfloat16 is multiplied as it is. On a GPU the largest power of two within 2 GiB and a quarter
+    of the memory that is available, but 64 MiB at least: a power of two, so that a little more or less memory from one step to
+    the next, or from one process to another, leaves the plan as it is.
+    """
     if device_type == "cpu":
         return CPU_WORKSPACE_BF16 if bf16_products else CPU_WORKSPACE
-    return CUDA_WORKSPACE if free_bytes is None else min(CUDA_WORKSPACE, free_bytes // 4)
+    workspace = CUDA_WORKSPACE
+    while available is not None and workspace > CUDA_WORKSPACE_LEAST and CUDA_SHARE * workspace > available:
+        workspace //= 2
+    return workspace
 
 
 def plan_chunks(
