@@ -148,6 +148,6 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def small_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
     from tiny_demo import QUICK
 
-    from topd_demo import start
+    from topd_demo import run_folder
 
-    monkeypatch.setattr(start, "QUICK", QUICK)
+    monkeypatch.setattr(run_folder, "QUICK", QUICK)

@@ -16,7 +16,7 @@ namespace topd {
 inline namespace CPU_CAPABILITY {
 namespace divergence {
 
-// The order of topd/scores.py.
+// The order of python_api/topd/scores.py.
 enum Score {
   kForward,
   kReverse,

@@ -1,5 +1,5 @@
 // One entropic transport problem with uniform marginals, in double. Names and algorithm are those of
-// topd/ops/transport/eager.py.
+// python_api/topd/ops/transport/eager.py.
 #pragma once
 
 #include <cmath>

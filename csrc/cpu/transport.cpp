@@ -1,5 +1,5 @@
 // topd::transport on the CPU: one problem a task. Both windows' rows are gathered and the cost is formed in a thread's scratch,
-// then potentials, plan and Newton steps in double (topd/ops/transport/eager.py has the algorithm).
+// then potentials, plan and Newton steps in double (python_api/topd/ops/transport/eager.py has the algorithm).
 
 #include "../ops.h"
 

@@ -1,4 +1,4 @@
-// The elementwise math of topd/ops/shared/row_math.py on at::vec vectors. Names and formulas are that file's.
+// The elementwise math of python_api/topd/ops/shared/row_math.py on at::vec vectors. Names and formulas are that file's.
 #pragma once
 
 #include <cmath>

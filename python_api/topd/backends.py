@@ -109,7 +109,7 @@ def _callers_level() -> int:
 
 
 def _warn_about_eager() -> None:
-    """Warn, once in a process, where a CPU call that chose no backend runs on "eager" for want of the compiled one."""
+    """Warn, once in a process, that a CPU call which chose no backend runs on "eager", because the compiled one is missing."""
     _warn_once()
 
 

@@ -1,1 +1,4 @@
-"""`topd demo`: a real on-policy distillation, from a checkpoint to a report. A user of topd's public API."""
+"""`topd demo`: a real on-policy distillation, from a checkpoint to a report.
+
+It uses topd's public API, and starts in command.py.
+"""

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from topd.cli import files
 from topd.cli.errors import INTERRUPTED, require
+from topd_demo.run_folder import CHECKPOINTS, CONFIG, check_space, fresh, resumed
 from topd_demo.settings import Settings
-from topd_demo.start import CHECKPOINTS, CONFIG, check_space, fresh, resumed
 
 if TYPE_CHECKING:
     from topd_demo.training import Run, Trainer

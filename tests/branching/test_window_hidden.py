@@ -83,7 +83,7 @@ def test_the_gradient_reaches_the_prefix_through_the_cache():
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_sliding"])
 def test_gradient_checkpointing_gives_the_same_states_and_gradients(kind):
-    """Which forbids the cache: windows go through one forward with their rollouts."""
+    """Gradient checkpointing forbids the cache: windows go through one forward with their rollouts."""
     model = tiny(kind, **MILD)
     ids, mask = ragged()
     windows = windows_of(model, ids, mask)

@@ -11,7 +11,7 @@ from tiny_demo import QUICK, demo, metrics, tokenizer
 
 import topd
 from topd.cli.main import main
-from topd_demo import prompts, smollm2, start, training
+from topd_demo import prompts, run_folder, smollm2, training
 from topd_demo.display import Display, one_line
 from topd_demo.settings import Settings
 from topd_demo.window_pair import furthest_pair
@@ -24,7 +24,7 @@ def whole_run(tmp_path_factory, pair):
     """A run that nothing stops; its folder."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(start, "QUICK", QUICK)
+        patch.setattr(run_folder, "QUICK", QUICK)
         assert demo(pair, folder) == 0
     return folder
 
@@ -121,7 +121,7 @@ def test_ctrl_c_leaves_a_report_and_a_checkpoint(tmp_path, pair, whole_run, monk
 @pytest.mark.slow
 @pytest.mark.skipif(bool(smollm2.missing()), reason=smollm2.missing() or "installed")
 def test_one_step_of_the_real_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(start, "QUICK", {"held_out": 2, "held_out_tokens": 6, "horizon": 6, "batch": 2})
+    monkeypatch.setattr(run_folder, "QUICK", {"held_out": 2, "held_out_tokens": 6, "horizon": 6, "batch": 2})
     assert main(["demo", "--quick", "--steps", "1", "--method", "topd", "--tokens", "8", "--out", str(tmp_path / "run")]) == 0
     first, step, last = metrics(tmp_path / "run")
     assert min(first["held_out_reverse_kl"], step["opd_loss"], last["held_out_reverse_kl"]) > 1  # six layers of it babble

@@ -9,7 +9,7 @@ from tiny_demo import demo, failing, saved
 
 from topd.cli import files
 from topd.cli.main import main, parser
-from topd_demo import start, training
+from topd_demo import run_folder, training
 
 pytestmark = pytest.mark.usefixtures("small_evaluations")
 
@@ -28,8 +28,8 @@ def test_a_missing_model(capsys, monkeypatch, tmp_path):
 
 
 def test_no_disk_space(capsys, monkeypatch, tmp_path, pair):
-    usage = start.shutil.disk_usage
-    monkeypatch.setattr(start.shutil, "disk_usage", lambda path: usage(path)._replace(free=1024))
+    usage = run_folder.shutil.disk_usage
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda path: usage(path)._replace(free=1024))
     line = failing(capsys, "--quick", *pair, "--out", str(tmp_path / "run"))
     assert "not enough disk space" in line
     assert "--out" in line
@@ -156,4 +156,4 @@ def test_the_next_free_folder(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
     (tmp_path / "topd-demo-3").write_text("a file")
-    assert start.fresh(parser().parse_args(["demo"]))[0] == Path("topd-demo-4")
+    assert run_folder.fresh(parser().parse_args(["demo"]))[0] == Path("topd-demo-4")

@@ -15,7 +15,7 @@ from tiny_demo import QUICK, demo, failing, metrics
 
 from topd.cli import files
 from topd.cli.main import main
-from topd_demo import start, training
+from topd_demo import run_folder, training
 from topd_demo.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("small_evaluations")
@@ -129,7 +129,7 @@ def stopped(tmp_path_factory, pair) -> Path:
         return step(self, index)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(start, "QUICK", QUICK)
+        patch.setattr(run_folder, "QUICK", QUICK)
         patch.setattr(training.Trainer, "_step", dying)
         assert demo(pair, folder) == 130
     return folder

@@ -1,6 +1,6 @@
 """The sweeps of divergence_rows, after the statistics: values, scores and gradients of a part of a row, and their sums.
 
-Formulas are those of topd/ops/linear_divergence/eager.py.
+Formulas are those of python_api/topd/ops/linear_divergence/eager.py.
 """
 
 import triton

@@ -1,6 +1,6 @@
 """The six divergences for Triton: one entry of both distributions, its term of the value, and what its gradient is made of.
 
-Formulas are those of topd/ops/linear_divergence/eager.py. A forward KL with an entry clip is a kind of its own.
+Formulas are those of python_api/topd/ops/linear_divergence/eager.py. A forward KL with an entry clip is a kind of its own.
 """
 
 import triton
@@ -9,6 +9,7 @@ import triton.language as tl
 from topd_kernels.shared.records import numbered
 from topd_kernels.shared.row_math import FAR, NEAR_OFFSETS, kl_term, mixture, phi_pair
 
+# Their order matters: kinds from REVERSE_KL on are centred, and those after it keep more in registers.
 FORWARD_KL, CLIPPED_KL, REVERSE_KL, JSD, SKEW_KL, SKEW_REVERSE_KL, TOTAL_VARIATION = numbered(7)
 
 

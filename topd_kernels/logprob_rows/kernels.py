@@ -1,6 +1,6 @@
 """The kernels of logprob_rows: ids taken out of a row, what is left of it summed, and both gradients.
 
-Formulas are those of topd/ops/linear_logprobs/eager.py.
+Formulas are those of python_api/topd/ops/linear_logprobs/eager.py.
 """
 
 import triton

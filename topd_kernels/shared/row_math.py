@@ -1,5 +1,7 @@
-"""The elementwise math of topd/ops/shared/row_math.py for Triton, as csrc's row_math.h has it in C++; names and formulas are
-those files'. Functions take float32 or float64 blocks or scalars, and stay in that dtype."""
+"""The elementwise math of python_api/topd/ops/shared/row_math.py for Triton, as csrc/shared/row_math.h has it in C++.
+
+Names and formulas are those files'. Functions take float32 or float64 blocks or scalars, and stay in that dtype.
+"""
 
 import triton
 import triton.language as tl

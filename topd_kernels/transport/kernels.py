@@ -1,6 +1,6 @@
 """The kernels of transport: one problem a program, costs and plan in registers or, of larger windows, in scratch.
 
-The definition of the math, and the names, are those of topd/ops/transport/eager.py. What differs:
+The definition of the math, and the names, are those of python_api/topd/ops/transport/eager.py. What differs:
 
 - the Newton system H v = a - r, H = diag(r) - P diag(1/b) Pᵀ, is solved by conjugate gradients with H's diagonal as
   preconditioner, so that the plan is all that a product with H needs. H is singular along the ones, to which a - r is

@@ -1,1 +1,1 @@
-"""Every refusal of bad input."""
+"""Checks of arguments that several functions share. A rule of one function alone stands beside that function."""

@@ -1,4 +1,4 @@
-"""From a run's file to token ids of student and teacher: what `topd.pair` makes a batch of."""
+"""Read a run's file as token ids of student and teacher."""
 
 import warnings
 from collections.abc import Iterator, Mapping
@@ -30,8 +30,6 @@ NAMED = 3  # ids in a warning
 @dataclass
 class TokenPairs:
     """Rows whose student and teacher read different prompts and the same response, as lists of token ids.
-
-    `topd.pair(pairs.prompts, pairs.teacher_prompts, pairs.responses, pad_token_id)` makes a batch of them.
 
     Attributes:
         ids: the records' ids.

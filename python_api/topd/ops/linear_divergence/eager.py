@@ -23,7 +23,7 @@ from torch import Tensor
 from topd.logits import shape_logits
 from topd.ops.linear_divergence.spec import ROWS_INPUTS, Rows, RowsInputs, RowsOutputs, RowSpec
 from topd.ops.shared.engines import eager_kernel
-from topd.ops.shared.half_range import scaled_into
+from topd.ops.shared.float16_scale import scaled_into
 from topd.ops.shared.row_math import Distribution, distribution, kl_terms, log_ratio, mixture
 from topd.scores import FIELDS
 

@@ -1,4 +1,4 @@
-"""The way around the tiles: a value that is one of the scores, without gradients, straight from hidden states."""
+"""Scores without gradients in one kernel, without tiles of logits; the value is one of them."""
 
 from torch import Tensor
 

@@ -13,7 +13,7 @@ from topd.ops.shared.loop import TileLoop, workspace
 from topd.ops.shared.plan import EAGER_TEMPORARIES, ChunkPlan, Products, plan_chunks
 
 
-class Gradients(NamedTuple):
+class PileGradients(NamedTuple):
     """The gradients to the products of a pile: where its rows stand among the N, the student's hidden states there, dlogits
     [P, V] of the common vocabulary, which rows have a distribution, and whether no pile came before."""
 
@@ -30,7 +30,7 @@ class Chunk(NamedTuple):
 
     row_index: slice | Tensor
     rows: Rows
-    gradients: Gradients | None
+    gradients: PileGradients | None
 
 
 def plan_of(call: Call, n: int, *, full_width: bool = False) -> ChunkPlan:
@@ -115,7 +115,7 @@ class Loop:
             if rows.grad_logits is not None and (pile := chunk.pile) is not None:
                 grad_logits = rows.grad_logits if pile.grad_tile is None else pile.grad_tile
                 exists = rows.finite if len(finite) == 1 else torch.cat(finite)
-                gradients = Gradients(pile.row_index, pile.hidden, grad_logits[:, : self.vocab], exists, pile.first)
+                gradients = PileGradients(pile.row_index, pile.hidden, grad_logits[:, : self.vocab], exists, pile.first)
                 finite = []
             yield Chunk(chunk.row_index, rows, gradients)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from topd.ops.shared.engines import Engine
 from topd.ops.shared.fields import PREFIXED, WRITTEN, Table
-from topd.ops.shared.half_range import scale_within
+from topd.ops.shared.float16_scale import scale_within
 from topd.ops.shared.tiles import HeadGrads, Needs, Side
 
 COMMON_VOCABULARY = "the vocabulary that both heads share"
@@ -21,8 +21,9 @@ class Traits(NamedTuple):
     Attributes:
         score: its name among the scores, where its value is one; a forward KL with an entry clip is none.
         jumps: whether the gradient to the logits jumps, as the total variation's where p_S = p_T.
-        largest: what an entry of the gradient to the logits reaches for an upstream gradient and a slope of 1. A KL from the
-            student's side reaches its row's value: 250 is left to it, and what is beyond is held there in float16.
+        largest: what an entry of the gradient to the logits reaches for an upstream gradient and a slope of 1. That of a
+            KL from the student's side may be as large as its row's value: float16 is scaled for 250, and larger ones are
+            held there.
     """
 
     score: str | None = None

@@ -25,7 +25,7 @@ from torch import Tensor
 from topd.logits import shape_logits
 from topd.ops.linear_logprobs.spec import ROWS_INPUTS, LogprobRows, LogprobSpec, RowsOutputs
 from topd.ops.shared.engines import eager_kernel
-from topd.ops.shared.half_range import scaled_into
+from topd.ops.shared.float16_scale import scaled_into
 from topd.ops.shared.repeats import runs_of
 
 

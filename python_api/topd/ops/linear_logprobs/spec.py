@@ -8,7 +8,7 @@ from torch import Tensor
 
 from topd.ops.shared.engines import Engine
 from topd.ops.shared.fields import PREFIXED, WRITTEN, Table
-from topd.ops.shared.half_range import scale_within
+from topd.ops.shared.float16_scale import scale_within
 from topd.ops.shared.tiles import HeadGrads, Needs, Side
 
 HEAD_VOCABULARY = "the rows of head.weight"

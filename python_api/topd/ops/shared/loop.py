@@ -98,7 +98,7 @@ class TileLoop:
         self.grad_tile: Tensor | None = None
         if grad_dtype is not None:
             vocab = first.weight.shape[0]
-            width = -(-vocab // 8) * 8  # each row begins on 16 bytes, as its stores and products like it
+            width = -(-vocab // 8) * 8  # each row begins on 16 bytes, because aligned stores and products are faster
             self.grad_tile = first.weight.new_empty(plan.pile * plan.rows, width, dtype=grad_dtype)[:, :vocab]
 
     def _tile(self, engine: Engine, side: WidenedSide, dtype: torch.dtype) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 
 from topd.ops.linear_divergence.spec import TRAITS, RowSpec
 from topd.ops.linear_logprobs.spec import LogprobSpec
-from topd.ops.shared.half_range import scale_within, scaled_into
+from topd.ops.shared.float16_scale import scale_within, scaled_into
 
 LARGEST = torch.finfo(torch.float16).max
 

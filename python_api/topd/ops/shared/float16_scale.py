@@ -1,5 +1,5 @@
-"""Powers of two by which float16 tiles of gradients to products are multiplied, so that a vocabulary's small entries stand
-above float16's least number; the matrix products after them divide by the same.
+"""Choose the power of two by which a float16 tile of gradients to products is multiplied, so that small entries do not
+underflow. The matrix products after it divide by the same.
 
 A loop takes its tile's scale here once and hands it down as the argument `grad_scale` of the rows ops. It is known before
 anything is computed, from what an entry can be at most.
