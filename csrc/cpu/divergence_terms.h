@@ -1,4 +1,4 @@
-// The six divergences, entry by entry.
+// The divergences, entry by entry.
 #pragma once
 
 #include <c10/util/Exception.h>

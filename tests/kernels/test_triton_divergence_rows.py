@@ -15,6 +15,8 @@ from triton_cases import (
     spec_of,
 )
 
+from tools import variants
+from topd.divergences import BY_NAME
 from topd.ops.linear_divergence.spec import Rows
 from topd.scores import FIELDS
 
@@ -22,6 +24,11 @@ pytestmark = NEEDS_TRITON
 INF, NAN = math.inf, math.nan
 REVERSE, FORWARD, JSD = spec_of("reverse_kl"), spec_of("forward_kl", INF), spec_of("jsd", 0.5)
 BY_NAME = {"reverse_kl": REVERSE, "jsd": JSD}
+
+
+def test_every_divergence_is_among_the_kinds():
+    """Those of the tests here, and those whose binaries are compiled ahead of time."""
+    assert {name for name, _ in KINDS} == {name for name, _ in variants.DIVERGENCES} == set(BY_NAME)
 
 
 def assert_same(result: Rows, expected: Rows) -> None:

@@ -32,7 +32,7 @@ class ServerProcess:
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, "-S", str(HERE / "local_server.py"), str(self.port), str(self.log), str(self.delay)]
+        command = [sys.executable, "-S", str(HERE.parent / "local_server.py"), str(self.port), str(self.log), str(self.delay)]
         self.process = subprocess.Popen(command)
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline:

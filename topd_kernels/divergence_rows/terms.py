@@ -1,4 +1,4 @@
-"""The six divergences for Triton: one entry of both distributions, its term of the value, and what its gradient is made of.
+"""The divergences for Triton: one entry of both distributions, its term of the value, and what its gradient is made of.
 
 Formulas are those of python_api/topd/ops/linear_divergence/eager.py. A forward KL with an entry clip is a kind of its own.
 """
