@@ -16,7 +16,7 @@ from triton_cases import (
 )
 
 from tools import variants
-from topd.divergences import BY_NAME
+from topd import divergences
 from topd.ops.linear_divergence.spec import Rows
 from topd.scores import FIELDS
 
@@ -28,7 +28,7 @@ BY_NAME = {"reverse_kl": REVERSE, "jsd": JSD}
 
 def test_every_divergence_is_among_the_kinds():
     """Those of the tests here, and those whose binaries are compiled ahead of time."""
-    assert {name for name, _ in KINDS} == {name for name, _ in variants.DIVERGENCES} == set(BY_NAME)
+    assert {name for name, _ in KINDS} == {name for name, _ in variants.DIVERGENCES} == set(divergences.BY_NAME)
 
 
 def assert_same(result: Rows, expected: Rows) -> None:
