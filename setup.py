@@ -44,7 +44,7 @@ FLAGS = [
 
 
 def extension_arguments(must_build: bool) -> dict[str, object]:
-    """One library for each instruction set, all from the same sources; topd.backends loads the best that runs.
+    """Describe one library for each instruction set, all from the same sources; topd.backends loads the best that runs.
 
     A variant that cannot be built is left out and named in the last line; where it must be built, it ends the installation.
     """

@@ -125,8 +125,8 @@ def few_weight_gradients(workload: Workload) -> tuple[Tensor, Tensor]:
 
 
 def measure_errors(workload: Workload, results: Mapping[str, Gradients]) -> dict[str, Errors]:
-    """Judge the contenders on a CPU; the yardstick of d weight is eager on float32 inputs. Where the inputs are that, it is
-    `results["eager"]`, whose own d weight is then not judged."""
+    """Judge the contenders on a CPU; the yardstick of d weight is eager on float32 inputs. Where the inputs are
+    float32 already, it is `results["eager"]`, whose own d weight is then not judged."""
     narrow = workload.inputs.student_hidden.dtype != torch.float32
     yardstick = differentiable(workload.to(torch.float32), "eager")["eager"]() if narrow else results["eager"]
     known = truth_of(workload)

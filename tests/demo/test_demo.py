@@ -78,7 +78,7 @@ def test_the_page_stands_alone(whole_run):
     assert "$" not in page.text.replace("\\$", "").partition("What the student says")[0].partition("</style>")[2]
 
 
-@pytest.mark.parametrize("fail_at", [1, 3, 5])
+@pytest.mark.parametrize("fail_at", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_killed_run_ends_with_the_same_metrics(tmp_path, pair, whole_run, monkeypatch, fail_at):
     """It dies in the middle of a step, before and after a checkpoint, in the first and in the second method."""
     step, calls = training.Trainer._step, []

@@ -108,8 +108,8 @@ def test_equals_the_reference_at_large_windows(device, window, cost, epsilon):
         (65, 3, True, "mismatch", 0.01),
         (100, 5, True, "sqeuclidean", 0.01),
         (20, 128, True, "mismatch", 0.05),
-        (97, 100, True, "cosine", 0.01),
-        (128, 128, False, "cosine", 0.05),
+        pytest.param(97, 100, True, "cosine", 0.01, marks=pytest.mark.slow),
+        pytest.param(128, 128, False, "cosine", 0.05, marks=pytest.mark.slow),
         (128, 128, False, "sqeuclidean", 0.01),
     ],
 )

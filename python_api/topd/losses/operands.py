@@ -64,7 +64,7 @@ def autocast(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
 
 
 def cast(hidden: Tensor, head: Head, dtype: torch.dtype) -> tuple[Tensor, Head]:
-    """Return hidden states and head in a dtype, differentiably; what has it is not copied."""
+    """Return hidden states and head in a dtype, differentiably; a tensor of that dtype is not copied."""
     bias = None if head.bias is None else head.bias.to(dtype)
     adapter = head.adapter
     if adapter is not None:

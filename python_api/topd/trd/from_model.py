@@ -51,7 +51,7 @@ class FromModel:
                 yield from zip(chosen, self._batch(chosen, [ids for _, ids in fitting]), strict=True)
 
     def _beyond(self, prompt: int, sampling: Sampling) -> str:
-        """Why prompt and answer do not fit into the model; empty where they do."""
+        """Say why prompt and answer do not fit into the model; return "" where they do."""
         most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if most is None or prompt + sampling.max_new_tokens <= most:
             return ""

@@ -234,7 +234,8 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def _not_negative(seconds: float) -> float:
-    """
+    """Check a number of seconds.
+
     Raises:
         ValueError: a negative number, or none at all.
     """

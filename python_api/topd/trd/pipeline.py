@@ -178,7 +178,7 @@ def _checked_run(
 
 
 def _settings(run: _Run, model: str, samples: int) -> dict[str, Any]:
-    """What makes two runs the same one; what only changes how fast it is done does not."""
+    """Return what must be equal for a run to go on; what only changes its speed is left out."""
     return {
         "stage": run.stage,
         "task": run.task,
@@ -195,7 +195,8 @@ def _settings(run: _Run, model: str, samples: int) -> dict[str, Any]:
 
 
 def _unfinished(items: list[tuple[str, Problem]], journal: Journal) -> list[tuple[str, Problem]]:
-    """
+    """Return the items that have no record yet.
+
     Raises:
         ValueError: the file's record of an id is of another problem.
     """

@@ -222,7 +222,8 @@ def digest(record: Mapping[str, Any]) -> bytes:
 
 
 def check_settings(path: Path, there: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """
+    """Check that a run goes on with the settings that it began with.
+
     Raises:
         ValueError: the file's settings are not the wanted ones; the message names every difference.
     """
@@ -253,6 +254,6 @@ def read_run(path: str | Path) -> tuple[dict[str, Any], Iterator[dict[str, Any]]
 
 
 def is_run(path: Path) -> bool:
-    """Whether the file begins as a run's file does."""
+    """Tell whether the file begins as a run's file does."""
     with path.open("rb") as file:
         return file.read(len(START)) == START

@@ -13,7 +13,7 @@ def numbers_of(*values: float) -> Tensor | None:
     if not torch.compiler.is_compiling():
         return None
     one = torch.ones((), dtype=torch.float64, device="cpu")
-    return torch.stack([one * value for value in values])  # a product keeps a number that is a symbol one
+    return torch.stack([one * value for value in values])  # a product keeps a symbolic number symbolic
 
 
 def numbers_in(numbers: Tensor) -> tuple[float, ...]:

@@ -82,7 +82,7 @@ class Needs(NamedTuple):
 
     @property
     def head(self) -> bool:
-        """Whether any of the head's is."""
+        """Whether a gradient of the head is needed."""
         return self.weight or self.bias or self.adapter
 
     def of_head_if(self, summed: bool) -> "Needs":
@@ -148,7 +148,7 @@ class HeadGrads(NamedTuple):
 
     @property
     def wanted(self) -> bool:
-        """Whether there is any."""
+        """Whether any of them was asked for."""
         return any(grad.numel() for grad in self)
 
     def unfilled(self, engine: Engine) -> "HeadGrads":
