@@ -72,8 +72,8 @@ def attention_masks(
 ) -> Tensor | dict[str, Tensor]:
     """Return additive masks [B, 1, S_q, S_k]: one tensor for layers of one kind, else one for each kind by its name.
 
-    A query of padding, which may attend to nothing, attends to all keys: a softmax over nothing would be NaN where autocast turns the lowest
-    number into -inf.
+    A query of padding, which may attend to nothing, attends to all keys: a softmax over nothing would be NaN where autocast
+    turns the lowest number into -inf.
     """
     hidden = torch.finfo(dtype).min
     masks = {}

@@ -1,4 +1,4 @@
-"""The `topd` command: reads the words, runs a subcommand, and turns what stops it into one line."""
+"""The `topd` command: parse the arguments, run a subcommand, print an error in one line."""
 
 import argparse
 import re
