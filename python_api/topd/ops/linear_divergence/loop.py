@@ -46,7 +46,7 @@ def plan_of(call: Call, n: int, *, full_width: bool = False) -> ChunkPlan:
         products = Products(*hidden_widths, own.itemsize, other.itemsize, grad.itemsize, weight_grad=True)
     return plan_chunks(
         n,
-        *widths,
+        *map(engine.row_width, widths),
         itemsize=call.dtype.itemsize,
         workspace_bytes=workspace(student.weight.device, call.workspace_bytes, own),
         temporaries=engine.temporaries(EAGER_TEMPORARIES),

@@ -28,7 +28,7 @@ def plan_of(call: Call, n: int, tiles: int) -> ChunkPlan:
     products = engine.product_dtype(weight.dtype, call.dtype, weight.device)
     return plan_chunks(
         n,
-        *[call.vocab] * tiles,
+        *[engine.row_width(call.vocab)] * tiles,
         itemsize=call.dtype.itemsize,
         workspace_bytes=workspace(weight.device, call.workspace_bytes, products),
         temporaries=engine.temporaries(EAGER_LOGPROB_TEMPORARIES),
@@ -66,7 +66,7 @@ class Loop:
         call, side = self.call, self.side
         entropy_tile = None
         if self.grad and self.entropy:
-            entropy_tile = call.backend.buffer((self.plan.rows, call.vocab), side.weight, call.grad_dtype)
+            entropy_tile = call.backend.tile(self.plan.rows, call.vocab, side.weight, call.grad_dtype)
         for chunk in self._tiles():
             (product,) = chunk.products
             inputs = RowsInputs(

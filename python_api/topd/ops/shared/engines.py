@@ -14,7 +14,15 @@ from topd.backends import multiplies_bf16, triton_launcher
 from topd.ops.shared.advise_huge_pages import advise_huge_pages
 
 Kernel = Callable[..., Any]
+# On a GPU a tile's row takes a multiple of so many entries, whatever the vocabulary: then each row begins where wide loads and
+# stores want it, and matrix products stay off their slow kernels.
+ALIGNED_ENTRIES = 16
 _EAGER_KERNELS: dict[str, Kernel] = {}
+
+
+def row_width(vocab: int, entries: int) -> int:
+    """Return the least multiple of `entries` that holds a row of `vocab` entries."""
+    return -(-vocab // entries) * entries
 
 
 def eager_kernel(op: str) -> Callable[[Kernel], Kernel]:
@@ -36,11 +44,13 @@ class Engine:
         keeps_few_rows: the kernels leave the gradient to a product in the product's own tile, in the tile's dtype, so that
             calls of few rows may keep that tile for the backward pass (`topd.ops.shared.few_rows`).
         fuses_scores: there is a kernel for topd::score_tokens.
+        row_entries: a tile's row takes a multiple of so many entries.
     """
 
     name: str
     keeps_few_rows = False
     fuses_scores = False
+    row_entries = 1
 
     def kernel(self, op: str, device: torch.device) -> Kernel:
         """Return what runs topd::<op> on tensors of this device."""
@@ -50,6 +60,14 @@ class Engine:
     def buffer(self, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
         """Return an uninitialised tensor on the device of `like`."""
         return torch.empty(shape, dtype=dtype, device=like.device)
+
+    def row_width(self, vocab: int) -> int:
+        """Return the entries that a tile's row of `vocab` entries takes in memory."""
+        return row_width(vocab, self.row_entries)
+
+    def tile(self, rows: int, vocab: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return an uninitialised tile [rows, vocab], whose rows may stand further apart."""
+        return self.buffer((rows, self.row_width(vocab)), like, dtype)[:, :vocab]
 
     def temporaries(self, eager: int) -> int:
         """Return how many tiles a chunk needs beside its own, of which eager torch needs `eager`."""
@@ -104,6 +122,7 @@ class Triton(Engine):
 
     name = "triton"
     fuses_scores = True
+    row_entries = ALIGNED_ENTRIES
 
     def kernel(self, op: str, device: torch.device) -> Kernel:
         return triton_launcher(op) if device.type == "cpu" else super().kernel(op, device)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from topd.ops.shared.engines import Engine
+from topd.ops.shared.engines import ALIGNED_ENTRIES, Engine, row_width
 from topd.ops.shared.plan import CUDA_SHARE, CUDA_WORKSPACE, ChunkPlan, default_workspace
 from topd.ops.shared.tiles import WidenedSide
 
@@ -98,11 +98,11 @@ class TileLoop:
         self.grad_tile: Tensor | None = None
         if grad_dtype is not None:
             vocab = first.weight.shape[0]
-            width = -(-vocab // 8) * 8  # each row begins on 16 bytes, because aligned stores and products are faster
-            self.grad_tile = first.weight.new_empty(plan.pile * plan.rows, width, dtype=grad_dtype)[:, :vocab]
+            shape = plan.pile * plan.rows, row_width(vocab, ALIGNED_ENTRIES)
+            self.grad_tile = first.weight.new_empty(shape, dtype=grad_dtype)[:, :vocab]
 
     def _tile(self, engine: Engine, side: WidenedSide, dtype: torch.dtype) -> Tensor:
-        return engine.buffer((self.plan.rows, side.weight.shape[0]), side.weight, dtype)
+        return engine.tile(self.plan.rows, side.weight.shape[0], side.weight, dtype)
 
     def __iter__(self) -> Iterator[Chunk]:
         differentiated, *others = self.sides
