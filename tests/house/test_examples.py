@@ -158,9 +158,9 @@ def test_the_topd_page_runs_as_printed():
     batch = batch_of()
     names: dict[str, object] = {"student": student, "teacher": teacher, "batch": batch}
     exec(compile(whole, "topd.md", "exec"), names)
-    assert names["found"].near_future.windows.teacher_tokens.shape[1] == 50
+    assert names["result"].near_future.windows.teacher_tokens.shape[1] == 50
     assert any(parameter.grad is not None and (parameter.grad != 0).any() for parameter in student.parameters())
-    assert torch.isfinite(names["found"].loss)
+    assert torch.isfinite(names["result"].loss)
     names["answers"] = [[{3: -0.5, 7: -1.5}] * int(count) for count in batch["attention_mask"].sum(-1)]
     exec(compile(server, "topd.md", "exec"), names)
     assert names["step"].metrics["teacher_topk_mass"] == pytest.approx(math.exp(-0.5) + math.exp(-1.5))
