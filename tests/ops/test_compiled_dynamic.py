@@ -99,7 +99,7 @@ def test_rows_and_temperatures_change_in_one_graph(name):
 @pytest.mark.parametrize(
     ("dynamic", "backend", "compiler"),
     [
-        (True, None, "inductor"),
+        pytest.param(True, None, "inductor", marks=pytest.mark.slow),
         pytest.param(None, None, "inductor", marks=pytest.mark.slow),
         (True, "eager", "aot_eager"),
     ],

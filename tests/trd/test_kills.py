@@ -80,6 +80,7 @@ def finished(path: Path) -> set[str]:
     return {record["problem"] for record in read_run(path)[1]} if path.exists() and path.read_bytes().count(b"\n") else set()
 
 
+@pytest.mark.slow
 def test_two_hundred_problems_survive_two_kills_of_the_server_and_twenty_of_the_client(tmp_path, server, clients):
     problems = [{"id": number, "problem": f"problem {number}"} for number in range(200)]
     order = {"url": f"http://127.0.0.1:{server.port}/v1", "problems": problems, "path": str(tmp_path / "run.jsonl")}
