@@ -251,6 +251,7 @@ def test_bad_arguments_are_refused(change, error, message):
         topd.sample_windows(**(given | change))
 
 
+@pytest.mark.slow
 @needs_model
 def test_smollm2_greedy_windows_equal_generate():
     """And its hidden states from the cache equal those of a forward of prefix and window."""

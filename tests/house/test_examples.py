@@ -93,6 +93,7 @@ def nats(lines: list[str]) -> list[float]:
     return [float(match[1]) for line in lines if (match := re.search(r"([\d.]+) nats$", line))]
 
 
+@pytest.mark.slow
 def test_torchs_loop_and_accelerates_take_the_same_steps(lines):
     pytest.importorskip("accelerate")
     losses = nats(lines("torch_loop.py", "2"))
@@ -116,6 +117,7 @@ def test_trl_trainer(lines):
     assert candidates == 2
 
 
+@pytest.mark.slow
 def test_peft_lora(lines):
     pytest.importorskip("peft")
     printed = lines("peft_lora.py", "2")

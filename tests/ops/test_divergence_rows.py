@@ -149,6 +149,7 @@ def test_the_library_is_threaded_by_the_openmp_that_torch_ships():
         assert b"libgomp" not in content
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("AVX512" not in torch.backends.cpu.get_cpu_capability(), reason="one build runs here, and is tested above")
 def test_the_avx2_build_passes_these_tests_too():
     """And those of the rows of log-probabilities, in one process."""
