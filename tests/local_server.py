@@ -10,6 +10,8 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -111,6 +113,18 @@ class LocalServer(ThreadingHTTPServer):
 
     def handle_error(self, *_arguments: object) -> None:
         """Say nothing of clients that have gone."""
+
+
+@contextmanager
+def serving() -> Iterator[LocalServer]:
+    """Run a server in a thread of this process meanwhile."""
+    server = LocalServer()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
 
 
 if __name__ == "__main__":

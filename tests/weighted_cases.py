@@ -1,9 +1,16 @@
-"""Weighted rows of a table, chosen by ids: the dense matrix of weights, and random operands."""
+"""Weighted rows of a table, chosen by ids: random ids, and the dense matrix of weights."""
 
 import torch
 from torch import Tensor
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+def random_ids(n: int, m: int, vocab: int) -> Tensor:
+    """Return ids [n, m] with repeats, of which some lie outside the vocabulary."""
+    ids = torch.randint(-2, vocab + 3, (n, m))
+    ids[:, m // 2 :] = ids[:, : m - m // 2]
+    return ids
 
 
 def dense(ids: Tensor, weights: Tensor, vocab: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Where a run begins: its folder and its settings, from the command's options or from a run that was stopped."""
+"""Choose a run's folder and settings, from the command's options or from a run that was stopped."""
 
 import argparse
 import json

@@ -1,10 +1,9 @@
 """`topd refine`: both stages against a server on this machine, and errors of one line."""
 
 import json
-import threading
 
 import pytest
-from local_server import LocalServer
+from local_server import serving
 
 from topd.cli.main import main
 from topd.trd import read_run
@@ -14,13 +13,8 @@ pytest.importorskip("openai")
 
 @pytest.fixture
 def server():
-    server = LocalServer()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving() as server:
+        yield server
 
 
 @pytest.fixture

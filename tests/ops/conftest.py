@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from topd.ops.shared.engines import Engine, engine_of
+
 
 @pytest.fixture
 def cold_compiler() -> Iterator[None]:
@@ -13,3 +15,8 @@ def cold_compiler() -> Iterator[None]:
     with torch._inductor.config.patch(force_disable_caches=True, compile_threads=1):
         yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def engine(chunked: str) -> Engine:
+    return engine_of(chunked)

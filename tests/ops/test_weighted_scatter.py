@@ -3,22 +3,16 @@
 import pytest
 import torch
 from torch import Tensor
-from weighted_cases import DTYPES, dense
+from weighted_cases import DTYPES, dense, random_ids
 
-from topd.ops.shared.engines import CPP, Engine, engine_of
+from topd.ops.shared.engines import CPP
 from topd.ops.weighted_gather.op import PIECE
 from topd.ops.weighted_scatter.op import weighted_scatter
 
 
-@pytest.fixture
-def engine(chunked: str) -> Engine:
-    return engine_of(chunked)
-
-
 def random_case(n: int, m: int, vocab: int, width: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     """Rows, ids with repeats within a row and across rows, of which some lie outside, and weights."""
-    ids = torch.randint(-2, vocab + 3, (n, m))
-    ids[:, m // 2 :] = ids[:, : m - m // 2]
+    ids = random_ids(n, m, vocab)
     return torch.randn(n, width).to(dtype), ids, torch.randn(n, m)
 
 

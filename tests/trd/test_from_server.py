@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from local_server import LocalServer
+from local_server import serving
 
 from topd.trd import FromServer, generate, read_run
 from topd.trd.from_server import retry_after
@@ -17,13 +17,8 @@ pytest.importorskip("openai")
 
 @pytest.fixture
 def server():
-    server = LocalServer()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving() as server:
+        yield server
 
 
 def run(server, tmp_path, *words, concurrency=64, options=None, **run_options):

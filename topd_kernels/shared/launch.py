@@ -80,14 +80,12 @@ class Launch:
         Raises:
             ValueError: they are on several.
         """
-        tensors = {name: value for name, value in self.arguments.items() if isinstance(value, Tensor)}
-        first = next(iter(tensors))
-        for name, value in tensors.items():
-            if value.device != tensors[first].device:
-                raise ValueError(
-                    f"{name} of {self.name} must be on {tensors[first].device} as {first} is, got {value.device}; move it there"
-                )
-        return tensors[first].device
+        tensors = ((name, value.device) for name, value in self.arguments.items() if isinstance(value, Tensor))
+        first, device = next(tensors)
+        for name, other in tensors:
+            if other != device:
+                raise ValueError(f"{name} of {self.name} must be on {device} as {first} is, got {other}; move it there")
+        return device
 
     def run(self) -> None:
         """Launch on the device of the arguments, whichever is current, and on its current stream; on CPU tensors only through

@@ -3,8 +3,7 @@
 They follow the distribution that the loss differentiates, whatever the model's generation_config says: `topd.models.sampling`.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from topd.checks.rollouts import check_ids, check_rollouts, end_tokens
 from topd.checks.values import positive_int, real
 from topd.models.head_from_model import refuse_prompt_learning, unwrapped_model
 from topd.models.properties import embedded_tokens, vocabulary_of
-from topd.models.sampling import bare_settings, generated, until_end
+from topd.models.sampling import bare_settings, eval_mode, generated, until_end
 from topd.objectives.batch import check_padded
 from topd.objectives.topk_teacher import TOPK_KEYS, take_topk
 
@@ -65,7 +64,7 @@ def sample_rollouts(
     settings = bare_settings(max_new_tokens, ends, padding, **(full if temperature else {"do_sample": False}))
     if vocabulary is not None:
         settings.suppress_tokens = list(range(positive_int("vocabulary", vocabulary), vocabulary_of(inner))) or None
-    with _eval_mode(inner):
+    with eval_mode(inner):
         new = generated(inner, ids, attended, settings)
     kept = until_end(new, ends)
     return {
@@ -133,15 +132,3 @@ def _padding(pad_token_id: object, model: Any) -> int:
     if pad_token_id != 0 or isinstance(pad_token_id, bool):
         return positive_int("pad_token_id", pad_token_id, hint="or 0")
     return 0
-
-
-@contextmanager
-def _eval_mode(model: Any) -> Iterator[None]:
-    """Put the model in eval mode meanwhile; the modes of its modules come back."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -25,7 +25,6 @@ from topd.ops.linear_divergence import full_logits
 from topd.ops.linear_divergence import op as linear_divergence_op
 from topd.ops.linear_divergence.spec import Call, RowSpec
 from topd.ops.shared.engines import engine_of
-from topd.ops.shared.tiles import Needs, Side
 from topd.options import BackendName
 from topd.scores import TokenScores, unpack_scores
 
@@ -223,9 +222,9 @@ def linear_divergence(
         sides = (student_hidden, student, teacher_hidden, teacher)
         value, scores = full_logits.linear_divergence(*sides, flat_mask, flat_tokens, spec)
     else:
-        both = Side(*op_side(student_hidden, student)), Side(*op_side(teacher_hidden, teacher))
+        both = op_side(student_hidden, student), op_side(teacher_hidden, teacher)
         operands = Call(*both, flat_mask, flat_tokens, spec, workspace_bytes, engine_of(name))
-        wanted = Needs(*needs(student_hidden, student))
+        wanted = needs(student_hidden, student)
         value, scores = linear_divergence_op.linear_divergence(operands, hint, wanted, scores=return_scores)
     value = value.reshape(shape)
     return (value, unpack_scores(scores, shape, has_tokens=tokens is not None)) if return_scores else value

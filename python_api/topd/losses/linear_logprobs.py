@@ -14,7 +14,6 @@ from topd.ops.linear_logprobs import full_logits
 from topd.ops.linear_logprobs import op as linear_logprobs_op
 from topd.ops.linear_logprobs.spec import Call, LogprobSpec
 from topd.ops.shared.engines import engine_of
-from topd.ops.shared.tiles import Needs, Side
 from topd.options import BackendName
 
 
@@ -166,7 +165,6 @@ def logprobs_and_outside(
     if name == "reference":
         logprobs, entropies, outside = full_logits.linear_logprobs(states, head, flat_ids, flat_mask, spec, padded=padded)
     else:
-        side, wanted = Side(*op_side(states, head)), Needs(*needs(states, head))
-        call = Call(side, flat_mask, flat_ids, spec, workspace_bytes, engine_of(name), padded, dense)
-        logprobs, entropies, outside = linear_logprobs_op.linear_logprobs(call, hint, wanted, entropy=entropy)
+        call = Call(op_side(states, head), flat_mask, flat_ids, spec, workspace_bytes, engine_of(name), padded, dense)
+        logprobs, entropies, outside = linear_logprobs_op.linear_logprobs(call, hint, needs(states, head), entropy=entropy)
     return logprobs.reshape(ids.shape), entropies.reshape(shape) if entropy else entropies, outside.reshape(shape)

@@ -1,12 +1,11 @@
 """What turns hidden states and a Head into operands of an op: checks, casts as autocast makes them, the op's arguments."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from topd.checks.values import FLOATING, check_range, check_tensor, differentiable
 from topd.head import Head, LowRank
+from topd.ops.shared.tiles import Needs, Side
 
 
 def check_head(name: str, value: object) -> Head:
@@ -87,15 +86,16 @@ def kept_side(hidden_name: str, hidden: Tensor, head_name: str, head: Head) -> t
     return hidden, Head(tensors["weight"], tensors.get("bias"), scale=head.scale, softcap=head.softcap, adapter=adapter)
 
 
-def op_side(hidden: Tensor, head: Head) -> tuple[Any, ...]:
-    """Return the six arguments that an op takes for one model."""
+def op_side(hidden: Tensor, head: Head) -> Side:
+    """Return the operands that an op takes for one model."""
     low_rank = (None, None, 0.0) if head.adapter is None else (head.adapter.a, head.adapter.b, float(head.adapter.scaling))
-    return (hidden, head.weight, head.bias, *low_rank)
+    return Side(hidden, head.weight, head.bias, *low_rank)
 
 
-def needs(hidden: Tensor, head: Head) -> tuple[bool, bool, bool, bool]:
+def needs(hidden: Tensor, head: Head) -> Needs:
     """Tell whether hidden states, weight, bias and adapter want gradients."""
     if not torch.is_grad_enabled():
-        return False, False, False, False
+        return Needs(False, False, False, False)
     adapter = head.adapter is not None and (head.adapter.a.requires_grad or head.adapter.b.requires_grad)
-    return hidden.requires_grad, head.weight.requires_grad, head.bias is not None and head.bias.requires_grad, adapter
+    bias = head.bias is not None and head.bias.requires_grad
+    return Needs(hidden.requires_grad, head.weight.requires_grad, bias, adapter)

@@ -9,7 +9,6 @@ from topd.checks.values import check_temperature, check_workspace, per_token, po
 from topd.head import Head
 from topd.losses.linear_logprobs import check_numbers
 from topd.losses.operands import autocast, check_side, op_side, softcap_of
-from topd.ops.shared.tiles import Side
 from topd.ops.topk_logprobs import op as topk_op
 
 
@@ -64,6 +63,6 @@ def topk_logprobs(
     states, head = autocast(hidden.reshape(-1, hidden.shape[-1]), head.detach())
     check_numbers(head, temperature, states.dtype)
     numbers = (float(head.scale), softcap_of(head), float(temperature))
-    ids, logprobs = topk_op.topk_logprobs(topk_op.Inputs(Side(*op_side(states, head)), flat_mask, *numbers, k, workspace_bytes))
+    ids, logprobs = topk_op.topk_logprobs(topk_op.Inputs(op_side(states, head), flat_mask, *numbers, k, workspace_bytes))
     shape = (*hidden.shape[:-1], k)
     return TopK(logprobs.reshape(shape), ids.reshape(shape))

@@ -4,7 +4,8 @@ Whatever a model's generation_config holds (top-k, top-p, penalties, suppressed 
 distribution than the one that a loss differentiates. A call here has a bare configuration; the model's own comes back.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,6 +128,18 @@ def generated(
     finally:
         model.generation_config = own
     return whole[:, input_ids.shape[1] :]  # type: ignore[no-any-return]
+
+
+@contextmanager
+def eval_mode(model: Any) -> Iterator[None]:
+    """Put the model in eval mode meanwhile; the modes of its modules come back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def until_end(tokens: Tensor, ends: list[int]) -> Tensor:

@@ -1,14 +1,15 @@
 """A causal language model of transformers as a generator."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from topd.checks.rollouts import end_tokens
 from topd.checks.values import positive_int
+from topd.models.sampling import bare_settings, eval_mode, generated
 from topd.trd.generators import Answer, Answers, Request, Sampling
 
 
@@ -61,27 +62,18 @@ class FromModel:
 
     @torch.no_grad()
     def _batch(self, requests: list[Request], prompts: list[list[int]]) -> list[Answer]:
-        from transformers import GenerationConfig, LogitsProcessorList
-
         ends, sampling = self._end_tokens(), requests[0].sampling
         width, device = max(map(len, prompts)), self.model.device
         ids = torch.tensor([[0] * (width - len(each)) + each for each in prompts], dtype=torch.int64, device=device)
         attended = torch.tensor([[0] * (width - len(each)) + [1] * len(each) for each in prompts], device=device)
-        settings = GenerationConfig(
-            do_sample=False,
-            max_new_tokens=sampling.max_new_tokens,
-            eos_token_id=ends or None,
-            pad_token_id=ends[0] if ends else 0,
-            disable_compile=True,
-        )
-        draw = LogitsProcessorList([_Draw(sampling, [each.seed for each in requests], device)])
-        with _prepared(self.model, settings):
-            whole = self.model.generate(ids, attention_mask=attended, generation_config=settings, logits_processor=draw)
-        return [self._answer(row.tolist(), ends) for row in whole[:, width:]]
+        settings = bare_settings(sampling.max_new_tokens, ends, ends[0] if ends else 0, do_sample=False)
+        draw = _Draw(sampling, [each.seed for each in requests], device)
+        with eval_mode(self.model):
+            new = generated(self.model, ids, attended, settings, draw)
+        return [self._answer(row, ends) for row in new.tolist()]
 
     def _end_tokens(self) -> list[int]:
-        own = getattr(self.model.generation_config, "eos_token_id", None)
-        ends = [own] if isinstance(own, int) else list(own or [])
+        ends = end_tokens(None, self.model)
         last = getattr(self.tokenizer, "eos_token_id", None)
         return ends if last is None or last in ends else [*ends, last]
 
@@ -112,18 +104,3 @@ class _Draw:
         noise = torch.stack(rows).gather(-1, ids).clamp_min_(torch.finfo(torch.float32).tiny).log_()
         drawn = ids.gather(-1, (scores - noise).argmax(-1, keepdim=True))
         return torch.full_like(logits, -torch.inf).scatter_(-1, drawn, 0.0)
-
-
-@contextmanager
-def _prepared(model: Any, settings: Any) -> Iterator[None]:
-    """Put the model in eval mode, with the call's settings as its generation_config: `generate` fills from there what a call
-    leaves open."""
-    training = [module for module in model.modules() if module.training]
-    own, model.generation_config = model.generation_config, settings
-    model.eval()
-    try:
-        yield
-    finally:
-        model.generation_config = own
-        for module in training:
-            module.training = True
