@@ -8,6 +8,8 @@ from two_ranks import start
 
 import topd
 
+pytestmark = pytest.mark.slow  # two processes that import everything
+
 pytest.importorskip("transformers")
 
 

@@ -71,7 +71,8 @@ def test_a_compiled_whole_with_a_compiled_base_model_is_as_asked():
     assert not warnings_of(topd.OPD(torch.compile(student, backend="eager"), teacher))
 
 
-@pytest.mark.parametrize("way", ["torch.compile(base)", pytest.param("base_model.compile", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["torch.compile(base)", "base_model.compile"])
 def test_windows_of_a_compiled_base_model_branch_and_see_masks_and_positions(way):
     student, teacher = models()
     config = topd.TOPDConfig(candidates="top_k", candidate_value=2, horizon=4, window_temperature=0.0)
