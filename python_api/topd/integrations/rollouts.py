@@ -69,8 +69,7 @@ def sample_rollouts(
     """
     inner = _generating(model)
     positive_int("max_new_tokens", max_new_tokens)
-    temperature = real("temperature", temperature, low=0.0, hint="0 is greedy")
-    sampling = _sampling(temperature, top_p, top_k)
+    sampling = check_sampling(temperature, top_p, top_k)
     samples = positive_int("samples_per_prompt", samples_per_prompt)
     ids, attended = _check_prompts(input_ids, attention_mask)
     check_ids("input_ids", ids, model=embedded_tokens(inner))
@@ -154,8 +153,9 @@ def _generating(model: Any) -> Any:
     return inner
 
 
-def _sampling(temperature: float, top_p: float, top_k: int | None) -> dict[str, Any]:
+def check_sampling(temperature: float, top_p: float, top_k: int | None) -> dict[str, Any]:
     """Check how tokens are drawn, and return it in the words of a generation_config."""
+    temperature = real("temperature", temperature, low=0.0, hint="0 is greedy")
     top_p = real("top_p", top_p, low=0.0, high=1.0, open_low=True)
     top_k = 0 if top_k is None else positive_int("top_k", top_k, hint="or None, for all tokens")
     if temperature == 0:
