@@ -36,14 +36,12 @@ def binary(name: str, value: object, like: Tensor, like_name: str) -> Tensor:
 
 
 def check_rollouts(input_ids: object, attention_mask: object, side: str = "") -> tuple[Tensor, Tensor]:
-    """Check rollouts, and return input_ids [B, T] int64 and their attention mask as bool; `side` is what their names begin
-    with."""
-    ids = check_tensor(f"{side}input_ids", input_ids, dtype=torch.int64)
+    """Check rollouts, and return input_ids [B, T] int64 and their attention mask as bool. Their names begin with `side`."""
+    name = f"{side}input_ids"
+    ids = check_tensor(name, input_ids, dtype=torch.int64)
     if ids.dim() != 2:
-        raise ValueError(
-            f"{side}input_ids must be [B, T], a row for each rollout, got {list(ids.shape)}; unsqueeze a single one"
-        )
-    return ids, binary(f"{side}attention_mask", attention_mask, ids, f"{side}input_ids")
+        raise ValueError(f"{name} must be [B, T], a row for each rollout, got {list(ids.shape)}; unsqueeze a single one")
+    return ids, binary(f"{side}attention_mask", attention_mask, ids, name)
 
 
 def check_ids(name: str, ids: Tensor, **sizes: int | None) -> None:
