@@ -14,6 +14,7 @@ import trl
 from torch import Tensor
 
 from topd.divergences import JSD, Divergence, ForwardKL, ReverseKL, resolve_divergence
+from topd.integrations.objective_state import FollowSteps, load_resumed
 from topd.integrations.running_means import SHARES
 from topd.integrations.tokenizers import check_tokenizers
 from topd.objectives.config import OPDConfig, TOPDConfig
@@ -100,6 +101,12 @@ class TOPDTrainer(trl.DistillationTrainer):  # type: ignore[misc]
             check_tokenizers(self.processing_class, teacher_processing_class, self.accelerator.unwrap_model(self.teacher_model))
         self.allow_unequal_vocabularies = allow_unequal_vocabularies
         self._objective: OPD | TOPD | None = None
+        self.add_callback(FollowSteps(self, lambda: self._objective))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **options: Any) -> Any:
+        """Train as TRL does; where a checkpoint is resumed, the objective goes on from it too."""
+        load_resumed(self._objective, self, resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *arguments, **options)
 
     def _objective_for(self, student: Any, teacher: Any) -> OPD | TOPD:
         """Return the objective of these models, the same one for as long as they and the configuration are the same."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from topd.checks.rollouts import check_generator
 from topd.objectives.batch import Batch, check_batch, open_models, token_losses
 from topd.objectives.config import OPDConfig, config_of
+from topd.objectives.method import Method
 from topd.objectives.metrics import Stages, as_metrics, mean_scores
 from topd.objectives.model_checks import ModelChecks
 from topd.objectives.objective import Objective
@@ -23,7 +24,7 @@ from topd.objectives.topk_teacher import direction_of, refuse_topk, take_topk, t
 from topd.scores import TokenScores
 
 
-class OPD:
+class OPD(Method):
     """On-policy distillation: the loss of rollouts that the student sampled.
 
     Args:

@@ -68,7 +68,7 @@ class _Initial(SelfTeacher):
         if not torch.equal(state[INITIAL].cpu(), self._sample):
             raise ValueError(
                 "student must hold the weights with which the run began when topd.OPSD is made, since they are the teacher, "
-                "got others than those of the checkpoint; build it from its original checkpoint, and let the trainer load this one"
+                "got others than those of the checkpoint; build it from its original weights, and let the trainer load this one"
             )
 
 
@@ -131,9 +131,10 @@ class _Average(SelfTeacher):
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        values = ((parameter, average.to(parameter.dtype)) for parameter, average in self._pairs())
-        with torch.inference_mode(False), super().in_place(), weights_replaced(values):
-            yield
+        with torch.inference_mode(False):
+            values = ((parameter, average.to(parameter.dtype)) for parameter, average in self._pairs())
+            with super().in_place(), weights_replaced(values):
+                yield
 
     def after_step(self) -> None:
         """Move the average: decay * average + (1 - decay) * parameter."""

@@ -47,6 +47,7 @@ from topd.objectives.batch import (
     token_losses,
 )
 from topd.objectives.config import TOPDConfig, config_of
+from topd.objectives.method import Method
 from topd.objectives.metrics import Stages, as_metrics, mean_scores, near_future_metrics
 from topd.objectives.model_checks import ModelChecks
 from topd.objectives.objective import NearFuture, Objective
@@ -67,7 +68,7 @@ class _Pass(NamedTuple):
     scores: TokenScores
 
 
-class TOPD:
+class TOPD(Method):
     """Trajectory-aware on-policy distillation: OPD's loss, and guidance at the points where the near futures differ.
 
     Args:
