@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor
 
 from topd.checks.values import check_tensor
+from topd.integrations.objective_state import FollowSteps, load_resumed
 from topd.integrations.responses import repeated, without_responses
 from topd.integrations.rollouts import sample_rollouts, with_teacher_prompts
 from topd.integrations.running_means import RunningMeans
@@ -91,6 +92,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
             raise ValueError(
                 f"{type(self).__name__} knows no tensor, context or sequence parallelism, got it in args; leave it out"
             )
+        self.add_callback(FollowSteps(self, lambda: self.objective))
         self._means = {"train": RunningMeans(), "eval": RunningMeans()}
         self._place_teacher()
         if self.args.world_size > 1:  # each draws rollouts of its own; the data's order has its seed above
@@ -104,6 +106,11 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         teacher.eval()
         if getattr(teacher, "hf_device_map", None) is None and getattr(teacher, "quantization_method", None) is None:
             teacher.to(self.args.device)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **options: Any) -> Any:
+        """Train as Trainer does; where a checkpoint is resumed, the objective goes on from it too."""
+        load_resumed(self.objective, self, resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *arguments, **options)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

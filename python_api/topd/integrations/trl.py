@@ -12,6 +12,7 @@ from typing import Any
 import trl
 from torch import Tensor
 
+from topd.integrations.objective_state import FollowSteps, load_resumed
 from topd.integrations.responses import left_padded
 from topd.integrations.running_means import SHARES
 from topd.integrations.tokenizers import check_tokenizers
@@ -117,11 +118,17 @@ class TOPDTrainer(trl.DistillationTrainer):  # type: ignore[misc]
         given = teacher_chat_template_kwargs
         self.teacher_chat_template_kwargs = dict((self.args.chat_template_kwargs or {}) if given is None else given)
         self.allow_unequal_vocabularies = allow_unequal_vocabularies
-        self._objective: OPD | TOPD | OPSD | None = None
+        self._objective: OPD | TOPD | None = None
         if isinstance(self.objective_config, OPSDConfig):  # whose teacher may be the student as it is now
             self._objective_for(self.accelerator.unwrap_model(self.model), None)
+        self.add_callback(FollowSteps(self, lambda: self._objective))
 
-    def _objective_for(self, student: Any, teacher: Any) -> OPD | TOPD | OPSD:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **options: Any) -> Any:
+        """Train as TRL does; where a checkpoint is resumed, the objective goes on from it too."""
+        load_resumed(self._objective, self, resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *arguments, **options)
+
+    def _objective_for(self, student: Any, teacher: Any) -> OPD | TOPD:
         """Return the objective of these models, the same one for as long as they and the configuration are the same."""
         config, last = self.objective_config, self._objective
         same = last is not None and last.student is student and last.config is config

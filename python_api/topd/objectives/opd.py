@@ -18,6 +18,7 @@ from topd.head import Head
 from topd.objectives.batch import Batch, check_tokens, open_student
 from topd.objectives.config import OPDConfig, config_of
 from topd.objectives.inputs import Inputs, check_inputs
+from topd.objectives.method import Method
 from topd.objectives.metrics import Stages, as_metrics, mean_scores
 from topd.objectives.model_checks import ModelChecks
 from topd.objectives.objective import Objective
@@ -28,7 +29,7 @@ from topd.objectives.topk_teacher import direction_of, refuse_topk, take_topk, t
 from topd.scores import TokenScores
 
 
-class OPD:
+class OPD(Method):
     """On-policy distillation: the loss of rollouts that the student sampled.
 
     Args:

@@ -41,6 +41,7 @@ from topd.near_future.transport import Transport, near_future_divergence
 from topd.objectives.batch import Padded, check_tokens, open_student
 from topd.objectives.config import TOPDConfig, config_of
 from topd.objectives.inputs import PaddedInputs, check_padded_inputs
+from topd.objectives.method import Method
 from topd.objectives.metrics import Stages, as_metrics, mean_scores, near_future_metrics
 from topd.objectives.model_checks import ModelChecks
 from topd.objectives.objective import NearFuture, Objective
@@ -62,7 +63,7 @@ class _Pass(NamedTuple):
     scores: TokenScores
 
 
-class TOPD:
+class TOPD(Method):
     """Trajectory-aware on-policy distillation: OPD's loss, and guidance at the points where the near futures differ.
 
     Args:
