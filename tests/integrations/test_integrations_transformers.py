@@ -14,6 +14,7 @@ from trainer_cases import (
     InOrder,
     after_one_step,
     arguments,
+    eight_pairs,
     flat,
     four_rollouts,
     models,
@@ -145,13 +146,16 @@ def test_no_column_is_dropped_and_the_callers_arguments_stay(tmp_path):
 
 
 def test_two_processes_take_the_large_batchs_step(tmp_path):
-    """DDP over gloo, two micro-batches in each; only the whole batch's 26 tokens make every token weigh the same."""
+    """DDP over gloo, two micro-batches in each; only the whole batch's 26 tokens make every token weigh the same. Then pairs of
+    student and teacher, four micro-batches in each."""
     objective, batch = topd.OPD(*models()), four_rollouts()
     expected, loss = after_one_step(objective, batch)
     gradient = (flat(objective.student) - expected) / LR
+    after_pairs, _ = after_one_step(topd.TRD(*models()), eight_pairs())
     ranks = start("integrations/two_processes.py", tmp_path, timeout=180)
     for each in ranks:
         assert_near(each["parameters"], expected, 1e-9)
+        assert_near(each["pairs"], after_pairs, 1e-8, "pairs")
         assert_near(each["accelerate_gradient"], gradient, 1e-9, "under accelerate")
         assert each["log"]["loss"] == pytest.approx(loss, **LOGGED)
         assert each["log"]["opd_loss"] == pytest.approx(loss, rel=1e-5)
