@@ -28,16 +28,19 @@ from topd.near_future.false_alarms import false_alarm_weights
 from topd.near_future.gate import divergent
 from topd.near_future.guidance import guidance_kl
 from topd.near_future.transport import Transport, near_future_divergence
-from topd.objectives.config import OPDConfig, TOPDConfig
+from topd.objectives.config import OPDConfig, OPSDConfig, TOPDConfig, TRDConfig
 from topd.objectives.objective import NearFuture, Objective
 from topd.objectives.opd import OPD
+from topd.objectives.pairs import pair
 from topd.objectives.topd import TOPD
+from topd.objectives.trd import TRD
 from topd.scores import TokenScores
 
 __all__ = [
     "JSD",
     "OPD",
     "TOPD",
+    "TRD",
     "Backend",
     "Divergence",
     "ForwardKL",
@@ -45,11 +48,13 @@ __all__ = [
     "LowRank",
     "NearFuture",
     "OPDConfig",
+    "OPSDConfig",
     "Objective",
     "ReverseKL",
     "SkewKL",
     "SkewReverseKL",
     "TOPDConfig",
+    "TRDConfig",
     "TokenScores",
     "TotalVariation",
     "Transport",
@@ -65,6 +70,7 @@ __all__ = [
     "near_future_divergence",
     "next_token_mask",
     "pad_topk",
+    "pair",
     "sample_windows",
     "sampled_kl",
     "score_tokens",
