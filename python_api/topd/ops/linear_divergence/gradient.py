@@ -38,7 +38,7 @@ def gradients_of_sums(call: Call, kept: Kept, grad: Tensor, *, uniform_hint: boo
     narrow = engine.grad_dtype(weight.dtype, call.dtype, weight.device) != call.dtype
     rows = (c, hint, grad, deviates, alive)
     correct = correction(kept.grads, call.student, kept.u, *rows, engine, narrow=narrow, jumps=call.spec.jumps)
-    loop = Loop(call, correct.rows, grad=True, scores=False)
+    loop = Loop(call, correct.rows, grad=True, weight_grad=bool(kept.grads.weight.numel()), scores=False)
     for chunk in loop:
         if (gradients := chunk.gradients) is None:
             continue

@@ -8,8 +8,8 @@ from torch import Tensor
 from topd.ops.linear_logprobs.rows import run_rows
 from topd.ops.linear_logprobs.spec import Call, LogprobRows, RowsInputs
 from topd.ops.shared.few_rows import are_few
-from topd.ops.shared.loop import TileLoop, workspace
-from topd.ops.shared.plan import EAGER_LOGPROB_TEMPORARIES, ChunkPlan, plan_chunks
+from topd.ops.shared.loop import TileLoop, plan_rows
+from topd.ops.shared.plan import EAGER_LOGPROB_TEMPORARIES, ChunkPlan
 
 
 class Chunk(NamedTuple):
@@ -25,12 +25,14 @@ class Chunk(NamedTuple):
 def plan_of(call: Call, n: int, tiles: int) -> ChunkPlan:
     """Return the plan of n rows with so many tiles."""
     weight, engine = call.side.weight, call.backend
-    products = engine.product_dtype(weight.dtype, call.dtype, weight.device)
-    return plan_chunks(
+    return plan_rows(
         n,
         *[engine.row_width(call.vocab)] * tiles,
+        engine=engine,
+        device=weight.device,
+        multiplied=engine.product_dtype(weight.dtype, call.dtype, weight.device),
+        workspace_bytes=call.workspace_bytes,
         itemsize=call.dtype.itemsize,
-        workspace_bytes=workspace(weight.device, call.workspace_bytes, products),
         temporaries=engine.temporaries(EAGER_LOGPROB_TEMPORARIES),
     )
 
