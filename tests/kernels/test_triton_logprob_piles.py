@@ -21,15 +21,15 @@ PILES = 2 * (32 * 4 + 3 * 32 * 2)
 @pytest.fixture
 def plans(monkeypatch: pytest.MonkeyPatch) -> list[ChunkPlan]:
     """The plans of the calls that follow."""
-    made: list[ChunkPlan] = []
+    plans: list[ChunkPlan] = []
     plan_of = logprobs_loop.plan_of
 
     def watched(*arguments, **options) -> ChunkPlan:
-        made.append(plan_of(*arguments, **options))
-        return made[-1]
+        plans.append(plan_of(*arguments, **options))
+        return plans[-1]
 
     monkeypatch.setattr(logprobs_loop, "plan_of", watched)
-    return made
+    return plans
 
 
 @pytest.fixture

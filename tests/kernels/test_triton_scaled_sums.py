@@ -22,16 +22,16 @@ def gradient(dtype: torch.dtype, upstream: Tensor, hint: Tensor | None) -> tuple
     value = topd.linear_divergence(
         student.hidden, student.head(), problem.teacher.hidden, problem.teacher.head(), weights_hint=hint, backend="triton"
     )
-    made: dict[int, Tensor] = {}
+    tensors: dict[int, Tensor] = {}
 
     def see(tensor: Tensor) -> None:
         if tensor.shape == student.weight.shape:
-            made[tensor.data_ptr()] = tensor  # kept, so that no other takes its place
+            tensors[tensor.data_ptr()] = tensor  # kept, so that no other takes its place
 
     with Watch(see):
         (grad,) = torch.autograd.grad(value, student.weight, upstream)
-    made.pop(student.weight.data_ptr(), None)
-    return grad, [tensor.dtype for tensor in made.values()]
+    tensors.pop(student.weight.data_ptr(), None)
+    return grad, [tensor.dtype for tensor in tensors.values()]
 
 
 @pytest.mark.parametrize("dtype", STORED, ids=str)
@@ -40,9 +40,9 @@ def test_it_is_scaled_and_rounded_in_one_pass(given, dtype):
     """No float32 d weight beside the one that forward keeps, whose rounding is the only one."""
     hint = None if given == "mean" else torch.rand(N, device=DEVICE) + 0.5
     upstream = torch.full((), -1 / 3, device=DEVICE).expand(N) if hint is None else hint * 8
-    result, made = gradient(dtype, upstream, hint)
+    result, dtypes = gradient(dtype, upstream, hint)
     assert result.dtype == dtype
-    assert made == [dtype]
+    assert dtypes == [dtype]
     # A second row's upstream of its own forbids it: there is a correction to be added first.
     other = upstream.clone()
     other[1] *= -2
