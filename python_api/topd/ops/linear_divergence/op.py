@@ -112,7 +112,8 @@ def _computed(call: Call, inputs: Inputs) -> Outputs:
         hint = normalised_hint(inputs.weights_hint, call.mask, value)
         outputs = outputs._replace(kept=outputs.kept._replace(hint=hint))
     grad = any(needs)
-    loop = Loop(call, chosen, grad=grad, scores=inputs.scores, student_tile=dlogits if keeps else None)
+    tile = dlogits if keeps else None
+    loop = Loop(call, chosen, grad=grad, weight_grad=needs.weight, scores=inputs.scores, student_tile=tile)
     if inputs.scores and not grad and fuses(call, loop.plan):
         index = slice(None) if chosen is None else chosen
         scores[:, index] = fused_scores(call, index)

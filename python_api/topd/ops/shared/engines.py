@@ -12,6 +12,7 @@ from torch import Tensor
 
 from topd.backends import multiplies_bf16, triton_launcher
 from topd.ops.shared.advise_huge_pages import advise_huge_pages
+from topd.ops.shared.plan import GPU_BLOCK
 
 Kernel = Callable[..., Any]
 # On a GPU a tile's row takes a multiple of so many entries, whatever the vocabulary: then each row begins where wide loads and
@@ -73,9 +74,17 @@ class Engine:
         """Return how many tiles a chunk needs beside its own, of which eager torch needs `eager`."""
         return 0
 
+    def like_a_gpu(self, device: torch.device) -> bool:
+        """Tell whether this device is a GPU, or plays one, as the CPU does for Triton's interpreter."""
+        return device.type == "cuda"
+
+    def row_block(self, device: torch.device) -> int:
+        """Return the rows of which a chunk holds a multiple, where so many fit."""
+        return GPU_BLOCK if self.like_a_gpu(device) else 1
+
     def multiplies(self, dtype: torch.dtype, device: torch.device) -> bool:
         """Tell whether matrix products of this dtype, of 16 bits, can be taken with float32 out."""
-        return device.type == "cuda"
+        return self.like_a_gpu(device)
 
     def product_dtype(self, dtype: torch.dtype, tile: torch.dtype, device: torch.device) -> torch.dtype:
         """Return the dtype in which the matrix products of a side take its weight of `dtype`: its own 16 bits where these can
@@ -127,7 +136,7 @@ class Triton(Engine):
     def kernel(self, op: str, device: torch.device) -> Kernel:
         return triton_launcher(op) if device.type == "cpu" else super().kernel(op, device)
 
-    def multiplies(self, dtype: torch.dtype, device: torch.device) -> bool:
+    def like_a_gpu(self, device: torch.device) -> bool:
         return True
 
 
