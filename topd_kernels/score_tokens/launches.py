@@ -50,6 +50,11 @@ class Operands(NamedTuple):
     scale: float
     softcap: float | None
 
+    @property
+    def biases(self) -> int:
+        """Return how many entries have a bias."""
+        return 0 if self.bias is None else self.bias.shape[0]
+
     def contiguous(self) -> "Operands":
         """Return the side with tensors as the kernels read them."""
         bias = None if self.bias is None else self.bias.contiguous()
@@ -120,20 +125,20 @@ def _blocks_launch(
             "StudentWeight": student.weight,
             "StudentBias": student.weight if student.bias is None else student.bias,
             "student_width": student.hidden.shape[1],
-            "student_biased": student.bias is not None,
+            "student_biases": student.biases,
             "student_inner": student_inner,
             "student_outer": student_outer,
-            "student_capped": student.softcap is not None,
+            "student_capped": int(student.softcap is not None),
             "TeacherHidden": teacher.hidden,
             "TeacherWeight": teacher.weight,
             "TeacherBias": teacher.weight if teacher.bias is None else teacher.bias,
             "teacher_width": teacher.hidden.shape[1],
-            "teacher_biased": teacher.bias is not None,
+            "teacher_biases": teacher.biases,
             "teacher_inner": teacher_inner,
             "teacher_outer": teacher_outer,
-            "teacher_capped": teacher.softcap is not None,
+            "teacher_capped": int(teacher.softcap is not None),
             "Tokens": state.new_empty(1, dtype=torch.int64) if tokens is None else tokens,
-            "has_tokens": tokens is not None,
+            "token_rows": 0 if tokens is None else rows,
             "State": state,
             "rows": rows,
             "vocab": vocab,
@@ -161,10 +166,10 @@ def _tail_launch(
             "Weight": side.weight,
             "Bias": side.weight if side.bias is None else side.bias,
             "width": width,
-            "biased": side.bias is not None,
+            "biases": side.biases,
             "inner": inner,
             "outer": outer,
-            "capped": side.softcap is not None,
+            "capped": int(side.softcap is not None),
             "Masses": masses,
             "rows": rows,
             "vocab": vocab,
@@ -196,7 +201,7 @@ def _finish_launch(
             "student_tail_splits": 0 if student_tail is None else student_tail.shape[0],
             "TeacherTail": state if teacher_tail is None else teacher_tail,
             "teacher_tail_splits": 0 if teacher_tail is None else teacher_tail.shape[0],
-            "has_tokens": has_tokens,
+            "token_rows": rows if has_tokens else 0,
             "Scores": scores,
             "rows": rows,
         },

@@ -55,10 +55,11 @@ from topd.ops.shared.few_rows import may_keep
 from topd.ops.shared.loop import chosen_rows
 from topd.ops.shared.numbers import numbers_in, numbers_of
 from topd.ops.shared.one_pass import normalised_hint
+from topd.ops.shared.op_body import define, op_body
 from topd.ops.shared.tiles import HeadGrads, Needs
 
-torch.library.define("topd::linear_logprobs", f"({INPUTS.schema}) -> ({OUTPUTS.schema})")
-torch.library.define(
+define("topd::linear_logprobs", f"({INPUTS.schema}) -> ({OUTPUTS.schema})")
+define(
     "topd::linear_logprobs_backward",
     f"({UPSTREAMS.schema}, {SAVED.schema}) -> ({GRADIENTS.schema})",
 )
@@ -110,7 +111,7 @@ def _forward(*flat: Any) -> tuple[Any, ...]:
     call = _settled(inputs.call)
     if any(inputs.needs):
         refuse_inference_tensors(CALL.named_tensors(call))
-    with torch.no_grad(), torch.autocast(call.side.hidden.device.type, enabled=False):
+    with op_body("linear_logprobs", call.side.hidden.device):
         return OUTPUTS.pack(_computed(call, inputs))
 
 
@@ -170,7 +171,7 @@ def _backward(
     inputs = inputs._replace(call=_settled(inputs.call))
     call, kept, needs = inputs.call, inputs.kept, inputs.needs
     upstreams = Upstreams(grad_logprobs, grad_entropy, grad_outside)
-    with torch.no_grad(), torch.autocast(call.side.hidden.device.type, enabled=False):
+    with op_body("linear_logprobs", call.side.hidden.device):
         upstream = upstream_of(upstreams, inputs)
         hidden = kept.u.new_empty(0)
         if needs.hidden:

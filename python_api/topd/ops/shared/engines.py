@@ -44,13 +44,11 @@ class Engine:
         name: the backend's.
         keeps_few_rows: the kernels leave the gradient to a product in the product's own tile, in the tile's dtype, so that
             calls of few rows may keep that tile for the backward pass (`topd.ops.shared.few_rows`).
-        fuses_scores: there is a kernel for topd::score_tokens.
         row_entries: a tile's row takes a multiple of so many entries.
     """
 
     name: str
     keeps_few_rows = False
-    fuses_scores = False
     row_entries = 1
 
     def kernel(self, op: str, device: torch.device) -> Kernel:
@@ -130,7 +128,6 @@ class Triton(Engine):
     there."""
 
     name = "triton"
-    fuses_scores = True
     row_entries = ALIGNED_ENTRIES
 
     def kernel(self, op: str, device: torch.device) -> Kernel:

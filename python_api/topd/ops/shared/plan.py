@@ -32,10 +32,6 @@ EAGER_TEMPORARIES = 18
 # The same for log-probabilities with entropy, softcap and bias.
 EAGER_LOGPROB_TEMPORARIES = 14
 
-
-# Rows that a program of the fused score kernel takes, and the rows a chunk below which it is predicted to win: its own tiles
-# are small, so that it reads heads and hidden states from cache far more often than cuBLAS's products do.
-FUSED_BLOCK, FUSED_BELOW = 64, 128
 # Chunks whose 16-bit gradients may wait for one product, at most.
 MAX_PILE = 16
 
@@ -193,9 +189,3 @@ def _balanced(n: int, limit: int, pile: int, block: int, row_bytes: tuple[int, i
     rows = min(n, -(-n // (block * chunks)) * block)
     pile = min(pile, chunks)
     return ChunkPlan(n, rows, chunks, rows * (row_bytes[0] + pile * row_bytes[1]), pile, block)
-
-
-def prefers_fused(plan: ChunkPlan) -> bool:
-    """Tell whether scores without gradients go by the fused kernel: few rows, or a workspace for few. A prediction from the
-    static account, not a measurement."""
-    return plan.n <= FUSED_BLOCK or plan.rows < min(plan.n, FUSED_BELOW)

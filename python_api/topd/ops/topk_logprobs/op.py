@@ -15,6 +15,7 @@ from topd.ops.shared.engines import CPP, EAGER
 from topd.ops.shared.fields import Table
 from topd.ops.shared.loop import TileLoop, chosen_rows, plan_rows
 from topd.ops.shared.numbers import numbers_in, numbers_of
+from topd.ops.shared.op_body import define, op_body
 from topd.ops.shared.tiles import Side
 
 
@@ -45,7 +46,7 @@ class Outputs(NamedTuple):
 
 
 INPUTS, OUTPUTS = Table(Inputs), Table(Outputs)
-torch.library.define("topd::topk_logprobs", f"({INPUTS.schema}) -> ({OUTPUTS.schema})")
+define("topd::topk_logprobs", f"({INPUTS.schema}) -> ({OUTPUTS.schema})")
 
 # Tiles that a chunk keeps beside the logits, at most.
 TEMPORARIES = 2
@@ -88,7 +89,7 @@ def _computed(inputs: Inputs) -> Outputs:
 
 def _implementation(*flat: Any) -> tuple[Any, ...]:
     inputs = INPUTS.unpack(*flat)
-    with torch.no_grad(), torch.autocast(inputs.side.hidden.device.type, enabled=False):
+    with op_body("topk_logprobs", inputs.side.hidden.device):
         return OUTPUTS.pack(_computed(inputs))
 
 
