@@ -127,6 +127,7 @@ def score_ops(
 ) -> list[Op]:
     """Return the fused scores, once for each tile; None is the default's."""
     from topd_kernels.score_tokens import launches as score_tokens
+    from topd_kernels.shared.blocks import Tile
 
     def normal(rows: int, width: int, deviation: float) -> Tensor:
         return torch.empty(rows, width, dtype=dtype, device=device).normal_(0, deviation)
@@ -141,7 +142,7 @@ def score_ops(
         for side in (student_operands, teacher_operands)
     )
     true = divergence_of_logprobs(student, teacher, "reverse_kl")
-    blocks = [None if tile is None else score_tokens.Blocks(*tile) for tile in tiles]
+    blocks = [None if tile is None else Tile(*tile) for tile in tiles]
     calls = [score_tokens.launches(student_operands, teacher_operands, None, 1.0, blocks=tile) for tile in blocks]
     name = f"score_tokens {case.name}, N = {case.n}"
     return [Op(name, order, partial(_error_of, scores[1], rows, true)) for order, scores in calls]
