@@ -89,7 +89,7 @@ class Runner:
 
     def _run_job(self, job: Job, share: float, limit: float) -> None:
         """Run a job for `limit` seconds at most, of which it is told its share, less what it may need to come to its end."""
-        began, told = time.monotonic(), max(share - SPARE_SECONDS, share / 2)
+        began, told = time.monotonic(), max(share - SPARE_SECONDS, share / 2, 1.0)
         self.lines = queue.SimpleQueue()
         process = subprocess.Popen(
             [*job.command, "--seconds", f"{told:.0f}"],

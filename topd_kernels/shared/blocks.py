@@ -106,7 +106,7 @@ def read(path: Path, name: str) -> dict[str, Sizes]:
     """
 
     def refuse(rule: str) -> ValueError:
-        return ValueError(f"{path} must {rule}; remove it, or write it anew by python -m bench.gpu --tune")
+        return ValueError(f"{path} must {rule}; remove it, and python -m bench.gpu --tune writes another")
 
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -149,6 +149,14 @@ class Device(NamedTuple):
         """Return a kernel's sizes; the arguments are those of `default_sizes`."""
         own = self.own.get(key_of(kernel, itemsize, heavy=heavy)) if self.own else None
         return own or default_sizes(kernel, self.family, itemsize, heavy=heavy)
+
+
+def described(device: torch.device) -> str:
+    """Return a GPU's family, and whether its sizes are the family's or those of the user's file, in words."""
+    chosen, name = device_of(device), torch.cuda.get_device_properties(device).name
+    if not chosen.own:
+        return f"those of {chosen.family}"
+    return f"those of {chosen.family}, and of {file_of(name)}: {', '.join(chosen.own)}"
 
 
 @cache
