@@ -98,7 +98,7 @@ def test_declared_bytes_and_flop_of_score_tokens(vocabs, biased, tokens, watch):
         score_tokens.Operands(torch.randn(32, h), torch.randn(v, h), torch.randn(v) if biased else None, 1.0, None)
         for h, v in zip((16, 32), vocabs, strict=True)
     )
-    blocks = score_tokens.Blocks(16, 32, 16, 4)
+    blocks = score_tokens.Tile(16, 32, 16, 4)
     assert_declared(score_tokens.launches(student, teacher, tokens, 0.7, blocks=blocks, splits=2)[0], watch)
 
 

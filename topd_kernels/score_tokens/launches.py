@@ -16,6 +16,7 @@ from torch import Tensor
 
 from topd_kernels.score_tokens.kernels import score_blocks, score_finish, score_tail
 from topd_kernels.score_tokens.records import MASSES, STATES
+from topd_kernels.shared.blocks import Tile, default_tile, device_of
 from topd_kernels.shared.launch import (
     PROGRAMS_PER_PROCESSOR,
     Launch,
@@ -30,15 +31,6 @@ from topd_kernels.shared.records import SCORES
 
 FINISH_ROWS, FINISH_WARPS = 64, 2
 MOST_SPLITS = 256
-
-
-class Blocks(NamedTuple):
-    """Rows, entries and hidden columns of a tile, and the warps that work on it."""
-
-    rows: int
-    entries: int
-    columns: int
-    warps: int
 
 
 class Operands(NamedTuple):
@@ -67,16 +59,6 @@ class Operands(NamedTuple):
         return float(self.scale / divisor), float(divisor / temperature)
 
 
-def blocks_of(student: torch.dtype, teacher: torch.dtype, *, aligned: bool) -> Blocks:
-    """Return tiles of which no kernel spills on any target that `tools.binaries` knows: 16 entries of a tile to a thread, or
-    fewer. `aligned`: the widths are multiples of 16; other rows are loaded entry by entry, which takes registers."""
-    if student.itemsize != teacher.itemsize:
-        return Blocks(32, 32, 32, 4 if aligned else 8)
-    if student.itemsize > 2:
-        return Blocks(64, 32, 32 if aligned else 16, 8)
-    return Blocks(64, 64, 64, 8) if aligned else Blocks(64, 32, 32, 8)
-
-
 class _Plan(NamedTuple):
     """How a run of entries is shared: blocks of rows, entries of a program, programs of a row."""
 
@@ -85,14 +67,14 @@ class _Plan(NamedTuple):
     splits: int
 
     @classmethod
-    def of(cls, rows: int, entries: int, blocks: Blocks, like: Tensor, splits: int | None = None) -> "_Plan":
+    def of(cls, rows: int, entries: int, blocks: Tile, like: Tensor, splits: int | None = None) -> "_Plan":
         """Return the plan for a device; `splits` programs of a row at most, where it is given."""
         row_blocks, entry_blocks = cdiv(rows, blocks.rows), cdiv(entries, blocks.entries)
         wanted = PROGRAMS_PER_PROCESSOR * processors(like) // max(1, row_blocks)
         run = cdiv(entry_blocks, splits or splits_of(wanted, entry_blocks, MOST_SPLITS)) * blocks.entries
         return cls(row_blocks, run, cdiv(entries, run))
 
-    def tile_bytes(self, side: Operands, entries: int, blocks: Blocks) -> int:
+    def tile_bytes(self, side: Operands, entries: int, blocks: Tile) -> int:
         """Return the bytes of a side's operands that tiles over so many entries read. A tile's rows and entries past the last
         are read as the last."""
         entry_blocks, width = cdiv(entries, blocks.entries), side.hidden.shape[1]
@@ -108,7 +90,7 @@ def _blocks_launch(
     temperature: float,
     state: Tensor,
     plan: _Plan,
-    blocks: Blocks,
+    blocks: Tile,
     constants: dict[str, Any],
 ) -> Launch:
     """Return the launch over the entries that both sides have."""
@@ -153,7 +135,7 @@ def _blocks_launch(
 
 
 def _tail_launch(
-    side: Operands, vocab: int, temperature: float, plan: _Plan, blocks: Blocks, masses: Tensor, constants: dict[str, Any]
+    side: Operands, vocab: int, temperature: float, plan: _Plan, blocks: Tile, masses: Tensor, constants: dict[str, Any]
 ) -> Launch:
     """Return the launch over the wider side's entries from vocab on."""
     (rows, width), full_vocab = side.hidden.shape, side.weight.shape[0]
@@ -218,16 +200,18 @@ def launches(
     tokens: Tensor | None,
     temperature: float,
     *,
-    blocks: Blocks | None = None,
+    blocks: Tile | None = None,
     splits: int | None = None,
+    family: str | None = None,
 ) -> tuple[list[Launch], Tensor]:
     """Return what computes Scores [9, N] float32, and that tensor. The tile, and how many programs at most share a row's
-    vocabulary, are chosen here unless they are given."""
+    vocabulary, are chosen here unless they are given. `family`: of devices, where it is not the tensors' own."""
     student, teacher = student.contiguous(), teacher.contiguous()
     (rows, student_width), teacher_width = student.hidden.shape, teacher.hidden.shape[1]
     vocab = min(student.weight.shape[0], teacher.weight.shape[0])
     aligned = student_width % 16 == teacher_width % 16 == 0
-    blocks = blocks or blocks_of(student.weight.dtype, teacher.weight.dtype, aligned=aligned)
+    of = device_of(student.weight.device, family).family
+    blocks = blocks or default_tile(of, student.weight.itemsize, teacher.weight.itemsize, aligned=aligned)
     plan = _Plan.of(rows, vocab, blocks, student.hidden, splits)
     state = student.hidden.new_empty((plan.splits, STATES.value, rows), dtype=torch.float32)
     scores = student.hidden.new_empty((SCORES.value, rows), dtype=torch.float32)
