@@ -1,7 +1,7 @@
 """float32 is float32: matrix products of topd are as exact as their dtype, whatever torch was told about speed.
 
-torch.set_float32_matmul_precision, allow_tf32 and fp32_precision let it take float32 products in TF32 or bfloat16, on a CPU too;
-allow_fp16_accumulation lets it sum float16 products in float16, and makes those with float32 out raise. These are settings of
+torch.set_float32_matmul_precision, allow_tf32 and fp32_precision let it take float32 products in TF32 or bfloat16, on a CPU
+too; allow_fp16_accumulation lets it sum float16 products in float16, and makes those with float32 out raise. These are settings of
 the process. While a call computes they stand at their exact values, and afterwards where they were. (The two about *reduced
 precision reductions* concern sums that are stored in 16 bits, which no product here is.)
 """
@@ -56,7 +56,7 @@ class _Setting:
                 setattr(self.owner, self.name, before)
 
 
-_CUDA, _MKLDNN = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+_CUDA, _MKLDNN = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 _SETTINGS = {
     "cuda": (
         _Setting(_CUDA, "fp32_precision", "ieee", ("tf32",), "none"),
@@ -68,8 +68,8 @@ _SETTINGS = {
 
 @contextmanager
 def exact_products(device: torch.device) -> Iterator[None]:
-    """Take the matrix products on this device in the dtype that they have. Nothing is done while torch.compile traces: there the
-    ops of topd are opaque and come here when they run; what is plain torch is the compiler's."""
+    """Take the matrix products on this device in the dtype that they have. Nothing is done while torch.compile traces: there
+    the ops of topd are opaque and come here when they run; what is plain torch is the compiler's."""
     settings = () if torch.compiler.is_compiling() else _SETTINGS.get(device.type, ())
     for setting in settings:
         setting.hold()
