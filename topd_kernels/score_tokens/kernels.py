@@ -86,7 +86,7 @@ def _logits(product, Bias, entries, mask, biases, inner, outer, capped, GENERAL:
         "teacher_biases",
         "teacher_capped",
         "token_rows",
-    ],  # fmt: skip
+    ],
     do_not_specialize_on_alignment=["Tokens"],
 )
 def score_blocks(

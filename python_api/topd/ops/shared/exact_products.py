@@ -1,9 +1,9 @@
 """float32 is float32: matrix products of topd are as exact as their dtype, whatever torch was told about speed.
 
 torch.set_float32_matmul_precision, allow_tf32 and fp32_precision let it take float32 products in TF32 or bfloat16, on a CPU
-too; allow_fp16_accumulation lets it sum float16 products in float16, and makes those with float32 out raise. These are settings of
-the process. While a call computes they stand at their exact values, and afterwards where they were. (The two about *reduced
-precision reductions* concern sums that are stored in 16 bits, which no product here is.)
+too; allow_fp16_accumulation lets it sum float16 products in float16, and makes those with float32 out raise. These are
+settings of the process. While a call computes they stand at their exact values, and afterwards where they were. (The two
+about *reduced precision reductions* concern sums that are stored in 16 bits, which no product here is.)
 """
 
 from collections.abc import Iterator

@@ -2,8 +2,8 @@
 
 CUDA graphs: an op waits for the host where a mask is given, where rows deviate from their hint and for float16's scale, asks
 for free memory when it plans, and reads numbers that torch.compile hands over on the CPU. A graph would replay what the first
-call decided. So each op carries torch's tag for that, by which torch.compile(mode="reduce-overhead") leaves it out of its graphs, and
-refuses a stream that is being captured.
+call decided. So each op carries torch's tag for that, by which torch.compile(mode="reduce-overhead") leaves it out of its
+graphs, and refuses a stream that is being captured.
 """
 
 from collections.abc import Iterator
