@@ -114,9 +114,7 @@ def test_over_budget_the_rollout_is_cut_and_the_problem_never():
     options = GREEDY | {"max_new_tokens": 90}
     whole = RefineRollout(teacher, TOKENIZER, **options)(student, batch_of())["teacher_attention_mask"].sum(-1).max()
     refine = RefineRollout(teacher, TOKENIZER, max_prompt_tokens=int(whole) - 60, **options)
-    with pytest.warns(
-        UserWarning, match="rows of RefineRollout: the end of their rollouts, or of their ref"
-    ):
+    with pytest.warns(UserWarning, match="rows of RefineRollout: the end of their rollouts, or of their ref"):
         pairs = refine(student, batch_of())
     assert refine.counts["cut"] >= 1
     for problem, ids, mask in zip(PROBLEMS, pairs["teacher_input_ids"], pairs["teacher_attention_mask"], strict=True):
