@@ -169,7 +169,7 @@ def test_teachers_that_do_not_go_with_a_configuration_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("made", "message"),
+    ("collator", "message"),
     [
         (lambda rows: {"input_ids": torch.ones(2, 3)}, r"data_collator must make finished rollouts, .* got \['input_ids'\]"),
         (
@@ -179,9 +179,11 @@ def test_teachers_that_do_not_go_with_a_configuration_are_refused(tmp_path):
         (lambda rows: collated_pairs(rows) | {"cu_seqlens": torch.tensor([0, 2])}, "must make finished rollouts, padded"),
     ],
 )
-def test_a_collator_that_makes_something_else_is_refused(tmp_path, made, message):
+def test_a_collator_that_makes_something_else_is_refused(tmp_path, collator, message):
     columns = pair_columns()
     with pytest.raises(ValueError, match=message):
-        trainer_of(tmp_path, TOPDTrainer, columns=columns, data_collator=made).train()
+        trainer_of(tmp_path, TOPDTrainer, columns=columns, data_collator=collator).train()
     with pytest.raises(ValueError, match=r"args.remove_unused_columns must be False where data_collator is given"):
-        trainer_of(tmp_path, TOPDTrainer, columns=columns, data_collator=made, given_arguments={"remove_unused_columns": True})
+        trainer_of(
+            tmp_path, TOPDTrainer, columns=columns, data_collator=collator, given_arguments={"remove_unused_columns": True}
+        )
