@@ -31,6 +31,7 @@ from topd.near_future.transport import Transport, near_future_divergence
 from topd.objectives.config import OPDConfig, OPSDConfig, TOPDConfig, TRDConfig
 from topd.objectives.objective import NearFuture, Objective
 from topd.objectives.opd import OPD
+from topd.objectives.opsd import OPSD
 from topd.objectives.pairs import pair
 from topd.objectives.topd import TOPD
 from topd.objectives.trd import TRD
@@ -39,6 +40,7 @@ from topd.scores import TokenScores
 __all__ = [
     "JSD",
     "OPD",
+    "OPSD",
     "TOPD",
     "TRD",
     "Backend",

@@ -19,12 +19,12 @@ from topd.models.head_from_model import unwrapped_model
 from topd.models.sampling import eval_mode
 from topd.models.weights import absent_weight, trained_parameters, weight_sample, weights_replaced
 from topd.objectives.method import Method, check_state
-from topd.options import SelfTeaching
+from topd.options import SelfTeacher
 
 INITIAL = "initial"  # the key of a sample of the initial weights in a state
 
 
-class SelfTeacher(Method):
+class OwnTeacher(Method):
     """A student as its own teacher, by its present weights.
 
     Args:
@@ -53,7 +53,7 @@ class SelfTeacher(Method):
             torch.set_autocast_cache_enabled(cached)
 
 
-class _Initial(SelfTeacher):
+class _Initial(OwnTeacher):
     """The weights of the beginning. A checkpoint holds a sample of them: they come with the student that the run began with."""
 
     def __init__(self, model: Any, initial: Mapping[str, Tensor]) -> None:
@@ -113,7 +113,7 @@ class _FrozenCopy(_Initial):
         super().__init__(teacher, dict(teacher.named_parameters()))
 
 
-class _Average(SelfTeacher):
+class _Average(OwnTeacher):
     """The exponential moving average of the trained parameters; what is frozen is shared."""
 
     def __init__(self, student: Any, decay: float) -> None:
@@ -168,7 +168,7 @@ class _Average(SelfTeacher):
         return [(parameter, self._average[name]) for name, parameter in trained.items()]
 
 
-def self_teacher(student: Any, kind: SelfTeaching, decay: float) -> SelfTeacher:
+def self_teacher(student: Any, kind: SelfTeacher, decay: float) -> OwnTeacher:
     """Return the teacher that a student is to itself.
 
     Args:
@@ -183,7 +183,7 @@ def self_teacher(student: Any, kind: SelfTeaching, decay: float) -> SelfTeacher:
     if kind == "ema":
         return _Average(student, decay)
     if kind == "live":
-        return SelfTeacher(student)
+        return OwnTeacher(student)
     return _AdapterOff(student) if trains_lora_alone(student) else _FrozenCopy(student)
 
 
