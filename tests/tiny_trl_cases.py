@@ -1,7 +1,9 @@
 """TRL's trainers on tiny models with a tokenizer of whole words."""
 
 import pytest
+import torch
 from tiny_models import VOCAB, tiny, word_tokenizer
+from trainer_cases import eight_pairs
 
 import topd
 
@@ -9,7 +11,19 @@ trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
 WORDS = [f"word{number}" for number in range(VOCAB)]
-PROMPTS = ("word7 word8", "word9", "word5 word6", "word11")
+# The first two words are special tokens, which split a longer word that begins with them.
+PROMPTS = ("word7 word8", "word9", "word5 word6", "word31")
+SGD = {"optim": "sgd", "learning_rate": 0.5, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+
+
+def pair_columns():
+    """Return `eight_pairs` as a dataset's columns."""
+    return {key: value.tolist() for key, value in eight_pairs().items()}
+
+
+def collated_pairs(rows):
+    """Return rows of such a dataset as the batch that they come from."""
+    return {key: torch.tensor([row[key] for row in rows], dtype=value.dtype) for key, value in eight_pairs().items()}
 
 
 def arguments(folder, **options):
