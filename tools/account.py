@@ -1,8 +1,5 @@
 """The static account of linear_divergence on a GPU, and the time predicted from it: python -m tools.account
 
-    python -m tools.account             print the table
-    python -m tools.account --write     count the kernels' instructions anew, then write the table into docs/gpu.md
-
 Nothing here is measured on a GPU. Every launch comes after the other, nothing overlapped:
 
     products    flop / rate, of full tiles of 128 x 256: rows that fill no tile, and processors that wait for the last tiles
@@ -22,10 +19,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.cases import GPU_CASES, Case
-from bench.report import markdown_table, note, write_json
+from bench.report import markdown_table, write_json
 from tools.devices import DEVICES, Device
-from tools.instructions import FILE, divergence_launches, held, instructions_of
-from tools.instructions import main as count_instructions
+from tools.instructions import divergence_launches, held, instructions_of
 from topd.ops.shared.plan import ChunkPlan, Products, default_workspace, plan_chunks
 from topd_kernels.shared.launch import cdiv
 
@@ -37,8 +33,6 @@ TILE_ROWS, TILE_COLUMNS, SPLITS = 128, 256, 8
 # Bytes that backward moves for an entry of d weight: c d weight read and written in float32, read again and written in 16 bits.
 SCALE_AND_CAST = 14
 GIB = 1 << 30
-DOCS = Path(__file__).parents[1] / "docs" / "gpu.md"
-BEGIN, END = "<!-- python -m tools.account --write -->\n", "<!-- end -->\n"
 
 
 class Seconds(NamedTuple):
@@ -187,30 +181,13 @@ def text(rows: list[dict[str, object]]) -> str:
     return head + markdown_table(list(rows[0]), [[str(value) for value in each.values()] for each in rows]) + "\n"
 
 
-def write_docs(printed: str) -> None:
-    """Put the table between its marks in docs/gpu.md."""
-    before, _, rest = DOCS.read_text().partition(BEGIN)
-    _, mark, after = rest.partition(END)
-    if not mark:
-        raise ValueError(f"{DOCS} must hold the lines {BEGIN.strip()} and {END.strip()}, between which the table stands")
-    DOCS.write_text(f"{before}{BEGIN}{printed}{END}{after}")
-
-
 def main() -> int:
-    """Print the table, or refresh it."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything there")
-    parser.add_argument(
-        "--write", action="store_true", help=f"count anew into {FILE.name}, then write the table into docs/gpu.md"
-    )
     options = parser.parse_args()
-    if options.write:
-        count_instructions(["--write"])
     rows = table()
     print(text(rows))
-    if options.write:
-        write_docs(text(rows))
-        note(f"written: {DOCS}")
     if options.json:
         write_json(options.json, {"predicted": rows})
     return 0

@@ -64,6 +64,18 @@ def _instructions(variants: list[Binary]) -> str:
     return span if fewest == most else f"{span} ({max(most):.1f})"
 
 
+def compiled(targets: list[str], *, every: bool = False, kernels: tuple[str, ...] = (), jobs: int = 2) -> list[Binary]:
+    """Compile variants for targets, in so many processes; none where `kernels` are not those of this package."""
+    tasks = [(every, kernels, i, target) for i in range(len(_variants(every, kernels))) for target in targets]
+    binaries = []
+    with ProcessPoolExecutor(jobs) as pool:
+        for done, binary in enumerate(pool.map(_compile, tasks, chunksize=4), 1):
+            binaries.append(binary)
+            if done % 50 == 0:
+                note(f"{done} of {len(tasks)}")
+    return binaries
+
+
 def main() -> int:
     """Compile, print the table, return 1 where a binary does not fit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -75,16 +87,9 @@ def main() -> int:
     options = parser.parse_args()
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: interpreted kernels have no binaries; unset it")
-    chosen = options.all, tuple(options.kernels)
-    tasks = [(*chosen, i, target) for i in range(len(_variants(*chosen))) for target in options.targets]
-    if not tasks:
+    binaries = compiled(options.targets, every=options.all, kernels=tuple(options.kernels), jobs=options.jobs)
+    if not binaries:
         parser.error(f"--kernels must name kernels, got {' '.join(options.kernels)}; without it the table names them all")
-    binaries = []
-    with ProcessPoolExecutor(options.jobs) as pool:
-        for done, binary in enumerate(pool.map(_compile, tasks, chunksize=4), 1):
-            binaries.append(binary)
-            if done % 50 == 0:
-                note(f"{done} of {len(tasks)}")
     print(f"Triton {triton.__version__}, compiled ahead of time, no device; {len(binaries)} binaries\n")
     print(table(binaries))
     for binary in binaries:

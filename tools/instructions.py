@@ -5,7 +5,8 @@
     python -m tools.instructions --write              write tools/instructions.json anew
 
 Exits with 1 where a count is more than 2 % above the file's. The account (`python -m tools.account`) reads the file, and
-compiles nothing. Counts belong to a version of Triton, which the file names; under another one there is nothing to compare.
+compiles nothing; `python -m tools.gpu_doc` writes it, and docs/gpu.md with it. Counts belong to a version of Triton, which the
+file names; under another one there is nothing to compare.
 """
 
 import argparse
@@ -100,19 +101,24 @@ def risen(counts: dict[str, dict[str, float]]) -> list[str]:
     return lines
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Compile and compare, or write; None: the words of the command line."""
+def write(counts: dict[str, dict[str, float]]) -> None:
+    """Write the file anew."""
+    write_json(FILE, {"triton": triton.__version__, "instructions": counts})
+    held.cache_clear()
+
+
+def main() -> int:
+    """Compile and compare, or write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--write", action="store_true", help="write the file anew, for all targets")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args()
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: interpreted kernels have no binaries; unset it")
     targets = list(TARGETS) if options.write else options.targets
     counts = compiled(targets)
     if options.write:
-        write_json(FILE, {"triton": triton.__version__, "instructions": counts})
-        held.cache_clear()
+        write(counts)
     rows = [[name, *(str(by_target[target]) for target in targets)] for name, by_target in counts.items()]
     print(f"Instructions of a thread for an entry, Triton {triton.__version__}\n")
     print(markdown_table(["launch", *targets], rows))

@@ -87,7 +87,7 @@ def test_ten_different_n_need_one_binary_of_each_kernel():
 
 @pytest.mark.slow
 def test_no_kernel_takes_more_instructions_than_the_table_says():
-    """Where the kernels were made leaner, `python -m tools.account --write` writes the table anew."""
+    """Where the kernels were made leaner, `python -m tools.gpu_doc` writes the table anew."""
     done = python("-m", "tools.instructions", "--targets", "sm_90")
     assert done.returncode == 0, done.stdout + done.stderr
 
