@@ -24,16 +24,17 @@ from topd_kernels.shared.launch import Launch
 
 
 @cache
-def _variants(every: bool, kernels: tuple[str, ...]) -> list[Launch]:
-    """Return the launches to compile, of this process: they hold tensors and kernels, which do not travel between processes."""
-    variants = distinct(all_launches() if every else default_launches())
+def _variants(every: bool, kernels: tuple[str, ...], target: str) -> list[Launch]:
+    """Return the launches to compile, of this process: they hold tensors and kernels, which do not travel between processes.
+    Their block sizes are those of the target's family, whose name it bears."""
+    variants = distinct(all_launches(target) if every else default_launches(target))
     return [launch for launch in variants if not kernels or launch.name in kernels]
 
 
 def _compile(task: tuple[bool, tuple[str, ...], int, str]) -> Binary:
     """Compile one variant, by its number, for one target."""
     every, kernels, index, target = task
-    return compile_launch(_variants(every, kernels)[index], TARGETS[target])
+    return compile_launch(_variants(every, kernels, target)[index], TARGETS[target])
 
 
 def table(binaries: list[Binary]) -> str:
@@ -61,7 +62,7 @@ def main() -> int:
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: interpreted kernels have no binaries; unset it")
     chosen = options.all, tuple(options.kernels)
-    tasks = [(*chosen, i, target) for i in range(len(_variants(*chosen))) for target in options.targets]
+    tasks = [(*chosen, i, target) for target in options.targets for i in range(len(_variants(*chosen, target)))]
     if not tasks:
         parser.error(f"--kernels must name kernels, got {' '.join(options.kernels)}; without it the table names them all")
     binaries = []
