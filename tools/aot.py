@@ -27,16 +27,17 @@ from topd_kernels.shared.launch import Launch
 
 
 @cache
-def _variants(every: bool, kernels: tuple[str, ...]) -> list[Launch]:
-    """Return the launches to compile, of this process: they hold tensors and kernels, which do not travel between processes."""
-    variants = distinct(all_launches() if every else default_launches())
+def _variants(every: bool, kernels: tuple[str, ...], target: str) -> list[Launch]:
+    """Return the launches to compile, of this process: they hold tensors and kernels, which do not travel between processes.
+    Their block sizes are those of the target's family, whose name it bears."""
+    variants = distinct(all_launches(target) if every else default_launches(target))
     return [launch for launch in variants if not kernels or launch.name in kernels]
 
 
 def _compile(task: tuple[bool, tuple[str, ...], int, str]) -> Binary:
     """Compile one variant, by its number, for one target."""
     every, kernels, index, target = task
-    return compile_launch(_variants(every, kernels)[index], TARGETS[target])
+    return compile_launch(_variants(every, kernels, target)[index], TARGETS[target])
 
 
 def table(binaries: list[Binary]) -> str:
@@ -66,7 +67,7 @@ def _instructions(variants: list[Binary]) -> str:
 
 def compiled(targets: list[str], *, every: bool = False, kernels: tuple[str, ...] = (), jobs: int = 2) -> list[Binary]:
     """Compile variants for targets, in so many processes; none where `kernels` are not those of this package."""
-    tasks = [(every, kernels, i, target) for i in range(len(_variants(every, kernels))) for target in targets]
+    tasks = [(every, kernels, i, target) for target in targets for i in range(len(_variants(every, kernels, target)))]
     binaries = []
     with ProcessPoolExecutor(jobs) as pool:
         for done, binary in enumerate(pool.map(_compile, tasks, chunksize=4), 1):
