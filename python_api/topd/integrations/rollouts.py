@@ -14,7 +14,9 @@ from topd.checks.values import positive_int, real
 from topd.models.head_from_model import refuse_prompt_learning, unwrapped_model
 from topd.models.properties import embedded_tokens, vocabulary_of
 from topd.models.sampling import bare_settings, eval_mode, generated, until_end
-from topd.objectives.batch import check_padded
+from topd.objectives.batch import Padded, check_padded
+from topd.objectives.inputs import check_extras
+from topd.objectives.pairs import check_pairs
 from topd.objectives.topk_teacher import TOPK_KEYS, take_topk
 
 
@@ -79,26 +81,43 @@ def pack_rollouts(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Args:
         batch: input_ids [B, T] int64, attention_mask and response_mask [B, T] bool, or integers 0 and 1; it may hold a
-            teacher's top-k, teacher_topk_logprobs and teacher_topk_ids [B, T, k].
+            teacher's top-k, teacher_topk_logprobs and teacher_topk_ids [B, T, k]; a teacher's side, teacher_input_ids,
+            teacher_attention_mask and teacher_response_mask [B, T']; token_weights [B, T]; verdict [B].
 
     Returns:
-        input_ids [N] int64, response_mask [N] bool, cu_seqlens [B + 1] int32, with N the attended tokens; the top-k [N, k].
+        input_ids [N] int64, response_mask [N] bool, cu_seqlens [B + 1] int32, with N the attended tokens; the top-k [N, k]; of
+        the teacher's side teacher_input_ids and teacher_response_mask [M] and teacher_cu_seqlens [B + 1]; token_weights [N];
+        verdict as it was.
 
     Raises:
         TypeError, ValueError: as `topd.OPD`.
     """
     topk, rest = take_topk(batch) if any(key in batch for key in TOPK_KEYS) else (None, batch)
     rollouts = check_padded(rest)
+    pairs = check_pairs(rest, rollouts)
+    check_extras(rest, rollouts)
+    kept, packed = rollouts.attended, _packed(rollouts)
+    if pairs is not None:
+        assert isinstance(pairs.teacher, Padded)  # as its rollouts are
+        packed |= {f"teacher_{key}": value for key, value in _packed(pairs.teacher).items()}
+    if topk is not None:
+        packed |= {"teacher_topk_logprobs": topk.logprobs[kept], "teacher_topk_ids": topk.ids[kept]}
+    if "token_weights" in batch:
+        packed["token_weights"] = batch["token_weights"][kept]
+    if "verdict" in batch:
+        packed["verdict"] = batch["verdict"]
+    return packed
+
+
+def _packed(rollouts: Padded) -> dict[str, Tensor]:
+    """Return the attended tokens, which of them are of a response, and where each row begins and ends."""
     kept = rollouts.attended
     bounds = torch.nn.functional.pad(kept.sum(-1).cumsum(0), (1, 0))
-    packed = {
+    return {
         "input_ids": rollouts.input_ids[kept],
         "response_mask": rollouts.response[kept],
         "cu_seqlens": bounds.to(torch.int32),
     }
-    if topk is not None:
-        packed |= {"teacher_topk_logprobs": topk.logprobs[kept], "teacher_topk_ids": topk.ids[kept]}
-    return packed
 
 
 def _generating(model: Any) -> Any:

@@ -18,44 +18,31 @@ from topd.losses.score_tokens import score_tokens
 from topd.losses.topk_divergence import topk_divergence
 from topd.losses.topk_logprobs import TopK, topk_logprobs
 from topd.objectives.config import OPDConfig
+from topd.objectives.rows import Rows
+from topd.options import Direction
 from topd.scores import TokenScores
 
 
-def compare_top_k(
-    student_hidden: Tensor,
-    student: Head,
-    teacher_hidden: Tensor,
-    teacher: Head,
-    mask: Tensor | None,
-    tokens: Tensor,
-    k: int,
-    config: OPDConfig,
-) -> tuple[Tensor, TokenScores]:
-    """Return the loss [...] of each row on the teacher's k tokens, and its scores on the whole vocabulary.
-
-    Args:
-        student_hidden, student, teacher_hidden, teacher: as of `linear_divergence`; the teacher is a constant.
-        mask: [...] bool, or None; False rows are 0 and cost nothing.
-        tokens: [...] int64, the tokens that the rows predict.
-        k: at most the vocabulary that both models have.
-    """
+def compare_top_k(rows: Rows, student: Head, teacher: Head, k: int, config: OPDConfig) -> tuple[Tensor, TokenScores]:
+    """Return the loss [...] of each row on the teacher's k tokens, and its scores on the whole vocabulary; k is at most the
+    vocabulary that both models have, and the teacher a constant."""
     vocab = min(student.weight.shape[0], teacher.weight.shape[0])
     if k > vocab:
         raise ValueError(
             f"config.top_k must be at most the {vocab:,} tokens that both models have, got {k}; None compares all of them"
         )
-    options: dict[str, Any] = {"temperature": config.temperature, "mask": mask}
-    scores = score_tokens(student_hidden, student, teacher_hidden, teacher, tokens=tokens, **options)
-    topk = topk_logprobs(teacher_hidden, teacher.first(vocab), k, **options)
+    hidden, options = rows.student_hidden, dict[str, Any](temperature=config.temperature, mask=rows.mask)
+    scores = score_tokens(hidden, student, rows.teacher_hidden, teacher, tokens=rows.tokens, **options)
+    topk = topk_logprobs(rows.teacher_hidden, teacher.first(vocab), k, **options)
     student, divergence = student.first(vocab), resolve_divergence(config.divergence)
     if isinstance(divergence, JSD):
-        loss = _jsd(student_hidden, student, topk, divergence.beta, **options)
+        loss = _jsd(hidden, student, topk, divergence.beta, **options)
     else:
-        direction = "forward" if isinstance(divergence, ForwardKL) else "reverse"
-        options |= {"direction": direction, "support": "renormalised"}
-        loss = topk_divergence(student_hidden, student, topk.ids, topk.logprobs, **options)
+        direction: Direction = "forward" if isinstance(divergence, ForwardKL) else "reverse"
+        both = hidden, student, topk.ids, topk.logprobs
+        loss = topk_divergence(*both, direction=direction, support="renormalised", **options)
     if config.hard_weight:
-        own = linear_logprobs(student_hidden, student, tokens.unsqueeze(-1), temperature=config.temperature, mask=mask)
+        own: Tensor = linear_logprobs(hidden, student, rows.tokens.unsqueeze(-1), weights_hint=rows.hint, **options)
         loss = loss - config.hard_weight * own[..., 0]
     return loss, scores
 

@@ -26,7 +26,8 @@ from topd.objectives.config import OPDConfig
 from topd.objectives.inputs import Inputs
 from topd.objectives.metrics import Stages
 from topd.objectives.reduction import reduction_hint
-from topd.objectives.token_losses import by_token, clipped, scores_by_token
+from topd.objectives.rows import by_token, scores_by_token
+from topd.objectives.token_losses import clipped
 from topd.options import Direction
 from topd.scores import TokenScores
 
