@@ -54,8 +54,8 @@ class OPSD(OPD):
         TypeError: config of another type; a model that is none of transformers.
         ValueError: "initial" with a LoRA that is not zero; weights that this process does not hold whole.
 
-    Source: arXiv 2601.18734: forward KL with the clip per entry, a teacher frozen at step 0: in its code a LoRA turned off,
-    with the present weights and an average of decay 0.999 as options.
+    Source: arXiv 2601.18734: forward KL with the clip per entry, a teacher frozen at step 0; its code turns a LoRA off for it,
+    and has the present weights and an average of decay 0.999 as options.
     """
 
     config_type = OPSDConfig

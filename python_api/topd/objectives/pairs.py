@@ -179,7 +179,7 @@ def pair(
     Raises:
         TypeError, ValueError: not lists of ids, lists of unequal length, an empty prompt, a negative id.
     """
-    padding = _ids("pad_token_id", [pad_token_id])
+    padding = _padding(pad_token_id)
     columns = {"prompts": prompts, "teacher_prompts": teacher_prompts, "responses": responses}
     rows = {name: _rows(name, value) for name, value in columns.items()}
     for name in ("teacher_prompts", "responses"):
@@ -194,8 +194,8 @@ def pair(
                 f"{name} must hold a token at least in each list, got none in row {rows[name].index([])}; the first token of a "
                 "response is predicted from the one before it"
             )
-    own = _joined(rows["prompts"], rows["responses"], *padding)
-    others = _joined(rows["teacher_prompts"], rows["responses"], *padding)
+    own = _joined(rows["prompts"], rows["responses"], padding)
+    others = _joined(rows["teacher_prompts"], rows["responses"], padding)
     return own | {SIDE + key: value for key, value in others.items()}
 
 
@@ -216,6 +216,15 @@ def _ids(name: str, ids: object) -> list[int]:
     if listed and not 0 <= min(listed) <= max(listed) <= LARGEST_INT:
         raise ValueError(f"{name} must hold ids, ints >= 0, got {min(listed) if min(listed) < 0 else max(listed)}")
     return listed
+
+
+def _padding(pad_token_id: object) -> int:
+    """Check for the id of padding, and return it."""
+    if type(pad_token_id) is not int:
+        raise TypeError(f"pad_token_id must be an id, an int, got {type(pad_token_id).__name__}; any token serves, for one 0")
+    if not 0 <= pad_token_id <= LARGEST_INT:
+        raise ValueError(f"pad_token_id must be >= 0, got {pad_token_id}; any token serves, for one 0")
+    return pad_token_id
 
 
 def _joined(prompts: list[list[int]], responses: list[list[int]], padding: int) -> dict[str, Tensor]:
