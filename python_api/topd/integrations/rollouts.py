@@ -1,6 +1,7 @@
 """Rollouts of a transformers causal language model, drawn from its own distribution.
 
-They follow the distribution that the loss differentiates, whatever the model's generation_config says: `topd.models.sampling`.
+They follow the distribution that the loss differentiates, unless a call cuts it, and whatever the model's generation_config
+says: `topd.models.sampling`.
 """
 
 from collections.abc import Mapping

@@ -31,8 +31,8 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
     """transformers.Trainer that trains an objective's student on its own rollouts.
 
     Args:
-        objective: topd.OPD or topd.TOPD. Its student is trained; its teacher is put in eval mode and on the student's device. A
-            topd.OPD without a teacher model wants the teacher's top-k in its batches, from the data or from `rollout`.
+        objective: topd.OPD, TRD, OPSD or TOPD. Its student is trained; its teacher is put in eval mode and on the student's
+            device. A topd.OPD without a teacher model wants the teacher's top-k in its batches, from the data or from `rollout`.
         args: transformers.TrainingArguments; no column is removed, whatever remove_unused_columns says.
         data_collator: makes batches of prompts, input_ids and attention_mask [B, P] padded on the left; or of finished
             rollouts, which have a response_mask too, for instance those of `topd.pair`. Prompts may have the teacher's own
