@@ -32,7 +32,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
 
     Args:
         objective: topd.OPD, TRD, OPSD or TOPD. Its student is trained; its teacher is put in eval mode and on the student's
-            device. A topd.OPD without a teacher model wants the teacher's top-k in its batches, from the data or from `rollout`.
+            device. A topd.OPD without a teacher model wants the teacher's top-k in its batches, of the data or of `rollout`.
         args: transformers.TrainingArguments; no column is removed, whatever remove_unused_columns says.
         data_collator: makes batches of prompts, input_ids and attention_mask [B, P] padded on the left; or of finished
             rollouts, which have a response_mask too, for instance those of `topd.pair`. Prompts may have the teacher's own
