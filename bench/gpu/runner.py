@@ -136,7 +136,7 @@ class Runner:
             if isinstance(record, dict) and "table" in record:
                 self._hand_on(job, record)
             elif text.strip():
-                print(text.rstrip(), file=sys.stderr, flush=True)
+                sys.stderr.write(text.rstrip() + "\n")  # in one call: two threads write there
 
 
 def _read(stream: Any, put: Callable[[str | None], None]) -> None:
@@ -149,7 +149,7 @@ def _read(stream: Any, put: Callable[[str | None], None]) -> None:
 def _echo(stream: Any, last_words: list[str]) -> None:
     """Show what a job says, and keep its last line."""
     for line in stream:
-        print(line.rstrip("\n"), file=sys.stderr, flush=True)
+        sys.stderr.write(line.rstrip("\n") + "\n")
         last_words[0] = line.strip()[:200] or last_words[0]
 
 
