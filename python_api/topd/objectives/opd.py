@@ -22,7 +22,7 @@ from topd.objectives.method import Method
 from topd.objectives.metrics import Stages, as_metrics, mean_scores
 from topd.objectives.model_checks import ModelChecks
 from topd.objectives.objective import Objective
-from topd.objectives.pairs import has_pairs
+from topd.objectives.pairs import demand_pairs, has_pairs
 from topd.objectives.reduction import check_items, reduce_tokens
 from topd.objectives.token_losses import token_losses
 from topd.objectives.topk_teacher import direction_of, refuse_topk, take_topk, topk_losses
@@ -52,6 +52,7 @@ class OPD(Method):
     """
 
     config_type: ClassVar[type[OPDConfig]] = OPDConfig
+    demands_pairs: ClassVar[bool] = False  # whether a batch must hold the teacher's side
 
     def __init__(
         self, student: Any, teacher: Any, config: OPDConfig | None = None, *, allow_unequal_vocabularies: bool = False
@@ -113,6 +114,8 @@ class OPD(Method):
         if self.teacher is None:
             return self._from_topk(batch, items, stages)
         refuse_topk(batch, type(self).__name__)
+        if self.demands_pairs:
+            demand_pairs(batch, type(self).__name__)
         inputs = check_inputs(batch)
         self._check_models(inputs)
         student = open_student(self.student, inputs.rollouts)

@@ -9,25 +9,22 @@ has is in `self_teacher`.
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from topd.head import Head
 from topd.objectives.batch import Batch, check_tokens
 from topd.objectives.config import OPSDConfig, config_of
 from topd.objectives.inputs import Inputs
-from topd.objectives.objective import Objective
 from topd.objectives.opd import OPD
-from topd.objectives.pairs import demand_pairs
 from topd.objectives.self_teacher import self_teacher
-from topd.objectives.topk_teacher import refuse_topk
 
 
 class OPSD(OPD):
     """On-policy self-distillation: a model learns from itself, which has read more.
 
-    Batches hold teacher_input_ids, teacher_attention_mask and teacher_response_mask: the teacher's prompts before the same
-    responses; otherwise they are those of `OPD`. The teacher's weights are those of `config.teacher`:
+    Batches are those of `OPD`, and must hold the teacher's side, which is optional there: teacher_input_ids,
+    teacher_attention_mask and teacher_response_mask, its prompts before the same responses, or both sides packed. `topd.pair`
+    makes them of lists of ids. The teacher's weights are those of `config.teacher`:
 
     - "initial": what the student has when this is made. Where it trains a LoRA alone (PEFT, also with modules_to_save), that is
       the student with its adapter off, head included, which costs no memory; a LoRA that is not zero then is refused. Any other
@@ -52,44 +49,20 @@ class OPSD(OPD):
 
     Raises:
         TypeError: config of another type; a model that is none of transformers.
-        ValueError: "initial" with a LoRA that is not zero; weights that this process does not hold whole.
+        ValueError: "initial" with a LoRA that is not zero; weights that this process does not hold whole. At a call, beside
+            those of `OPD`: what the student trains has changed since this was made; adapters that are merged.
 
     Source: arXiv 2601.18734: forward KL with the clip per entry, a teacher frozen at step 0; its code turns a LoRA off for it,
     and has the present weights and an average of decay 0.999 as options.
     """
 
     config_type = OPSDConfig
+    demands_pairs = True
 
     def __init__(self, student: Any, config: OPSDConfig | None = None) -> None:
         chosen = config_of(config, OPSDConfig)
         self._self_teacher = self_teacher(student, chosen.teacher, chosen.ema_decay)
         super().__init__(student, self._self_teacher.model, chosen)
-
-    def __call__(
-        self,
-        batch: Mapping[str, Tensor],
-        *,
-        num_items: float | Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Objective:
-        """Return the loss of rollouts that the student sampled, before which the teacher reads another prompt.
-
-        Args:
-            batch: as of `OPD`, with the teacher's side, which is optional there: input_ids, attention_mask and response_mask
-                [B, T], teacher_input_ids, teacher_attention_mask and teacher_response_mask [B, T'], or both packed; optional
-                token_weights and verdict. `topd.pair` makes it of lists of ids.
-            num_items, generator: as of `OPD`.
-
-        Returns:
-            Objective, with the metrics of `OPD`; its scores are in the student's columns.
-
-        Raises:
-            TypeError, ValueError: as `OPD`; a key of the teacher's side that is missing; what the student trains has changed
-                since this was made; adapters that are merged.
-        """
-        refuse_topk(batch, "OPSD")
-        demand_pairs(batch, "OPSD")
-        return super().__call__(batch, num_items=num_items, generator=generator)
 
     def _check_models(self, inputs: Inputs) -> None:
         """Check before a step that the student can take it, and has the tokens that both sides read."""

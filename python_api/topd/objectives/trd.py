@@ -6,21 +6,17 @@ The student's rollout y_o was refined to y_r by the teacher (`topd.trd.pipeline`
 teacher reads before it belong to the data; here are the loss, and the demand that the teacher reads something of its own.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from topd.objectives.config import TRDConfig
-from topd.objectives.objective import Objective
 from topd.objectives.opd import OPD
-from topd.objectives.pairs import demand_pairs
-from topd.objectives.topk_teacher import refuse_topk
 
 
 class TRD(OPD):
     """Trajectory-refined distillation: the loss of responses before which the teacher reads another prompt.
+
+    Batches are those of `OPD`, and must hold the teacher's side, which is optional there: teacher_input_ids,
+    teacher_attention_mask and teacher_response_mask, or both sides packed. `topd.pair` makes them of lists of ids.
 
     Args:
         student, teacher: as of `OPD`; the teacher is a model.
@@ -35,6 +31,7 @@ class TRD(OPD):
     """
 
     config_type = TRDConfig
+    demands_pairs = True
 
     def __init__(
         self, student: Any, teacher: Any, config: TRDConfig | None = None, *, allow_unequal_vocabularies: bool = False
@@ -45,28 +42,3 @@ class TRD(OPD):
                 'serves topd.OPD(student, None, topd.OPDConfig("forward_kl")); one model that teaches itself, topd.OPSD'
             )
         super().__init__(student, teacher, config, allow_unequal_vocabularies=allow_unequal_vocabularies)
-
-    def __call__(
-        self,
-        batch: Mapping[str, Tensor],
-        *,
-        num_items: float | Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Objective:
-        """Return the loss of a batch of refined responses.
-
-        Args:
-            batch: as of `OPD`, with the teacher's side, which is optional there: input_ids, attention_mask and response_mask
-                [B, T], teacher_input_ids, teacher_attention_mask and teacher_response_mask [B, T'], or both packed; optional
-                token_weights and verdict. `topd.pair` makes it of lists of ids.
-            num_items, generator: as of `OPD`.
-
-        Returns:
-            Objective, with the metrics of `OPD`; its scores are in the student's columns.
-
-        Raises:
-            TypeError, ValueError: as `OPD`; a key of the teacher's side that is missing.
-        """
-        refuse_topk(batch, "TRD")
-        demand_pairs(batch, "TRD")
-        return super().__call__(batch, num_items=num_items, generator=generator)
