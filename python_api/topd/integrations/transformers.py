@@ -127,8 +127,9 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
 
     def _anew(self, index: int) -> bool:
         """Tell whether the responses of a step's micro-batch are sampled anew: the same in every process."""
-        draw = random.Random(f"{self.args.seed} {self.state.global_step} {index}").random()
-        return self.lmbda is not None and draw < self.lmbda
+        if self.lmbda is None:
+            return False
+        return random.Random(f"{self.args.seed} {self.state.global_step} {index}").random() < self.lmbda
 
     def _with_rollouts(self, batch: Mapping[str, Any], anew: bool = False) -> Mapping[str, Any]:
         """Return a batch with its rollouts: as it came, or prompts that the student has continued."""
