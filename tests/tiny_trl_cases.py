@@ -26,6 +26,17 @@ def collated_pairs(rows):
     return {key: torch.tensor([row[key] for row in rows], dtype=value.dtype) for key, value in eight_pairs().items()}
 
 
+def inputs_with_a_tools_output():
+    """Return what TRL passes on of one completion, whose second token a tool wrote."""
+    return {
+        "prompt_ids": torch.tensor([[0, 5]]),
+        "prompt_mask": torch.tensor([[0, 1]]),
+        "completion_ids": torch.tensor([[7, 8, 9, 0]]),
+        "completion_mask": torch.tensor([[1, 1, 1, 0]]),
+        "tool_mask": torch.tensor([[1, 0, 1, 1]]),
+    }
+
+
 def arguments(folder, **options):
     given = {
         "output_dir": str(folder),

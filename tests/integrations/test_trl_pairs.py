@@ -6,7 +6,16 @@ import pytest
 import torch
 from compare import assert_near
 from tiny_models import word_tokenizer
-from tiny_trl_cases import PROMPTS, SGD, WORDS, collated_pairs, models, pair_columns, trainer_of
+from tiny_trl_cases import (
+    PROMPTS,
+    SGD,
+    WORDS,
+    collated_pairs,
+    inputs_with_a_tools_output,
+    models,
+    pair_columns,
+    trainer_of,
+)
 from trainer_cases import after_one_step, eight_pairs, flat
 from two_ranks import start
 
@@ -75,12 +84,7 @@ def test_messages_go_through_the_chat_template_with_words_of_the_teachers_own(tm
 
 
 def test_what_tools_wrote_goes_behind_both_prompts_and_is_no_response():
-    inputs = {
-        "prompt_ids": torch.tensor([[0, 5]]),
-        "prompt_mask": torch.tensor([[0, 1]]),
-        "completion_ids": torch.tensor([[7, 8, 9, 0]]),
-        "completion_mask": torch.tensor([[1, 1, 1, 0]]),
-        "tool_mask": torch.tensor([[1, 0, 1, 1]]),
+    inputs = inputs_with_a_tools_output() | {
         "teacher_prompt_ids": torch.tensor([[1, 2, 3]]),
         "teacher_prompt_mask": torch.tensor([[1, 1, 1]]),
         "num_items_in_batch": torch.tensor(2),
