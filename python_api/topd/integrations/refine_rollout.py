@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from topd.checks.rollouts import end_tokens
 from topd.checks.values import flag, positive_int
-from topd.integrations.responses import left_padded
 from topd.integrations.rollouts import check_sampling, sample_rollouts
 from topd.models.head_from_model import unwrapped_model
 from topd.models.properties import vocabulary_of
+from topd.models.sampling import all_end_tokens, left_padded, most_positions, plain_text
 from topd.objectives.pairs import pair
 from topd.trd.pipeline import MAX_REFINE_TOKENS, MAX_REFINE_TOKENS_WITH_REFERENCE
 from topd.trd.prompts import TEACHER_OPTIONS, Prompt, PromptTooLongError, Task, teacher_prompt
@@ -179,14 +178,12 @@ class RefineRollout:
         self.counts += new
 
     def _ends(self, model: Any) -> list[int]:
-        """Return the tokens that end a response: the model's and the tokenizer's."""
-        ends, last = end_tokens(None, unwrapped_model(model)), getattr(self.tokenizer, "eos_token_id", None)
-        return ends if last is None or last in ends else [*ends, last]
+        """Return the tokens that end a response."""
+        return all_end_tokens(unwrapped_model(model), self.tokenizer)
 
     def _text(self, tokens: list[int], ends: list[int]) -> str:
         """Return the text of a response, without its end token."""
-        kept = tokens[:-1] if tokens and tokens[-1] in ends else tokens
-        return str(self.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return plain_text(self.tokenizer, tokens[:-1] if tokens and tokens[-1] in ends else tokens)
 
     @property
     def _padding(self) -> int:
@@ -197,10 +194,10 @@ class RefineRollout:
         """Return how many tokens of a prompt the teacher's positions leave beside the refinement."""
         if max_prompt_tokens is not None:
             positive_int("max_prompt_tokens", max_prompt_tokens)
-        positions = getattr(unwrapped_model(self.teacher).config.get_text_config(), "max_position_embeddings", None)
+        positions = most_positions(unwrapped_model(self.teacher))
         if positions is None:
             return MAX_REFINE_TOKENS_WITH_REFERENCE
-        room = int(positions) - self.refine_max_new_tokens
+        room = positions - self.refine_max_new_tokens
         if room < (max_prompt_tokens or 1):
             raise ValueError(
                 f"max_prompt_tokens and refine_max_new_tokens must fit into the teacher's {positions:,} positions, got "

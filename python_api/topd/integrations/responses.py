@@ -1,6 +1,6 @@
-"""Where a batch's prompts end and its responses begin: responses behind prompts, prompts without their responses."""
+"""Put responses behind prompts, and take finished rollouts apart into prompts again."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,16 +28,6 @@ def behind(
         f"{side}attention_mask": torch.cat([prompt_mask, attended], dim=1),
         f"{side}response_mask": torch.cat([torch.zeros_like(prompt_mask), attended if response is None else response], dim=1),
     }
-
-
-def left_padded(
-    rows: Sequence[Sequence[int]], padding: int, device: torch.device, multiple: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return prompts as ids [B, P] int64 and their mask [B, P] of 0 and 1, padded on the left; P a multiple of `multiple`."""
-    width = max(map(len, rows))
-    width = -(-width // multiple) * multiple if multiple else width
-    ids = torch.tensor([[padding] * (width - len(row)) + list(row) for row in rows], device=device)
-    return ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
 
 
 def checked_masks(batch: Mapping[str, Any], side: str = "") -> tuple[Tensor, Tensor, Tensor]:

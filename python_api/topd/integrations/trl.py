@@ -13,7 +13,6 @@ import trl
 from torch import Tensor
 
 from topd.integrations.objective_state import FollowSteps, load_resumed
-from topd.integrations.responses import left_padded
 from topd.integrations.running_means import SHARES
 from topd.integrations.tokenizers import check_tokenizers
 from topd.integrations.trl_batches import (
@@ -33,6 +32,7 @@ from topd.integrations.trl_options import (
     divergence_of,
     resolve_config,
 )
+from topd.models.sampling import left_padded
 from topd.objectives.config import OPDConfig, OPSDConfig, TOPDConfig, TRDConfig
 from topd.objectives.opd import OPD
 from topd.objectives.opsd import OPSD
