@@ -16,7 +16,7 @@ from bench.gpu.report import plain, record
 from bench.gpu.runner import Record
 from bench.gpu.times import Wanted, all_rows, measure
 from bench.machine import gpu_facts
-from topd.cli.files import write_json
+from topd.files import write_json
 
 IDS, TRANSPORT = 50, (218, 50, 2560)
 CHUNK_ROWS, KERNEL_ROUNDS = 1024, 9

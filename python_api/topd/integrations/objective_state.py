@@ -1,6 +1,5 @@
 """What a trainer does for an objective that keeps something between steps (topd.OPSD): tell it of them, save it, load it."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 import transformers
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
+from topd import files
 from topd.objectives.method import Method
 
 FILE = "objective.pt"
@@ -42,9 +42,7 @@ def save_objective(objective: Method, folder: Path) -> None:
     """Save an objective's state in a checkpoint, all of it or nothing; an objective without one writes no file."""
     state = objective.state_dict()
     if state:
-        partial = folder / f"{FILE}.partial"
-        torch.save(state, partial)
-        os.replace(partial, folder / FILE)
+        files.save(folder / FILE, state, torch.save)
 
 
 def load_objective(objective: Method, folder: Path) -> None:
