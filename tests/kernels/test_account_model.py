@@ -84,7 +84,8 @@ class BytesOfHeadSize(TorchDispatchMode):
                 return op._backward(*args)
         out = function(*args, **(kwargs or {}))
         tensors = [each for each in (*args, out) if isinstance(each, torch.Tensor) and each.shape == self.size]
-        if len({each.data_ptr() for each in tensors}) == len(tensors) > 1:  # no view, and not empty
+        views = len({each.data_ptr() for each in tensors}) < len(tensors)
+        if len(tensors) > 1 and not views and "empty" not in function.name():
             self.moved += sum(each.numel() * each.itemsize for each in tensors)
         return out
 
