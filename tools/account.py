@@ -6,7 +6,7 @@ Nothing here is measured on a GPU. Every launch comes after the other, nothing o
                 (a product may be split along its sum) cost as much as full ones; and what they read and write / bandwidth
     kernels     the larger of bytes / bandwidth and instructions / issue rate, of each: the bytes that a launch declares
                 (tests/kernels/test_account.py counts them), the instructions of tools/instructions.json
-    d weight    read and written in float32 by every pile but the first, which writes; scaled and cast once more by backward
+    d weight    read and written in float32 by every pile but the first, which writes; read and cast once more by backward
 
 The floor is the same of exactly those products, unchunked: 16-bit operands, float32 logits, d weight written in 16 bits. Left
 out on both sides: what is of the hidden states' size, what a kernel does outside its main loop, the host. Rates are those of
@@ -22,7 +22,7 @@ from bench.cases import GPU_CASES, Case
 from bench.report import markdown_table, write_json
 from tools.devices import DEVICES, Device
 from tools.instructions import divergence_launches, held, instructions_of
-from topd.ops.shared.plan import ChunkPlan, Products, default_workspace, plan_chunks
+from topd.ops.shared.plan import GPU_BLOCK, ChunkPlan, Products, default_workspace, plan_chunks, wanted_workspace
 from topd_kernels.shared.launch import cdiv
 
 SHAPES = list(GPU_CASES.values())
@@ -30,9 +30,8 @@ ROWS = (("reverse_kl", True), ("jsd", True), ("reverse_kl", False))
 TILE, NARROW = 4, 2
 # A product's tile, and how often its sum may be split.
 TILE_ROWS, TILE_COLUMNS, SPLITS = 128, 256, 8
-# Bytes that backward moves for an entry of d weight, as a test counts them: c d weight read in float32 and written in 16 bits,
-# and once more read and written in 16 bits.
-SCALE_AND_CAST = 10
+# Bytes that backward moves for an entry of d weight: read in float32, c d weight written in 16 bits.
+SCALE_AND_CAST = 6
 GIB = 1 << 30
 
 
@@ -57,12 +56,15 @@ def products_of(shape: Case, weight_grad: bool) -> Products:
 def plan_of(shape: Case, workspace_bytes: int, *, weight_grad: bool) -> ChunkPlan:
     """Return the chunks that the planner takes."""
     products = products_of(shape, weight_grad)
-    return plan_chunks(shape.n, shape.vocab, shape.vocab, workspace_bytes=workspace_bytes, products=products)
+    vocabs = (shape.vocab, shape.vocab)
+    return plan_chunks(shape.n, *vocabs, workspace_bytes=workspace_bytes, products=products, block=GPU_BLOCK)
 
 
 def default_plan(shape: Case, device: Device, *, weight_grad: bool) -> ChunkPlan:
     """Return the chunks that the planner takes where the workspace is the default."""
-    return plan_of(shape, default_workspace("cuda", device.available_bytes), weight_grad=weight_grad)
+    wanted = wanted_workspace(shape.n, shape.vocab, shape.vocab, products=products_of(shape, weight_grad))
+    size = default_workspace("cuda", device.available_bytes, wanted=wanted)
+    return plan_of(shape, size, weight_grad=weight_grad)
 
 
 def unchunked(shape: Case) -> ChunkPlan:
@@ -111,7 +113,7 @@ def floor(shape: Case, device: Device, *, weight_grad: bool) -> Seconds:
 
 def kernels(shape: Case, device: Device, divergence: str, rows: int) -> Seconds:
     """Return the time of the row kernels for all rows, in chunks of so many."""
-    launches = divergence_launches(divergence, rows, shape.vocab)
+    launches = divergence_launches(divergence, rows, shape.vocab, device.target)
     by_bytes = by_issue = 0.0
     for launch, instructions in zip(launches, instructions_of(divergence, device.target, launches), strict=True):
         moving = launch.moved_bytes / device.bandwidth
@@ -147,7 +149,7 @@ def row(shape: Case, device: Device, divergence: str, *, weight_grad: bool) -> d
     plan = default_plan(shape, device, weight_grad=weight_grad)
     time = predicted(shape, device, divergence, plan, weight_grad=weight_grad)
     least = floor(shape, device, weight_grad=weight_grad)
-    count = sum(instructions_of(divergence, device.target, divergence_launches(divergence, plan.rows, shape.vocab)))
+    launches = divergence_launches(divergence, plan.rows, shape.vocab, device.target)
     return {
         "shape": shape.name,
         "device": device.name,
@@ -156,7 +158,7 @@ def row(shape: Case, device: Device, divergence: str, *, weight_grad: bool) -> d
         "workspace, GiB": round(plan.workspace_bytes / GIB, 1),
         "rows a chunk": plan.rows,
         "chunks a pile": plan.pile,
-        "instructions": round(count),
+        "instructions": round(sum(instructions_of(divergence, device.target, launches))),
         "products, ms": round(time.products * 1e3, 1),
         "bytes, ms": round(time.bytes * 1e3, 1),
         "issue, ms": round(time.issue * 1e3, 1),

@@ -33,20 +33,20 @@ LOGPROBS = {"logprobs": False, "logprobs with entropy": True}
 ROWS, VOCAB = 4, 64_000
 
 
-def divergence_launches(divergence: str, rows: int, vocab: int) -> list[Launch]:
-    """Return a chunk's launches with gradients: float32 tiles, the gradient in 16 bits."""
+def divergence_launches(divergence: str, rows: int, vocab: int, family: str) -> list[Launch]:
+    """Return a chunk's launches with gradients on a family of devices: float32 tiles, the gradient in 16 bits."""
     student, teacher = (torch.empty(rows, vocab, device="meta") for _ in range(2))
     grad = torch.empty(rows, vocab, dtype=torch.bfloat16, device="meta")
     spec = divergence_rows.Spec(1.0, None, 1.0, None, 1.0, divergence, PARAMETERS[divergence], hard_weight=0.0)
-    return divergence_rows.launches(student, teacher, None, None, None, spec, grad, scores=False)[0]
+    return divergence_rows.launches(student, teacher, None, None, None, spec, grad, scores=False, family=family)[0]
 
 
-def logprob_launches(entropy: bool, rows: int, vocab: int) -> list[Launch]:
-    """Return a chunk's launches with gradients, of one id a row."""
+def logprob_launches(entropy: bool, rows: int, vocab: int, family: str) -> list[Launch]:
+    """Return a chunk's launches with gradients on a family of devices, of one id a row."""
     product, ids = torch.empty(rows, vocab, device="meta"), torch.empty(rows, 1, dtype=torch.int64, device="meta")
     grad, second = (torch.empty(rows, vocab, dtype=torch.bfloat16, device="meta") for _ in range(2))
     spec = logprob_rows.Spec(1.0, None, 1.0)
-    return logprob_rows.launches(product, None, ids, spec, second if entropy else None, grad, entropy)[0]
+    return logprob_rows.launches(product, None, ids, spec, second if entropy else None, grad, entropy, family=family)[0]
 
 
 def over_vocabulary(launches: list[Launch]) -> list[Launch]:
@@ -54,10 +54,11 @@ def over_vocabulary(launches: list[Launch]) -> list[Launch]:
     return [launch for launch in launches if "block_count" in launch.arguments]
 
 
-def counted() -> dict[str, Launch]:
-    """Return the launches that are counted, by what they belong to, their place in it and the kernel: "jsd 2 sweep"."""
-    by_loss = {name: divergence_launches(name, ROWS, VOCAB) for name in PARAMETERS}
-    by_loss |= {name: logprob_launches(entropy, ROWS, VOCAB) for name, entropy in LOGPROBS.items()}
+def counted(target: str) -> dict[str, Launch]:
+    """Return the launches that are counted on a target, which is a family too, by what they belong to, their place in it and
+    the kernel: "jsd 2 sweep"."""
+    by_loss = {name: divergence_launches(name, ROWS, VOCAB, target) for name in PARAMETERS}
+    by_loss |= {name: logprob_launches(entropy, ROWS, VOCAB, target) for name, entropy in LOGPROBS.items()}
     return {
         f"{loss} {i} {launch.name}": launch
         for loss, launches in by_loss.items()
@@ -84,10 +85,12 @@ def instructions_of(divergence: str, target: str, launches: list[Launch]) -> lis
 
 def compiled(targets: list[str]) -> dict[str, dict[str, float]]:
     """Return {launch: {target: instructions}} of what the compiler makes of the kernels now."""
-    return {
-        name: {target: round(compile_launch(launch, TARGETS[target]).instructions or 0.0, 1) for target in targets}
-        for name, launch in counted().items()
-    }
+    counts: dict[str, dict[str, float]] = {}
+    for target in targets:
+        for name, launch in counted(target).items():
+            instructions = compile_launch(launch, TARGETS[target]).instructions or 0.0
+            counts.setdefault(name, {})[target] = round(instructions, 1)
+    return counts
 
 
 def risen(counts: dict[str, dict[str, float]]) -> list[str]:

@@ -7,7 +7,7 @@ import torch
 
 from tools.account import GIB, SHAPES, plan_of, products_of
 from tools.instructions import PARAMETERS, divergence_launches
-from topd.ops.shared.plan import MAX_PILE
+from topd.ops.shared.plan import GPU_BLOCK, MAX_PILE
 from topd_kernels.divergence_rows import launches as divergence_rows
 from topd_kernels.divergence_rows.statistics import statistics
 from topd_kernels.logprob_rows import launches as logprob_rows
@@ -105,7 +105,7 @@ def test_declared_bytes_and_flop_of_score_tokens(vocabs, biased, tokens, watch):
 @pytest.mark.parametrize("divergence", PARAMETERS)
 def test_bytes_of_an_entry(divergence):
     """The tiles' entries are what the declared bytes of a large vocabulary are made of."""
-    launches = divergence_launches(divergence, 1, VOCAB)
+    launches = divergence_launches(divergence, 1, VOCAB, "sm_90")
     entry = {"statistics": 8, "constants": 0, "sweep": 8 + 2 if divergence != "jsd" else 8 + 8 + 2, "finish": 0}
     declared = dict.fromkeys(entry, 0.0)
     for launch in launches:
@@ -121,8 +121,8 @@ def test_no_other_plan_within_the_workspace_has_less_traffic(shape, weight_grad,
     chosen = plan_of(shape, workspace, weight_grad=weight_grad)
     assert chosen.workspace_bytes <= workspace
     best = products.traffic(chosen)
-    for chunks in range(1, 200):
-        rows = -(-shape.n // chunks)
+    for rows in range(GPU_BLOCK, shape.n + 1, GPU_BLOCK):
+        chunks = -(-shape.n // rows)
         for pile in range(1, min(chunks, MAX_PILE) + 1):
             if rows * shape.vocab * (8 + 2 * pile) <= workspace:
                 assert products.bytes_per_column(shape.n / chunks, chunks / -(-chunks // pile)) >= best - 1e-9
