@@ -186,7 +186,7 @@ def linear_divergence(
             pass costs nothing more; it never changes a value.
         return_scores: also return `TokenScores`.
         workspace_bytes: bound for the tiles of logits; None: 512 MiB on a CPU, 256 where it multiplies bfloat16; on a GPU what
-            chunks of 4,096 rows need (`topd.plan` says it), within the largest power of two in a quarter of what is available.
+            chunks of 4,096 rows need, within the largest power of two in a quarter of the memory that is available.
         backend: None (by device), "reference", "eager", "cpp" or "triton"; one asked for by name never falls back.
 
     Returns:

@@ -52,8 +52,8 @@ class OPSD(OPD):
         ValueError: "initial" with a LoRA that is not zero; weights that this process does not hold whole. At a call, beside
             those of `OPD`: what the student trains has changed since this was made; adapters that are merged.
 
-    Source: arXiv 2601.18734: forward KL with the clip per entry, a teacher frozen at step 0; its code turns a LoRA off for it,
-    and has the present weights and an average of decay 0.999 as options.
+    Source: arXiv 2601.18734: forward KL with the clip per entry, a teacher frozen at step 0, in its code a LoRA turned off, or
+    an average. "live" and the decay of 0.999 are our choice.
     """
 
     config_type = OPSDConfig
