@@ -4,7 +4,8 @@ own, and print a line for each.
     make triton-versions
     make triton-versions TRITON="3.6.0 3.9.0"
 
-torch 2.11 comes with Triton 3.6, torch 2.13 with 3.7.1. The environments hold Triton alone and take the rest from the project's.
+torch 2.11 comes with Triton 3.6, torch 2.13 with 3.7.1. An environment holds Triton and what goes with it, and takes the rest
+from the project's.
 """
 
 import json

@@ -77,7 +77,16 @@ def _logits(product, Bias, entries, mask, biases, inner, outer, capped, GENERAL:
 # `biases` are 0 where a side has none, `token_rows` where there are no tokens, and flags are ints: before Triton 3.9 its
 # interpreter takes no bool.
 @triton.jit(
-    do_not_specialize=["rows", "vocab", "run", "student_biases", "student_capped", "teacher_biases", "teacher_capped", "token_rows"],
+    do_not_specialize=[
+        "rows",
+        "vocab",
+        "run",
+        "student_biases",
+        "student_capped",
+        "teacher_biases",
+        "teacher_capped",
+        "token_rows",
+    ],
     do_not_specialize_on_alignment=["Tokens"],
 )
 def score_blocks(

@@ -73,7 +73,7 @@ def blocks_of(student: torch.dtype, teacher: torch.dtype, *, aligned: bool) -> B
     if student.itemsize != teacher.itemsize:
         return Blocks(32, 32, 32, 4 if aligned else 8)
     if student.itemsize > 2:
-        return Blocks(64, 32, 32 if aligned else 16, 8)
+        return Blocks(64, 32, 16, 8)
     return Blocks(64, 64, 64, 8) if aligned else Blocks(64, 32, 32, 8)
 
 
