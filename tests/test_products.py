@@ -1,5 +1,5 @@
-"""float32 is float32: torch's settings change no product of topd, and stand as they stood after a call. Products with float32 out
-that torch refuses are taken in float32."""
+"""float32 is float32: torch's settings change no product of topd, and stand after a call as they stood. Products with float32
+out that torch refuses are taken in float32."""
 
 import sys
 import threading
@@ -209,7 +209,7 @@ def test_no_product_of_a_call_is_inexact(call, backend, seen):
 
 def test_a_cpu_that_has_faster_products_gives_the_same_bits(backend):
     """Sizes at which oneDNN takes float32 products in bfloat16 where the processor can."""
-    hidden, weight, other = torch.randn(64, 128), torch.randn(512, 128), torch.randn(512, 128)
+    hidden, weight, other = torch.randn(128, 256), torch.randn(512, 256), torch.randn(512, 256)
 
     def value() -> Tensor:
         return topd.linear_divergence(hidden, topd.Head(weight), hidden, topd.Head(other), backend=backend)

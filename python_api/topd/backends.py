@@ -128,7 +128,7 @@ def _triton_facts() -> tuple[bool, str, bool]:
     """Return the fields of Triton's Backend as constants, which torch.compile takes; imports the kernels on first use, since
     that takes a while."""
     if importlib.util.find_spec("triton") is None:
-        return False, 'triton is not installed; install it (>= 3.4), or use "eager" on a GPU', False
+        return False, 'triton is not installed; install it (>= 3.6, < 3.10), or use "eager" on a GPU', False
     if importlib.util.find_spec("topd_kernels") is None:
         return False, 'topd_kernels is not installed; install topd whole, or use "eager" on a GPU', False
     if _kernels().interpreted():

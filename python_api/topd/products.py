@@ -4,8 +4,8 @@ float32 is float32: matrix products of topd are as exact as their dtype, whateve
 
 torch.set_float32_matmul_precision, allow_tf32 and fp32_precision let it take float32 products in TF32 or bfloat16, on CPUs too;
 allow_fp16_accumulation lets it sum float16 products in float16, and makes those with float32 out raise. These are settings of a
-process. While a call computes they stand at their exact values, and afterwards where they were. (The two about reduced precision
-reductions concern products that are stored in 16 bits, which none is here.)
+process. While a call computes they stand at their exact values, and afterwards where they were. (The two about reductions of
+reduced precision concern products that are stored in 16 bits, which none is here.)
 """
 
 import functools
