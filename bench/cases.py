@@ -124,7 +124,7 @@ def make_inputs(
 
 
 def zipf_ids(rows: int, vocab: int, count: int, generator: torch.Generator) -> Tensor:
-    """Return ids [rows, count] int64 as text has them, on the generator's device: id k with a probability of 1 / (k + 1), about,
-    so that the first of them stands in every 17th place of a vocabulary of 151,936. Repeats within a row happen."""
+    """Return ids [rows, count] int64 as text has them, on the generator's device: id k with a probability near 1 / (k + 1), so
+    that of a vocabulary of 151,936 the first stands in every 17th place. Repeats within a row happen."""
     where = torch.rand(rows, count, generator=generator, device=generator.device, dtype=torch.float64)
     return ((vocab + 1.0) ** where).long().clamp_(1, vocab) - 1
