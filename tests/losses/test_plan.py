@@ -73,13 +73,13 @@ def test_the_chunks_are_those_of_the_call(n, workspace_bytes, dtype, trainable, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(("n", "workspace_bytes"), [(20, None), (900, 4 * MIB), (900, None)])
 def test_the_peak_is_what_is_measured(n, workspace_bytes, dtype, trainable):
-    """Within 15 % of what torch allocates, inputs apart, the weights large enough to be most of it."""
+    """Within 5 % of what torch allocates, inputs apart, the weights large enough to be most of it."""
     student, teacher = heads(dtype, trainable=trainable)
     plan = topd.plan(student, teacher, n, workspace_bytes=workspace_bytes)
     inputs = n * (2 * H + 16) * (4 + dtype.itemsize)  # drawn in float32
     measured = peak_of(lambda: call(student, teacher, n, workspace_bytes=workspace_bytes))
-    assert measured - inputs <= 1.15 * plan.peak_bytes
-    assert plan.peak_bytes <= 1.15 * measured
+    assert measured - inputs <= 1.05 * plan.peak_bytes
+    assert plan.peak_bytes <= 1.05 * measured
     assert plan.kept_bytes + plan.workspace_bytes // 2 <= plan.peak_bytes
     assert plan.grad_bytes == (n * H + V * H * trainable) * dtype.itemsize
 

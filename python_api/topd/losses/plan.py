@@ -215,4 +215,4 @@ def _bytes_of(tensors: Any) -> int:
 
 
 def _gib(nbytes: int) -> str:
-    return f"{nbytes / GIB:,.2f} GiB" if nbytes >= GIB // 100 else f"{nbytes / (1 << 20):,.2f} MiB"
+    return f"{nbytes / GIB:,.2f} GiB" if nbytes >= GIB else f"{nbytes / (1 << 20):,.2f} MiB"
