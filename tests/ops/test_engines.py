@@ -38,7 +38,7 @@ def test_every_tile_of_log_probabilities_begins_its_rows_on_16_entries(monkeypat
         return LogprobRows(ids.float(), finite, finite, ids, ids, finite, inputs.grad_tile, inputs.entropy_tile)
 
     monkeypatch.setattr(logprobs_loop, "run_rows", rows_of)
-    list(logprobs_loop.Loop(call, None, grad=True, entropy=True))
+    list(logprobs_loop.Loop(call, None, grad=True, weight_grad=True, entropy=True))
     assert [(tile.dtype, *tile.shape, *tile.stride()) for tile in tiles] == [
         (dtype, 5, 37, 48, 1) for dtype in (torch.float32, torch.bfloat16, torch.bfloat16)
     ]
