@@ -28,7 +28,9 @@ PATH = os.pathsep.join([str(ROOT / "python_api"), str(ROOT)])
 
 
 def _run(*command: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": PATH, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True)
+    return subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": PATH, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True
+    )
 
 
 def interpreted(python: str) -> tuple[bool, str]:
