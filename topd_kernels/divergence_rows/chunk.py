@@ -14,12 +14,13 @@ from topd_kernels.shared.row_math import FAR
 
 
 class Blocks(NamedTuple):
-    """Entries that a program of the statistics and of the sweeps takes at a time, its warps, and the rows of a program where
+    """Entries that a program of the statistics and of the sweeps takes at a time, their warps, and the rows of a program where
     rows are few numbers each."""
 
     statistics: int
     sweep: int
     num_warps: int = 4
+    sweep_warps: int = 4
     rows: int = 128
 
 
@@ -183,7 +184,7 @@ class Chunk:
                 "GENERAL": self.general,
                 "BLOCK": self.blocks.sweep,
             },
-            self.blocks.num_warps,
+            self.blocks.sweep_warps,
             255 if scores else self.registers,
             read_bytes=self.rows * self._sweep_reads(grad=grad_tile is not None),
             written_bytes=self.rows * (written + (0 if grad_tile is None else student_width * grad.itemsize)),

@@ -23,6 +23,7 @@ from topd_kernels.divergence_rows.terms import (
     SKEW_REVERSE_KL,
     TOTAL_VARIATION,
 )
+from topd_kernels.shared.blocks import Device, device_of
 from topd_kernels.shared.launch import Launch, cdiv, processors, run_all, splits_of_rows
 from topd_kernels.shared.records import SCORES
 
@@ -47,11 +48,11 @@ def kind_of(divergence: str, parameter: float) -> int:
     return int(kind.value)
 
 
-def blocks_of(itemsize: int, *, heavy: bool) -> Blocks:
+def blocks_of(device: Device, itemsize: int, *, heavy: bool) -> Blocks:
     """Return block sizes; `heavy`: a mixture or scores, which keep more in registers. A small vocabulary takes the same,
     masked."""
-    widest = 1024 if itemsize == 4 else 512
-    return Blocks(512, widest // 2 if heavy else widest)
+    statistics, sweep = (device.sizes(name, itemsize, heavy=heavy and name == "sweep") for name in ("statistics", "sweep"))
+    return Blocks(statistics.block, sweep.block, statistics.num_warps, sweep.num_warps)
 
 
 def launches(
@@ -66,15 +67,18 @@ def launches(
     *,
     grad_scale: float = 1.0,
     splits: int | None = None,
+    family: str | None = None,
 ) -> tuple[list[Launch], Outputs]:
     """Return the launches of a chunk, and what they will have written. The gradient times grad_scale goes into grad_tile
     [C, V_s], of any floating dtype, which may be the student's tile; without it there is none. `splits` programs share a row;
-    left out, as many as the device needs."""
+    left out, as many as the device needs. `family`: of devices, where it is not the tensors' own."""
     rows, vocab = student_product.shape[0], min(student_product.shape[1], teacher_product.shape[1])
     if vocab >= MAX_VOCAB:
         raise ValueError(f"the common vocabulary must be below {MAX_VOCAB}, got {vocab}")
     kind = kind_of(spec.divergence, spec.parameter)
-    blocks = blocks_of(student_product.itemsize, heavy=scores or kind > REVERSE_KL.value)
+    blocks = blocks_of(
+        device_of(student_product.device, family), student_product.itemsize, heavy=scores or kind > REVERSE_KL.value
+    )
     splits = splits or splits_of_rows(rows, cdiv(vocab, blocks.statistics), processors(student_product))
     new = student_product.new_empty
     outputs = Outputs(new(rows), new(SCORES.value if scores else 0, rows), new(rows, dtype=torch.bool))

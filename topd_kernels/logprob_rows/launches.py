@@ -15,14 +15,16 @@ from torch import Tensor
 
 from topd_kernels.logprob_rows.chunk import Blocks, Chunk, Outputs, Spec
 from topd_kernels.logprob_rows.records import PARTS, ROW
+from topd_kernels.shared.blocks import Device, device_of
 from topd_kernels.shared.launch import Launch, cdiv, processors, run_all, splits_of_rows
 
 __all__ = ["Blocks", "Outputs", "Spec", "launches", "logprob_rows"]
 
 
-def blocks_of(itemsize: int) -> Blocks:
+def blocks_of(device: Device, itemsize: int) -> Blocks:
     """Return block sizes; a small vocabulary or few ids take the same, masked."""
-    return Blocks(2048 if itemsize == 4 else 1024, 64)
+    sizes = device.sizes("logprob_rows", itemsize)
+    return Blocks(sizes.block, 64, sizes.num_warps)
 
 
 def launches(
@@ -36,12 +38,14 @@ def launches(
     *,
     grad_scale: float = 1.0,
     splits: int | None = None,
+    family: str | None = None,
 ) -> tuple[list[Launch], Outputs]:
     """Return the launches of a chunk, and what they will have written. The gradient of the mass outside the ids goes into
     grad_tile [C, V], of any floating dtype, which may be the tile, the entropy's into entropy_tile; without grad_tile there is
-    none. Both are multiplied by grad_scale. `splits` programs share a row; left out, as many as the device needs."""
+    none. Both are multiplied by grad_scale. `splits` programs share a row; left out, as many as the device needs. `family`: of
+    devices, where it is not the tensors' own."""
     (rows, vocab), count = product.shape, ids.shape[1]
-    blocks = blocks_of(product.itemsize)
+    blocks = blocks_of(device_of(product.device, family), product.itemsize)
     splits = splits or splits_of_rows(rows, cdiv(vocab, blocks.entries), processors(product))
     new, capped = product.new_empty, spec.softcap is not None
     outputs = Outputs(
