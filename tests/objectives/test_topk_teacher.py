@@ -157,7 +157,7 @@ def test_a_step_costs_the_divergence_and_one_product_for_the_scores(frozen, hard
     config = topd.OPDConfig("forward_kl", hard_weight=hard_weight)
 
     def step():
-        compare_topk(hidden, head, Inputs(batch), topk, config).loss.mean().backward()
+        compare_topk(hidden, head, Inputs(batch), topk, config).tokens.loss.mean().backward()
 
     assert matrix_products(step) == products
 

@@ -1,10 +1,14 @@
 """Diagnostics of a step: sums over its response tokens, and the numbers that follow from them.
 
 The sums add over micro-batches and processes; only then they are divided, and only then exp is taken. A percentile has no sum:
-it is read from a histogram of logarithmic bins, whose counts add, and so is within 1 % of the true one.
+it is read from a histogram whose counts add. Its bins are 2 % wide, from 1e-8 to 1e4 nats on either side of 0, so a percentile
+is within 1 % of the true one; what is nearer to 0 than 1e-8 counts as 0.
+
+Nothing here makes the host wait for a GPU.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,7 +17,7 @@ from torch import Tensor
 
 LOWEST, HIGHEST, STEP = 1e-8, 1e4, 0.02  # of |divergence|, nats; a bin is STEP wide in its logarithm
 BINS = math.ceil(math.log(HIGHEST / LOWEST) / STEP)
-ZERO, INFINITE = BINS, 2 * BINS + 1  # the bin of what is below LOWEST, and the one of what is infinite
+ZERO, INFINITE = BINS, 2 * BINS + 1  # the bin of what is below LOWEST, and the one of what is infinite or NaN
 PERCENTILES = {"kl_p50": 0.50, "kl_p95": 0.95, "kl_p99": 0.99}
 FIELDS = (
     "tokens",
@@ -43,6 +47,13 @@ MEANS = {
     "fragmented_share": ("fragmented", "top2_tokens"),
 }
 COUNTS = {"tokens_correct": "correct_tokens", "tokens_incorrect": "incorrect_tokens"}
+# Which field of `Measured` a diagnostic needs; without it there is none.
+NEEDS = {
+    "clip_share": "clip",
+    **dict.fromkeys(("kl_correct", "kl_incorrect", *COUNTS), "verdict"),
+    "epistemic_mass": "epistemic_mass",
+    **dict.fromkeys(("bimodal_share", "fragmented_share"), "top2"),
+}
 DIAGNOSTICS = (*MEANS, *COUNTS, *PERCENTILES, "kl_max", "student_perplexity", "teacher_perplexity", "perplexity_gap")
 BIMODAL = 0.25  # a token of this probability and another one of it make a bimodal distribution
 
@@ -65,7 +76,7 @@ class Measured(NamedTuple):
         clip: position_clip of the configuration; None: there is none.
         verdict: bool, whether the token's response is correct; None: not known.
         epistemic_mass: the teacher's probability of the epistemic tokens; None: not asked for.
-        top2: None: not asked for.
+        top2: the teacher's two most likely tokens; None: not asked for.
     """
 
     divergence: Tensor
@@ -108,22 +119,23 @@ class Totals:
         return cls(rest[: len(FIELDS)], rest[len(FIELDS) :], flat[:, 0].max())
 
     def metrics(self) -> dict[str, Tensor]:
-        """Return the diagnostics by name, scalars; NaN: nothing was measured."""
+        """Return the diagnostics by name, scalars; NaN: there was no token to measure."""
         fields = dict(zip(FIELDS, self.sums.unbind(), strict=True))
         values = {name: fields[part] / fields[count] for name, (part, count) in MEANS.items()}
-        values |= {name: fields[count] for name, count in COUNTS.items()}
-        values |= {name: self._percentile(share) for name, share in PERCENTILES.items()}
+        without_verdict = fields["correct_tokens"] + fields["incorrect_tokens"] == 0
+        values |= {name: fields[count].masked_fill(without_verdict, torch.nan) for name, count in COUNTS.items()}
+        values |= dict(zip(PERCENTILES, self._percentiles().unbind(), strict=True))
         values["kl_max"] = self.largest.masked_fill(fields["tokens"] == 0, torch.nan)
         for side in ("student", "teacher"):
             values[f"{side}_perplexity"] = (fields[f"{side}_nll"] / fields["perplexity_tokens"]).exp()
         values["perplexity_gap"] = values["student_perplexity"] - values["teacher_perplexity"]
         return values
 
-    def _percentile(self, share: float) -> Tensor:
-        """Return the least divergence that at least this share of the tokens does not exceed."""
+    def _percentiles(self) -> Tensor:
+        """Return of each of PERCENTILES the least divergence that at least this share of the tokens does not exceed."""
         below = self.histogram.cumsum(0)
-        wanted = (share * below[-1:]).ceil().clamp_min(1)
-        index = torch.searchsorted(below, wanted)[0].clamp_max(INFINITE)
+        wanted = torch.stack([below[-1] * share for share in PERCENTILES.values()]).ceil().clamp_min(1)
+        index = torch.searchsorted(below, wanted).clamp_max(INFINITE)
         distance = (index - ZERO).abs()
         size = LOWEST * ((distance - 0.5) * STEP).exp()
         value = torch.where(index > ZERO, size, -size).masked_fill(distance == 0, 0.0)
@@ -133,32 +145,42 @@ class Totals:
 @torch.no_grad()
 def totals_of(measured: Measured) -> Totals:
     """Return the sums over the response tokens."""
-    response = measured.response
-    divergence = measured.divergence.detach().double()
-    known = response & ~(measured.student_logprob.isnan() | measured.teacher_logprob.isnan())
-    fields = dict.fromkeys(FIELDS, divergence.new_zeros(()))
-
-    def over(values: Tensor, where: Tensor) -> Tensor:
-        return values.detach().double().masked_fill(~where, 0.0).sum()
-
-    fields["tokens"] = response.sum().double()
-    fields["divergence"] = over(divergence, response)
+    response, divergence = measured.response, measured.divergence.double()
+    student, teacher = measured.student_logprob.double(), measured.teacher_logprob.double()
+    known = response & ~(student + teacher).isnan()
+    ones = torch.ones_like(divergence)
+    terms = {
+        "tokens": (ones, response),
+        "divergence": (divergence, response),
+        "perplexity_tokens": (ones, known),
+        "student_nll": (-student, known),
+        "teacher_nll": (-teacher, known),
+    }
     if measured.clip is not None:
-        fields["clip_tokens"] = fields["tokens"]
-        fields["clipped"] = over(divergence > measured.clip, response)
-    fields["perplexity_tokens"] = known.sum().double()
-    fields["student_nll"] = -over(measured.student_logprob, known)
-    fields["teacher_nll"] = -over(measured.teacher_logprob, known)
+        terms |= {"clip_tokens": (ones, response), "clipped": (divergence > measured.clip, response)}
     if measured.verdict is not None:
         for name, where in (("correct", response & measured.verdict), ("incorrect", response & ~measured.verdict)):
-            fields[f"{name}_tokens"], fields[name] = where.sum().double(), over(divergence, where)
+            terms |= {f"{name}_tokens": (ones, where), name: (divergence, where)}
     if measured.epistemic_mass is not None:
-        fields["epistemic_tokens"], fields["epistemic"] = fields["tokens"], over(measured.epistemic_mass, response)
+        terms |= {"epistemic_tokens": (ones, response), "epistemic": (measured.epistemic_mass, response)}
     if measured.top2 is not None:
         bimodal, fragmented = _of_top2(measured, measured.top2)
-        fields["top2_tokens"], fields["bimodal"] = fields["tokens"], over(bimodal, response)
-        fields["fragmented"] = over(fragmented, response)
-    return Totals(torch.stack(list(fields.values())), _histogram(divergence, response), _largest(divergence, response))
+        terms |= {"top2_tokens": (ones, response), "bimodal": (bimodal, response), "fragmented": (fragmented, response)}
+    return Totals(_sums(terms), _histogram(divergence, response), _largest(divergence, response))
+
+
+def diagnostics_of(measured: Measured, totals: Totals) -> dict[str, Tensor]:
+    """Return the diagnostics by name, of totals of such tokens: those alone for which everything was measured."""
+    absent = {name for name, field in NEEDS.items() if getattr(measured, field) is None}
+    return {name: value for name, value in totals.metrics().items() if name not in absent}
+
+
+def _sums(terms: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
+    """Return [F] float64, the sum of each term's values where its mask is True; 0 for those of FIELDS that are no term."""
+    values = torch.stack([value.double() for value, _ in terms.values()])
+    masks = torch.stack([where for _, where in terms.values()])
+    sums = dict(zip(terms, values.masked_fill(~masks, 0.0).flatten(1).sum(1).unbind(), strict=True))
+    return torch.stack([sums[name] if name in sums else values.new_zeros(()) for name in FIELDS])
 
 
 def _of_top2(measured: Measured, top2: TeacherTop2) -> tuple[Tensor, Tensor]:
@@ -182,9 +204,9 @@ def _of_top2(measured: Measured, top2: TeacherTop2) -> tuple[Tensor, Tensor]:
 def _histogram(divergence: Tensor, response: Tensor) -> Tensor:
     """Return how many response tokens have a divergence of each bin."""
     size = divergence.abs()
-    distance = ((size / LOWEST).log() / STEP).floor().clamp(-1, BINS - 1).nan_to_num(-1.0).long() + 1
+    distance = ((size / LOWEST).log() / STEP).floor().clamp(-1, BINS - 1).nan_to_num(0.0).long() + 1
     index = ZERO + torch.where(divergence < 0, -distance, distance)
-    index = index.masked_fill(divergence == torch.inf, INFINITE).flatten()
+    index = index.masked_fill(~(divergence < torch.inf), INFINITE).flatten()
     counts = torch.zeros(2 * BINS + 2, dtype=torch.int64, device=divergence.device)
     return counts.index_add_(0, index, response.flatten().long()).double()
 
