@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from topd.objectives.diagnostics import Measured, TeacherTop2, Totals, totals_of
+from topd.objectives.diagnostics import DIAGNOSTICS, NEEDS, Measured, TeacherTop2, Totals, diagnostics_of, totals_of
 
 INF = math.inf
 
@@ -61,6 +61,9 @@ def test_negative_tiny_and_infinite_divergences_have_a_percentile():
     assert metrics_of([0.0, 1e-12, 3.0])["kl_p50"] == 0.0
     metrics = metrics_of([1.0, INF, INF])
     assert (metrics["kl_p50"], metrics["kl_max"], metrics["kl_mean"]) == (INF, INF, INF)
+    metrics = metrics_of([1.0, math.nan, math.nan])
+    assert metrics["kl_p50"] == INF
+    assert math.isnan(metrics["kl_max"])
 
 
 def test_bimodal_and_fragmented_tokens_by_hand():
@@ -79,11 +82,12 @@ def test_bimodal_and_fragmented_tokens_by_hand():
 
 def test_what_was_not_measured_is_nan():
     metrics = metrics_of([1.0, 2.0])
-    absent = {"clip_share", "kl_correct", "kl_incorrect", "epistemic_mass", "bimodal_share", "fragmented_share"}
-    assert {name for name, value in metrics.items() if math.isnan(value)} == absent
+    assert {name for name, value in metrics.items() if math.isnan(value)} == set(NEEDS)
     nothing = metrics_of([1.0], response=torch.tensor([[False]]))
-    counts = {"tokens_correct", "tokens_incorrect"}
-    assert all(math.isnan(value) for name, value in nothing.items() if name not in counts)
+    assert nothing.keys() == set(DIAGNOSTICS)
+    assert all(math.isnan(value) for value in nothing.values())
+    given = measured([1.0, 2.0], clip=0.5)
+    assert diagnostics_of(given, totals_of(given)).keys() == set(DIAGNOSTICS) - set(NEEDS) | {"clip_share"}
 
 
 def test_a_teacher_known_by_its_top_k_has_the_perplexity_of_the_tokens_that_it_knows():
@@ -119,3 +123,15 @@ def test_no_tokens_at_all():
         *(torch.zeros(0, 0, dtype=kind) for kind in (torch.float64, torch.bool, torch.int64, *[torch.float64] * 2))
     )
     assert totals_of(empty).sums.sum() == 0
+
+
+def test_no_value_is_read_on_the_host():
+    """On the device meta there are no values: whatever makes the host wait for one raises."""
+    meta = {"device": "meta"}
+    number = torch.zeros(2, 5, **meta)
+    yes, ids = torch.ones(2, 5, dtype=torch.bool, **meta), torch.ones(2, 5, dtype=torch.int64, **meta)
+    top2 = TeacherTop2(torch.zeros(2, 5, 2, **meta), torch.zeros(2, 5, 2, dtype=torch.int64, **meta))
+    given = Measured(number, yes, ids, number, number, 0.1, yes, number, top2)
+    totals = totals_of(given)
+    assert diagnostics_of(given, totals).keys() == set(DIAGNOSTICS)
+    assert Totals.of_processes(totals.plus(totals).flat().expand(2, -1)).sums.shape == totals.sums.shape
