@@ -1,5 +1,7 @@
 """RefineRollout: online TRD's pairs by hand, what it does with rows that have no refinement, and a trainer's step with it."""
 
+import copy
+
 import pytest
 import torch
 from compare import assert_near
@@ -81,6 +83,24 @@ def test_a_step_of_the_trainer_is_that_of_trd_on_the_refined_batch(tmp_path):
     options = arguments(tmp_path, per_device_train_batch_size=3, gradient_accumulation_steps=1)
     DistillationTrainer(objective, options, collate, train_dataset=[0, 1, 2], rollout=refine).train()
     assert_near(flat(student), expected, 1e-9)
+
+
+@pytest.mark.parametrize("kind", ["initial", "ema"])
+def test_a_student_that_teaches_itself_refines_with_the_weights_with_which_it_teaches(kind):
+    """With an adapter that is no longer zero: its base model's answers at "initial", not its own; the adapter is on again."""
+    self_teachers = pytest.importorskip("self_teacher_cases")
+    base, _ = models()
+    initial = copy.deepcopy(base)
+    student = self_teachers.adapted(base=base)
+    objective = topd.OPSD(student, topd.OPSDConfig(teacher=kind))
+    self_teachers.step(student, size=0.5)
+    refined = {}
+    for name, teacher, model in (("objective", objective, initial), ("student", student, student)):
+        pairs = RefineRollout(teacher, TOKENIZER, **GREEDY)(student, batch_of())
+        sides = zip(*(pairs[f"teacher_{key}"] for key in ("input_ids", "attention_mask", "response_mask")), strict=True)
+        refined[name] = [(ids[mask & ~response].tolist(), ids[response].tolist()) for ids, mask, response in sides]
+        assert all(response == answer(model, prompt, 9) for prompt, response in refined[name])
+    assert refined["objective"] != refined["student"]
 
 
 def test_rows_without_a_refinement_have_empty_responses_and_are_counted():

@@ -162,9 +162,12 @@ def test_a_columns_lack_or_presence_is_refused_where_the_method_cannot_use_it(tm
     with pytest.raises(
         ValueError, match=r"objective_config must be a topd\.OPDConfig, TRDConfig or OPSDConfig .* TOPDConfig: TOP"
     ):
-        trainer_of(tmp_path, TOPDTrainer, columns=COLUMNS, objective_config=None).train()
+        trainer_of(tmp_path, TOPDTrainer, columns=COLUMNS, objective_config=None)
     with pytest.raises(ValueError, match=r"the dataset must have a column teacher_prompt where .* topd\.TRDConfig, got none"):
-        trainer_of(tmp_path, TOPDTrainer, objective_config=topd.TRDConfig()).train()
+        trainer_of(tmp_path, TOPDTrainer, objective_config=topd.TRDConfig())
+    of_a_server = {"given_models": (models()[0], None), "teacher_topk": print}
+    with pytest.raises(ValueError, match="the dataset must have no column teacher_prompt where teacher_topk is given, got one"):
+        trainer_of(tmp_path, TOPDTrainer, columns=COLUMNS, **of_a_server, objective_config=topd.OPDConfig("forward_kl"))
     some = COLUMNS | {"teacher_prompt": [*TEACHER_PROMPTS[:3], None]}
     given = {"per_device_train_batch_size": 4}
     with pytest.raises(ValueError, match="teacher_prompt must be text or a list of messages in each row, got None in row"):
