@@ -96,11 +96,21 @@ class OPD(Method):
         Returns:
             Objective; metrics loss, opd_loss, tokens, sequence_reduction (1 or 0), student_entropy, teacher_entropy (means over
             response tokens, nats), student_lost_mass, teacher_lost_mass (likewise: each model's probability of the entries that
-            the other does not have), seconds_student_forward, seconds_teacher_forward, seconds_divergence. With a teacher's
-            top-k: no teacher_entropy and no seconds_teacher_forward, but teacher_topk_mass, the mean mass of its k tokens, and
-            infinite_tokens, how many have an infinite loss (which passes no gradient). In its scores top1_agreement is None,
-            and what a top-k does not say is NaN at response tokens: both KLs, teacher_entropy, both lost masses, and
-            teacher_logprob where the token is not among the k.
+            the other does not have), seconds_student_forward, seconds_teacher_forward, seconds_divergence. Diagnostics, of
+            every response token alike, whatever it weighs: kl_mean, kl_p50, kl_p95, kl_p99 (percentiles, within 1 %), kl_max,
+            of the configured divergence, nats, before position_clip and without hard_weight's term; student_perplexity,
+            teacher_perplexity, perplexity_gap (student's minus teacher's). With position_clip: clip_share, the share of tokens
+            above it. With verdict: kl_correct, kl_incorrect, the means over the tokens of correct and of other responses, and
+            tokens_correct, tokens_incorrect, how many these are. With epistemic_ids: epistemic_mass, the teacher's mean
+            probability of these tokens. With teacher_top2: bimodal_share, the share of tokens where the teacher gives the token
+            and another one 1/4 each at least, and fragmented_share, the share where its most likely token is the same at the
+            next token too, and the response says it neither time. A diagnostic is NaN where no token could be measured. Over
+            several micro-batches add up `totals`.
+
+            With a teacher's top-k: no teacher_entropy and no seconds_teacher_forward, but teacher_topk_mass, the mean mass of
+            its k tokens, and infinite_tokens, how many have an infinite loss (which passes no gradient). In its scores
+            top1_agreement is None, and what a top-k does not say is NaN at response tokens: both KLs, teacher_entropy, both
+            lost masses, and teacher_logprob where the token is not among the k; the perplexities are of the other tokens.
 
         Raises:
             TypeError, ValueError: a wrong type, shape, dtype, device or range; an unknown key; a token that one of the models

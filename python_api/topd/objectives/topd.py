@@ -112,12 +112,12 @@ class TOPD(Method):
             generator: of the models' device, for the windows; None: torch's own.
 
         Returns:
-            Objective with near_future. Metrics of `OPD`, and guidance_loss (loss = opd_loss + guidance_weight * guidance_loss),
-            candidates, divergent_points, false_alarms (counts), low_divergence_share (false alarms among candidates),
-            distance_divergent, distance_false_alarm (medians, NaN where there is none), marginal_error (the largest),
-            window_length (mean over both models' windows), student_branches, teacher_branches (0 where windows came another
-            way), second_forward (1 where the student had to do without a cache), and seconds_student_windows,
-            seconds_teacher_windows, seconds_transport, seconds_window_forward, seconds_guidance.
+            Objective with near_future. Metrics of `OPD` with its diagnostics, and guidance_loss (loss = opd_loss +
+            guidance_weight * guidance_loss), candidates, divergent_points, false_alarms (counts), low_divergence_share (false
+            alarms among candidates), distance_divergent, distance_false_alarm (medians, NaN where there is none),
+            marginal_error (the largest), window_length (mean over both models' windows), student_branches, teacher_branches (0
+            where windows came another way), second_forward (1 where the student had to do without a cache), and
+            seconds_student_windows, seconds_teacher_windows, seconds_transport, seconds_window_forward, seconds_guidance.
 
         Raises:
             TypeError, ValueError: a wrong type, shape, dtype, device or range; an unknown key; a token that one of the models
