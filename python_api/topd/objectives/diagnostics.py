@@ -8,7 +8,6 @@ Nothing here makes the host wait for a GPU.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -145,28 +144,31 @@ class Totals:
 @torch.no_grad()
 def totals_of(measured: Measured) -> Totals:
     """Return the sums over the response tokens."""
-    response, divergence = measured.response, measured.divergence.double()
-    student, teacher = measured.student_logprob.double(), measured.teacher_logprob.double()
-    known = response & ~(student + teacher).isnan()
-    ones = torch.ones_like(divergence)
-    terms = {
-        "tokens": (ones, response),
-        "divergence": (divergence, response),
-        "perplexity_tokens": (ones, known),
-        "student_nll": (-student, known),
-        "teacher_nll": (-teacher, known),
+    response, divergence = measured.response, measured.divergence
+    student, teacher = measured.student_logprob, measured.teacher_logprob
+    known = response & ~(student.isnan() | teacher.isnan())
+    tokens = _sum(response, response)
+    sums = {
+        "tokens": tokens,
+        "divergence": _sum(divergence, response),
+        "perplexity_tokens": _sum(known, known),
+        "student_nll": -_sum(student, known),
+        "teacher_nll": -_sum(teacher, known),
     }
     if measured.clip is not None:
-        terms |= {"clip_tokens": (ones, response), "clipped": (divergence > measured.clip, response)}
+        sums |= {"clip_tokens": tokens, "clipped": _sum(divergence > measured.clip, response)}
     if measured.verdict is not None:
         for name, where in (("correct", response & measured.verdict), ("incorrect", response & ~measured.verdict)):
-            terms |= {f"{name}_tokens": (ones, where), name: (divergence, where)}
+            sums |= {f"{name}_tokens": _sum(where, where), name: _sum(divergence, where)}
     if measured.epistemic_mass is not None:
-        terms |= {"epistemic_tokens": (ones, response), "epistemic": (measured.epistemic_mass, response)}
+        sums |= {"epistemic_tokens": tokens, "epistemic": _sum(measured.epistemic_mass, response)}
     if measured.top2 is not None:
-        bimodal, fragmented = _of_top2(measured, measured.top2)
-        terms |= {"top2_tokens": (ones, response), "bimodal": (bimodal, response), "fragmented": (fragmented, response)}
-    return Totals(_sums(terms), _histogram(divergence, response), _largest(divergence, response))
+        bimodal, fragmented = (_sum(each, response) for each in _of_top2(measured, measured.top2))
+        sums |= {"top2_tokens": tokens, "bimodal": bimodal, "fragmented": fragmented}
+    none = torch.zeros_like(tokens)
+    fields = torch.stack([sums.get(name, none) for name in FIELDS])
+    divergence = divergence.double()
+    return Totals(fields, _histogram(divergence, response), _largest(divergence, response))
 
 
 def diagnostics_of(measured: Measured, totals: Totals) -> dict[str, Tensor]:
@@ -175,12 +177,9 @@ def diagnostics_of(measured: Measured, totals: Totals) -> dict[str, Tensor]:
     return {name: value for name, value in totals.metrics().items() if name not in absent}
 
 
-def _sums(terms: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
-    """Return [F] float64, the sum of each term's values where its mask is True; 0 for those of FIELDS that are no term."""
-    values = torch.stack([value.double() for value, _ in terms.values()])
-    masks = torch.stack([where for _, where in terms.values()])
-    sums = dict(zip(terms, values.masked_fill(~masks, 0.0).flatten(1).sum(1).unbind(), strict=True))
-    return torch.stack([sums[name] if name in sums else values.new_zeros(()) for name in FIELDS])
+def _sum(value: Tensor, where: Tensor) -> Tensor:
+    """Return the sum of the values where the mask is True, a scalar, float64; of bools their number."""
+    return value.masked_fill(~where, 0).sum(dtype=torch.float64)
 
 
 def _of_top2(measured: Measured, top2: TeacherTop2) -> tuple[Tensor, Tensor]:
