@@ -9,6 +9,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from topd.cli.options import DEMO_METHODS
 from topd_demo.figures import NAMES
 from topd_demo.settings import Settings
 from topd_demo.summary import Table as Numbers
@@ -86,7 +87,8 @@ class Display:
         if self.held_out:
             parts.append(self.held_out)
         if "loss" in self.latest:
-            parts.append(f"{self.latest['tokens_a_second']:.0f} tok/s")
+            if self.method in DEMO_METHODS:
+                parts.append(f"{self.latest['tokens_a_second']:.0f} tok/s")
             if self.latest["memory_mib"] is not None:
                 parts.append(f"{self.latest['memory_mib'] / 1024:.1f} GiB")
         return " ".join([*parts, self.left()])
@@ -129,7 +131,7 @@ def _held_out(record: Record) -> str:
     """Return what an evaluation says."""
     if "held_out_reverse_kl" in record:
         return f"held-out KL {record['held_out_reverse_kl']:.2f}"
-    return f"held-out KL {record['held_out_kl']:.2f} {record['held_out_right']:.0%} right"
+    return f"KL {record['held_out_kl']:.2f}, {record['held_out_right']:.0%} right"
 
 
 def _clock(seconds: float) -> str:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 COLORS = {"opd": PALETTE[2], "topd": PALETTE[0]}
 STUDENT, TEACHER = PALETTE[2], PALETTE[0]
-NAMES = {"opd": "OPD", "topd": "TOPD", "trd": "TRD", "opsd": "OPSD", "context": "context distillation"}
+NAMES = {"opd": "OPD", "topd": "TOPD", "trd": "TRD", "opsd": "OPSD", "context": "context"}
 RULE = "#E6E6E6"
 
 PANELS = {
@@ -52,22 +52,23 @@ def panel(key: str, runs: list[Run]) -> Panel:
     return Panel(PANELS[key], "nats per token", lines)
 
 
-def paired_panels(run: Run) -> list[Panel]:
-    """Return the panels of a method whose teacher reads another prompt."""
-    right = _points(run, "held_out_right")
-    errors = [standard_error(share, len(run.before.rows)) for _, share in right] if run.before else []
-    student = Line("student", STUDENT, right, errors=errors)
+def paired_panels(run: Run, right_answers: str) -> list[Panel]:
+    """Return the panels of a method whose teacher reads another prompt; `right_answers`: what they are called."""
+    shares = _points(run, "held_out_right")
+    errors = [standard_error(share, len(run.before.rows)) for _, share in shares] if run.before else []
+    student = Line("student", STUDENT, shares, errors=errors)
     teacher = Line("teacher", TEACHER, _points(run, "held_out_teacher_right"))
     kl = Line("student", STUDENT, _points(run, "held_out_kl"))
     return [
         Panel("Held-out questions: forward KL", "nats per token", [kl]),
-        Panel("Held-out questions: right answers", "share, with its standard error", [student, teacher]),
+        Panel(f"Held-out questions: {right_answers}", "share, with its standard error", [student, teacher]),
     ]
 
 
 def standard_error(share: float, count: int) -> float:
-    """Return the standard error of a share of so many questions."""
-    return math.sqrt(share * (1 - share) / count)
+    """Return the standard error of a share of so many questions, as Agresti and Coull have it: that of 0 of 12 is not 0."""
+    middle = (share * count + 2) / (count + 4)
+    return math.sqrt(middle * (1 - middle) / (count + 4))
 
 
 def _points(run: Run, key: str) -> list[tuple[float, float]]:

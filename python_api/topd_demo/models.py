@@ -1,6 +1,7 @@
 """The teacher, the student and their tokenizer; whether they go together."""
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,7 +75,9 @@ def load_with_lora(settings: Settings) -> Models:
     check_vocabularies(model, model, tokenizer)
     torch.manual_seed(settings.seed)
     lora = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear", lora_dropout=0.0)
-    student = get_peft_model(model, lora).to(torch.device(settings.device)).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a property that transformers renames
+        student = get_peft_model(model, lora).to(torch.device(settings.device)).eval()
     description = f"{settings.student or SMOLLM2} teaches itself: a LoRA of rank {LORA_RANK}"
     return Models(student, student, tokenizer, description, topd.Head.from_model(model).weight.shape[0])
 

@@ -46,6 +46,7 @@ class Row:
 
     Attributes:
         question, reference: as of the item.
+        student_reads, teacher_reads: their prompts as text.
         student: the student's answer.
         teacher: what the teacher, with its own prompt, says: an answer, or the student's answer refined.
         student_right, teacher_right: whether these are right.
@@ -54,6 +55,8 @@ class Row:
 
     question: str
     reference: str
+    student_reads: str
+    teacher_reads: str
     student: str
     teacher: str
     student_right: bool
@@ -97,25 +100,27 @@ class PairedEvaluation:
         return [[verdicts.count((student, teacher)) for teacher in (True, False)] for student in (True, False)]
 
 
-class Exchange(NamedTuple):
-    """What was said to some questions.
-
-    Attributes:
-        rollouts: of the student, token ids and texts.
-        refined: of the teacher, which read the rollouts; None where it refines nothing.
-        pairs: the batch.
-    """
-
-    rollouts: "Answers"
-    refined: "Answers | None"
-    pairs: dict[str, Tensor]
-
-
 class Answers(NamedTuple):
     """Answers as token ids, with their end tokens, and as texts."""
 
     ids: list[list[int]]
     texts: list[str]
+
+
+class Exchange(NamedTuple):
+    """What was said to some questions.
+
+    Attributes:
+        rollouts: of the student, token ids and texts.
+        teacher_prompts: what the teacher reads, token ids.
+        refined: of the teacher, which read the rollouts; None where it refines nothing.
+        pairs: the batch.
+    """
+
+    rollouts: Answers
+    teacher_prompts: list[list[int]]
+    refined: Answers | None
+    pairs: dict[str, Tensor]
 
 
 class PairedMethod(ABC):
@@ -178,20 +183,36 @@ class PairedMethod(ABC):
         tokens, sampling = self.settings.held_out_tokens, self.held_out_sampling
         torch.manual_seed(seed)
         exchange = self._exchange(items, tokens, sampling)
-        said = exchange.refined or self._teacher_answers()
-        scores = self.objective(exchange.pairs).scores.forward_kl
-        response = exchange.pairs["response_mask"]
-        rows = []
-        for place, (item, mine, theirs) in enumerate(zip(items, exchange.rollouts.texts, said.texts, strict=True)):
-            ids = exchange.pairs["input_ids"][place][response[place]].tolist()
-            words, nats = [self.tokenizer.decode([token]) for token in ids], scores[place][response[place]].tolist()
-            rows.append(Row(item.text, item.reference, mine, theirs, item.is_right(mine), item.is_right(theirs), words, nats))
-        forward_kl = (scores.sum() / response.sum().clamp_min(1)).item()
+        rows = self._rows(exchange, exchange.refined or self._teacher_answers())
+        nats = [value for row in rows for value in row.nats]
         control = None
         if first and sampling.get("temperature") != 0:
             torch.manual_seed(seed + 1)
             control = _share(_verdicts(items, self._answers(self.student, [item.prompt for item in items], tokens, sampling)))
-        return PairedEvaluation(forward_kl, rows, control)
+        return PairedEvaluation(sum(nats) / max(len(nats), 1), rows, control)
+
+    def _rows(self, exchange: Exchange, said: Answers) -> list[Row]:
+        """Return what both sides say to the held-out questions, and how far apart they are at each token of the responses."""
+        scores, pairs = self.objective(exchange.pairs).scores.forward_kl, exchange.pairs
+        rows = []
+        for place, (item, mine, theirs) in enumerate(zip(self.held_out, exchange.rollouts.texts, said.texts, strict=True)):
+            response = pairs["response_mask"][place]
+            ids, reads = pairs["input_ids"][place], exchange.teacher_prompts[place]
+            rows.append(
+                Row(
+                    question=item.text,
+                    reference=item.reference,
+                    student_reads=self.tokenizer.decode(item.prompt),
+                    teacher_reads=self.tokenizer.decode(reads),
+                    student=mine,
+                    teacher=theirs,
+                    student_right=item.is_right(mine),
+                    teacher_right=item.is_right(theirs),
+                    tokens=[self.tokenizer.decode([token]) for token in ids[response].tolist()],
+                    nats=scores[place][response].tolist(),
+                )
+            )
+        return rows
 
     def window_pair(self, _objective: topd.Objective, _batch: dict[str, Tensor]) -> WindowPair | None:
         """Return None: there are no windows."""
@@ -209,7 +230,7 @@ class PairedMethod(ABC):
             responses = [ids if text.strip() else [] for ids, text in zip(*refined, strict=True)]  # nothing is no lesson
         pairs = topd.pair(prompts, teacher_prompts, responses, self.tokenizer.eos_token_id)
         device = torch.device(self.settings.device)
-        return Exchange(rollouts, refined, {key: value.to(device) for key, value in pairs.items()})
+        return Exchange(rollouts, teacher_prompts, refined, {key: value.to(device) for key, value in pairs.items()})
 
     def _teacher_answers(self) -> Answers:
         """Return the teacher's own answers to the held-out questions: always the same."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from topd import files
 from topd_demo import figures
 from topd_demo.figures import standard_error
-from topd_demo.page import built, inline, sample, save_png, table
+from topd_demo.page import built, inline, plain_text, sample, save_png, table
 from topd_demo.paired import PairedEvaluation, Row
 from topd_demo.paired_words import WORDS, Words
 from topd_demo.settings import Settings
@@ -19,7 +19,7 @@ SAMPLES = 6
 
 def write(folder: Path, run: Run, settings: Settings, description: str) -> Path:
     """Write everything that there is so far; return the page's path."""
-    save_png(figures.drawn(figures.paired_panels(run)), folder / "curves.png")
+    save_png(figures.drawn(_panels(run)), folder / "curves.png")
     page = folder / "report.html"
     files.write_text(page, build(run, settings, description))
     return page
@@ -28,7 +28,7 @@ def write(folder: Path, run: Run, settings: Settings, description: str) -> Path:
 def build(run: Run, settings: Settings, description: str) -> str:
     """Return the page."""
     words, before, after = WORDS[run.method], run.before, run.after
-    panels = [inline(figures.drawn([panel])) for panel in figures.paired_panels(run)]
+    panels = [inline(figures.drawn([panel])) for panel in _panels(run)]
     places = shown(before, after)
     return built(
         f"topd: {words.heading.lower()}",
@@ -44,11 +44,17 @@ def build(run: Run, settings: Settings, description: str) -> str:
         verdicts=_verdicts(before, after, words),
         said=words.said,
         samples="".join(_sample(before.rows[i], after.rows[i], run) for i in places),
+        reads=_reads(after.rows[places[0]]),
         tokens_are=words.tokens_are,
         legend=legend(),
         tokens="".join(_tokens(before.rows[i], after.rows[i]) for i in places[:2]),
         stages=table(stages([run])),
     )
+
+
+def _panels(run: Run) -> list[figures.Panel]:
+    """Return the panels of the curves."""
+    return figures.paired_panels(run, WORDS[run.method].right_answers)
 
 
 def shown(before: PairedEvaluation, after: PairedEvaluation) -> list[int]:
@@ -135,10 +141,17 @@ def _sample(old: Row, new: Row, run: Run) -> str:
     return sample(new.question, answers)
 
 
+def _reads(row: Row) -> str:
+    """Return both prompts."""
+    prompts = (("student", row.student_reads), ("teacher", row.teacher_reads))
+    lines = "".join(f'<dt>{name}</dt><dd class="tokens">{html.escape(text.strip())}</dd>' for name, text in prompts)
+    return f'<div class="sample"><dl>{lines}</dl></div>'
+
+
 def _tokens(old: Row, new: Row) -> str:
     """Return a question's response before and after, token by token."""
     lines = "".join(
         f'<dt>{name}</dt><dd class="tokens">{coloured(row.tokens, row.nats)}</dd>'
         for name, row in (("before", old), ("after", new))
     )
-    return f'<div class="sample"><p class="prompt">{html.escape(" ".join(new.question.split()))}</p><dl>{lines}</dl></div>'
+    return f'<div class="sample"><p class="prompt">{plain_text(new.question)}</p><dl>{lines}</dl></div>'

@@ -9,13 +9,15 @@ class Words:
 
     Attributes:
         heading, note: the page's title; what its first numbers are.
-        right, teacher: what a right answer is called, and what the teacher says.
+        right, right_answers: what an answer that counts is called, and such answers.
+        teacher: what the teacher says.
         said, tokens_are: what stands under the two headings.
     """
 
     heading: str
     note: str
     right: str
+    right_answers: str
     teacher: str
     said: str
     tokens_are: str
@@ -31,6 +33,7 @@ WORDS = {
         "Trajectory-refined distillation",
         f"{_RIGHT}{_CONTROL} Forward KL is measured on the refined answers.",
         "right",
+        "right answers",
         "refined",
         "Each time the student answers first. The teacher reads the answer and the right result beside the problem, and writes "
         "the answer again. The student learns what the teacher wrote.",
@@ -41,6 +44,7 @@ WORDS = {
         "On-policy self-distillation",
         f"{_RIGHT}{_CONTROL} Forward KL, without the loss's clip, is measured on the student's own answers.",
         "right",
+        "right answers",
         "teacher",
         "The teacher is the same model before training. It has read the right result, the student has not.",
         "The student's own answer, which both sides read: the teacher behind problem and right result, the student behind the "
@@ -51,6 +55,7 @@ WORDS = {
         "Answers are the most likely ones, token by token, to questions that the student is not trained on. Forward KL is "
         "measured on these answers.",
         "in the manner",
+        "answers in the manner",
         "teacher",
         "The teacher reads a system prompt and four example turns before the question; the student reads the question alone, "
         "before training and after. An answer that begins with “Ahoy!” counts as in the manner.",

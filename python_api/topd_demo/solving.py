@@ -14,10 +14,10 @@ from topd_demo.settings import Settings
 # Short words: a model of 135 M parameters loses the thread of the longer ones that are topd's own.
 WORDS = Templates(
     student="{problem}",
-    reference="{problem}\nThe right answer is {reference}.",
+    reference="{problem}\nThe right answer is {reference}. Answer in one short sentence.",
     refine="{problem}\n\nA student's answer: {rollout}\n\nWrite the student's answer again, with its errors corrected.",
     refine_with_reference="{problem}\n\nA student's answer: {rollout}\n\nThe right answer is {reference}. Write the student's "
-    "answer again so that it says {reference}.",
+    "answer again, with its errors corrected. Answer in one short sentence.",
 )
 SAMPLING = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}  # arXiv 2606.08432, Table 9
 
