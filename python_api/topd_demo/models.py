@@ -65,7 +65,7 @@ def load_with_lora(settings: Settings) -> Models:
     Raises:
         CommandError: a package or the model is missing.
     """
-    require(("transformers", "peft"), "--method opsd", 'pip install "topd[demo]" peft')
+    require(("transformers", "peft"), "--method opsd", 'pip install "topd[demo]"')
     from peft import LoraConfig, get_peft_model
 
     if settings.student is None:

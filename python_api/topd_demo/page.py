@@ -37,7 +37,8 @@ def built(title: str, body: str, settings: Settings, *, done: bool, **fields: st
         done: whether the run came to its end.
         fields: HTML for the body's fields.
     """
-    options = [(name, _shown(value)) for name, value in settings.to_json().items()]
+    of_plain_methods = ("horizon", "layers") if settings.paired else ()
+    options = [(name, _shown(value)) for name, value in settings.to_json().items() if name not in of_plain_methods]
     state = "" if done else '<p class="note">The run was stopped before its end; this is what there was.</p>'
     text = Template(_read(body)).substitute(fields, state=state, settings=table((("option", "value"), list(options))))
     return Template(_read("page.html")).substitute(title=title, body=text)

@@ -77,7 +77,7 @@ def outcome(run: Run) -> Table:
         ("forward KL, nats per token", f"{before.forward_kl:.2f}", f"{after.forward_kl:.2f}"),
     ]
     if before.control is not None:
-        rows.insert(1, ("control: the untrained student, another draw", _share(before.control, count), ""))
+        rows.insert(1, ("control: untrained, another draw", _share(before.control, count), ""))
     return (f"{count} held-out questions", "before", f"after {run.done} steps"), rows
 
 
@@ -144,7 +144,7 @@ def _sample(old: Row, new: Row, run: Run) -> str:
 def _reads(row: Row) -> str:
     """Return both prompts."""
     prompts = (("student", row.student_reads), ("teacher", row.teacher_reads))
-    lines = "".join(f'<dt>{name}</dt><dd class="tokens">{html.escape(text.strip())}</dd>' for name, text in prompts)
+    lines = "".join(f'<dt>{name}</dt><dd class="reads">{html.escape(text.strip())}</dd>' for name, text in prompts)
     return f'<div class="sample"><dl>{lines}</dl></div>'
 
 

@@ -25,7 +25,7 @@ class Words:
 
 _RIGHT = "reasoning-gym's scorer judges the last number of an answer. A share of n answers has a standard error, ±; "
 _CONTROL = (
-    "the control is the same untrained student, drawn once more from another seed: a change no larger than that is chance."
+    "the control is the untrained student once more, drawn from another seed: what lies between the two draws is chance alone."
 )
 
 WORDS = {
@@ -42,7 +42,7 @@ WORDS = {
     ),
     "opsd": Words(
         "On-policy self-distillation",
-        f"{_RIGHT}{_CONTROL} Forward KL, without the loss's clip, is measured on the student's own answers.",
+        f"{_RIGHT}{_CONTROL} Forward KL is measured on the student's own answers.",
         "right",
         "right answers",
         "teacher",

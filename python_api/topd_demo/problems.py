@@ -7,10 +7,9 @@ from typing import Any
 
 from topd_demo.prompts import dataset_maker
 
-# SmolLM2-135M-Instruct solves half of the sums and products, a fifth of the others (docs/demo.md).
+# SmolLM2-135M-Instruct solves half of the sums and a fifth of the others (docs/demo.md).
 GENERATORS: dict[str, dict[str, Any]] = {
     "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
-    "products": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
     "gcd": {"max_value": 20},
     "lcm": {"max_value": 9},
 }

@@ -121,9 +121,9 @@ def _some_of(value: object, known: Collection[object]) -> bool:
 
 QUICK: dict[str, Any] = {"steps": 8, "evaluate_every": 4, "held_out": 8}
 # What a method that stands alone does otherwise.
-SOLVING: dict[str, Any] = {"batch": 8, "tokens": 28, "evaluate_every": 15, "held_out": 64, "held_out_tokens": 28, "warmup": 3}
+SOLVING: dict[str, Any] = {"batch": 8, "tokens": 28, "evaluate_every": 15, "held_out": 48, "held_out_tokens": 28, "warmup": 3}
 OF_METHODS: dict[str, dict[str, Any]] = {
     "context": {"learning_rate": 3e-5, "warmup": 3, "evaluate_every": 15, "held_out": 12},
-    "opsd": SOLVING | {"learning_rate": 2e-4},
+    "opsd": SOLVING | {"learning_rate": 1e-4},
     "trd": SOLVING | {"learning_rate": 2e-5},
 }

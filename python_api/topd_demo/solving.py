@@ -43,7 +43,7 @@ class SelfDistillation(_Solving):
     name = "opsd"
 
     def __init__(self, models: Models, settings: Settings) -> None:
-        objective = topd.OPSD(models.student)
+        objective = topd.OPSD(models.student, topd.OPSDConfig("forward_kl"))  # the paper's clip per entry: docs/demo.md
         super().__init__(models.student, objective, models.tokenizer, models.common_vocabulary, settings)
 
     def teacher_prompts(self, items: list[Item], _rollouts: list[str]) -> list[list[int]]:
