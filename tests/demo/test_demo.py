@@ -13,6 +13,7 @@ import topd
 from topd.cli.main import main
 from topd_demo import prompts, run_folder, smollm2, training
 from topd_demo.display import Display, one_line
+from topd_demo.figures import NAMES
 from topd_demo.settings import Settings
 from topd_demo.window_pair import furthest_pair
 
@@ -165,12 +166,15 @@ def test_prompts_are_padded_on_the_left():
 
 def test_the_widest_line_fits_eighty_columns():
 
-    display = Display(Settings(steps=100))
-    display.method, display.held_out = "topd", 10.24
-    display.began, display.first = display.began - 1000, 0
-    display.latest = {"step": 100, "loss": 10.24, "tokens_a_second": 120.0, "memory_mib": 12.1 * 1024}
-    text = display._numbers().rpartition("in ")[0] + "12:34 left"
-    assert len(f"TOPD {'-' * 6} {text}") <= 80
+    evaluations = {"topd": {"held_out_reverse_kl": 10.24}, "context": {"held_out_kl": 10.24, "held_out_right": 1.0}}
+    for method, evaluation in evaluations.items():
+        display = Display(Settings(steps=100))
+        display.method, display.latest = method, {"step": 0}
+        display.show({"step": 100} | evaluation)
+        display.began, display.first = display.began - 1000, 0
+        display.latest = {"step": 100, "loss": 10.24, "tokens_a_second": 120.0, "memory_mib": 12.1 * 1024}
+        text = display._numbers().rpartition("in ")[0] + "12:34 left"
+        assert len(f"{NAMES[method]} {'-' * 6} {text}") <= 80
 
 
 def test_the_learning_rate_rises_and_falls():
