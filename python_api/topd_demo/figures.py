@@ -52,16 +52,16 @@ def panel(key: str, runs: list[Run]) -> Panel:
     return Panel(PANELS[key], "nats per token", lines)
 
 
-def paired_panels(run: Run, right_answers: str) -> list[Panel]:
-    """Return the panels of a method whose teacher reads another prompt; `right_answers`: what they are called."""
+def paired_panels(run: Run, right_answers: str, teacher: str) -> list[Panel]:
+    """Return the panels of a method whose teacher reads another prompt; right_answers, teacher: what they are called."""
     shares = _points(run, "held_out_right")
     errors = [standard_error(share, len(run.before.rows)) for _, share in shares] if run.before else []
     student = Line("student", STUDENT, shares, errors=errors)
-    teacher = Line("teacher", TEACHER, _points(run, "held_out_teacher_right"))
+    oracle = Line(teacher, TEACHER, _points(run, "held_out_teacher_right"))
     kl = Line("student", STUDENT, _points(run, "held_out_kl"))
     return [
         Panel("Held-out questions: forward KL", "nats per token", [kl]),
-        Panel(f"Held-out questions: {right_answers}", "share, with its standard error", [student, teacher]),
+        Panel(f"Held-out questions: {right_answers}", "share, with its standard error", [student, oracle]),
     ]
 
 

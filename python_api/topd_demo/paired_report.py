@@ -54,7 +54,8 @@ def build(run: Run, settings: Settings, description: str) -> str:
 
 def _panels(run: Run) -> list[figures.Panel]:
     """Return the panels of the curves."""
-    return figures.paired_panels(run, WORDS[run.method].right_answers)
+    words = WORDS[run.method]
+    return figures.paired_panels(run, words.right_answers, words.teacher)
 
 
 def shown(before: PairedEvaluation, after: PairedEvaluation) -> list[int]:
