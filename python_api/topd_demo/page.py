@@ -28,20 +28,22 @@ THEME = {
 }
 
 
-def built(title: str, body: str, settings: Settings, *, done: bool, **fields: str) -> str:
+def built(title: str, body: str, settings: Settings, *, stages: Table, done: bool, **fields: str) -> str:
     """Return a page.
 
     Args:
         title: its title, HTML.
         body: the file of its body.
+        stages: what a step spends its time on.
         done: whether the run came to its end.
         fields: HTML for the body's fields.
     """
     of_plain_methods = ("horizon", "layers") if settings.paired else ()
     options = [(name, _shown(value)) for name, value in settings.to_json().items() if name not in of_plain_methods]
     state = "" if done else '<p class="note">The run was stopped before its end; this is what there was.</p>'
-    text = Template(_read(body)).substitute(fields, state=state, settings=table((("option", "value"), list(options))))
-    return Template(_read("page.html")).substitute(title=title, body=text)
+    text = Template(_read(body)).substitute(fields, state=state)
+    tables = {"stages": table(stages), "settings": table((("option", "value"), list(options)))}
+    return Template(_read("page.html")).substitute(tables, title=title, body=text)
 
 
 def _read(name: str) -> str:

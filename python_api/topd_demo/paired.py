@@ -1,8 +1,8 @@
 """Methods whose teacher reads another prompt before the same response: how pairs come about, how the student is judged."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -160,10 +160,9 @@ class PairedMethod(ABC):
     def teacher_prompts(self, items: list[Item], rollouts: list[str]) -> list[list[int]]:
         """Return what the teacher reads, token ids."""
 
-    @contextmanager
-    def teacher(self) -> Iterator[Any]:
-        """Yield the model that speaks for the teacher."""
-        yield self.objective.teacher
+    def teacher(self) -> AbstractContextManager[Any]:
+        """Return the context of the model that speaks for the teacher."""
+        return nullcontext(self.objective.teacher)
 
     def batch(self, index: int) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Return a step's pairs, and the share of right answers among them."""

@@ -34,6 +34,7 @@ def build(run: Run, settings: Settings, description: str) -> str:
         f"topd: {words.heading.lower()}",
         "paired.html",
         settings,
+        stages=stages([run]),
         done=run.done == settings.steps,
         heading=words.heading,
         description=html.escape(description),
@@ -48,7 +49,6 @@ def build(run: Run, settings: Settings, description: str) -> str:
         tokens_are=words.tokens_are,
         legend=legend(),
         tokens="".join(_tokens(before.rows[i], after.rows[i]) for i in places[:2]),
-        stages=table(stages([run])),
     )
 
 

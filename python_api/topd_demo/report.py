@@ -33,6 +33,7 @@ def build(runs: list[Run], cost: LossCost | None, settings: Settings, descriptio
         "topd: an on-policy distillation",
         "plain.html",
         settings,
+        stages=summary.stages,
         done=done,
         description=html.escape(description),
         tiles="".join(_tile(run) for run in runs if run.before is not None),
@@ -40,7 +41,6 @@ def build(runs: list[Run], cost: LossCost | None, settings: Settings, descriptio
         outcome=table(summary.outcome),
         loss=table(summary.loss) if summary.loss else "<p class='note'>Not measured: the run did not get there.</p>",
         agreement=f"The two values differ by {cost.difference:.0e} of their size." if cost else "",
-        stages=table(summary.stages),
         samples=_samples(runs),
         windows=_windows(pair),
     )

@@ -1,7 +1,6 @@
 """OPSD and TRD on problems with answers: the teacher reads the right answer, or the student's attempt too and mends it."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import topd
@@ -44,6 +43,7 @@ class SelfDistillation(_Solving):
 
     def __init__(self, models: Models, settings: Settings) -> None:
         objective = topd.OPSD(models.student, topd.OPSDConfig("forward_kl"))  # the paper's clip per entry: docs/demo.md
+        self._teaching = objective.teaching
         super().__init__(models.student, objective, models.tokenizer, models.common_vocabulary, settings)
 
     def teacher_prompts(self, items: list[Item], _rollouts: list[str]) -> list[list[int]]:
@@ -51,11 +51,9 @@ class SelfDistillation(_Solving):
         prompts = [teacher_prompt(item.text, "reference", reference=item.reference, templates=WORDS) for item in items]
         return [prompt.ids(self.tokenizer, chat=self.chat) for prompt in prompts]
 
-    @contextmanager
-    def teacher(self) -> Iterator[Any]:
-        """Yield the student, its adapter off."""
-        with self.student.disable_adapter():
-            yield self.student
+    def teacher(self) -> AbstractContextManager[Any]:
+        """Return the context of the student with its adapter off."""
+        return self._teaching()
 
 
 class Refinement(_Solving):

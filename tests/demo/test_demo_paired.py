@@ -2,18 +2,14 @@
 
 import importlib.util
 import json
-import os
-import signal
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from tiny_demo import QUICK, demo, failing, metrics
+from tiny_demo import QUICK, Page, demo, dying, failing, interrupted, metrics
 
 from topd.cli.main import main
 from topd.cli.options import PAIRED_METHODS
-from topd_demo import models, run_folder, smollm2, training
-from topd_demo.display import Display
+from topd_demo import models, run_folder, smollm2
 from topd_demo.settings import OF_METHODS, Settings
 
 pytest.importorskip("peft")
@@ -55,24 +51,10 @@ def test_a_teacher_that_never_reads_a_rollout_says_the_same_at_every_evaluation(
     assert len(set(shares)) == 1
 
 
-class _Page(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.links: list[str] = []
-        self.titles: list[str] = []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.links += [value for key, value in attrs if key in ("src", "href", "xlink:href") and value]
-        self.titles += [value for key, value in attrs if key == "title" and value]
-
-
 @pytest.mark.parametrize("method", PAIRED_METHODS)
 def test_the_page_stands_alone(whole, method):
     text = (whole[method] / "report.html").read_text()
-    page = _Page()
-    page.feed(text)
+    page = Page(text)
     assert page.tags.count("svg") == 2
     assert page.tags.count("table") == 5  # outcome, two of verdicts, stages, settings
     assert not [link for link in page.links if not link.startswith("#")]
@@ -94,35 +76,19 @@ def test_the_page_says_what_the_teacher_alone_reads(whole):
 
 
 @pytest.mark.parametrize("method", PAIRED_METHODS)
-def test_a_killed_run_ends_with_the_same_metrics(tmp_path, pair, whole, monkeypatch, method):
-    step = training.Trainer._step
-
-    def dying(self, index):
-        if index == 3:
-            raise KeyboardInterrupt
-        return step(self, index)
-
-    monkeypatch.setattr(training.Trainer, "_step", dying)
-    assert run(pair, method, tmp_path / "run") == 130
-    monkeypatch.setattr(training.Trainer, "_step", step)
+def test_a_killed_run_ends_with_the_same_metrics(tmp_path, pair, whole, method):
+    with dying(3):
+        assert run(pair, method, tmp_path / "run") == 130
     assert main(["demo", "--resume", "--out", str(tmp_path / "run")]) == 0
     assert metrics(tmp_path / "run") == metrics(whole[method])
 
 
-def test_ctrl_c_leaves_a_report_and_a_checkpoint(tmp_path, pair, whole, monkeypatch, capsys):
-    show = Display.show
-
-    def interrupting(self, record):
-        show(self, record)
-        if record.get("step") == 3 and "loss" in record:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(Display, "show", interrupting)
+def test_ctrl_c_leaves_a_report_and_a_checkpoint(tmp_path, pair, whole, capsys):
     folder = tmp_path / "run"
-    assert run(pair, "trd", folder) == 130
+    with interrupted(3):
+        assert run(pair, "trd", folder) == 130
     assert "Stopping after this step" in capsys.readouterr().out
     assert "stopped before its end" in (folder / "report.html").read_text()
-    monkeypatch.setattr(Display, "show", show)
     assert main(["demo", "--resume", "--out", str(folder)]) == 0
     assert metrics(folder) == metrics(whole["trd"])
 
