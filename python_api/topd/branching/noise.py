@@ -152,7 +152,7 @@ class Noise:
         """
         rows, vocab = logits.shape
         counters = torch.arange(1, vocab + 1, device=logits.device)
-        keys = mixed(self.points[windows] + (step + 1) * STEP).unsqueeze(-1)
+        keys = mixed(self.points[windows] + step).unsqueeze(-1)
         given = None if self.followed is None else self.followed.chosen(windows, step, vocab)
         drawn = []
         for part in torch.arange(rows).split(max(1, ENTRIES // vocab)):
