@@ -154,9 +154,9 @@ class Noise:
         counters = torch.arange(1, vocab + 1, device=logits.device)
         keys = mixed(self.points[windows] + step).unsqueeze(-1)
         given = None if self.followed is None else self.followed.chosen(windows, step, vocab)
-        drawn = []
-        for part in torch.arange(rows).split(max(1, ENTRIES // vocab)):
-            these = slice(int(part[0]), int(part[-1]) + 1)
+        drawn, most = [], max(1, ENTRIES // vocab)
+        for start in range(0, rows, most):
+            these = slice(start, start + most)
             times = exponentials(keys[these], counters)
             if given is not None:
                 times = _after(times, keys[these], *(each[these] for each in given))
