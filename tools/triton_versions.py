@@ -16,27 +16,26 @@ import tempfile
 from pathlib import Path
 
 from bench.report import markdown_table
-from tools.versions import environment
+from tools.versions import environment, verdict
 
 # What an environment needs beside a version. Triton 3.6's interpreter reads an array of one entry as a number: numpy lets it
 # up to 2.3.
 VERSIONS: dict[str, tuple[str, ...]] = {"3.6.0": ("numpy<2.4",), "3.7.1": (), "3.9.0": ()}
-TESTS = ("tests/kernels", "-m", "not slow")
+TESTS = ("-n", "2", "--dist", "loadfile", "tests/kernels", "-m", "not slow")
 ROOT = Path(__file__).parents[1]
 # The environments do not see where the project's has the packages of this repository.
 PATH = os.pathsep.join([str(ROOT / "python_api"), str(ROOT)])
 
 
 def _run(*command: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": PATH}, stdout=subprocess.PIPE, text=True)
+    return subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": PATH, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True
+    )
 
 
 def interpreted(python: str) -> tuple[bool, str]:
-    """Run the interpreter's tests; return whether all of them passed, and pytest's last line. What failed is printed."""
-    done = _run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS)
-    if done.returncode:
-        print(done.stdout, flush=True)
-    return done.returncode == 0, done.stdout.strip().splitlines()[-1] if done.stdout else "pytest did not start"
+    """Run the interpreter's tests, and return what `tools.versions.verdict` does."""
+    return verdict(_run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS))
 
 
 def compiled(python: str) -> tuple[bool, list[str]]:
@@ -44,7 +43,7 @@ def compiled(python: str) -> tuple[bool, list[str]]:
     spills and shared memory that one needs. What does not fit is printed."""
     with tempfile.TemporaryDirectory() as folder:
         numbers = Path(folder) / "binaries.json"
-        done = _run(python, "-m", "tools.aot", "--json", str(numbers), "--jobs", "1")
+        done = _run(python, "-m", "tools.aot", "--json", str(numbers), "--jobs", "2")
         if done.returncode:
             print(done.stdout, flush=True)
         binaries = json.loads(numbers.read_text()) if numbers.exists() else []
