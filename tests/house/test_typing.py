@@ -130,6 +130,7 @@ def test_the_checks_at_run_time_take_their_names_from_the_types() -> None:
         options.GateRule: tuple(gate.GATE_VALUES),
         options.FalseAlarmMode: false_alarms.FALSE_ALARM_MODES,
         options.StudentWindow: windows.STUDENT_WINDOWS,
+        options.WindowNoise: windows.WINDOW_NOISES,
         options.Reduction: config.REDUCTIONS,
         options.SelfTeacher: config.SELF_TEACHERS,
         options.ScoreName: config.SCORES,

@@ -118,6 +118,12 @@ def test_beta_names_a_divergence():
         ),
         (topd.OPDConfig(temperature=0.7), 1.0, 1.0, "objective_config.temperature must be args.temperature, .* 1.0, got 0.7"),
         (topd.TOPDConfig(), 1.0, 0.7, "objective_config.temperature must be args.temperature, .* 0.7, got 1.0; give both"),
+        (
+            topd.TOPDConfig(window_noise="counterfactual", student_window="rollout", window_temperature=0.7),
+            1.0,
+            1.0,
+            "objective_config.window_temperature must be args.temperature, .* 1.0, got 0.7; give both the same",
+        ),
         (topd.OPDConfig(reduction="sequence"), 1.0, 1.0, "objective_config.reduction must be 'token', .* got 'sequence'"),
     ],
 )

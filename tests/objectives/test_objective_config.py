@@ -32,6 +32,7 @@ DEFAULTS = {
     "gate_value": None,
     "guidance_weight": 0.1,
     "false_alarms": "keep",
+    "window_noise": "independent",
 }
 
 
@@ -55,6 +56,8 @@ def test_the_defaults_are_the_contracts():
         {"gate": "threshold", "gate_value": 0.4},
         {"gate": "mean_plus_std", "gate_value": -1},
         {"score": "gap", "false_alarms": "mask"},
+        {"window_noise": "shared", "window_temperature": 0.7},
+        {"window_noise": "counterfactual", "student_window": "rollout"},
         {"score": "reverse_kl", "false_alarms": "cap", "guidance_weight": 0},
     ],
     ids=str,
@@ -82,6 +85,18 @@ def test_good_options_are_taken(options):
         ({"horizon": 129}, ValueError, "horizon must be at most 128"),
         ({"student_window": "replay"}, ValueError, "student_window must be one of 'regenerate', 'rollout'"),
         ({"window_temperature": -1}, ValueError, "window_temperature must be finite and >= 0, got -1; 0 is greedy"),
+        ({"window_noise": "same"}, ValueError, "window_noise must be one of 'independent', 'shared', 'counterfactual', got"),
+        (
+            {"window_noise": "counterfactual"},
+            ValueError,
+            'student_window="regenerate"; take student_window="rollout", or window_n',
+        ),
+        ({"window_noise": "shared", "student_window": "rollout"}, ValueError, 'or window_noise="counterfactual"'),
+        (
+            {"window_noise": "shared", "window_temperature": 0},
+            ValueError,
+            "needs window_temperature > 0, got 0, which is greedy",
+        ),
         ({"cost": "l2"}, ValueError, "cost must be one of"),
         ({"solver": "emd"}, ValueError, "solver must be one of 'sinkhorn', 'exact'"),
         ({"epsilon": 0.0}, ValueError, "epsilon must be finite and > 0"),

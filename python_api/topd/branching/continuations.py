@@ -7,9 +7,11 @@ from torch import Tensor
 
 from topd.branching.decode import decode
 from topd.branching.generate import generate
+from topd.branching.noise import Followed, Noise, point_keys
 from topd.branching.prefill import Prefill, prefill
 from topd.models.decoder import Decoder
 from topd.models.sampling import Sampling
+from topd.options import WindowNoise
 
 BRANCHES, ROLLOUT = "branches", "rollout"
 
@@ -31,6 +33,7 @@ def continue_from(
     sampling: Sampling,
     *,
     prefix: Prefill | None = None,
+    noise: Noise | None = None,
 ) -> Continuations:
     """Continue the prefix before each position.
 
@@ -38,17 +41,49 @@ def continue_from(
         input_ids, attended: [B, T], the rollouts.
         positions: [m, 2] int64 (row, column), column >= 1, any order.
         prefix: a pass over the rollouts; where it has a cache, the windows grow from that.
+        noise: of these windows, in their order; None: the generator's. Where it follows the rollouts, no window goes on after
+            one that stops without an end-of-sequence token.
     """
     way = f"generate: {decoder.obstacle}" if decoder.obstacle else BRANCHES
     if not positions.numel():
         return Continuations(positions.new_zeros(0, sampling.horizon), positions.new_zeros(0), way)
+    followed = None if noise is None else noise.followed
     if decoder.obstacle:
-        return Continuations(*generate(decoder, input_ids, attended, positions, sampling), way)
-    with decoder.cache_allowed():
-        if prefix is None or prefix.layers is None:
-            columns = int(positions[:, 1].max())
-            prefix = prefill(decoder, input_ids[:, :columns], attended[:, :columns], cache=True)
-        return Continuations(*decode(decoder, prefix, positions, sampling), way)
+        windows = generate(decoder, input_ids, attended, positions, sampling, noise)
+    else:
+        with decoder.cache_allowed():
+            if prefix is None or prefix.layers is None:
+                columns = int(positions[:, 1].max()) if followed is None else input_ids.shape[1]
+                prefix = prefill(decoder, input_ids[:, :columns], attended[:, :columns], cache=True)
+            windows = decode(decoder, prefix, positions, sampling, noise)
+    return Continuations(*(windows if followed is None else followed.cut(*windows, sampling.ends)), way)
+
+
+def noise_of(
+    name: WindowNoise, input_ids: Tensor, attended: Tensor, positions: Tensor, generator: torch.Generator | None
+) -> Noise | None:
+    """Return the noise of both models' windows, whose seed is one number of the generator's; None: each draws its own."""
+    if name == "independent" or not positions.numel():
+        return None
+    seed = torch.empty((), dtype=torch.int64, device=positions.device).random_(generator=generator)
+    return Noise(point_keys(seed, input_ids, attended, positions))
+
+
+def given_rollout(
+    noise: Noise | None, student: Decoder, states: Prefill, positions: Tensor, rollout: Continuations, temperature: float
+) -> Noise | None:
+    """Return the noise given that the student chose the rollout's tokens.
+
+    Args:
+        states: the student's pass over the rollouts.
+        rollout: of `from_rollout`.
+        temperature: > 0, at which the rollouts were sampled.
+    """
+    if noise is None:
+        return None
+    columns = _rollout_columns(states.attended, positions, rollout.tokens.shape[1], -1)
+    hidden = states.hidden.detach()
+    return Noise(noise.points, Followed(student, hidden, positions, columns, rollout.tokens, rollout.lengths, temperature))
 
 
 def from_rollout(input_ids: Tensor, attended: Tensor, positions: Tensor, horizon: int) -> Continuations:

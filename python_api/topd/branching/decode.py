@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from topd.branching.nodes import Nodes, attention_masks
+from topd.branching.noise import Noise
 from topd.branching.prefill import Prefill
 from topd.branching.shared_states import Places
 from topd.models.decoder import Decoder
@@ -123,7 +124,7 @@ class _Draws:
     def __init__(self, positions: Tensor, sampling: Sampling) -> None:
         m, device = positions.shape[0], positions.device
         self.tokens, self.lengths = positions.new_zeros(m, sampling.horizon), positions.new_zeros(m)
-        self.running = torch.arange(m, device=device)
+        self.running = positions[:, 0].argsort(stable=True)
         self.alive = torch.ones(m, dtype=torch.bool, device=device)
         self.stops = torch.tensor(sampling.ends, dtype=torch.int64, device=device)
 
@@ -147,25 +148,31 @@ class _Draws:
 
 
 @torch.no_grad()
-def decode(decoder: Decoder, prefix: Prefill, positions: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+def decode(
+    decoder: Decoder, prefix: Prefill, positions: Tensor, sampling: Sampling, noise: Noise | None = None
+) -> tuple[Tensor, Tensor]:
     """Continue the prefix before each position, by branching.
 
     Args:
         prefix: the pass over the rollouts, with its cache.
         positions: [m, 2] int64 (row, column), column >= 1, any order.
+        noise: of these windows; None: the generator's. Where it follows the rollouts, the pass is over all their columns.
 
     Returns:
         tokens [m, horizon] int64, 0 past a window's end, and lengths [m] int64, an end-of-sequence token counted.
     """
     prefix = prefix.constant()
-    order = positions[:, 0].argsort(stable=True)
-    positions, inverse = positions[order], order.argsort()
     draws = _Draws(positions, sampling)
     kind = _SharedSteps if decoder.model.config._attn_implementation == "sdpa" else _TreeSteps
     steps: _Steps | None = None
-    hidden = prefix.hidden[positions[:, 0], positions[:, 1] - 1]
+    row, column = positions[draws.running].unbind(-1)
+    hidden = prefix.hidden[row, column - 1]
     for place in range(sampling.horizon):
-        drawn = draw(decoder.logits(hidden, sampling.vocab), sampling.temperature, sampling.generator)
+        logits = decoder.logits(hidden, sampling.vocab)
+        if noise is None:
+            drawn = draw(logits, sampling.temperature, sampling.generator)
+        else:
+            drawn = noise.choose(logits / sampling.temperature, draws.running, place)
         draws.add(place, drawn)
         kept = draws.kept()
         if kept is not None:
@@ -178,4 +185,7 @@ def decode(decoder: Decoder, prefix: Prefill, positions: Tensor, sampling: Sampl
         if place + 1 < sampling.horizon:
             steps = steps or kind(decoder, prefix, positions[draws.running], sampling.horizon - 1)
             hidden = steps.step(drawn)
-    return draws.tokens[inverse], draws.lengths[inverse]
+            if noise is not None and noise.followed is not None:
+                said = draws.tokens[draws.running, : place + 1]
+                hidden = noise.followed.over_rollout(hidden, prefix.hidden, draws.running, said)
+    return draws.tokens, draws.lengths

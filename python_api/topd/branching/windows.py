@@ -13,7 +13,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from topd.branching.continuations import BRANCHES, Continuations, continue_from, from_rollout
+from topd.branching.continuations import BRANCHES, Continuations, continue_from, from_rollout, given_rollout, noise_of
 from topd.branching.prefill import prefill
 from topd.branching.replay import replay
 from topd.checks.rollouts import (
@@ -29,9 +29,10 @@ from topd.checks.values import check_tensor, choice, positive_int, real
 from topd.models.decoder import decoder_of
 from topd.models.properties import embedded_tokens
 from topd.models.sampling import Sampling
-from topd.options import StudentWindow
+from topd.options import StudentWindow, WindowNoise
 
 STUDENT_WINDOWS: tuple[str, ...] = get_args(StudentWindow)
+WINDOW_NOISES: tuple[str, ...] = get_args(WindowNoise)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +61,30 @@ def both_windows(positions: Tensor, student: Continuations, teacher: Continuatio
     return Windows(positions, student.tokens, teacher.tokens, student.lengths, teacher.lengths, student.way, teacher.way)
 
 
+def check_window_noise(noise: object, student_window: str, temperature_name: str, temperature: float) -> None:
+    """Check the name of a noise, and that it goes with the student's windows and their temperature."""
+    choice("window_noise", noise, WINDOW_NOISES)
+    if noise == "independent":
+        return
+    fits = "rollout" if noise == "counterfactual" else "regenerate"
+    if student_window != fits:
+        reason = (
+            "is drawn given what the student said in the rollout"
+            if noise == "counterfactual"
+            else "is of windows that both models sample"
+        )
+        other = "shared" if noise == "counterfactual" else "counterfactual"
+        raise ValueError(
+            f'window_noise "{noise}" {reason}, got student_window="{student_window}"; take student_window="{fits}", or '
+            f'window_noise="{other}"'
+        )
+    if temperature == 0:
+        raise ValueError(
+            f'window_noise "{noise}" needs {temperature_name} > 0, got {temperature!r}, which is greedy and has no noise; take '
+            'window_noise="independent"'
+        )
+
+
 def sample_windows(
     student_model: Any,
     teacher_model: Any,
@@ -72,6 +97,7 @@ def sample_windows(
     student_window: StudentWindow = "regenerate",
     generator: torch.Generator | None = None,
     eos_token_id: int | list[int] | None = None,
+    window_noise: WindowNoise = "independent",
 ) -> Windows:
     """Let student and teacher each continue from the prefix before every position.
 
@@ -90,6 +116,13 @@ def sample_windows(
             to the last attended column.
         generator: of the models' device; the same one in the same state gives the same windows. The student draws first.
         eos_token_id: an int or a list, at which a window of either model ends; None: the student's generation_config's.
+        window_noise: "independent": each model draws for itself. The others keep each model's distribution exactly, and need a
+            temperature > 0. "shared", with "regenerate": both draw argmax(log p + g) with the same Gumbel noise g. Its seed is
+            one number of the generator's; g depends on that, on the point (what its row says, and its place in it), the step
+            and the token, and not on the batch. "counterfactual", with "rollout": g is drawn given that the student chose the
+            rollout's tokens, so that the teacher says what it would have said with the same luck. This wants rollouts that
+            were sampled at `temperature` from all tokens that both models have. A teacher that equals the student repeats the
+            rollout; where that stops without an end-of-sequence token, so does the teacher's window.
 
     Returns:
         Windows. A teacher with more tokens than the student draws from those that both have.
@@ -98,23 +131,32 @@ def sample_windows(
         TypeError, ValueError: a wrong type, shape, dtype, device, range or option; a position that is not attended; a token
             that one of the models does not have.
 
-    Source: arXiv 2606.00305: windows of 50 tokens of both models from one prefix of the student's. Decoding is our choice.
+    Source: arXiv 2606.00305: windows of 50 tokens of both models from one prefix of the student's. Decoding is our choice. The
+    noise given the rollout: Maddison et al. 2014, "A* Sampling" (truncated Gumbels); Oberst and Sontag 2019, arXiv 1905.05824;
+    its use here is ours, as is "shared".
     """
     ids, attended = check_rollouts(input_ids, attention_mask)
     positions = check_positions(positions, attended)
     positive_int("horizon", horizon)
     real("temperature", temperature, low=0.0)
     choice("student_window", student_window, STUDENT_WINDOWS)
+    check_window_noise(window_noise, student_window, "temperature", temperature)
     check_generator(generator, ids.device)
     student, teacher = decoder_of(student_model), decoder_of(teacher_model)
     check_ids("input_ids", ids, student=embedded_tokens(student_model), teacher=embedded_tokens(teacher_model))
     ends, own = end_tokens(eos_token_id, student.model), student.head.weight.shape[0]
+    noise = noise_of(window_noise, ids, attended, positions, generator)
     if student_window == "rollout":
         students = from_rollout(ids, attended, positions, horizon)
+        if noise is not None:
+            with torch.no_grad():
+                states = prefill(student, ids, attended, cache=False)
+            noise = given_rollout(noise, student, states, positions, students, temperature)
     else:
-        students = continue_from(student, ids, attended, positions, Sampling(horizon, temperature, generator, ends, own))
-    common = min(own, teacher.head.weight.shape[0])
-    teachers = continue_from(teacher, ids, attended, positions, Sampling(horizon, temperature, generator, ends, common))
+        drawn = Sampling(horizon, temperature, generator, ends, own)
+        students = continue_from(student, ids, attended, positions, drawn, noise=noise)
+    drawn = Sampling(horizon, temperature, generator, ends, min(own, teacher.head.weight.shape[0]))
+    teachers = continue_from(teacher, ids, attended, positions, drawn, noise=noise)
     return both_windows(positions, students, teachers)
 
 

@@ -97,6 +97,12 @@ def resolve_config(config: OPDConfig | None, beta: float, temperature: float, sa
             f"objective_config.temperature must be args.temperature, at which TRL samples, {temperature}, got "
             f"{config.temperature}; give both the same"
         )
+    windows = config.window_temperature if isinstance(config, TOPDConfig) and config.window_noise == "counterfactual" else None
+    if samples and windows not in (None, temperature):
+        raise ValueError(
+            "objective_config.window_temperature must be args.temperature, at which TRL samples, where window_noise is "
+            f'"counterfactual", {temperature}, got {windows}; give both the same'
+        )
     if config.reduction != "token":
         raise ValueError(
             f"objective_config.reduction must be 'token', since TRL counts tokens over a step, got {config.reduction!r}; for "

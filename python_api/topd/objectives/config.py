@@ -6,7 +6,7 @@ from typing import TypeVar, get_args
 
 from torch import Tensor
 
-from topd.branching.windows import STUDENT_WINDOWS
+from topd.branching.windows import STUDENT_WINDOWS, check_window_noise
 from topd.checks.values import FLOATING, check_rule_value, check_temperature, check_tensor, choice, flag, positive_int, real
 from topd.divergences import JSD, DivergenceLike, ForwardKL, ReverseKL, resolve_divergence
 from topd.losses.topk_divergence import SUPPORTS
@@ -27,6 +27,7 @@ from topd.options import (
     Solver,
     StudentWindow,
     Support,
+    WindowNoise,
 )
 
 Config = TypeVar("Config")
@@ -178,6 +179,8 @@ class TOPDConfig(OPDConfig):
         horizon: 1 to 128, tokens of a window.
         student_window: "regenerate", the student continues from the prefix; "rollout", its window is the rollout itself.
         window_temperature: >= 0, at which windows are sampled; 0 is greedy.
+        window_noise: as in `sample_windows`: "independent"; "shared", of "regenerate"; "counterfactual", of "rollout", with the
+            window_temperature at which the rollouts were sampled. Both want one > 0.
         cost, solver, epsilon: as in `near_future_divergence`.
         embedding: where tokens are compared: "student" or "teacher", that model's input embeddings; a table [V, d] with a row
             for each token that both models have; or "student_hidden", the student's states at the windows' tokens, which costs
@@ -208,6 +211,7 @@ class TOPDConfig(OPDConfig):
     gate_value: float | None = None
     guidance_weight: float = 0.1
     false_alarms: FalseAlarmMode = "keep"
+    window_noise: WindowNoise = field(default="independent", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -220,6 +224,7 @@ class TOPDConfig(OPDConfig):
             raise ValueError(f"horizon must be at most {MAX_WINDOW}, the transport's longest window, got {self.horizon}")
         choice("student_window", self.student_window, STUDENT_WINDOWS)
         real("window_temperature", self.window_temperature, low=0.0, hint="0 is greedy")
+        check_window_noise(self.window_noise, self.student_window, "window_temperature", self.window_temperature)
         choice("cost", self.cost, COSTS)
         choice("solver", self.solver, SOLVERS)
         real("epsilon", self.epsilon, low=0.0, open_low=True)

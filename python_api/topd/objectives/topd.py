@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from topd.branching.continuations import continue_from, from_rollout, rollout_states
+from topd.branching.continuations import continue_from, from_rollout, given_rollout, noise_of, rollout_states
 from topd.branching.prefill import Prefill, prefill
 from topd.branching.replay import replay
 from topd.branching.windows import Windows, both_windows
@@ -187,6 +187,7 @@ class TOPD(Method):
         ids, attended = rollouts.input_ids, rollouts.attended
         own, others = tokens.student.head.weight.shape[0], tokens.teacher.head.weight.shape[0]
         table = _table(config.embedding, tokens.student, tokens.teacher)
+        noise = noise_of(config.window_noise, ids, attended, positions, generator)
 
         def sampling(vocab: int) -> Sampling:
             return Sampling(config.horizon, config.window_temperature, generator, ends, vocab)
@@ -194,12 +195,16 @@ class TOPD(Method):
         with stages.stage("student_windows"):
             if config.student_window == "rollout":
                 students = from_rollout(ids, attended, positions, config.horizon)
+                side = tokens.student, tokens.student_states
+                noise = given_rollout(noise, *side, positions, students, config.window_temperature)
             else:
                 drawn = sampling(own if table is None else min(own, table.shape[0]))
-                students = continue_from(tokens.student, ids, attended, positions, drawn, prefix=tokens.student_states)
+                students = continue_from(
+                    tokens.student, ids, attended, positions, drawn, prefix=tokens.student_states, noise=noise
+                )
         with stages.stage("teacher_windows"):
             drawn = sampling(min(own, others))
-            teachers = continue_from(tokens.teacher, ids, attended, positions, drawn, prefix=tokens.teacher_states)
+            teachers = continue_from(tokens.teacher, ids, attended, positions, drawn, prefix=tokens.teacher_states, noise=noise)
         return both_windows(positions, students, teachers)
 
     @torch.no_grad()
