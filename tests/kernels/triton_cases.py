@@ -78,6 +78,7 @@ def divergence_by_triton(
     grad: torch.dtype | str | None = "in place",
     scores: bool = True,
     splits: int | None = None,
+    blocks: divergence_rows.Blocks | None = None,
 ) -> Rows:
     """grad: where the gradient goes, a tile of its own of this dtype or the student's; None: nowhere."""
     tiles = there(student), there(teacher)
@@ -86,7 +87,8 @@ def divergence_by_triton(
         to = torch.full(student.shape, torch.nan, dtype=grad, device=DEVICE)
     biases = there(student_bias), there(teacher_bias)
     numbers = divergence_rows.Spec(*spec)
-    order, out = divergence_rows.launches(*tiles, *biases, there(tokens), numbers, to, scores, splits=splits)
+    cut = {"splits": splits, "blocks": blocks}
+    order, out = divergence_rows.launches(*tiles, *biases, there(tokens), numbers, to, scores, **cut)
     launch.run_all(order)
     unchanged = [tiles[1].cpu(), teacher] + ([tiles[0].cpu(), student] if to is not tiles[0] else [])
     for after, given in zip(unchanged[::2], unchanged[1::2], strict=True):

@@ -6,19 +6,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from topd_kernels.divergence_rows.kernels import finish, sweep
-from topd_kernels.divergence_rows.statistics import constants, statistics
+from topd_kernels.divergence_rows.constants import constants
+from topd_kernels.divergence_rows.finish import finish
+from topd_kernels.divergence_rows.kernels import sweep
+from topd_kernels.divergence_rows.statistics import statistics
 from topd_kernels.divergence_rows.terms import FORWARD_KL, REVERSE_KL
 from topd_kernels.shared.launch import Launch, bytes_of, cdiv, logit_numbers
 from topd_kernels.shared.row_math import FAR
 
 
 class Blocks(NamedTuple):
-    """Entries that a program of the statistics and of the sweeps takes at a time, its warps, and the rows of a program where
-    rows are few numbers each."""
+    """Entries that a program of the statistics and of the sweeps takes at a time, those among the statistics' that it keeps
+    sums of (`lanes`), the warps of a sweep, and the rows of a program where rows are few numbers each. A program of the
+    statistics has one warp: it often needs a number of all its lanes."""
 
     statistics: int
     sweep: int
+    lanes: int
     num_warps: int = 4
     rows: int = 128
 
@@ -116,7 +120,7 @@ class Chunk:
         read = self.entry_bytes(
             student=student_width if self.tails else self.vocab, teacher=teacher_width if self.tails else self.vocab
         )
-        fields = self.splits * (8 + 2 * centre) + 4 * self.tails
+        fields = self.splits * (9 + 2 * centre) + 4 * self.tails
         return Launch(
             statistics,
             (self.rows, self.splits),
@@ -127,8 +131,14 @@ class Chunk:
                 "student_width": student_width,
                 "teacher_width": teacher_width,
             },
-            {"CENTRE": centre, "TAILS": self.tails, "GENERAL": self.general, "BLOCK": self.blocks.statistics},
-            self.blocks.num_warps,
+            {
+                "CENTRE": centre,
+                "TAILS": self.tails,
+                "GENERAL": self.general,
+                "BLOCK": self.blocks.statistics,
+                "LANES": self.blocks.lanes,
+            },
+            1,
             self.registers,
             read_bytes=self.rows * read,
             written_bytes=self.rows * fields * self.parts.itemsize,
@@ -137,7 +147,7 @@ class Chunk:
     def constants(self) -> Launch:
         """Return the launch that makes each row's parts one record."""
         has_tokens = self.tokens is not None
-        read = (12 * self.splits + 4 * self.tails) * self.parts.itemsize
+        read = (13 * self.splits + 4 * self.tails) * self.parts.itemsize
         if self.tokens is not None:
             read += self.tokens.itemsize + self.entry_bytes(student=1, teacher=1)
         fields = 12 + 2 * has_tokens + 2 * self.tails
@@ -156,7 +166,8 @@ class Chunk:
         scores, student_width = self.scores and value, self.student_product.shape[1]
         # Without a gradient one binary, whatever the gradient's dtype.
         grad = self.student_product if grad_tile is None else grad_tile
-        written = (2 * value + 4 * scores) * self.splits * self.sums.itemsize
+        fields = 1 + (self.kind not in (FORWARD_KL.value, REVERSE_KL.value)) + 4 * scores if value else 0
+        written = fields * self.splits * self.sums.itemsize
         return Launch(
             sweep,
             (self.rows, self.splits),

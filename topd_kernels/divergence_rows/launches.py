@@ -48,10 +48,11 @@ def kind_of(divergence: str, parameter: float) -> int:
 
 
 def blocks_of(itemsize: int, *, heavy: bool) -> Blocks:
-    """Return block sizes; `heavy`: a mixture or scores, which keep more in registers. A small vocabulary takes the same,
-    masked."""
-    widest = 1024 if itemsize == 4 else 512
-    return Blocks(512, widest // 2 if heavy else widest)
+    """Return block sizes; `heavy`: scores, or a mixture in float64, which keep more in registers. A small vocabulary takes the
+    same, masked."""
+    if itemsize == 4:
+        return Blocks(512, 512 if heavy else 1024, lanes=128)
+    return Blocks(256, 256 if heavy else 512, lanes=64)
 
 
 def launches(
@@ -66,15 +67,17 @@ def launches(
     *,
     grad_scale: float = 1.0,
     splits: int | None = None,
+    blocks: Blocks | None = None,
 ) -> tuple[list[Launch], Outputs]:
     """Return the launches of a chunk, and what they will have written. The gradient times grad_scale goes into grad_tile
-    [C, V_s], of any floating dtype, which may be the student's tile; without it there is none. `splits` programs share a row;
-    left out, as many as the device needs."""
+    [C, V_s], of any floating dtype, which may be the student's tile; without it there is none. `splits` programs share a row,
+    in `blocks`; left out, as many and as large as the device needs."""
     rows, vocab = student_product.shape[0], min(student_product.shape[1], teacher_product.shape[1])
     if vocab >= MAX_VOCAB:
         raise ValueError(f"the common vocabulary must be below {MAX_VOCAB}, got {vocab}")
     kind = kind_of(spec.divergence, spec.parameter)
-    blocks = blocks_of(student_product.itemsize, heavy=scores or kind > REVERSE_KL.value)
+    itemsize = student_product.itemsize
+    blocks = blocks or blocks_of(itemsize, heavy=scores or (kind > REVERSE_KL.value and itemsize == 8))
     splits = splits or splits_of_rows(rows, cdiv(vocab, blocks.statistics), processors(student_product))
     new = student_product.new_empty
     outputs = Outputs(new(rows), new(SCORES.value if scores else 0, rows), new(rows, dtype=torch.bool))

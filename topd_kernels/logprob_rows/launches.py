@@ -22,7 +22,7 @@ __all__ = ["Blocks", "Outputs", "Spec", "launches", "logprob_rows"]
 
 def blocks_of(itemsize: int) -> Blocks:
     """Return block sizes; a small vocabulary or few ids take the same, masked."""
-    return Blocks(2048 if itemsize == 4 else 1024, 64)
+    return Blocks(2048, 1024, 128, 64) if itemsize == 4 else Blocks(1024, 512, 64, 64)
 
 
 def launches(
@@ -36,13 +36,15 @@ def launches(
     *,
     grad_scale: float = 1.0,
     splits: int | None = None,
+    blocks: Blocks | None = None,
 ) -> tuple[list[Launch], Outputs]:
     """Return the launches of a chunk, and what they will have written. The gradient of the mass outside the ids goes into
     grad_tile [C, V], of any floating dtype, which may be the tile, the entropy's into entropy_tile; without grad_tile there is
-    none. Both are multiplied by grad_scale. `splits` programs share a row; left out, as many as the device needs."""
+    none. Both are multiplied by grad_scale. `splits` programs share a row, in `blocks`; left out, as many and as large as the
+    device needs."""
     (rows, vocab), count = product.shape, ids.shape[1]
-    blocks = blocks_of(product.itemsize)
-    splits = splits or splits_of_rows(rows, cdiv(vocab, blocks.entries), processors(product))
+    blocks = blocks or blocks_of(product.itemsize)
+    splits = splits or splits_of_rows(rows, cdiv(vocab, blocks.rest), processors(product))
     new, capped = product.new_empty, spec.softcap is not None
     outputs = Outputs(
         logprobs=new(ids.shape),

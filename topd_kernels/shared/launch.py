@@ -15,6 +15,8 @@ from triton.runtime.interpreter import InterpretedFunction
 
 MAX_GRID_YZ = 65_535
 PROGRAMS_PER_PROCESSOR = 4
+# Of the kernels that read a row, whose programs are of one warp where they need a number of a whole row.
+ROW_PROGRAMS_PER_PROCESSOR = 16
 
 
 @dataclass
@@ -129,7 +131,7 @@ def splits_of(wanted: int, blocks: int, most: int = 64) -> int:
 
 def splits_of_rows(rows: int, blocks: int, multiprocessors: int) -> int:
     """Return the splits of a kernel whose programs take a row each: enough of them to fill the device."""
-    return splits_of(cdiv(PROGRAMS_PER_PROCESSOR * multiprocessors, max(1, rows)), blocks)
+    return splits_of(cdiv(ROW_PROGRAMS_PER_PROCESSOR * multiprocessors, max(1, rows)), blocks)
 
 
 def logit_numbers(scale: float, softcap: float | None, temperature: float) -> tuple[float, float]:

@@ -1,0 +1,130 @@
+"""topd::divergence_rows, the Triton kernels, on rows of many small blocks: those without a mask, where the largest entry rises
+block by block, and what sends a row back to the careful way."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from triton_cases import KINDS, NEEDS_TRITON, assert_divergence, divergence_by_triton, divergence_truth, random_logits, spec_of
+
+from topd.scores import FIELDS
+from topd_kernels.divergence_rows.launches import Blocks
+
+pytestmark = NEEDS_TRITON
+INF, NAN = math.inf, math.nan
+SMALL = Blocks(32, 16, lanes=8)
+VOCAB = 150  # four blocks of the statistics, nine of a sweep, and a rest of each
+REVERSE = spec_of("reverse_kl")
+
+
+def certain_and_near_rows() -> tuple[Tensor, Tensor]:
+    """A KL of 1e-9; p = 1 - 1e-9 on both sides, and on one; logits of 1e4; offsets of 100 either way."""
+    student = 2 * torch.randn(7, VOCAB)
+    teacher = student + 4e-5 * torch.randn(7, VOCAB)
+    student[1, 70] = teacher[1, 70] = student[2, 70] = 30.0
+    teacher[1, 70] += 0.5
+    student[3] *= 3e3
+    teacher[3] = student[3] + torch.randn(VOCAB)
+    teacher[4] = 2 * torch.randn(VOCAB) + 100
+    student[5] += 100
+    teacher[6] = student[6] + 1e-2 * torch.randn(VOCAB) + 7
+    return student, teacher
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
+@pytest.mark.parametrize(("divergence", "parameter"), KINDS)
+def test_each_divergence(divergence, parameter, dtype):
+    """Three programs a row, of one or two blocks; the last begins within the row's rest."""
+    student, teacher = random_logits(4, VOCAB, VOCAB, dtype)
+    spec = spec_of(divergence, parameter)
+    result = divergence_by_triton(student, teacher, spec, splits=1 if dtype == torch.float64 else 3, blocks=SMALL)
+    assert_divergence(result, student, teacher, spec)
+
+
+@pytest.mark.parametrize(("divergence", "parameter"), KINDS)
+def test_near_equal_and_certain_rows_keep_their_digits(divergence, parameter):
+    student, teacher = certain_and_near_rows()
+    spec = spec_of(divergence, parameter)
+    result = divergence_by_triton(student, teacher, spec, blocks=SMALL, scores=divergence == "reverse_kl")
+    assert_divergence(result, student, teacher, spec)
+    assert (result.value >= 0).all() or parameter == 0.05
+    if divergence != "total_variation":
+        true = divergence_truth(student, teacher, spec).value[0].item()
+        assert result.value[0].item() == pytest.approx(true, rel=1e-5)
+
+
+@pytest.mark.parametrize("order", ["rising", "falling", "one side each"])
+def test_the_largest_entry_moves_from_block_to_block(order):
+    student = 0.1 * torch.arange(VOCAB).repeat(2, 1) + torch.randn(2, VOCAB)
+    teacher = student + torch.tensor([[1e-3], [1.0]]) * torch.randn(2, VOCAB)
+    if order == "falling":
+        student, teacher = student.flip(-1), teacher.flip(-1)
+    if order == "one side each":
+        teacher = teacher.flip(-1)
+    assert_divergence(divergence_by_triton(student, teacher, REVERSE, blocks=SMALL), student, teacher, REVERSE)
+
+
+@pytest.mark.parametrize("scale", [0.7, -1.3])
+def test_equal_sides_are_exactly_equal_whatever_their_scale(scale):
+    tile = torch.cat([torch.randn(1, VOCAB) * 20, torch.zeros(1, VOCAB)])
+    for divergence, parameter in KINDS:
+        spec = spec_of(divergence, parameter, student_scale=scale, teacher_scale=scale, temperature=0.9)
+        result = divergence_by_triton(tile, tile, spec, scores=False, blocks=SMALL)
+        assert result.value.tolist() == [0, 0]
+        assert not result.grad_logits.any()
+
+
+@pytest.mark.parametrize(("divergence", "parameter"), KINDS)
+def test_probabilities_of_zero_within_whole_blocks(divergence, parameter):
+    """One entry of both sides, of the student's alone, of the teacher's alone; a whole block; a row without any."""
+    student, teacher = random_logits(6, VOCAB, VOCAB)
+    student[0, 40] = teacher[0, 40] = student[1, 3] = teacher[2, 149] = -INF
+    student[3, 32:64] = teacher[3, :80] = -INF
+    student[4, :140] = teacher[4, :140] = -INF
+    spec = spec_of(divergence, parameter)
+    result = divergence_by_triton(student, teacher, spec, blocks=SMALL, splits=2)
+    assert_divergence(result, student, teacher, spec)
+    assert result.scores[FIELDS.index("forward_kl")].isinf().tolist() == [False, True, False, True, False, False]
+    assert result.scores[FIELDS.index("reverse_kl")].isinf().tolist() == [False, False, True, True, False, False]
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "jsd"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
+def test_rows_without_a_distribution_stand_alone(name, dtype):
+    """NaN and +inf on either side, in the first block, a later one and the rest; nothing but -inf."""
+    student, teacher = random_logits(8, VOCAB, VOCAB, dtype)
+    student[1, 0] = teacher[2, 60] = student[3, 149] = NAN
+    student[4, 50] = teacher[5, 0] = INF
+    student[6] = -INF
+    spec = spec_of(name, 0.5)
+    result = divergence_by_triton(student, teacher, spec, blocks=SMALL)
+    assert_divergence(result, student, teacher, spec)
+    assert result.finite.tolist() == [True, *[False] * 6, True]
+    assert result.grad_logits.any(-1).tolist() == result.finite.tolist()
+
+
+def test_every_option_over_whole_blocks():
+    """Temperature, softcap, biases, scale of either sign; the token's cross-entropy beside, and without."""
+    student, teacher = random_logits(4, VOCAB, VOCAB + 9)
+    options = {
+        "student_bias": torch.randn(VOCAB, dtype=torch.float64),
+        "teacher_bias": torch.randn(VOCAB + 9, dtype=torch.float64),
+        "tokens": torch.tensor([4, 12, 149, 70]),
+    }
+    numbers = {"student_scale": -0.7, "student_softcap": 6.0, "teacher_scale": 1.3, "temperature": 1.5}
+    for hard_weight in (0.0, 0.4):
+        spec = spec_of("reverse_kl", hard_weight=hard_weight, **numbers)
+        result = divergence_by_triton(student, teacher, spec, blocks=SMALL, **options)
+        assert_divergence(result, student, teacher, spec, **options)
+
+
+def test_the_first_of_equal_entries_is_the_most_likely_one():
+    """In other lanes, other blocks and the row's rest."""
+    student = torch.randn(4, VOCAB, dtype=torch.float64)
+    teacher = student + torch.randn(4, VOCAB)
+    student[:, [7, 3, 140, 149]] = 11.0
+    teacher[[0, 1, 2], [3, 7, 149]] = 9.0
+    teacher[3, [3, 140]] = 9.0
+    result = divergence_by_triton(student, teacher, REVERSE, grad=None, blocks=SMALL)
+    assert result.scores[FIELDS.index("top1_agreement")].tolist() == [1, 0, 0, 1]
