@@ -82,7 +82,7 @@ def skewed_term(p_teacher, p_student, d, near, parameter, complement, KIND: tl.c
 @triton.jit
 def factor_of_a(complement, KIND: tl.constexpr):
     """Return what a kind's gradient is multiplied by, once the row's sums are taken: exactly 0 stays so."""
-    factor = complement * 0 + 1
+    factor = tl.full([], 1.0, complement.dtype)
     if KIND == JSD:
         factor = complement
     elif KIND == SKEW_KL:
