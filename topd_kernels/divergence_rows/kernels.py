@@ -111,14 +111,14 @@ def _entries(
 
 
 @triton.jit
-def _to_logits(p_student, a, centre, KIND: tl.constexpr):
-    """Return the gradient to the student's logits."""
+def _grad(p_student, a, centre, slope, KIND: tl.constexpr):
+    """Return the gradient to the student's products, but for `factor_of_a`; slope is that of its logits."""
     if KIND >= REVERSE_KL:
-        grad = p_student * (a - centre)
+        grad = p_student * (a * slope - centre * slope)
     elif KIND == FORWARD_KL:
-        grad = a
+        grad = a * slope
     else:
-        grad = a - p_student * centre
+        grad = (a - p_student * centre) * slope
     return grad
 
 
@@ -213,7 +213,7 @@ def sweep(
             s_entropy += s_term
             t_entropy += t_term
         if GRAD:
-            grad = _to_logits(p_student, a, centre, KIND) * slope_of(ys, factor * steep, unit, outer_s > 0, GENERAL)
+            grad = _grad(p_student, a, centre, slope_of(ys, factor * steep, unit, outer_s > 0, GENERAL), KIND)
             tl.store(Grad + entries, held(grad, Grad.dtype.element_ty))
     for block in range(whole, end, BLOCK):
         entries = block + lanes
@@ -233,9 +233,9 @@ def sweep(
             s_entropy += s_term
             t_entropy += t_term
         if GRAD:
-            grad = tl.where(dead, 0.0, factor * _to_logits(p_student, a, centre, KIND))
-            grad += tl.where(entries == token, token_part, hard * p_student)
-            grad *= slope_of(ys, steep, unit, outer_s > 0, GENERAL)
+            slope = slope_of(ys, steep, unit, outer_s > 0, GENERAL)
+            grad = tl.where(dead, 0.0, _grad(p_student, a, centre, factor * slope, KIND))
+            grad += tl.where(entries == token, token_part, hard * p_student) * slope
             grad = held(tl.where(finite, grad, 0.0), Grad.dtype.element_ty)
             tl.store(Grad + entries, grad, mask=mask)
     if GRAD:

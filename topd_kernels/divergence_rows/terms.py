@@ -45,7 +45,7 @@ def student_minus_teacher(p_teacher, p_student, d, near, phi_plus):
 def jsd_term(p_teacher, p_student, d, near, parameter, complement):
     """Return value and A of the JSD. Where |d| > 1 the parts q - p cancel, so only p d remain. Where the sides are near, with
     psi(x) = (1 + x) log(1 + x) - x, a term is larger p (less psi(smaller / larger - 1) - psi(m / larger - 1))."""
-    ratio, _, less, _, _, excess, mild, log, k = parts_of_mixture(d, near, parameter, complement)
+    ratio, _, less, _, share, excess, mild, log, k = parts_of_mixture(d, near, parameter, complement)
     teacher_d = tl.minimum(d, 0.0) - log
     student_d = -tl.maximum(d, 0.0) - log
     teacher = parameter * p_teacher
@@ -57,7 +57,7 @@ def jsd_term(p_teacher, p_student, d, near, parameter, complement):
         value = tl.where(near, teacher * phi_teacher + student * phi_student, far)
     else:
         _, phi_minus = phi_pair(tl.abs(d))
-        of_excess = excess * excess * ((1 + excess) * k + 1)
+        of_excess = excess * excess * (share * k + 1)
         gained = tl.maximum(less * ratio * phi_minus - of_excess, 0.0)
         value = tl.where(near & mild, tl.maximum(p_teacher, p_student) * gained, far)
     return value, student_d

@@ -22,7 +22,7 @@ __all__ = ["Blocks", "Outputs", "Spec", "launches", "logprob_rows"]
 
 def blocks_of(itemsize: int) -> Blocks:
     """Return block sizes; a small vocabulary or few ids take the same, masked."""
-    return Blocks(2048, 1024, 128, 64) if itemsize == 4 else Blocks(1024, 512, 64, 64)
+    return Blocks(2048, 512, 128, 64) if itemsize == 4 else Blocks(1024, 256, 64, 64)
 
 
 def launches(

@@ -161,19 +161,21 @@ def kappa(u):
 
 
 @triton.jit
-def log_share(share, excess, mild):
-    """Return log(share) for 0 < share <= 1, from excess = share - 1 where `mild`, which must be -1/2 at least; and in float32
-    kappa(excess) there."""
+def log_share(share, excess):
+    """Return log(share) for 0 < share <= 1, where excess = share - 1; whether it is a series in the excess, as where share is
+    1/2 at least; and in float32 that series' kappa."""
     if share.dtype == tl.float64:
+        mild = excess >= -0.5
         log = tl.where(mild, log1p(tl.maximum(excess, -0.5)), tl.log(share))
         k = excess
-    else:  # share = 2^n (1 + u), half of it for n = -1 and so on
-        bits = tl.where(mild, 1.0, share).to(tl.int32, bitcast=True)
-        exponent = (bits - (MANTISSA * 126 + 1)) & -MANTISSA
+    else:  # share = 2^n (1 + u), -1/2 <= u <= 0 but for a few ulp, which a share rounded above 1 needs
+        bits = share.to(tl.int32, bitcast=True)
+        exponent = (bits - (MANTISSA * 126 + 16)) & -MANTISSA
+        mild = exponent == 0
         u = tl.where(mild, excess, (bits - exponent).to(tl.float32, bitcast=True) - 1)
         k = kappa(u)
         log = exponent.to(tl.float32) * LN2_OF_MANTISSA + (u * u * k + u)
-    return log, k
+    return log, mild, k
 
 
 @triton.jit
@@ -190,8 +192,8 @@ def inverse(x):
 @triton.jit
 def parts_of_mixture(d, near, beta, rest):
     """Return of m = (1 - beta) p_S + beta p_T, rest = 1 - beta, what `mixture` is made of, relative to the larger side: the
-    smaller one over it and that less 1, the smaller one's weight and the larger one's, m over it and that less 1, whether this
-    is known from the smaller side's weight alone, the logarithm of m over it, and kappa (float32)."""
+    smaller one over it and that less 1, the smaller one's weight and the larger one's, m over it and that less 1, and the
+    logarithm of m over it, whether it is a series, and kappa (float32)."""
     size = tl.abs(d)
     teacher_smaller = d <= 0
     less = tl.where(teacher_smaller, beta, rest)
@@ -200,9 +202,8 @@ def parts_of_mixture(d, near, beta, rest):
     phi_size, _ = phi_pair(size)
     e = tl.where(near, phi_size - size, ratio - 1)
     excess = less * e
-    mild = excess >= -0.5
-    share = tl.where(mild, 1 + excess, more + less * ratio)
-    log, k = log_share(share, excess, mild)
+    share = more + less * ratio
+    log, mild, k = log_share(share, excess)
     return ratio, e, less, more, share, excess, mild, log, k
 
 
