@@ -51,6 +51,7 @@ CASES = {
 GPU_CASES = {
     case.name: case
     for case in (
+        Case("qwen3-8b from qwen3-14b", n=8192, vocab=151_936, student_width=4096, teacher_width=5120),
         Case("qwen3-4b from qwen3-30b-a3b", n=8192, vocab=151_936, student_width=2560, teacher_width=2048),
         Case("llama-3.2-1b from llama-3.1-8b", n=8192, vocab=128_256, student_width=2048, teacher_width=4096),
         Case("gemma-3-4b from gemma-3-27b", n=8192, vocab=262_208, student_width=2560, teacher_width=5376),

@@ -60,16 +60,30 @@ def cpu_facts(backend: str, malloc: str = "default") -> Facts:
     }
 
 
-def gpu_clocks(device: int) -> str | None:
-    """Return driver, clocks and power as nvidia-smi gives them; None where it is not there."""
-    asked = "driver_version,clocks.sm,clocks.max.sm,power.draw,power.limit,temperature.gpu"
-    command = ["nvidia-smi", f"--id={device}", f"--query-gpu={asked}", "--format=csv,noheader"]
+def _nvidia_smi(device: torch.device, asked: str) -> list[str]:
+    """Return what nvidia-smi says of a device; nothing where it is not there."""
+    # By its own name: its number is another one where CUDA_VISIBLE_DEVICES is set.
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    which = (device.index or 0) if uuid is None else f"GPU-{uuid}"
+    command = ["nvidia-smi", f"--id={which}", f"--query-gpu={asked}", "--format=csv,noheader"]
     try:
         line = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return None
+        return []
+    return [value.strip() for value in line.split(",")]
+
+
+def gpu_clocks(device: torch.device) -> str | None:
+    """Return driver, clocks and power as nvidia-smi gives them; None where it is not there."""
+    values = _nvidia_smi(device, "driver_version,clocks.sm,clocks.max.sm,power.draw,power.limit,temperature.gpu")
     names = ("driver", "SM clock", "of", "power", "of", "temperature")
-    return ", ".join(f"{name} {value.strip()}" for name, value in zip(names, line.split(","), strict=False))
+    return ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=False)) or None
+
+
+def most_clock(device: torch.device) -> float | None:
+    """Return the highest clock of the multiprocessors in Hz; None where nvidia-smi does not say it."""
+    words = " ".join(_nvidia_smi(device, "clocks.max.sm")).split()
+    return float(words[0]) * 1e6 if words and words[0].isdigit() else None
 
 
 def gpu_facts(device: torch.device) -> Facts:
@@ -78,11 +92,12 @@ def gpu_facts(device: torch.device) -> Facts:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         size = f"{properties.total_memory / 2**30:.0f} GiB, {properties.multi_processor_count} multiprocessors"
-        facts = {"device": f"{properties.name}, {size}", "clocks": gpu_clocks(device.index or 0)}
+        facts = {"device": f"{properties.name}, {size}", "clocks": gpu_clocks(device)}
     return {
         **facts,
+        "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": version("triton"),
+        "triton": version("triton") or version("pytorch-triton") or version("pytorch-triton-rocm"),
         "CUDA": torch.version.cuda,
         "HIP": torch.version.hip,
         "trl": version("trl"),

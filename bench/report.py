@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Mapping, Sequence
 
-from topd.cli.files import write_json as write_json
+from topd.files import write_json as write_json
 
 
 def note(text: str) -> None:

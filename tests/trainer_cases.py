@@ -6,6 +6,8 @@ from objective_cases import batch_of
 from packaging.version import Version
 from tiny_models import tiny
 
+import topd
+
 transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")
 
@@ -48,6 +50,20 @@ def prompts():
     mask = torch.ones(4, 6, dtype=torch.int64)
     mask[0, :3] = mask[2, :5] = 0
     return {"input_ids": torch.randint(61, (4, 6), generator=torch.Generator().manual_seed(2)), "attention_mask": mask}
+
+
+def eight_pairs():
+    """Return eight rows whose prompts have 1 to 5 tokens, the teacher's 2 to 8, the responses 0 to 9, with weights."""
+    draw = torch.Generator().manual_seed(7)
+
+    def some(length):
+        return torch.randint(61, (length,), generator=draw).tolist()
+
+    lengths = [(1, 8, 3), (5, 2, 9), (2, 4, 1), (4, 4, 0), (3, 7, 5), (1, 2, 2), (5, 6, 7), (2, 3, 4)]
+    prompts, teacher_prompts, responses = ([some(row[side]) for row in lengths] for side in range(3))
+    batch = topd.pair(prompts, teacher_prompts, responses, 0)
+    weights = torch.rand(batch["input_ids"].shape, generator=draw, dtype=torch.float64)
+    return batch | {"token_weights": weights, "verdict": torch.arange(8) % 3 == 0}
 
 
 def arguments(folder, **options):

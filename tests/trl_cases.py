@@ -4,10 +4,9 @@ import functools
 
 import pytest
 import smollm2_cases
+import tiny_trl_cases
 
 from topd_demo import smollm2
-
-trl = pytest.importorskip("trl")
 
 datasets = pytest.importorskip("datasets")
 
@@ -25,21 +24,8 @@ def student():
 
 
 def arguments(folder, **options):
-    given = {
-        "output_dir": str(folder),
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "learning_rate": 1e-4,
-        "per_device_train_batch_size": 2,
-        "max_steps": 3,
-        "max_completion_length": 8,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-    return trl.DistillationConfig(**(given | options))
+    given = {"learning_rate": 1e-4, "max_steps": 3, "max_completion_length": 8}
+    return tiny_trl_cases.arguments(folder, **(given | options))
 
 
 def trainer_of(kind, folder, config=None, *, processing_class=None, teacher_processing_class=None, **options):

@@ -1,10 +1,16 @@
 """The static account of linear_divergence on a GPU, and the time predicted from it: python -m tools.account
 
-Nothing here is measured on a GPU. The kernels' bytes are those that their launches declare (tests/kernels/test_account.py
-counts them in Triton's interpreter); a matrix product moves its operands and its result once. Predicted time: floating-point
-operations / rate + bytes / bandwidth, of every launch after the other, nothing overlapped. The floor is the same of exactly
-those matrix products, unchunked: 16-bit operands, float32 logits. The rate is 70 % of the dense 16-bit peak, the bandwidth the
-data sheet's.
+Nothing here is measured on a GPU. Every launch comes after the other, nothing overlapped:
+
+    products    flop / rate, of full tiles of 128 x 256: rows that fill no tile, and processors that wait for the last tiles
+                (a product may be split along its sum) cost as much as full ones; and what they read and write / bandwidth
+    kernels     the larger of bytes / bandwidth and instructions / issue rate, of each: the bytes that a launch declares
+                (tests/kernels/test_account.py counts them), the instructions of tools/instructions.json
+    d weight    read and written in float32 by every pile but the first, which writes; read and cast once more by backward
+
+The floor is the same of exactly those products, unchunked: 16-bit operands, float32 logits, d weight written in 16 bits. Left
+out on both sides: what is of the hidden states' size, what a kernel does outside its main loop, the host. Rates are those of
+tools/devices.py.
 """
 
 import argparse
@@ -12,121 +18,170 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from bench.cases import GPU_CASES, Case
 from bench.report import markdown_table, write_json
-from topd.ops.shared.plan import ChunkPlan, Products, plan_chunks
-from topd_kernels.divergence_rows import launches as divergence_rows
+from tools.devices import DEVICES, Device
+from tools.instructions import divergence_launches, held, instructions_of
+from topd.ops.shared.plan import GPU_BLOCK, ChunkPlan, Products, default_workspace, plan_chunks, wanted_workspace
+from topd_kernels.shared.launch import cdiv
 
-PARAMETERS = {"reverse_kl": 0.0, "forward_kl": float("inf"), "jsd": 0.5}
-# Floating-point operations of an entry, exponentials counted as one: far below what the bytes cost.
-FLOP = {"reverse_kl": 10 + 45, "forward_kl": 6 + 41, "jsd": 6 + 100 + 103}
+SHAPES = list(GPU_CASES.values())
+ROWS = (("reverse_kl", True), ("jsd", True), ("reverse_kl", False))
 TILE, NARROW = 4, 2
+# A product's tile, and how often its sum may be split.
+TILE_ROWS, TILE_COLUMNS, SPLITS = 128, 256, 8
+# Bytes that backward moves for an entry of d weight: read in float32, c d weight written in 16 bits.
+SCALE_AND_CAST = 6
 GIB = 1 << 30
 
 
-class Device(NamedTuple):
-    name: str
-    matrix_flop: float  # a second, dense 16-bit, 70 % of the peak
-    bandwidth: float  # bytes a second
+class Seconds(NamedTuple):
+    """A time by what bounds it: the products' operations, bytes through memory, instructions issued."""
+
+    products: float
+    bytes: float
+    issue: float
+
+    @property
+    def total(self) -> float:
+        """Return the whole time."""
+        return sum(self)
 
 
-DEVICES = [
-    Device("H100 SXM", 0.7 * 989e12, 3.35e12),
-    Device("A100 SXM 80GB", 0.7 * 312e12, 2.04e12),
-    Device("MI300X", 0.7 * 1307e12, 5.3e12),
-]
-SHAPES = list(GPU_CASES.values())
-
-
-class Cost(NamedTuple):
-    """Floating-point operations and bytes for each (row, vocabulary) entry."""
-
-    flop: float
-    byte: float
-
-    def seconds(self, device: Device) -> float:
-        """Return the time of an entry."""
-        return self.flop / device.matrix_flop + self.byte / device.bandwidth
-
-
-def kernel_bytes(divergence: str, rows: int, vocab: int) -> float:
-    """Return the bytes that the row kernels move for an entry: float32 tiles, the gradient in 16 bits."""
-    student, teacher = (torch.empty(rows, vocab, device="meta") for _ in range(2))
-    grad = torch.empty(rows, vocab, dtype=torch.bfloat16, device="meta")
-    spec = divergence_rows.Spec(1.0, None, 1.0, None, 1.0, divergence, PARAMETERS[divergence], hard_weight=0.0)
-    order, _ = divergence_rows.launches(student, teacher, None, None, None, spec, grad, scores=False)
-    return sum(launch.moved_bytes for launch in order) / (rows * vocab)
-
-
-def _products(shape: Case, weight_grad: bool) -> tuple[float, Products]:
-    """Return the matrix flop of an entry, and what the plan must know of the products."""
-    student, teacher = shape.student_width, shape.teacher_width
-    flop = 2.0 * (student * (3 if weight_grad else 2) + teacher)
-    return flop, Products(student, teacher, NARROW, NARROW, NARROW, weight_grad)
-
-
-def floor(shape: Case, *, weight_grad: bool) -> Cost:
-    """Return the cost of the bare products, each weight read once a product, d weight written once in 16 bits."""
-    flop, _ = _products(shape, weight_grad)
-    tiles = 2 * TILE + NARROW * (1 + weight_grad)  # both logits written, dlogits read once or twice
-    weights = NARROW * (shape.student_width * (2 + weight_grad) + shape.teacher_width) / shape.n
-    return Cost(flop, tiles + weights)
-
-
-def predicted(shape: Case, divergence: str, plan: ChunkPlan, *, weight_grad: bool) -> Cost:
-    """Return the cost of linear_divergence, forward and backward, under a mean."""
-    flop, products = _products(shape, weight_grad)
-    tiles = 2 * TILE + NARROW * (1 + weight_grad)
-    kernels = kernel_bytes(divergence, plan.rows, shape.vocab)
-    scaled = (4 + NARROW) * shape.student_width * weight_grad / shape.n  # c d weight, cast
-    return Cost(flop, tiles + kernels + products.bytes_per_column(plan.rows, plan.pile) + scaled)
+def products_of(shape: Case, weight_grad: bool) -> Products:
+    """Return what the plan must know of the products."""
+    return Products(shape.student_width, shape.teacher_width, NARROW, NARROW, NARROW, weight_grad)
 
 
 def plan_of(shape: Case, workspace_bytes: int, *, weight_grad: bool) -> ChunkPlan:
     """Return the chunks that the planner takes."""
-    products = _products(shape, weight_grad)[1]
-    return plan_chunks(shape.n, shape.vocab, shape.vocab, workspace_bytes=workspace_bytes, products=products)
+    products = products_of(shape, weight_grad)
+    vocabs = (shape.vocab, shape.vocab)
+    return plan_chunks(shape.n, *vocabs, workspace_bytes=workspace_bytes, products=products, block=GPU_BLOCK)
 
 
-def ratio(shape: Case, device: Device, divergence: str, workspace_bytes: int, *, weight_grad: bool) -> float:
+def default_plan(shape: Case, device: Device, *, weight_grad: bool) -> ChunkPlan:
+    """Return the chunks that the planner takes where the workspace is the default."""
+    wanted = wanted_workspace(shape.n, shape.vocab, shape.vocab, products=products_of(shape, weight_grad))
+    size = default_workspace("cuda", device.available_bytes, wanted=wanted)
+    return plan_of(shape, size, weight_grad=weight_grad)
+
+
+def unchunked(shape: Case) -> ChunkPlan:
+    """Return the plan of the floor: one chunk."""
+    return ChunkPlan(shape.n, shape.n, 1, 0)
+
+
+def multiplied(rows: int, columns: int, processors: int) -> float:
+    """Return the entries of a product that would take as long as rows x columns, were its tiles and waves of them all full."""
+    tiles = cdiv(rows, TILE_ROWS) * cdiv(columns, TILE_COLUMNS)
+    waves = min(cdiv(tiles * split, processors) / split for split in range(1, SPLITS + 1))
+    return waves * processors * TILE_ROWS * TILE_COLUMNS
+
+
+def product_flop(shape: Case, device: Device, plan: ChunkPlan, *, weight_grad: bool) -> float:
+    """Return the floating-point operations of all products, tiles that are not full included."""
+    student, teacher, vocab, processors = shape.student_width, shape.teacher_width, shape.vocab, device.processors
+    flop = 0.0
+    for start, stop in plan.bounds():
+        flop += 2 * (student + teacher) * multiplied(stop - start, vocab, processors)
+    for pile in plan.piles():
+        rows = pile[-1][1] - pile[0][0]
+        flop += 2 * vocab * multiplied(rows, student, processors)
+        flop += 2 * rows * multiplied(vocab, student, processors) * weight_grad
+    return flop
+
+
+def product_bytes(shape: Case, plan: ChunkPlan, *, weight_grad: bool) -> float:
+    """Return the bytes of all products: logits written, dlogits read once or twice, both weights once a chunk, the student's
+    once more a pile, d weight read and written in float32 by every pile but the first, which writes."""
+    piles = len(plan.piles())
+    tiles = 2 * TILE + NARROW * (1 + weight_grad)
+    weights = NARROW * (plan.chunks * (shape.student_width + shape.teacher_width) + piles * shape.student_width)
+    weight_sums = 4 * (2 * piles - 1) * shape.student_width * weight_grad
+    return shape.vocab * (shape.n * tiles + weights + weight_sums)
+
+
+def floor(shape: Case, device: Device, *, weight_grad: bool) -> Seconds:
+    """Return the time of the bare products, unchunked; d weight is written in 16 bits."""
+    plan = unchunked(shape)
+    moved = product_bytes(shape, plan, weight_grad=weight_grad)
+    moved -= (4 - NARROW) * shape.vocab * shape.student_width * weight_grad
+    flop = product_flop(shape, device, plan, weight_grad=weight_grad)
+    return Seconds(flop / device.product_flop, moved / device.bandwidth, 0.0)
+
+
+def kernels(shape: Case, device: Device, divergence: str, rows: int) -> Seconds:
+    """Return the time of the row kernels for all rows, in chunks of so many."""
+    launches = divergence_launches(divergence, rows, shape.vocab, device.target)
+    by_bytes = by_issue = 0.0
+    for launch, instructions in zip(launches, instructions_of(divergence, device.target, launches), strict=True):
+        moving = launch.moved_bytes / device.bandwidth
+        issuing = instructions * rows * shape.vocab / device.issue_rate
+        by_bytes += moving if moving >= issuing else 0.0
+        by_issue += issuing if moving < issuing else 0.0
+    return Seconds(0.0, by_bytes * shape.n / rows, by_issue * shape.n / rows)
+
+
+def predicted(shape: Case, device: Device, divergence: str, plan: ChunkPlan, *, weight_grad: bool) -> Seconds:
+    """Return the time of linear_divergence, forward and backward, under a mean."""
+    moved = product_bytes(shape, plan, weight_grad=weight_grad)
+    moved += SCALE_AND_CAST * shape.vocab * shape.student_width * weight_grad
+    flop = product_flop(shape, device, plan, weight_grad=weight_grad)
+    _, by_bytes, by_issue = kernels(shape, device, divergence, plan.rows)
+    return Seconds(flop / device.product_flop, moved / device.bandwidth + by_bytes, by_issue)
+
+
+def bound(time: Seconds, least: Seconds) -> str:
+    """Return what most of the time above the floor goes to."""
+    above = {name: getattr(time, name) - getattr(least, name) for name in Seconds._fields}
+    return max(above, key=lambda name: above[name])
+
+
+def ratio(shape: Case, device: Device, divergence: str, plan: ChunkPlan, *, weight_grad: bool) -> float:
     """Return the predicted time over the floor's."""
-    plan = plan_of(shape, workspace_bytes, weight_grad=weight_grad)
-    time = predicted(shape, divergence, plan, weight_grad=weight_grad).seconds(device)
-    return time / floor(shape, weight_grad=weight_grad).seconds(device)
+    time = predicted(shape, device, divergence, plan, weight_grad=weight_grad)
+    return time.total / floor(shape, device, weight_grad=weight_grad).total
 
 
-def workspace_for(shape: Case, device: Device, divergence: str, bound: float, *, weight_grad: bool) -> int | None:
-    """Return the smallest workspace, in steps of a quarter GiB, that reaches a ratio; None where one chunk does not."""
-    for quarter in range(1, 4 * 64):
-        size = quarter * GIB // 4
-        if ratio(shape, device, divergence, size, weight_grad=weight_grad) <= bound:
-            return size
-        if plan_of(shape, size, weight_grad=weight_grad).chunks == 1:
-            return None
-    return None
-
-
-def _row(shape: Case, device: Device, divergence: str, weight_grad: bool) -> dict[str, object]:
+def row(shape: Case, device: Device, divergence: str, *, weight_grad: bool) -> dict[str, object]:
     """Return a line of the table."""
-    flags = {"weight_grad": weight_grad}
-    plan = plan_of(shape, 2 * GIB, **flags)
-    floor_cost, cost = floor(shape, **flags), predicted(shape, divergence, plan, **flags)
-    entries, reached = shape.n * shape.vocab, workspace_for(shape, device, divergence, 1.25, **flags)
+    plan = default_plan(shape, device, weight_grad=weight_grad)
+    time = predicted(shape, device, divergence, plan, weight_grad=weight_grad)
+    least = floor(shape, device, weight_grad=weight_grad)
+    launches = divergence_launches(divergence, plan.rows, shape.vocab, device.target)
     return {
         "shape": shape.name,
         "device": device.name,
         "divergence": divergence,
         "products": 4 if weight_grad else 3,
+        "workspace, GiB": round(plan.workspace_bytes / GIB, 1),
         "rows a chunk": plan.rows,
         "chunks a pile": plan.pile,
-        "bytes an entry": round(cost.byte, 1),
-        "floor, ms": round(entries * floor_cost.seconds(device) * 1e3, 1),
-        "predicted, ms": round(entries * cost.seconds(device) * 1e3, 1),
-        "of the floor": round(cost.seconds(device) / floor_cost.seconds(device), 2),
-        "1.25 from": "one chunk is above it" if reached is None else f"{reached / GIB:g} GiB",
+        "instructions": round(sum(instructions_of(divergence, device.target, launches))),
+        "products, ms": round(time.products * 1e3, 1),
+        "bytes, ms": round(time.bytes * 1e3, 1),
+        "issue, ms": round(time.issue * 1e3, 1),
+        "predicted, ms": round(time.total * 1e3, 1),
+        "floor, ms": round(least.total * 1e3, 1),
+        "of the floor": round(time.total / least.total, 2),
+        "bound": bound(time, least),
     }
+
+
+def table() -> list[dict[str, object]]:
+    """Return every line."""
+    flags = [(divergence, weight_grad) for divergence, weight_grad in ROWS]
+    return [row(shape, device, name, weight_grad=grad) for device in DEVICES for shape in SHAPES for name, grad in flags]
+
+
+def text(rows: list[dict[str, object]]) -> str:
+    """Return the table as printed."""
+    head = (
+        "PREDICTED, not measured: 8,192 rows, bfloat16, forward and backward, the default workspace where 30 GB of the device\n"
+        f"are taken by other things, instructions an entry as Triton {held()['triton']} compiles them.\n\n"
+    )
+    return head + markdown_table(list(rows[0]), [[str(value) for value in each.values()] for each in rows]) + "\n"
 
 
 def main() -> int:
@@ -134,14 +189,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything there")
     options = parser.parse_args()
-    rows = [
-        _row(shape, device, divergence, weight_grad)
-        for device in DEVICES
-        for shape in SHAPES
-        for divergence, weight_grad in (("reverse_kl", True), ("jsd", True), ("reverse_kl", False))
-    ]
-    print("PREDICTED, not measured: 8,192 rows, bfloat16, forward and backward, workspace 2 GiB, nothing overlapped.\n")
-    print(markdown_table(list(rows[0]), [[str(value) for value in row.values()] for row in rows]))
+    rows = table()
+    print(text(rows))
     if options.json:
         write_json(options.json, {"predicted": rows})
     return 0

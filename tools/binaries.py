@@ -1,5 +1,5 @@
 """Compile a launch ahead of time for a target that is not here, and read from the binary itself what it needs: registers,
-stack, spills and shared memory."""
+stack, spills, shared memory, and instructions for an entry of the vocabulary."""
 
 import re
 import subprocess
@@ -13,6 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from tools.loops import Instruction, main_loop, read_amdgcn, read_sass
 from topd_kernels.shared.launch import Launch
 
 KIB = 1 << 10
@@ -49,7 +50,8 @@ _TYPES = {
 @dataclass(frozen=True)
 class Binary:
     """One compiled kernel. Stack bytes and spilled registers are a thread's, shared bytes a block's. AMD's scalar registers
-    spill into lanes of vector registers, not into memory."""
+    spill into lanes of vector registers, not into memory. Instructions are a thread's for an entry, in the main loop: without
+    what the loop can jump over, and with it; None where the kernel does not go over a vocabulary."""
 
     kernel: str
     variant: str
@@ -61,6 +63,8 @@ class Binary:
     scalar_spills: int
     shared_bytes: int
     shared_limit_bytes: int
+    instructions: float | None = None
+    most_instructions: float | None = None
 
     @property
     def fits(self) -> bool:
@@ -113,7 +117,7 @@ def variant_of(launch: Launch) -> str:
 def compile_launch(launch: Launch, target: Target) -> Binary:
     """Compile for a target; no device is needed."""
     compiled = triton.compile(source_of(launch), target=target.gpu, options=launch.options)
-    registers, stack, spills, scalar = (_cuda_usage if target.gpu.backend == "cuda" else _hip_usage)(compiled.asm)
+    (registers, stack, spills, scalar), assembly = (_cuda if target.gpu.backend == "cuda" else _hip)(compiled.asm)
     return Binary(
         launch.name,
         variant_of(launch),
@@ -125,27 +129,44 @@ def compile_launch(launch: Launch, target: Target) -> Binary:
         scalar,
         compiled.metadata.shared,
         target.shared_bytes,
+        *entry_instructions(launch, target.gpu.warp_size, assembly),
     )
 
 
-def _cuda_usage(asm: dict[str, Any]) -> tuple[int, int, int, int]:
-    """Return registers, stack bytes and local bytes of a cubin."""
-    tool = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+def entry_instructions(launch: Launch, warp_size: int, assembly: list[Instruction]) -> tuple[float | None, float | None]:
+    """Return a thread's instructions for an entry in the main loop: without what the loop can jump over, and with it. None for
+    kernels that do not go through a part of a row block by block."""
+    loop = main_loop(assembly) if "block_count" in launch.arguments else None
+    if loop is None:
+        return None, None
+    block, threads = launch.constants["BLOCK"], launch.num_warps * warp_size
+    entry_bytes = launch.read_bytes / (launch.grid[0] * launch.arguments["vocab"])
+    entries = block * loop.blocks(entry_bytes * block / threads)
+    return loop.fewest_slots * threads / entries, loop.slots * threads / entries
+
+
+def _cuda(asm: dict[str, Any]) -> tuple[tuple[int, int, int, int], list[Instruction]]:
+    """Return registers, stack bytes and local bytes of a cubin, and its instructions."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        usage, code = (
+            subprocess.run([tools / tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        )
     functions = re.findall(r"REG:(\d+) STACK:(\d+)", usage)
     local = re.findall(r"LOCAL:(\d+)", usage)
     assert functions, usage
-    return max(int(r) for r, _ in functions), max(int(s) for _, s in functions), max(map(int, local), default=0), 0
+    needs = max(int(r) for r, _ in functions), max(int(s) for _, s in functions), max(map(int, local), default=0), 0
+    return needs, read_sass(code)
 
 
-def _hip_usage(asm: dict[str, Any]) -> tuple[int, int, int, int]:
-    """Return vector registers, private bytes, spilled vector and scalar registers of AMD assembly."""
+def _hip(asm: dict[str, Any]) -> tuple[tuple[int, int, int, int], list[Instruction]]:
+    """Return vector registers, private bytes, spilled vector and scalar registers of AMD assembly, and its instructions."""
 
     def number(name: str) -> int:
         return max(map(int, re.findall(rf"\.{name}:\s+(\d+)", asm["amdgcn"])), default=0)
 
     spills = number("vgpr_spill_count"), number("sgpr_spill_count")
-    return number("vgpr_count"), number("private_segment_fixed_size"), *spills
+    return (number("vgpr_count"), number("private_segment_fixed_size"), *spills), read_amdgcn(asm["amdgcn"])

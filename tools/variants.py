@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -37,35 +38,38 @@ def _divergence_rows(
     *,
     scores: bool,
     general: bool,
+    family: str | None,
 ) -> list[Launch]:
     """Return the launches of divergence_rows on a few rows."""
     student, teacher = (torch.empty(ROWS, vocab, dtype=dtype) for vocab in vocabs)
     softcap, (name, parameter) = 30.0 if general else None, divergence
     spec = divergence_rows.Spec(1.0, softcap, 1.0, softcap, 1.0, name, parameter, hard_weight=0.0)
     tile = None if grad is None else student if grad == dtype else student.new_empty(student.shape, dtype=grad)
-    return divergence_rows.launches(student, teacher, None, None, None, spec, tile, scores)[0]
+    return divergence_rows.launches(student, teacher, None, None, None, spec, tile, scores, family=family)[0]
 
 
-def _logprob_rows(dtype: torch.dtype, vocab: int, grad: torch.dtype | None, *, entropy: bool, general: bool) -> list[Launch]:
+def _logprob_rows(
+    dtype: torch.dtype, vocab: int, grad: torch.dtype | None, *, entropy: bool, general: bool, family: str | None
+) -> list[Launch]:
     """Return the launches of logprob_rows on a few rows."""
     product = torch.empty(ROWS, vocab, dtype=dtype)
     spec = logprob_rows.Spec(1.0, 30.0 if general else None, 1.0)
     tile = None if grad is None else product if grad == dtype else product.new_empty(product.shape, dtype=grad)
     second = product.new_empty(product.shape, dtype=grad) if entropy and grad is not None else None
     ids = torch.zeros(ROWS, IDS, dtype=torch.int64)
-    return logprob_rows.launches(product, None, ids, spec, second, tile, entropy)[0]
+    return logprob_rows.launches(product, None, ids, spec, second, tile, entropy, family=family)[0]
 
 
-def _weighted(dtype: torch.dtype, table: torch.dtype, width: int) -> list[Launch]:
+def _weighted(dtype: torch.dtype, table: torch.dtype, width: int, family: str | None) -> list[Launch]:
     """Return the launches of weighted_gather and weighted_scatter on a few rows."""
     ids, weights = torch.zeros(ROWS, IDS, dtype=torch.int64), torch.empty(ROWS, IDS, dtype=dtype)
     out, vocab = torch.empty(ROWS, width, dtype=dtype), torch.empty(10, width, dtype=dtype)
-    gather = weighted_gather.launches(out, vocab.to(table), ids, weights)
-    return [*gather, *weighted_scatter.launches(vocab, out.to(table), ids, weights)]
+    gather = weighted_gather.launches(out, vocab.to(table), ids, weights, family=family)
+    return [*gather, *weighted_scatter.launches(vocab, out.to(table), ids, weights, family=family)]
 
 
 def _score_tokens(
-    dtypes: tuple[torch.dtype, torch.dtype], vocabs: tuple[int, int], width: int, *, general: bool
+    dtypes: tuple[torch.dtype, torch.dtype], vocabs: tuple[int, int], width: int, *, general: bool, family: str | None
 ) -> list[Launch]:
     """Return the launches of score_tokens on a few rows."""
     softcap = 30.0 if general else None
@@ -73,7 +77,7 @@ def _score_tokens(
         score_tokens.Operands(torch.empty(ROWS, width, dtype=d), torch.empty(v, width, dtype=d), None, 1.0, softcap)
         for d, v in zip(dtypes, vocabs, strict=True)
     ]
-    return score_tokens.launches(sides[0], sides[1], torch.zeros(ROWS, dtype=torch.int64), 1.0)[0]
+    return score_tokens.launches(sides[0], sides[1], torch.zeros(ROWS, dtype=torch.int64), 1.0, family=family)[0]
 
 
 def _transport(dtype: torch.dtype, cost: str, windows: tuple[int, int], width: int) -> list[Launch]:
@@ -83,28 +87,28 @@ def _transport(dtype: torch.dtype, cost: str, windows: tuple[int, int], width: i
     return transport.launches(table, ids[0], lengths, table, ids[1], lengths, cost, 0.05, 200, 1e-4)[0]
 
 
-def default_launches() -> Iterator[Launch]:
-    """Yield what bfloat16 and float32 models with equal vocabularies and no softcap run."""
+def default_launches(family: str | None = None) -> Iterator[Launch]:
+    """Yield what bfloat16 and float32 models with equal vocabularies and no softcap run on a family of devices."""
     single, equal = torch.float32, (ALIGNED, ALIGNED)
     for divergence, grad, scores in itertools.product(DIVERGENCES[:3], (torch.bfloat16, single), (False, True)):
-        yield from _divergence_rows(single, equal, divergence, grad, scores=scores, general=False)
+        yield from _divergence_rows(single, equal, divergence, grad, scores=scores, general=False, family=family)
     for grad, entropy in itertools.product((torch.bfloat16, single), (False, True)):
-        yield from _logprob_rows(single, ALIGNED, grad, entropy=entropy, general=False)
-    yield from _weighted(single, single, WIDTH)
-    yield from _weighted(single, torch.bfloat16, WIDTH)
+        yield from _logprob_rows(single, ALIGNED, grad, entropy=entropy, general=False, family=family)
+    yield from _weighted(single, single, WIDTH, family)
+    yield from _weighted(single, torch.bfloat16, WIDTH, family)
     for dtype in (single, torch.bfloat16):
-        yield from _score_tokens((dtype, dtype), equal, WIDTH, general=False)
+        yield from _score_tokens((dtype, dtype), equal, WIDTH, general=False, family=family)
         for window in (50, 100):
             yield from _transport(dtype, "cosine", (window, window), WIDTH)
 
 
-def all_launches() -> Iterator[Launch]:
+def all_launches(family: str | None = None) -> Iterator[Launch]:
     """Yield every kernel, dtype, divergence and option, over vocabularies whose rows are aligned and not."""
-    yield from default_launches()
+    yield from default_launches(family)
     for dtype in (torch.float32, torch.float64):
         grads = (None, dtype, *(NARROW if dtype == torch.float32 else ()))
         for vocab, general in itertools.product((ALIGNED, ODD), (False, True)):
-            flags = {"general": general}
+            flags: dict[str, Any] = {"general": general, "family": family}
             for divergence, grad, scores in itertools.product(DIVERGENCES, grads, (False, True)):
                 yield from _divergence_rows(dtype, (vocab, vocab), divergence, grad, scores=scores, **flags)
             for vocabs in ((vocab, vocab + 64), (vocab + 64, vocab)):
@@ -112,12 +116,12 @@ def all_launches() -> Iterator[Launch]:
             for grad, entropy in itertools.product(grads, (False, True)):
                 yield from _logprob_rows(dtype, vocab, grad, entropy=entropy, **flags)
         for table, width in itertools.product({dtype, *NARROW}, (WIDTH, WIDTH + 1)):
-            yield from _weighted(dtype, table, width)
+            yield from _weighted(dtype, table, width, family)
     served = (torch.float32, *NARROW)
     for general, width in itertools.product((False, True), (WIDTH, WIDTH + 1)):
         for dtypes in itertools.product(served, served):
             for vocabs in ((ODD, ODD), (ODD, ODD + 64), (ODD + 64, ODD)):
-                yield from _score_tokens(dtypes, vocabs, width, general=general)
+                yield from _score_tokens(dtypes, vocabs, width, general=general, family=family)
     for cost, dtype, window in itertools.product(transport.COSTS, (torch.float64, *served), (10, 30, 50, 100)):
         yield from _transport(dtype, cost, (window, window), WIDTH)
 

@@ -27,7 +27,9 @@ class First:
 
 
 class DeviceClock:
-    """The clock of `bench.timing` for a device. On a CPU, for tests, it takes wall time."""
+    """The clock of `bench.timing` for a device. On a CPU, for tests, it takes wall time. A sample costs `calls` calls."""
+
+    calls = 1
 
     def __init__(self, device: torch.device, flush_bytes: int = FLUSH_BYTES) -> None:
         self.device = device
@@ -93,15 +95,32 @@ class DeviceClock:
         return 2 * size / (Spread.of(times).median / 1e3)
 
 
+class FreshClock(DeviceClock):
+    """The same for what allocates: each sample begins with torch's cache empty, and with a call that is not timed and fills it
+    again, so that nobody finds the device full of another one's memory."""
+
+    calls = 2
+
+    def sample(self, run: Contender) -> Sample:
+        """Time one call."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        run()
+        return super().sample(run)
+
+
 class Budget:
     """The seconds of a run, shared out among the lines that are left."""
 
     def __init__(self, seconds: float, lines: int) -> None:
         self.end, self.lines = time.monotonic() + seconds, lines
 
+    def left(self) -> float:
+        """Return the seconds that are left."""
+        return max(0.0, self.end - time.monotonic())
+
     def share(self) -> float:
         """Return the seconds for the next line; 0 where time has run out."""
-        left = max(0.0, self.end - time.monotonic())
-        share = left / max(1, self.lines)
+        share = self.left() / max(1, self.lines)
         self.lines -= 1
         return share

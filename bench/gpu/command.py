@@ -1,63 +1,82 @@
-"""Speed of everything on a GPU: `python -m bench.gpu`, under five minutes. Correctness there is `pytest -m gpu`.
+"""Speed of everything on a GPU, in under nine minutes, every line as it is measured: `python -m bench.gpu`
 
-    python -m bench.gpu --json gpu.json     timings beside the floor, eager code, torch.compile, TRL and Liger; kernels
-    python -m bench.gpu --quick             one shape, one head: about a minute
-    python -m bench.gpu --tune              the kernels' block sizes and warps beside others; changes no default
+    PYTHONPATH=python_api:. python -m bench.gpu           from a plain checkout, with the torch and the Triton that are there
+    python -m bench.gpu --json FILE                       where every line is also written, as JSON (default gpu.jsonl)
+    python -m bench.gpu --jobs device losses              some of the jobs, in the order of all
+    python -m bench.gpu --quick                           few tokens, the first three jobs: about a minute and a half
+    python -m bench.gpu --tune                            find block sizes and warps for this device and keep them in a file
 
-What is timed was first checked on its own inputs. Exit status: 0, 1 where topd is wrong or a timing breaks off, 2 where torch
-sees no GPU or Triton cannot use it, 130 after an interrupt. A first run also compiles each kernel, which Triton keeps on disk.
+Jobs are processes of their own, so that a fault of the device ends one of them and not the run. The order: versions and rates;
+losses beside the floor; each kernel beside its floors; `pytest -m gpu`; peers; block sizes; last what may fault. What is timed
+was first checked on its own inputs. A first run also compiles each kernel, which Triton keeps on disk.
+
+Exit status: 0, 1 where a result is wrong, a test fails or a job dies, 2 where torch sees no GPU or Triton cannot use it, 130
+after Ctrl-C, 143 after SIGTERM.
 """
 
 import argparse
-import time
-from collections.abc import Iterator, Sequence
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 import topd
 from bench.cases import GPU_CASES
 from bench.command import INTERRUPTED, parser_of, positive
-from bench.gpu import kernels
-from bench.gpu.clock import DeviceClock
-from bench.gpu.lines import TOKENS, fitted
-from bench.gpu.report import Report, header_lines
-from bench.gpu.times import Plan, all_rows
-from bench.gpu.tune import tune, tune_scores
-from bench.machine import gpu_facts
-from bench.report import note, write_json
+from bench.gpu.jobs import JOBS, Run
+from bench.gpu.lines import TOKENS
+from bench.gpu.report import Report, strict
+from bench.gpu.runner import Job, Runner
+from bench.report import note
 
 NO_GPU = "no GPU: torch sees no CUDA or ROCm device on this machine; nothing was timed"
 NO_DEVICE = 2
-LOSSES = ("reverse_kl", "jsd", "logprobs_1", "logprobs_50")
-TRANSPORT = (218, 50, 2560)
-CHUNK_ROWS, KERNEL_ROUNDS = 1024, 9
-SECONDS, QUICK_SECONDS = 200, 40
+SECONDS, QUICK_SECONDS, QUICK_TOKENS = 500, 90, 2048
+TUNING = ("device", "tuning")
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    counts = {
-        "n": (TOKENS, "tokens; fewer where memory is short"),
-        "rounds": (7, "timed rounds a line, at most"),
-    }
+    counts = {"rounds": (7, "timed rounds a line, at most")}
     parser = parser_of("gpu", __doc__, counts)
-    parser.add_argument("--quick", action="store_true", help="one shape, one head: about a minute")
-    parser.add_argument(
-        "--tune", action="store_true", help="also time other block sizes and warps, which takes minutes; changes no default"
-    )
+    help_text = f"tokens; fewer where memory is short (default {TOKENS}, with --quick {QUICK_TOKENS})"
+    parser.set_defaults(json=Path("gpu.jsonl"))
+    parser.add_argument("--n", type=positive, default=None, help=help_text)
+    parser.add_argument("--quick", action="store_true", help="few tokens, the first shape, the first three jobs")
+    parser.add_argument("--tune", action="store_true", help="keep the best block sizes and warps in a file that topd reads")
     parser.add_argument("--shape", nargs="+", choices=GPU_CASES, default=None, help="default: all; with --quick the first")
-    help_text = f"for the lines of losses (default {SECONDS}, with --quick {QUICK_SECONDS})"
+    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=None, metavar="JOB", help=f"some of: {', '.join(JOBS)}")
+    help_text = f"for everything (default {SECONDS}, with --quick {QUICK_SECONDS}); what is not done then is named"
     parser.add_argument("--seconds", type=positive, default=None, help=help_text)
+    parser.add_argument("--job", choices=JOBS, default=None, help=argparse.SUPPRESS)  # the process of one job
     return parser
 
 
-def plan_of(arguments: argparse.Namespace) -> Plan:
-    """Return what the arguments ask to be timed."""
+def run_of(arguments: argparse.Namespace, device: torch.device) -> Run:
+    """Return what the arguments ask a job to measure."""
     names = arguments.shape or (list(GPU_CASES)[:1] if arguments.quick else list(GPU_CASES))
-    shapes = tuple(replace(GPU_CASES[name], n=arguments.n) for name in names)
-    losses, heads = (("reverse_kl", "logprobs_1"), ("trainable",)) if arguments.quick else (LOSSES, ("trainable", "frozen"))
-    return Plan(shapes, losses, heads, arguments.rounds, torch.bfloat16, TRANSPORT, compiled=not arguments.quick)
+    n = arguments.n or (QUICK_TOKENS if arguments.quick else TOKENS)
+    shapes = tuple(replace(GPU_CASES[name], n=n) for name in names)
+    return Run(device, shapes, arguments.rounds, seconds_of(arguments), keep=arguments.tune)
+
+
+def seconds_of(arguments: argparse.Namespace) -> int:
+    """Return the seconds of the run, or of the job."""
+    return int(arguments.seconds or (QUICK_SECONDS if arguments.quick else SECONDS))
+
+
+def names_of(arguments: argparse.Namespace) -> list[str]:
+    """Return the jobs that the arguments ask for, in their order."""
+    if arguments.jobs is not None:
+        return [name for name in JOBS if name in arguments.jobs]
+    if arguments.tune:
+        return list(TUNING)
+    return [name for name, work in JOBS.items() if work.quick or not arguments.quick]
 
 
 def refusal() -> str | None:
@@ -70,58 +89,35 @@ def refusal() -> str | None:
     return None if triton else f"the triton backend is not available: {triton.detail}"
 
 
-def kernel_ops(plan: Plan, device: torch.device, chunk: int, ids: int) -> Iterator[kernels.Op]:
-    """Yield the ops whose kernels are timed one by one, at the first shape."""
-    case = plan.shapes[0]
-    yield from kernels.tile_ops(min(chunk, case.n), case.vocab, ids, device, plan.dtype)
-    yield from kernels.weighted_ops(case, ids, device, plan.dtype)
-    if plan.transport is not None:
-        yield kernels.transport_op(*plan.transport, device)
-
-
-def time_kernels(report: Report, plan: Plan, clock: DeviceClock, *, chunk: int, ids: int, with_others: bool) -> None:
-    """Time the launches one by one and, with_others, at other block sizes and warps."""
-    bandwidth = clock.copy_bandwidth() if clock.device.type == "cuda" else None
-    report.copy_gbs = None if bandwidth is None else bandwidth / 1e9
-    for op in kernel_ops(plan, clock.device, chunk, ids):
-        note(f"kernels of {op.name}")
-        report.kernels += kernels.kernel_rows(op, clock, KERNEL_ROUNDS, bandwidth)
-        if with_others:
-            report.tuned += tune(op, clock, KERNEL_ROUNDS)
-        del op
-        clock.release()
-    for op in kernels.score_ops(plan.shapes[0], clock.device, plan.dtype):
-        report.kernels += kernels.kernel_rows(op, clock, KERNEL_ROUNDS, bandwidth)
-    if with_others:
-        report.tuned.append(tune_scores(plan.shapes[0], clock.device, plan.dtype, clock, KERNEL_ROUNDS))
-
-
-def run(report: Report, arguments: argparse.Namespace, device: torch.device) -> None:
-    """Time the lines of losses in their time, then the kernels."""
-    plan, clock = plan_of(arguments), DeviceClock(device)
-    for rows in all_rows(plan, clock, arguments.seconds or (QUICK_SECONDS if arguments.quick else SECONDS)):
-        report.times += rows
-    case, _ = fitted(plan.shapes[0], clock.free_bytes(), plan.dtype.itemsize)
-    time_kernels(report, replace(plan, shapes=(case,)), clock, chunk=CHUNK_ROWS, ids=50, with_others=arguments.tune)
+def run_job(arguments: argparse.Namespace) -> int:
+    """Measure one job, in this process: its lines go to stdout as JSON, whatever else prints there to stderr."""
+    lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    run = run_of(arguments, torch.device("cuda", torch.cuda.current_device()))
+    try:
+        for line in JOBS[arguments.job].lines(run):
+            lines.write(json.dumps(strict(line)) + "\n")
+            lines.flush()
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    arguments = parser().parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    arguments = parser().parse_args(given)
+    if arguments.job is not None:
+        return run_job(arguments)
     if (why := refusal()) is not None:
         note(why)
         return NO_DEVICE
-    device = torch.device("cuda", torch.cuda.current_device())
-    report, began, status = Report(gpu_facts(device)), time.monotonic(), 0
-    print(header_lines(report.machine) + "\n", flush=True)
-    try:
-        run(report, arguments, device)
-    except KeyboardInterrupt:
-        report.broken, status = "interrupted", INTERRUPTED
-    except Exception as error:  # what was measured before it is worth printing
-        report.broken, status = f"{type(error).__name__}: {error}", 1
-    report.seconds = time.monotonic() - began
-    print(report.tables(), flush=True)
-    if arguments.json is not None:
-        write_json(arguments.json, report.json())
-    return status or int(bool(report.failed))
+    report = Report(arguments.json)
+    runner = Runner(seconds_of(arguments), report.add)
+    report.write({"benchmark": "gpu", "arguments": given})
+    command = [sys.executable, "-m", "bench.gpu", *given]
+    runner.run([Job(name, [*command, "--job", name], JOBS[name].seconds) for name in names_of(arguments)])
+    how = "complete" if runner.signal is None else f"broken off: {signal.Signals(runner.signal).name}"
+    print(f"\n{how}, {runner.seconds:.0f} s, wrong or failed: {runner.failed}", flush=True)
+    report.write({"how": how, "seconds": round(runner.seconds, 1), "failed": runner.failed})
+    return int(runner.failed > 0) if runner.signal is None else 128 + runner.signal

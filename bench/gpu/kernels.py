@@ -1,4 +1,4 @@
-"""Each Triton launch by name: its time, and the bytes that it declares, over that time, as a share of a copy's bandwidth.
+"""Each Triton launch by name: its time beside what its bytes and its instructions take at least.
 
 An op's launches are first run once, in order, and what they wrote is held against float64: a wrong kernel is not timed.
 """
@@ -14,12 +14,14 @@ from torch import Tensor
 from bench.agreement import ROWS, few, of_largest, wide_logits
 from bench.cases import Case
 from bench.gpu.clock import DeviceClock
+from bench.gpu.floors import Rates
 from bench.losses import divergence_of_logprobs
 from bench.peers.transport import make_pairs
 from bench.timing import Spread, interleave, times_ms
 
-HEADER = ("op", "kernel", "time_ms", "MiB moved", "GB/s", "of a copy", "note")
+HEADER = ("op", "kernel", "time_ms", "MiB moved", "GB/s", "bytes, ms", "instructions, ms", "/ floor", "note")
 LIMIT = 1e-3
+ZIPF_ROWS = 256  # drawn at a time: each takes a number for every entry of the vocabulary
 
 
 class Op(NamedTuple):
@@ -32,13 +34,15 @@ class Op(NamedTuple):
 
 @dataclass(frozen=True)
 class KernelRow:
-    """One launch; None where it was not measured, or declares no bytes."""
+    """One launch, and what its bytes take at a copy's rate and its instructions at the rate of issue; None where it was not
+    measured, or is not known."""
 
     op: str
     kernel: str
     time_ms: Spread | None
     moved_bytes: int | None
-    share_of_copy: float | None
+    byte_ms: float | None
+    issue_ms: float | None
     note: str = ""
 
     @property
@@ -51,13 +55,20 @@ class KernelRow:
         if self.moved_bytes is not None and self.time_ms is not None:
             moved = f"{self.moved_bytes / 2**20:.1f}"
             rate = f"{self.moved_bytes / max(self.time_ms.median, 1e-9) / 1e6:.0f}"
-        share = "-" if self.share_of_copy is None else f"{self.share_of_copy:.0%}"
         spread = self.time_ms
         time_ms = "-" if spread is None else f"{spread.median:.3f} ({spread.low:.3f}-{spread.high:.3f})"
-        return [self.op, self.kernel, time_ms, moved, rate, share, self.note]
+        floors = ["-" if floor is None else f"{floor:.3f}" for floor in (self.byte_ms, self.issue_ms)]
+        over = "-" if self.over_floor is None else f"{self.over_floor:.2f}"
+        return [self.op, self.kernel, time_ms, moved, rate, *floors, over, self.note]
+
+    @property
+    def over_floor(self) -> float | None:
+        """Return its time over the larger one of its floors."""
+        floor = max(self.byte_ms or 0.0, self.issue_ms or 0.0)
+        return self.time_ms.median / floor if floor and self.time_ms is not None else None
 
     def row(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "over_floor": self.over_floor}
 
 
 def _error_of(written: Tensor, rows: Tensor, true: Tensor) -> float:
@@ -79,11 +90,22 @@ def tile_ops(rows: int, vocab: int, ids: int, device: torch.device, dtype: torch
         true = divergence_of_logprobs(student_logprobs, teacher_logprobs, divergence)
         name = f"divergence_rows {divergence} [{rows}, {vocab}]"
         yield Op(name, order, partial(_error_of, outputs.value, checked, true))
-    chosen = torch.randint(vocab, (rows, ids), device=device, generator=generator)
+    chosen = zipf_ids(rows, vocab, ids, device)
     plain = logprob_rows.Spec(1.0, None, 1.0)
     order, by_ids = logprob_rows.launches(student, None, chosen, plain, None, grad, False)
     true = student_logprobs.gather(-1, chosen[checked])
     yield Op(f"logprob_rows M = {ids} [{rows}, {vocab}]", order, partial(_error_of, by_ids.logprobs, checked, true))
+
+
+def zipf_ids(rows: int, vocab: int, count: int, device: torch.device) -> Tensor:
+    """Draw ids [N, M], no one twice in a row, by Zipf's law, as those of a tokenizer stand in top-k rows: the commonest in
+    nearly all of them."""
+    weights = 1.0 / torch.arange(1, vocab + 1, dtype=torch.float64)
+    parts = [
+        torch.multinomial(weights.float().to(device).expand(part.numel(), vocab), count)
+        for part in torch.arange(rows).split(ZIPF_ROWS)
+    ]
+    return torch.cat(parts)
 
 
 def weighted_ops(case: Case, ids: int, device: torch.device, dtype: torch.dtype) -> Iterator[Op]:
@@ -92,7 +114,7 @@ def weighted_ops(case: Case, ids: int, device: torch.device, dtype: torch.dtype)
     from topd_kernels.weighted_scatter import launches as weighted_scatter
 
     generator = torch.Generator(device).manual_seed(0)
-    chosen = torch.randint(case.vocab, (case.n, ids), device=device, generator=generator)
+    chosen = zipf_ids(case.n, case.vocab, ids, device)
     weights = torch.empty(case.n, ids, device=device).normal_(generator=generator)
     shape = f"[{case.n}, {ids}], H = {case.student_width}"
     states, table = (torch.randn(size, case.student_width, dtype=dtype, device=device) for size in (case.n, case.vocab))
@@ -127,6 +149,7 @@ def score_ops(
 ) -> list[Op]:
     """Return the fused scores, once for each tile; None is the default's."""
     from topd_kernels.score_tokens import launches as score_tokens
+    from topd_kernels.shared.blocks import Tile
 
     def normal(rows: int, width: int, deviation: float) -> Tensor:
         return torch.empty(rows, width, dtype=dtype, device=device).normal_(0, deviation)
@@ -141,7 +164,7 @@ def score_ops(
         for side in (student_operands, teacher_operands)
     )
     true = divergence_of_logprobs(student, teacher, "reverse_kl")
-    blocks = [None if tile is None else score_tokens.Blocks(*tile) for tile in tiles]
+    blocks = [None if tile is None else Tile(*tile) for tile in tiles]
     calls = [score_tokens.launches(student_operands, teacher_operands, None, 1.0, blocks=tile) for tile in blocks]
     name = f"score_tokens {case.name}, N = {case.n}"
     return [Op(name, order, partial(_error_of, scores[1], rows, true)) for order, scores in calls]
@@ -152,17 +175,16 @@ def label(launch: Any) -> str:
     return f"{launch.name}{', gradient' if launch.constants.get('GRAD') else ''}"
 
 
-def kernel_rows(op: Op, clock: DeviceClock, rounds: int, bandwidth: float | None) -> Iterator[KernelRow]:
+def kernel_rows(op: Op, clock: DeviceClock, rounds: int, rates: Rates) -> Iterator[KernelRow]:
     """Yield each launch on its own; all of them run once before, in order, so that each finds what the others left."""
     for launch in op.launches:
         launch.run()
     error = op.error()
     if not error < LIMIT:
-        yield KernelRow(op.name, "-", None, None, None, f"wrong: off by {error:.1e}, not timed")
+        yield KernelRow(op.name, "-", None, None, None, None, f"wrong: off by {error:.1e}, not timed")
         return
     for launch in op.launches:
         size = launch.moved_bytes
         time_ms = times_ms(interleave({"kernel": launch.run}, rounds, clock, warm_up=False)["kernel"])
-        share = None if bandwidth is None else size / max(time_ms.median, 1e-9) * 1e3 / bandwidth
         note = "products: the bytes are not what bounds it" if launch.name.startswith("score") else ""
-        yield KernelRow(op.name, label(launch), time_ms, size, share, note)
+        yield KernelRow(op.name, label(launch), time_ms, size, rates.byte_ms(launch), rates.issue_ms(launch), note)

@@ -11,11 +11,13 @@ from torch import Tensor
 from bench.agreement import Errors, few_weight_gradients, of_largest, truth_of
 from bench.cases import Case, Inputs
 from bench.losses import Gradients, Workload
-from bench.peers import differentiable, scores, transport
+from bench.peers import LIBRARIES, differentiable, gradients_of, ours, scores, transport
 from bench.peers.floor import floor, floor_of_scores
 
 TOKENS = 8192
 GIB = 1 << 30
+SMALL_WORKSPACE = 512 << 20
+NOT_INSTALLED = "skipped: not installed"
 # What topd may be off by. Values have float32 logits. Of 16-bit gradients dlogits are rounded once, the result once, rows that
 # were corrected once more each way; half the spacing of the dtype's numbers at 1 is a rounding.
 VALUE_LIMIT, ROUNDINGS, FLOAT32_LIMIT = 1e-3, 4, 1e-5
@@ -72,14 +74,39 @@ def fitted(case: Case, free_bytes: int, itemsize: int) -> tuple[Case, str]:
     )
 
 
+def own_line(case: Case, inputs: Inputs, head: str, loss: str) -> Line:
+    """Return the line of one loss of one shape, the floor and topd alone, at the default workspace and at a small one."""
+    workload = _workload(inputs, head, loss)
+    small = Workload.of(replace(inputs, workspace_bytes=SMALL_WORKSPACE), loss)
+    runs: dict[str, Callable[[], Any]] = {
+        "floor": partial(floor, inputs, loss),
+        "ours": gradients_of(partial(ours.loss, workload, "triton"), workload),
+        f"ours, {SMALL_WORKSPACE >> 20} MiB": gradients_of(partial(ours.loss, small, "triton"), small),
+    }
+    return _line(case, workload, head, runs, {})
+
+
 def loss_line(case: Case, inputs: Inputs, head: str, loss: str, *, compiled: bool) -> Line:
-    """Return the line of one loss of one shape."""
-    inputs.student_weight.requires_grad_(head == "trainable")
-    workload = Workload.of(inputs, loss)
+    """Return the line of one loss of one shape, with everyone in it."""
+    workload = _workload(inputs, head, loss)
     runs: dict[str, Callable[[], Any]] = {"floor": partial(floor, inputs, loss)}
     runs |= differentiable(workload, "triton", compiled=compiled)
-    flop = case.gemm_flop(trainable_head=head == "trainable", teacher=workload.has_teacher)
     skipped = {} if compiled else {"torch.compile": "skipped: no time left to compile"}
+    for name, library in LIBRARIES.items():
+        if name not in runs:
+            skipped[name] = "skipped: it does not know this loss" if library.installed() else NOT_INSTALLED
+    return _line(case, workload, head, runs, skipped)
+
+
+def _workload(inputs: Inputs, head: str, loss: str) -> Workload:
+    inputs.student_weight.requires_grad_(head == "trainable")
+    return Workload.of(inputs, loss)
+
+
+def _line(case: Case, workload: Workload, head: str, runs: Mapping[str, Callable[[], Any]], skipped: Mapping[str, str]) -> Line:
+    """Return the line of a loss with these contenders, judged by what is known of it."""
+    inputs, loss = workload.inputs, workload.loss
+    flop = case.gemm_flop(trainable_head=head == "trainable", teacher=workload.has_teacher)
     truth = truth_of(workload)
     if inputs.trainable_head:
         entries, weight = few_weight_gradients(workload)
@@ -92,14 +119,11 @@ def loss_line(case: Case, inputs: Inputs, head: str, loss: str, *, compiled: boo
     return Line(case.name, case.n, head, loss, runs, float(flop), errors, Errors(VALUE_LIMIT, limit, limit), skipped)
 
 
-def score_line(case: Case, inputs: Inputs) -> Line:
-    """Return the line of score_tokens, as it is called (by tiles) and fused, without gradients; judged by the reverse KL."""
-    runs: dict[str, Callable[[], Any]] = {
-        "floor": partial(floor_of_scores, inputs),
-        "ours": partial(scores.ours, inputs),
-        "ours, fused": partial(scores.fused, inputs),
-        "eager": partial(scores.eager, inputs),
-    }
+def score_line(case: Case, inputs: Inputs, *, fused: bool) -> Line:
+    """Return the line of score_tokens as it is called, by tiles, beside eager code or beside the fused kernel; without
+    gradients, judged by the reverse KL."""
+    runs: dict[str, Callable[[], Any]] = {"floor": partial(floor_of_scores, inputs), "ours": partial(scores.ours, inputs)}
+    runs |= {"ours, fused": partial(scores.fused, inputs)} if fused else {"eager": partial(scores.eager, inputs)}
     truth = truth_of(Workload.of(inputs, "reverse_kl"))
 
     def errors(result: Any) -> Errors | None:
@@ -115,7 +139,7 @@ def transport_line(device: torch.device, m: int, window: int, width: int) -> Lin
     runs: dict[str, Callable[[], Any]] = dict(transport.contenders(pairs, 0.05, 1e-4))
     runs.pop("loop of ot.sinkhorn", None)
     runs = {"ours": runs.pop("topd"), **runs}
-    skipped = {} if "ot.batch" in runs else {"ot.batch": "skipped: POT is not installed"}
+    skipped = {} if "ot.batch" in runs else {"ot.batch": NOT_INSTALLED}
 
     def errors(result: Any) -> Errors:
         return Errors(result.row_error)

@@ -1,55 +1,74 @@
-"""The tables of `python -m bench.gpu`, and the same as JSON."""
+"""The lines of `python -m bench.gpu`, as they come: printed as Markdown tables that grow, written as JSON, a line each."""
 
-from dataclasses import dataclass, field
-from typing import Any
+import json
+import math
+from pathlib import Path
+from typing import IO, Any
 
-from bench.gpu import kernels, times, tune
-from bench.gpu.kernels import KernelRow
-from bench.gpu.times import TimeRow
-from bench.gpu.tune import TuneRow
-from bench.machine import Facts
-from bench.report import markdown_table
+from bench.gpu import kernels, rates, times, tune
+from bench.gpu.runner import Record
+
+HEADERS = {
+    "facts": ("fact", "value"),
+    "rates": rates.HEADER,
+    "times": times.HEADER,
+    "kernels": kernels.HEADER,
+    "tests": ("tests", "outcome"),
+    "tuned": tune.HEADER,
+    "jobs": ("job", "how it ended", "seconds"),
+}
 
 
-def header_lines(facts: Facts) -> str:
-    """Return one fact a line."""
-    return "\n".join(f"{name}: {value}" for name, value in facts.items() if value is not None)
+def record(table: str, row: Any) -> Record:
+    """Return the line of a table that a row is: its cells to print, its fields for the file."""
+    return {"table": table, "cells": row.cells(), "row": row.row(), "failed": getattr(row, "failed", False) is True}
 
 
-@dataclass
+def plain(table: str, *cells: str, failed: bool = False) -> Record:
+    """Return the line of a table of words."""
+    return {"table": table, "cells": list(cells), "row": dict(zip(HEADERS[table], cells, strict=True)), "failed": failed}
+
+
+def strict(value: Any) -> Any:
+    """Return a value as JSON knows it: numbers that are none as words."""
+    if isinstance(value, dict):
+        return {key: strict(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(each) for each in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class Report:
-    """Everything measured so far; printed and written at the end, also of a run that broke off."""
+    """Prints every line under its job and its table's head, and writes it; nothing is kept back."""
 
-    machine: Facts
-    times: list[TimeRow] = field(default_factory=list)
-    kernels: list[KernelRow] = field(default_factory=list)
-    tuned: list[TuneRow] = field(default_factory=list)
-    copy_gbs: float | None = None
-    seconds: float = 0.0
-    broken: str = ""
+    def __init__(self, path: Path | None) -> None:
+        self.file: IO[str] | None = None if path is None else path.open("w", encoding="utf-8")
+        self.place = ("", "")
 
-    @property
-    def failed(self) -> list[TimeRow | KernelRow]:
-        rows: list[TimeRow | KernelRow] = [*self.times, *self.kernels]
-        return [row for row in rows if row.failed]
+    def add(self, job: str, line: Record) -> None:
+        """Print and write a line of a job."""
+        place = job, line["table"]
+        if place[1] != "jobs" and place != self.place:
+            self.print(f"\n### {job}" if job != self.place[0] else "")
+            self._print_row(HEADERS[place[1]])
+            self._print_row(["---"] * len(HEADERS[place[1]]))
+        if place[1] == "jobs":
+            name, how, seconds = line["cells"]
+            self.print(f"\n{name}: {how}, {seconds} s")
+        else:
+            self._print_row(line["cells"])
+        self.place = place
+        self.write({"job": job, "table": line["table"], **line["row"], "failed": bool(line.get("failed"))})
 
-    def tables(self) -> str:
-        """Return what was measured, as Markdown."""
-        parts = []
-        if self.times:
-            parts += ["### times", "Medians (smallest-largest); ratios are of the same round. TFLOP/s: the floor's products."]
-            parts.append(markdown_table(times.HEADER, [row.cells() for row in self.times]))
-        if self.kernels:
-            copied = "" if self.copy_gbs is None else f", a copy moves {self.copy_gbs:.0f} GB/s"
-            parts += [f"### kernels{copied}", markdown_table(kernels.HEADER, [row.cells() for row in self.kernels])]
-        if self.tuned:
-            parts += ["### block sizes and warps", markdown_table(tune.HEADER, [row.cells() for row in self.tuned])]
-        parts += [f"Wrong or failed, and not timed: {len(self.failed)}"] if self.failed else []
-        parts += [f"Broke off: {self.broken}"] if self.broken else []
-        return "\n\n".join([*parts, f"{self.seconds:.0f} s"])
+    def write(self, entry: dict[str, Any]) -> None:
+        """Write one line of JSON."""
+        if self.file is not None:
+            self.file.write(json.dumps(strict(entry), allow_nan=False) + "\n")
+            self.file.flush()
 
-    def json(self) -> dict[str, Any]:
-        """Return the same for a file."""
-        lists = {name: [row.row() for row in getattr(self, name)] for name in ("times", "kernels", "tuned")}
-        facts = {"complete": not self.broken, "broken": self.broken, "seconds": self.seconds, "copy_gbs": self.copy_gbs}
-        return {"benchmark": "gpu", "machine": self.machine, **facts, "failed": len(self.failed), **lists}
+    def print(self, text: str) -> None:
+        """Print a line at once."""
+        print(text, flush=True)
+
+    def _print_row(self, cells: Any) -> None:
+        self.print("| " + " | ".join(str(cell) for cell in cells) + " |")

@@ -1,17 +1,17 @@
 """Timings of `python -m bench.gpu`: one line a shape, head and loss, in which every contender is first checked on a few rows of
 the very inputs that are timed, its peak memory read, and then timed by turns."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bench.agreement import Errors, is_wrong
-from bench.cases import Case, make_inputs
+from bench.cases import Case, Inputs, make_inputs
 from bench.gpu.clock import Budget, DeviceClock
-from bench.gpu.lines import Line, fitted, loss_line, score_line, transport_line
+from bench.gpu.lines import Line, fitted
 from bench.report import note, scientific
 from bench.timing import Contender, Spread, interleave, ratio, times_ms
 
@@ -20,7 +20,6 @@ HEADER = (
     "d hidden error", "d weight error", "note",
 )  # fmt: skip
 MIN_ROUNDS = 3
-COMPILE_SECONDS = 25.0
 
 
 @dataclass(frozen=True)
@@ -95,6 +94,7 @@ def check(line: Line, clock: DeviceClock) -> tuple[dict[str, TimeRow], dict[str,
         if name.startswith("ours") and is_wrong(errors, line.limits):
             rows[name], wrong = replace(rows[name], note="wrong: nothing in this line is timed"), True
         del first
+        clock.release()  # what one has taken is not missing to the next
         runs[name] = run
     return rows, {} if wrong else runs
 
@@ -103,7 +103,7 @@ def measure(line: Line, clock: DeviceClock, rounds: int, seconds: float) -> list
     """Check, then time by turns: as many rounds as asked, fewer where they would take longer than the line may."""
     rows, runs = check(line, clock)
     if runs:
-        cost_ms = sum(clock.sample(run).time_ms for run in runs.values())
+        cost_ms = clock.calls * sum(clock.sample(run).time_ms for run in runs.values())
         rounds = max(MIN_ROUNDS, min(rounds, int(seconds * 1e3 / max(cost_ms, 1e-3))))
         samples = interleave(runs, rounds, clock, warm_up=False)
         for name, taken in samples.items():
@@ -115,50 +115,30 @@ def measure(line: Line, clock: DeviceClock, rounds: int, seconds: float) -> list
     return list(rows.values())
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is timed."""
+class Wanted(NamedTuple):
+    """A line to be timed: of which loss and head, and what makes it from the inputs and the seconds that it has."""
 
-    shapes: tuple[Case, ...]
-    losses: tuple[str, ...]
-    heads: tuple[str, ...]
-    rounds: int
-    dtype: torch.dtype
-    transport: tuple[int, int, int] | None
-    compiled: bool = True
-
-    @property
-    def lines(self) -> int:
-        return len(self.shapes) * (len(self.losses) * len(self.heads) + 1) + (self.transport is not None)
+    loss: str
+    head: str
+    line: Callable[[Case, Inputs, float], Line]
 
 
-def _shape_rows(plan: Plan, case: Case, clock: DeviceClock, budget: Budget) -> Iterator[list[TimeRow]]:
-    """Yield the lines of a shape; its inputs go when they are done."""
-    inputs = make_inputs(case, trainable_head=True, device=clock.device, dtype=plan.dtype)
-    lines: list[tuple[str, str]] = [(loss, head) for loss in plan.losses for head in plan.heads]
-    for loss, head in [*lines, ("score_tokens", "-")]:
-        share = budget.share()
-        if share <= 0:
-            yield [TimeRow(case.name, case.n, head, loss, "-", note="skipped: the time is used up")]
-            continue
-        note(f"timing {case.name}, {loss}, {head}")
-        if loss == "score_tokens":
-            line = score_line(case, inputs)
-        else:
-            line = loss_line(case, inputs, head, loss, compiled=plan.compiled and share > COMPILE_SECONDS)
-        yield measure(line, clock, plan.rounds, share)
-
-
-def all_rows(plan: Plan, clock: DeviceClock, seconds: float) -> Iterator[list[TimeRow]]:
-    """Yield line after line; one for which no time is left is named and left out."""
-    budget = Budget(seconds, plan.lines)
-    if plan.transport is not None:
-        note("timing transport")
-        yield measure(transport_line(clock.device, *plan.transport), clock, plan.rounds, budget.share())
-    for shape in plan.shapes:
-        case, reduced = fitted(shape, clock.free_bytes(), plan.dtype.itemsize)
+def all_rows(
+    shapes: Sequence[tuple[Case, Sequence[Wanted]]], clock: DeviceClock, budget: Budget, rounds: int, dtype: torch.dtype
+) -> Iterator[TimeRow]:
+    """Yield the rows of line after line, shape by shape; a line for which no time is left is named and left out."""
+    for shape, wanted in shapes:
+        case, reduced = fitted(shape, clock.free_bytes(), dtype.itemsize)
         if reduced:
-            note(reduced)
-            yield [TimeRow(case.name, case.n, "-", "-", "-", note=reduced)]
-        yield from _shape_rows(plan, case, clock, budget)
+            yield TimeRow(case.name, case.n, "-", "-", "-", note=reduced)
+        inputs = None
+        for loss, head, line_of in wanted:
+            share = budget.share()
+            if share <= 0:
+                yield TimeRow(case.name, case.n, head, loss, "-", note="skipped: the time is used up")
+                continue
+            note(f"timing {case.name}, {loss}, {head}")
+            inputs = inputs or make_inputs(case, trainable_head=True, device=clock.device, dtype=dtype)
+            yield from measure(line_of(case, inputs, share), clock, rounds, share)
+        del inputs
         clock.release()

@@ -1,10 +1,15 @@
-"""`python -m bench.gpu --tune`: each kernel with other block sizes and warps than its launcher's. Nothing is changed by it."""
+"""Each kernel with other block sizes and warps than its launcher's. `python -m bench.gpu --tune` keeps the best of those that
+topd reads from a user's file (`topd_kernels.shared.blocks`); without it nothing is changed."""
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from topd_kernels.shared.blocks import Sizes
 
 from bench.cases import Case
 from bench.gpu.clock import DeviceClock
@@ -52,7 +57,8 @@ def alternatives(launch: Any) -> list[Any]:
 
 @dataclass(frozen=True)
 class TuneRow:
-    """A kernel's default beside the fastest that was tried; `failed` did not compile or run."""
+    """A kernel's default beside the fastest that was tried; `failed` did not compile or run. `key`: its name in a user's file,
+    or "" where it has none; `tried_ms`: the medians of all, by block and warps."""
 
     op: str
     kernel: str
@@ -62,6 +68,8 @@ class TuneRow:
     best_ms: Spread
     tried: int
     failed: int
+    key: str = ""
+    tried_ms: Mapping[str, float] = field(default_factory=dict)
 
     def cells(self) -> list[str]:
         """Return its cells under HEADER."""
@@ -88,8 +96,41 @@ def tune_launch(op: str, launch: Any, others: list[Any], clock: DeviceClock, rou
         runs[setting(other)] = other.run
     times = {name: times_ms(samples) for name, samples in interleave(runs, rounds, clock, warm_up=False).items()}
     best = min(times, key=lambda name: times[name].median)
-    default = setting(launch)
-    return TuneRow(op, label(launch), default, times[default], best, times[best], len(runs), failed)
+    default, medians = setting(launch), {name: spread.median for name, spread in times.items()}
+    return TuneRow(op, label(launch), default, times[default], best, times[best], len(runs), failed, key_of(launch), medians)
+
+
+def key_of(launch: Any) -> str:
+    """Return the name of a launch in a user's file; "" of a kernel whose sizes no file has."""
+    from topd_kernels.divergence_rows.launches import is_heavy
+    from topd_kernels.shared import blocks
+
+    if launch.name not in blocks.KERNELS:
+        return ""
+    read = next(name for name in ("Student", "Product", "Table", "Rows") if name in launch.arguments)
+    itemsize = launch.arguments[read].itemsize
+    heavy = launch.name == "sweep" and is_heavy(launch.constants["KIND"], launch.constants["SCORES"], itemsize)
+    return blocks.key_of(launch.name, itemsize, heavy=heavy)
+
+
+def best_sizes(rows: Iterable[TuneRow], gain: float = 1.02) -> dict[str, "Sizes"]:
+    """Return the sizes that a file should hold: of each name in it those with which all its launches together take least, where
+    that is at least `gain` times faster than the defaults. What one of them could not run with is no candidate."""
+    from topd_kernels.shared.blocks import Sizes
+
+    by_key: dict[str, list[TuneRow]] = defaultdict(list)
+    for row in rows:
+        if row.key:
+            by_key[row.key].append(row)
+    best = {}
+    for key, together in by_key.items():
+        common = set.intersection(*(set(row.tried_ms) for row in together))
+        total = {name: sum(row.tried_ms[name] for row in together) for name in common}
+        fastest = min(total, key=lambda name: (total[name], name))
+        if sum(row.default_ms.median for row in together) >= gain * total[fastest]:
+            block, num_warps = (int(part.partition("=")[2]) for part in fastest.split())
+            best[key] = Sizes(block, num_warps)
+    return best
 
 
 def tune(op: Op, clock: DeviceClock, rounds: int) -> Iterator[TuneRow]:

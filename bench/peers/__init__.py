@@ -1,7 +1,8 @@
 """The contenders, a file each: topd ("ours"), eager torch, TRL, Liger, POT (transport.py), and the floor of bare products.
 
-A library's file has `offers(workload)`, whether it is installed and knows the loss on that device, and `loss(workload)`, nats
-[N] with a graph behind them, or [] where the library gives the mean alone. Libraries are imported when they are first called.
+A library's file has `installed()`, `offers(workload)`, whether it is installed and knows the loss on that device, and
+`loss(workload)`, nats [N] with a graph behind them, or [] where the library gives the mean alone. Libraries are imported when
+they are first called.
 """
 
 from collections.abc import Callable
@@ -22,6 +23,11 @@ def _gradients(loss: Callable[[], Tensor], workload: Workload) -> Gradients:
     return gradients_of_mean(loss(), workload.inputs)
 
 
+def gradients_of(loss: Callable[[], Tensor], workload: Workload) -> Differentiable:
+    """Return what computes a loss [N] and its gradients."""
+    return partial(_gradients, loss, workload)
+
+
 def differentiable(workload: Workload, backend: BackendName | None, *, compiled: bool = False) -> dict[str, Differentiable]:
     """Return the contenders that compute a loss and its gradients, by name.
 
@@ -30,12 +36,12 @@ def differentiable(workload: Workload, backend: BackendName | None, *, compiled:
         compiled: whether "torch.compile", the eager code compiled, is among them.
     """
     contenders: dict[str, Differentiable] = {
-        "ours": partial(_gradients, partial(ours.loss, workload, backend), workload),
+        "ours": gradients_of(partial(ours.loss, workload, backend), workload),
         "eager": partial(eager.gradients, workload),
     }
     if compiled:
-        contenders["torch.compile"] = partial(_gradients, eager.compiled(workload), workload)
+        contenders["torch.compile"] = gradients_of(eager.compiled(workload), workload)
     for name, library in LIBRARIES.items():
         if library.offers(workload):
-            contenders[name] = partial(_gradients, partial(library.loss, workload), workload)
+            contenders[name] = gradients_of(partial(library.loss, workload), workload)
     return contenders

@@ -16,7 +16,11 @@ VOCAB_CHUNK = 4096  # its own default
 
 def offers(workload: Workload) -> bool:
     fused = workload.inputs.device.type != "cpu" and workload.has_teacher
-    return importlib.util.find_spec("liger_kernel") is not None and (fused or workload.one_token)
+    return installed() and (fused or workload.one_token)
+
+
+def installed() -> bool:
+    return importlib.util.find_spec("liger_kernel") is not None
 
 
 def loss(workload: Workload) -> Tensor:

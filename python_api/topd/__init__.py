@@ -7,7 +7,8 @@ import importlib.metadata
 
 import topd.ops.linear_divergence.op
 import topd.ops.linear_logprobs.op
-import topd.ops.topk_logprobs.op  # noqa: F401  (all three register their ops)
+import topd.ops.score_tokens.op
+import topd.ops.topk_logprobs.op  # noqa: F401  (all four register their ops)
 from topd.backends import Backend, backends
 from topd.branching.windows import Windows, sample_windows, window_hidden
 from topd.divergences import JSD, Divergence, ForwardKL, ReverseKL, SkewKL, SkewReverseKL, TotalVariation
@@ -28,16 +29,21 @@ from topd.near_future.false_alarms import false_alarm_weights
 from topd.near_future.gate import divergent
 from topd.near_future.guidance import guidance_kl
 from topd.near_future.transport import Transport, near_future_divergence
-from topd.objectives.config import OPDConfig, TOPDConfig
+from topd.objectives.config import OPDConfig, OPSDConfig, TOPDConfig, TRDConfig
 from topd.objectives.objective import NearFuture, Objective
 from topd.objectives.opd import OPD
+from topd.objectives.opsd import OPSD
+from topd.objectives.pairs import pair
 from topd.objectives.topd import TOPD
+from topd.objectives.trd import TRD
 from topd.scores import TokenScores
 
 __all__ = [
     "JSD",
     "OPD",
+    "OPSD",
     "TOPD",
+    "TRD",
     "Backend",
     "Divergence",
     "ForwardKL",
@@ -45,11 +51,13 @@ __all__ = [
     "LowRank",
     "NearFuture",
     "OPDConfig",
+    "OPSDConfig",
     "Objective",
     "ReverseKL",
     "SkewKL",
     "SkewReverseKL",
     "TOPDConfig",
+    "TRDConfig",
     "TokenScores",
     "TotalVariation",
     "Transport",
@@ -65,6 +73,7 @@ __all__ = [
     "near_future_divergence",
     "next_token_mask",
     "pad_topk",
+    "pair",
     "sample_windows",
     "sampled_kl",
     "score_tokens",

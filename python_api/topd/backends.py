@@ -97,11 +97,11 @@ def missing_extension() -> str | None:
 def _warn_once() -> None:
     line = missing_extension()
     if line is not None:
-        warnings.warn(line, UserWarning, stacklevel=_callers_level())
+        warnings.warn(line, UserWarning, stacklevel=callers_level())
 
 
-def _callers_level() -> int:
-    """Return the stacklevel, for `_warn_once`, of the nearest frame outside topd and torch: the line of the caller's own."""
+def callers_level() -> int:
+    """Return the stacklevel, for the function that asks, of the nearest frame outside topd and torch."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("topd", "torch"):
         frame, level = frame.f_back, level + 1

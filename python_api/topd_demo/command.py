@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from topd.cli import files
+from topd import files
 from topd.cli.errors import INTERRUPTED, require
 from topd_demo.run_folder import CHECKPOINTS, CONFIG, check_space, fresh, resumed
 from topd_demo.settings import Settings

@@ -7,7 +7,7 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING
 
-from topd.cli import files
+from topd import files
 from topd.plots import FAINT, INK
 from topd_demo import figures
 from topd_demo.loss_cost import LossCost

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import topd
-from topd.cli import files
+from topd import files
 from topd.cli.errors import CommandError
 from topd.cli.memory import used_mib
 from topd.integrations.rollouts import sample_rollouts

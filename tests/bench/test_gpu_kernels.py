@@ -7,8 +7,10 @@ import pytest
 import torch
 from gpu_bench import CASE, CPU, INTERPRETED
 
-from bench.gpu import kernels, tune
+from bench.gpu import floors, kernels, tune
 from bench.gpu.clock import DeviceClock
+from bench.gpu.floors import Rates
+from bench.timing import Spread
 from topd_kernels.shared.launch import run_all
 
 
@@ -32,7 +34,8 @@ class Launch:
 
     num_warps: int = 4
     moved_bytes: int = 0
-    constants: dict[str, Any] = field(default_factory=lambda: {"BLOCK": 1})
+    constants: dict[str, Any] = field(default_factory=lambda: {"BLOCK": 1, "SCORES": False, "KIND": 0})
+    arguments: dict[str, Any] = field(default_factory=lambda: {"Student": torch.empty(0)})
 
     @property
     def name(self) -> str:
@@ -45,16 +48,45 @@ class Launch:
 
 def rows_of(launch: Launch, error: float) -> list[kernels.KernelRow]:
     op = kernels.Op("op", [launch], lambda: error)
-    return list(kernels.kernel_rows(op, DeviceClock(CPU), 3, 1e12))
+    return list(kernels.kernel_rows(op, DeviceClock(CPU), 3, Rates(1e12)))
 
 
 def test_bytes_are_those_that_the_launch_declares():
     (row,) = rows_of(Launch(moved_bytes=3 << 20, constants={"BLOCK": 1, "GRAD": True}), 0.0)
     assert row.moved_bytes == 3 << 20
     assert row.kernel == "sweep, gradient"
-    assert row.share_of_copy == pytest.approx((3 << 20) / row.time_ms.median * 1e3 / 1e12)
-    assert row.cells()[3] == "3.0"
+    assert row.byte_ms == pytest.approx((3 << 20) / 1e12 * 1e3)
+    assert row.issue_ms is None  # no count: a dash
+    assert row.over_floor == pytest.approx(row.time_ms.median / row.byte_ms)
+    assert row.cells()[3:7] == ["3.0", row.cells()[4], "0.003", "-"]
     assert not row.failed
+
+
+def test_instructions_take_their_time_at_the_rate_of_issue(monkeypatch):
+    """40 instructions an entry, 1,000 rows of 32,000 entries, 132 multiprocessors that issue 4 of 32 lanes at 1 GHz."""
+    launch = Launch()
+    launch.grid, launch.arguments = (1000, 2), {"vocab": 32_000}
+    monkeypatch.setattr(floors, "instructions_of", lambda launch, family: 40.0 if family == "sm_90" else None)
+    issued = 132 * 4 * 1e9
+    assert Rates(None, issued, "sm_90").issue_ms(launch) == pytest.approx(40 * 32e6 / 32 / issued * 1e3)
+    assert Rates(None, issued, "sm_75").issue_ms(launch) is None
+    assert Rates(None).issue_ms(launch) is None
+    row = kernels.KernelRow("op", "sweep", Spread(3.0, 3.0, 3.0), 10, 1.0, 2.0)
+    assert row.over_floor == 1.5
+
+
+def test_a_binary_that_cannot_be_counted_has_no_count():
+    assert floors.instructions_of(Launch(), "sm_90") is None
+    assert floors.instructions_of(Launch(), "sm_75") is None
+
+
+def test_ids_follow_zipf():
+    ids = kernels.zipf_ids(600, 5000, 20, CPU)
+    assert ids.shape == (600, 20)
+    assert all(row.unique().numel() == 20 for row in ids)
+    counts = torch.bincount(ids.flatten(), minlength=5000)
+    assert counts[0] > 500
+    assert counts[0] > 4 * counts[20] > 4 * counts[500]
 
 
 @pytest.mark.parametrize("error", [1.0, float("nan")])
@@ -96,3 +128,31 @@ def test_a_tile_that_does_not_compile_is_counted_and_left_out():
     row = tune.tune_launch("op", Launch(4), [Launch(8), Launch(2)], DeviceClock(CPU), 3)
     assert (row.tried, row.failed, row.default) == (2, 1, "BLOCK=1 warps=4")
     assert row.best in ("BLOCK=1 warps=4", "BLOCK=1 warps=2")
+    assert set(row.tried_ms) == {"BLOCK=1 warps=4", "BLOCK=1 warps=2"}
+
+
+@INTERPRETED
+def test_names_in_a_file_are_those_that_the_launchers_ask_for():
+    keys = {(name, launch.name): tune.key_of(launch) for name, op in ops().items() for launch in op.launches}
+    assert {keys["divergence_rows reverse_kl", name] for name in ("statistics", "sweep")} == {"statistics 4", "sweep 4"}
+    assert keys["divergence_rows jsd", "sweep"] == "sweep 4 heavy"
+    assert {keys["logprob_rows M = 3", name] for name in ("rest", "gradient")} == {"logprob_rows 4"}
+    assert keys["weighted_gather", "gather"] == "gather 2"
+    assert keys["weighted_scatter", "scatter"] == "scatter 2"
+    assert keys["logprob_rows M = 3", "chosen"] == ""
+
+
+def tuned(key: str, default_ms: float, **tried_ms: float) -> tune.TuneRow:
+    spread = Spread(default_ms, default_ms, default_ms)
+    tried = {f"BLOCK={name[1:]} warps=4": time for name, time in tried_ms.items()}
+    return tune.TuneRow("op", "kernel", "BLOCK=512 warps=4", spread, "", spread, len(tried), 0, key, tried)
+
+
+def test_the_best_sizes_are_those_of_all_launches_of_a_name():
+    rows = [
+        tuned("sweep 4", 10.0, b512=10.0, b1024=4.0, b2048=6.0, b4096=1.0),
+        tuned("sweep 4", 10.0, b512=10.0, b1024=9.0, b2048=6.0),  # 4,096 did not run
+        tuned("gather 2", 1.0, b512=1.0, b1024=0.99),  # within what a timing is off by
+        tuned("", 1.0, b512=1.0, b1024=0.1),
+    ]
+    assert tune.best_sizes(rows) == {"sweep 4": (2048, 4)}

@@ -10,12 +10,13 @@ from gpu_bench import CASE, CPU, INTERPRETED
 from bench.agreement import Errors, is_wrong
 from bench.cases import GPU_CASES, make_inputs
 from bench.gpu import lines, times
-from bench.gpu.clock import Budget, DeviceClock
+from bench.gpu.clock import Budget, DeviceClock, FreshClock
 
 
 def test_shapes_are_the_models():
     shapes = {name: (case.n, case.student_width, case.teacher_width, case.vocab) for name, case in GPU_CASES.items()}
     assert shapes == {
+        "qwen3-8b from qwen3-14b": (8192, 4096, 5120, 151936),
         "qwen3-4b from qwen3-30b-a3b": (8192, 2560, 2048, 151936),
         "llama-3.2-1b from llama-3.1-8b": (8192, 2048, 4096, 128256),
         "gemma-3-4b from gemma-3-27b": (8192, 2560, 5376, 262208),
@@ -88,7 +89,11 @@ def test_a_real_line_is_right(loss, head, monkeypatch):
     inputs = make_inputs(CASE, trainable_head=True, device=CPU, dtype=torch.bfloat16)
     line = lines.loss_line(CASE, inputs, head, loss, compiled=False)
     assert set(line.runs) == {"floor", "ours", "eager"}
-    assert set(line.skipped) == {"torch.compile"}
+    assert line.skipped == {
+        "torch.compile": "skipped: no time left to compile",
+        "trl": "skipped: not installed",
+        "liger": "skipped: not installed",
+    }
     products = 2 * 2 * 40 * ((3 if head == "trainable" else 2) * 8 + (6 if loss == "reverse_kl" else 0))
     assert line.flop == products
     ours = line.runs["ours"]()
@@ -103,10 +108,22 @@ def test_a_real_line_is_right(loss, head, monkeypatch):
 
 
 @INTERPRETED
-def test_scores_are_right():
+def test_topd_alone_is_beside_the_floor_at_two_workspaces():
+    inputs = make_inputs(CASE, trainable_head=True, device=CPU, dtype=torch.bfloat16)
+    line = lines.own_line(CASE, inputs, "trainable", "jsd")
+    assert list(line.runs) == ["floor", "ours", "ours, 512 MiB"]
+    assert line.skipped == {}
+    for name in ("ours", "ours, 512 MiB"):
+        assert not is_wrong(line.errors(line.runs[name]()), line.limits)
+
+
+@INTERPRETED
+@pytest.mark.parametrize("fused", [False, True])
+def test_scores_are_right(fused):
     inputs = make_inputs(CASE, trainable_head=False, device=CPU, dtype=torch.float32)
-    line = lines.score_line(CASE, inputs)
-    for name in ("ours", "ours, fused", "eager"):
+    line = lines.score_line(CASE, inputs, fused=fused)
+    assert list(line.runs) == ["floor", "ours", "ours, fused" if fused else "eager"]
+    for name in list(line.runs)[1:]:
         assert line.errors(line.runs[name]()).value < 1e-4
     assert line.errors(line.runs["floor"]()) is None
 
@@ -117,12 +134,19 @@ def test_transport_is_right():
     assert not is_wrong(line.errors(line.runs["ours"]()), line.limits)
 
 
-def test_lines_without_time_are_named(monkeypatch):
-    plan = times.Plan((CASE,), ("jsd",), ("frozen",), 1, torch.bfloat16, None)
-    monkeypatch.setattr(Budget, "share", lambda self: 0.0)
-    rows = [row for rows in times.all_rows(plan, DeviceClock(CPU), 0.0) for row in rows]
+def test_each_sample_of_what_allocates_follows_a_call_that_is_not_timed():
+    calls = []
+    sample = FreshClock(CPU).sample(lambda: calls.append(len(calls)))
+    assert calls == [0, 1]
+    assert sample.time_ms >= 0
+
+
+def test_lines_without_time_are_named_and_make_no_inputs(monkeypatch):
+    budget = Budget(0.0, 2)
+    monkeypatch.setattr(times, "make_inputs", None)
+    wanted = [times.Wanted("jsd", "frozen", None), times.Wanted("score_tokens", "-", None)]
+    rows = list(times.all_rows([(CASE, wanted)], DeviceClock(CPU), budget, 1, torch.bfloat16))
     assert [(row.loss, row.note) for row in rows] == [
         ("jsd", "skipped: the time is used up"),
         ("score_tokens", "skipped: the time is used up"),
     ]
-    assert plan.lines == 2

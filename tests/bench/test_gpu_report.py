@@ -2,17 +2,19 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 from gpu_bench import CPU
 
 from bench.gpu import command
+from bench.gpu.jobs import JOBS
 from bench.gpu.kernels import KernelRow
-from bench.gpu.report import Report, header_lines
+from bench.gpu.report import Report, plain, record
+from bench.gpu.runner import Runner
 from bench.gpu.times import TimeRow
 from bench.gpu.tune import TuneRow
 from bench.machine import gpu_facts
@@ -23,9 +25,9 @@ SPREAD = Spread(2.0, 1.0, 3.0)
 
 
 def test_says_that_there_is_no_gpu(tmp_path):
-    hidden = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "PYTHONPATH": f"{ROOT / 'python_api'}:{ROOT}"}
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "PYTHONPATH": "python_api:."}
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | hidden
-    line = [sys.executable, "-m", "bench.gpu", "--quick", "--json", str(tmp_path / "gpu.json")]
+    line = [sys.executable, "-m", "bench.gpu", "--quick", "--json", str(tmp_path / "gpu.jsonl")]
     done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 2
     assert done.stderr == "no GPU: torch sees no CUDA or ROCm device on this machine; nothing was timed\n"
@@ -33,73 +35,98 @@ def test_says_that_there_is_no_gpu(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def fill(report: Report, *, ok: bool = True) -> None:
-    place = ("qwen", 8192, "frozen", "jsd")
-    report.times.append(TimeRow(*place, "trl", SPREAD, SPREAD, SPREAD, 20.0, 123.4, 1e-4, 2e-3, 3e-3, "a note"))
-    if not ok:
-        report.times.append(TimeRow(*place, "ours", note="wrong"))
-    report.kernels.append(KernelRow("divergence_rows", "sweep", SPREAD, 4_000_000_000, 0.6))
-    report.tuned.append(TuneRow("divergence_rows", "sweep", "BLOCK=1024", SPREAD, "BLOCK=512", SPREAD, 12, 1))
-    report.copy_gbs = 3000.0
+PLACE = ("qwen", 8192, "frozen", "jsd")
+LINES = [
+    plain("facts", "torch", "2.13"),
+    record("times", TimeRow(*PLACE, "trl", SPREAD, SPREAD, SPREAD, 20.0, 123.4, float("nan"), 2e-3, 3e-3, "a note")),
+    record("kernels", KernelRow("divergence_rows", "sweep", SPREAD, 4_000_000_000, 1.0, None)),
+    record("tuned", TuneRow("divergence_rows", "sweep", "BLOCK=1024", SPREAD, "BLOCK=512", SPREAD, 12, 1)),
+]
 
 
-def test_tables_hold_what_was_measured():
-    report = Report({"device": "a GPU", "HIP": None})
-    fill(report)
-    text = report.tables()
-    words = (
-        "2.00 (1.00-3.00)",
-        "| 10000   | 123      | 1.0e-04     | 2.0e-03        | 3.0e-03        | a note |",
-        "a copy moves 3000 GB/s",
-        "2.000 (1.000-3.000)",
-        "| 2000 | 60%",
-        "BLOCK=512",
-        "12, 1 failed",
+def test_lines_are_printed_and_written_as_they_come(tmp_path, capsys):
+    path = tmp_path / "gpu.jsonl"
+    report = Report(path)
+    written = []
+    for line in LINES:
+        report.add("losses", line)
+        text = path.read_text().splitlines()
+        written.append(json.loads(text[-1], parse_constant=pytest.fail))
+        assert len(text) == len(written)
+        assert capsys.readouterr().out.splitlines()[-1] == "| " + " | ".join(line["cells"]) + " |"
+    assert [entry["table"] for entry in written] == ["facts", "times", "kernels", "tuned"]
+    assert written[1]["time_ms"] == {"median": 2.0, "low": 1.0, "high": 3.0}
+    assert written[1]["value_error"] == "nan"
+    assert written[2] | {"job": "losses", "issue_ms": None, "over_floor": 2.0, "failed": False} == written[2]
+    cells = LINES[1]["cells"]
+    assert cells[5:] == ["2.00 (1.00-3.00)"] * 3 + ["10000", "123", "nan", "2.0e-03", "3.0e-03", "a note"]
+    assert LINES[2]["cells"][2:] == ["2.000 (1.000-3.000)", "3814.7", "2000", "1.000", "-", "2.00", ""]
+    assert LINES[3]["cells"][-1] == "12, 1 failed"
+
+
+def test_tables_have_their_heads_and_jobs_their_ends(capsys):
+    report = Report(None)
+    for line in (LINES[0], LINES[0]):
+        report.add("device", line)
+    report.add("device", {"table": "jobs", "cells": ["device", "done", "3"], "row": {}})
+    assert capsys.readouterr().out == (
+        "\n### device\n| fact | value |\n| --- | --- |\n| torch | 2.13 |\n| torch | 2.13 |\n\ndevice: done, 3 s\n"
     )
-    assert [word for word in words if word not in text] == []
-    assert "not timed" not in text
-    fill(report, ok=False)
-    assert "Wrong or failed, and not timed: 1" in report.tables()
-    assert header_lines(report.machine) == "device: a GPU"
 
 
 @pytest.mark.parametrize(
-    ("ok", "error", "status"),
-    [(True, None, 0), (False, None, 1), (True, RuntimeError("lost the device"), 1), (True, KeyboardInterrupt(), 130)],
+    ("failed", "ended", "status"), [(False, None, 0), (True, None, 1), (False, signal.SIGINT, 130), (True, signal.SIGTERM, 143)]
 )
-def test_main_prints_writes_and_exits(ok, error, status, monkeypatch, tmp_path, capsys):
-    def run(report, arguments, device):
-        fill(report, ok=ok)
-        if error is not None:
-            raise error
+def test_main_prints_writes_and_exits(failed, ended, status, monkeypatch, tmp_path, capsys):
+    ran = []
+
+    def run(self, jobs):
+        ran.extend(jobs)
+        for line in LINES:
+            self._hand_on(jobs[0], line)
+        if failed:
+            self._hand_on(jobs[0], record("times", TimeRow(*PLACE, "ours", note="wrong")))
+        self.signal = ended
 
     monkeypatch.setattr(command, "refusal", lambda: None)
-    monkeypatch.setattr(command, "gpu_facts", lambda device: {"device": "a GPU"})
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(command, "run", run)
-    path = tmp_path / "gpu.json"
-    assert command.main(["--json", str(path)]) == status
-    printed = capsys.readouterr().out
-    assert printed.startswith("device: a GPU\n")
-    assert "### kernels" in printed
-    written = json.loads(path.read_text(), parse_constant=pytest.fail)
-    assert written["complete"] == (error is None)
-    assert written["failed"] == (not ok)
-    assert written["times"][0]["time_ms"] == {"median": 2.0, "low": 1.0, "high": 3.0}
-    assert written["kernels"][0]["moved_bytes"] == 4_000_000_000
-    assert written["tuned"][0]["failed"] == 1
+    monkeypatch.setattr(Runner, "run", run)
+    path = tmp_path / "gpu.jsonl"
+    assert command.main(["--json", str(path), "--n", "64"]) == status
+    assert [job.name for job in ran] == list(JOBS)
+    assert list(ran[0].command[1:]) == ["-m", "bench.gpu", "--json", str(path), "--n", "64", "--job", "device"]
+    how = "complete" if ended is None else f"broken off: {signal.Signals(ended).name}"
+    assert capsys.readouterr().out.endswith(f"\n{how}, 0 s, wrong or failed: {int(failed)}\n")
+    written = [json.loads(line) for line in path.read_text().splitlines()]
+    assert written[0] == {"benchmark": "gpu", "arguments": ["--json", str(path), "--n", "64"]}
+    assert written[-1] == {"how": how, "seconds": 0.0, "failed": int(failed)}
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_quick_is_one_shape():
-    plan = command.plan_of(command.parser().parse_args(["--quick", "--n", "512"]))
-    assert [(case.name, case.n) for case in plan.shapes] == [("qwen3-4b from qwen3-30b-a3b", 512)]
-    assert plan.lines == 4
-    whole = command.plan_of(command.parser().parse_args([]))
-    assert whole.lines == 3 * (4 * 2 + 1) + 1
+def test_the_order_is_what_must_not_be_missing_first_and_what_may_fault_last():
+    assert list(JOBS) == [
+        "device", "losses", "kernels", "tests", "peers", "tuning", "fused scores", "fused tests", "fused tuning",
+    ]  # fmt: skip
+    assert sum(work.seconds for work in JOBS.values()) <= 540
+
+
+def arguments_of(*words: str):
+    return command.parser().parse_args(words)
+
+
+def test_what_the_words_ask_for():
+    quick = arguments_of("--quick", "--n", "512")
+    run = command.run_of(quick, CPU)
+    assert [(case.name, case.n) for case in run.shapes] == [("qwen3-8b from qwen3-14b", 512)]
+    assert command.names_of(quick) == ["device", "losses", "kernels"]
+    whole = arguments_of()
+    assert [case.n for case in command.run_of(whole, CPU).shapes] == [8192] * 4
+    assert (whole.json, command.seconds_of(whole)) == (Path("gpu.jsonl"), 500)
+    assert command.names_of(arguments_of("--jobs", "fused scores", "device")) == ["device", "fused scores"]
+    tune = arguments_of("--tune", "--seconds", "60")
+    assert command.names_of(tune) == ["device", "tuning"]
+    assert command.run_of(tune, CPU).keep
+    assert not command.run_of(whole, CPU).keep
 
 
 def test_first_lines_are_facts():
-    facts = gpu_facts(CPU)
-    assert {"device", "torch", "triton", "CUDA", "HIP", "commit"} <= set(facts)
-    assert header_lines(facts).startswith("device: ")
+    assert {"device", "torch", "triton", "CUDA", "HIP", "commit"} <= set(gpu_facts(CPU))

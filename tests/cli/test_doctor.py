@@ -52,6 +52,18 @@ def test_doctor_says_what_is_wrong(capsys, monkeypatch):
     assert ("2 of" if missing_extension() else "1 of") in out
 
 
+def test_doctor_says_whose_block_sizes_a_gpu_takes(monkeypatch):
+    blocks = pytest.importorskip("topd_kernels.shared.blocks", reason="triton is not installed")
+    monkeypatch.setattr(blocks, "described", lambda device: f"those of sm_90 on {device}")
+    assert doctor.block_sizes(1) == "those of sm_90 on cuda:1"
+
+    def refused(device):
+        raise ValueError("the file must be JSON")
+
+    monkeypatch.setattr(blocks, "described", refused)
+    assert doctor.block_sizes(1) == "REFUSED: the file must be JSON"
+
+
 def test_a_check_that_breaks_is_a_check_that_fails(monkeypatch):
     def broken() -> float:
         raise RuntimeError("no such kernel\nat all")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_demo import demo, failing, saved
 
-from topd.cli import files
+from topd import files
 from topd.cli.main import main, parser
 from topd_demo import run_folder, training
 

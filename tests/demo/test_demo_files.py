@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny_demo import QUICK, demo, failing, metrics
 
-from topd.cli import files
+from topd import files
 from topd.cli.main import main
 from topd_demo import run_folder, training
 from topd_demo.settings import Settings
@@ -170,7 +170,7 @@ def test_the_next_start_removes_what_a_killed_run_left(tmp_path, pair, stopped):
 
 
 def test_a_file_that_another_process_writes_stays(tmp_path):
-    code = "import sys, pathlib; from topd.cli import files\nwith files.whole(pathlib.Path(sys.argv[1])) as unfinished:\n"
+    code = "import sys, pathlib; from topd import files\nwith files.whole(pathlib.Path(sys.argv[1])) as unfinished:\n"
     code += "    unfinished.write_text('half'); print(unfinished, flush=True); sys.stdin.read()"
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path / "x.pt")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -69,7 +69,9 @@ topd.TOPDConfig(embedding="hidden")  # refused
 topd.TOPDConfig(solver="emd")  # refused
 topd.TOPDConfig(gate="lowest")  # refused
 topd.TOPDConfig(false_alarms="drop")  # refused
-topd.OPDConfig(divergence=topd.JSD(0.3), reduction="sequence")
+topd.OPSDConfig(teacher="frozen")  # refused
+topd.OPDConfig(divergence=topd.JSD(0.3), reduction="sequence", position_clip=0.1)
+batch: dict[str, torch.Tensor] = topd.pair([[1]], [[2, 3]], [[4]], pad_token_id=0)
 topd.TOPDConfig(embedding=hidden, gate="threshold", gate_value=0.2)
 topd.sampled_kl(hidden, hidden, estimator="k3")
 """
@@ -111,7 +113,7 @@ def test_the_readmes_snippets_pass_strictly(reports: dict[str, dict[int, str]]) 
 
 def test_a_misspelt_option_and_a_wrong_result_are_seen(reports: dict[str, dict[int, str]]) -> None:
     refused = {number for number, line in enumerate(CALLS.splitlines(), 1) if line.endswith("# refused")}
-    assert len(refused) == 27
+    assert len(refused) == 28
     assert set(reports["calls.py"]) == refused
 
 
@@ -129,6 +131,7 @@ def test_the_checks_at_run_time_take_their_names_from_the_types() -> None:
         options.FalseAlarmMode: false_alarms.FALSE_ALARM_MODES,
         options.StudentWindow: windows.STUDENT_WINDOWS,
         options.Reduction: config.REDUCTIONS,
+        options.SelfTeacher: config.SELF_TEACHERS,
         options.ScoreName: config.SCORES,
         options.EmbeddingName: config.EMBEDDINGS,
     }

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_models import VOCAB, generated, tiny
 
-from topd.integrations.rollouts import pack_rollouts, sample_rollouts
+from topd.integrations.rollouts import pack_rollouts, sample_rollouts, with_teacher_prompts
 
 ENDS = [3, 9, 27]
 
@@ -63,6 +63,73 @@ def test_draws_follow_the_models_full_distribution_whatever_its_generation_confi
     assert own.top_k == 1
 
 
+def test_top_k_and_top_p_leave_the_most_likely_tokens():
+    """The fewest that hold top_p of the mass of the top_k, drawn in their shares; alone and together."""
+    model, (ids, mask) = tiny("llama", initializer_range=0.2), prompts()
+    with torch.no_grad():
+        whole = (model(ids[:1]).logits[0, -1] / 1.5).softmax(-1)
+    many = 2_000
+    for top_k, top_p in ((4, 1.0), (None, 0.3), (12, 0.5)):
+        probs, order = whole.sort(descending=True)
+        probs = torch.where(torch.arange(VOCAB) < (top_k or VOCAB), probs, 0.0)
+        probs = probs / probs.sum()
+        probs = torch.where(probs.cumsum(-1) - probs < top_p, probs, 0.0)
+        expected = torch.zeros(VOCAB).scatter(0, order, probs / probs.sum())
+        torch.manual_seed(0)
+        options = {"max_new_tokens": 1, "temperature": 1.5, "samples_per_prompt": many}
+        rollouts = sample_rollouts(model, ids[:1], mask[:1], top_k=top_k, top_p=top_p, **options)
+        share = rollouts["input_ids"][:, 5].bincount(minlength=VOCAB) / many
+        assert set(share.nonzero().flatten().tolist()) == set(expected.nonzero().flatten().tolist())
+        assert 1 < len(expected.nonzero()) < 13
+        deviation = (share - expected).abs() / (expected * (1 - expected) / many).sqrt().clamp_min(1e-9)
+        assert deviation.max() < 4.5
+
+
+def test_the_samples_of_a_prompt_stand_together():
+    model, (ids, mask) = tiny("llama", initializer_range=0.05), prompts()
+    torch.manual_seed(0)
+    rollouts = sample_rollouts(model, ids, mask, max_new_tokens=4, samples_per_prompt=3)
+    assert rollouts["input_ids"].shape == (9, 9)
+    assert torch.equal(rollouts["input_ids"][:, :5], ids[[0, 0, 0, 1, 1, 1, 2, 2, 2]])
+    assert torch.equal(rollouts["attention_mask"][:, :5], mask[[0, 0, 0, 1, 1, 1, 2, 2, 2]] > 0)
+    assert len({tuple(row) for row in rollouts["input_ids"][:3, 5:].tolist()}) == 3
+
+
+def test_a_response_goes_behind_the_teachers_prompt_too():
+    """Prompts of 2 and 1 tokens for the student, 1 and 3 for the teacher; a tool wrote the second token of a response."""
+    rollouts = {
+        "input_ids": torch.tensor([[1, 2, 10, 11, 12], [0, 3, 20, 0, 0]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [0, 1, 1, 0, 0]]),
+        "response_mask": torch.tensor([[0, 0, 1, 0, 1], [0, 0, 1, 0, 0]]),
+        "problem": ["one", "two"],
+    }
+    teacher = torch.tensor([[0, 0, 7], [4, 5, 6]]), torch.tensor([[0, 0, 1], [1, 1, 1]])
+    pairs = with_teacher_prompts(rollouts, *teacher)
+    assert {key: pairs[key] for key in rollouts} == rollouts
+    assert pairs["teacher_input_ids"].tolist() == [[0, 0, 7, 10, 11, 12], [4, 5, 6, 20, 0, 0]]
+    assert pairs["teacher_attention_mask"].long().tolist() == [[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]
+    assert pairs["teacher_response_mask"].long().tolist() == [[0, 0, 0, 1, 0, 1], [0, 0, 0, 1, 0, 0]]
+    with pytest.raises(ValueError, match=r"teacher_input_ids must have a row for each of input_ids, 2, got 1; .*repeat_inter"):
+        with_teacher_prompts(rollouts, teacher[0][:1], teacher[1][:1])
+    with pytest.raises(ValueError, match=r"teacher_attention_mask must be padded on the left .* row 0; tokenize"):
+        with_teacher_prompts(rollouts, teacher[0], teacher[1].flip(-1))
+    with pytest.raises(ValueError, match=r"teacher_input_ids must be \[B, T\]"):
+        with_teacher_prompts(rollouts, teacher[0][0], teacher[1][0])
+    with pytest.raises(ValueError, match=r"a batch must hold response_mask, got \['attention_mask', 'input_ids'\]"):
+        with_teacher_prompts({key: rollouts[key] for key in ("input_ids", "attention_mask")}, *teacher)
+
+
+@pytest.mark.parametrize("last", [[0, 0, 0, 1, 1], [0, 0, 0, 0, 0], [1, 1, 0, 0, 0]])
+def test_prompts_that_end_elsewhere_are_no_responses(last):
+    """A prompt that is a column longer, a row with no response whose prompt goes on, and one whose prompt is shorter."""
+    masks = torch.tensor([[0, 0, 1, 1, 1], last])
+    rollouts = {"input_ids": torch.arange(10).view(2, 5), "attention_mask": torch.ones_like(masks), "response_mask": masks}
+    row, column = (0, 0) if last[0] else (1, 2)
+    message = f"response_mask must begin in the same column in each row, .* got column {column} and another place in row {row}"
+    with pytest.raises(ValueError, match=message):
+        with_teacher_prompts(rollouts, torch.ones(2, 3, dtype=torch.int64), torch.ones(2, 3, dtype=torch.bool))
+
+
 def test_the_model_is_in_eval_mode_meanwhile_and_its_modes_come_back():
     model, (ids, mask) = tiny("llama"), prompts()
     model.train()
@@ -119,6 +186,9 @@ def test_packing_leaves_the_padding_out():
         ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be > 0, got 0"),
         ({"max_new_tokens": 2.0}, TypeError, "max_new_tokens must be an int, got float"),
         ({"temperature": -1.0}, ValueError, "temperature must be finite and >= 0, got -1.0; 0 is greedy"),
+        ({"top_p": 0.0}, ValueError, "top_p must be finite and > 0 and <= 1, got 0.0"),
+        ({"top_k": 0}, ValueError, "top_k must be > 0, got 0; or None, for all tokens"),
+        ({"samples_per_prompt": 0}, ValueError, "samples_per_prompt must be > 0, got 0"),
         ({"eos_token_id": "2"}, TypeError, "eos_token_id must be an int, a list of ints or None, got '2'"),
         ({"pad_token_id": -1}, ValueError, "pad_token_id must be > 0, got -1; or 0"),
         ({"input_ids": torch.ones(3, 5)}, TypeError, "input_ids must be torch.int64"),

@@ -14,6 +14,7 @@ from trainer_cases import (
     InOrder,
     after_one_step,
     arguments,
+    eight_pairs,
     flat,
     four_rollouts,
     models,
@@ -145,13 +146,16 @@ def test_no_column_is_dropped_and_the_callers_arguments_stay(tmp_path):
 
 
 def test_two_processes_take_the_large_batchs_step(tmp_path):
-    """DDP over gloo, two micro-batches in each; only the whole batch's 26 tokens make every token weigh the same."""
+    """DDP over gloo, two micro-batches in each; only the whole batch's 26 tokens make every token weigh the same. Then pairs of
+    student and teacher, four micro-batches in each."""
     objective, batch = topd.OPD(*models()), four_rollouts()
     expected, loss = after_one_step(objective, batch)
     gradient = (flat(objective.student) - expected) / LR
+    after_pairs, _ = after_one_step(topd.TRD(*models()), eight_pairs())
     ranks = start("integrations/two_processes.py", tmp_path, timeout=180)
     for each in ranks:
         assert_near(each["parameters"], expected, 1e-9)
+        assert_near(each["pairs"], after_pairs, 1e-8, "pairs")
         assert_near(each["accelerate_gradient"], gradient, 1e-9, "under accelerate")
         assert each["log"]["loss"] == pytest.approx(loss, **LOGGED)
         assert each["log"]["opd_loss"] == pytest.approx(loss, rel=1e-5)
@@ -164,7 +168,9 @@ def test_two_processes_take_the_large_batchs_step(tmp_path):
         ({"objective": 3}, TypeError, r"objective must be a topd\.OPD or topd\.TOPD, got int"),
         ({"rollout": 3}, TypeError, "rollout must be options of sample_rollouts, a function or None, got int"),
         ({"rollout": {"temperature": 1.0}}, ValueError, "rollout must hold max_new_tokens"),
-        ({"rollout": {"max_new_tokens": 3, "top_k": 5}}, ValueError, "rollout must hold max_new_tokens and may hold .*top_k"),
+        ({"rollout": {"max_new_tokens": 3, "min_p": 0.5}}, ValueError, "rollout must hold max_new_tokens and may hold .*top_k"),
+        ({"lmbda": 1.5}, ValueError, "lmbda must be finite and >= 0 and <= 1, got 1.5; None to take batches as they come"),
+        ({"lmbda": 0.5}, ValueError, "rollout must be given where lmbda is above 0, got lmbda=0.5 and no rollout"),
         ({"model": torch.nn.Linear(2, 2)}, ValueError, "model must be left out, got one; the objective's student is the model"),
         ({"compute_loss_func": print}, ValueError, "compute_loss_func must be left out"),
         ({"compute_metrics": print}, ValueError, "compute_metrics must be left out"),

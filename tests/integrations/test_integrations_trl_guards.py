@@ -11,37 +11,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny_trl_cases
 import torch
-from tiny_models import VOCAB, tiny, word_tokenizer
+from tiny_models import word_tokenizer
+from tiny_trl_cases import WORDS, trl
 
 import topd
+from topd.integrations.trl import BATCH_HOOK, BATCH_HOOK_ARGUMENTS, VERSIONS, TOPDTrainer, as_numbers, check_hook
 
-trl = pytest.importorskip("trl")
-datasets = pytest.importorskip("datasets")
-from topd.integrations.trl import VERSIONS, TOPDTrainer, as_numbers, check_hook  # noqa: E402
-
-WORDS = [f"word{number}" for number in range(VOCAB)]
 ROOT = Path(__file__).parents[2]
 
 
-def trainer_of(folder, kind=TOPDTrainer, steps=1, **options):
-    arguments = trl.DistillationConfig(
-        output_dir=str(folder),
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        per_device_train_batch_size=2,
-        max_steps=steps,
-        max_completion_length=4,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
-    given = {"processing_class": word_tokenizer(*WORDS), "objective_config": topd.OPDConfig()} | options
-    prompts = datasets.Dataset.from_dict({"prompt": ["word7 word8", "word9", "word5 word6", "word11"]})
-    student, teacher = tiny("llama", initializer_range=0.2), tiny("qwen3", seed=3, initializer_range=0.2)
-    return kind(student, teacher, arguments, train_dataset=prompts, eval_dataset=prompts, **given)
+def trainer_of(folder, kind=TOPDTrainer, **options):
+    return tiny_trl_cases.trainer_of(folder, kind, **options)
 
 
 class Renamed:
@@ -78,6 +60,15 @@ def test_a_trainer_without_the_hook_is_refused(base, came):
 def test_a_trainer_with_the_hook_is_taken():
     check_hook(Kept)
     check_hook(trl.DistillationTrainer)
+
+
+def test_a_trainer_without_the_batchs_hook_is_refused():
+    check_hook(trl.DistillationTrainer, BATCH_HOOK, BATCH_HOOK_ARGUMENTS)
+    message = (
+        "must have _generate_and_score_completions(inputs), to whose batch topd adds the teacher's prompts, got no such method"
+    )
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        check_hook(Kept, BATCH_HOOK, BATCH_HOOK_ARGUMENTS)
 
 
 def test_a_trl_that_renamed_it_is_refused_at_construction(tmp_path, monkeypatch):

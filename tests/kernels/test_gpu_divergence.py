@@ -14,6 +14,7 @@ from gpu_cases import (
     Size,
     assert_as_good,
     assert_outcome,
+    fused_scores_of,
     on_device_only,
     problem_of,
     scores_of,
@@ -24,7 +25,6 @@ from torch import Tensor
 from triton_cases import DEVICE, NEEDS_TRITON
 
 import topd
-from topd.ops.shared.plan import FUSED_BLOCK
 from topd_kernels import register
 
 pytestmark = NEEDS_TRITON
@@ -63,11 +63,10 @@ def test_values_and_gradients(number, size):
 
 
 def check_scores(size: Size, options: dict[str, Any], dtype: torch.dtype, *, fused: bool) -> None:
-    """fused: by the fused kernels, which take no adapter and no gradients; a workspace for few rows asks for them."""
+    """fused: by the fused kernels, which take no adapter and no gradients."""
     sides = {side: {**options.get(side, {}), "rank": 0} for side in ("student", "teacher")} if fused else {}
     problem = problem_of(size, {**options, **sides}, dtype)
-    vocabs = problem.student.weight.shape[0] + problem.teacher.weight.shape[0]
-    scores = scores_of(problem, FUSED_BLOCK * 4 * vocabs if fused else size.workspace_bytes, trainable=not fused)
+    scores = fused_scores_of(problem) if fused else scores_of(problem, size.workspace_bytes, trainable=True)
     yardstick = scores_of(problem.to(torch.float32), None, trainable=False, backend="reference")
     for name, expected in true_scores(problem).items():
         assert_as_good(getattr(scores, name), getattr(yardstick, name), expected, name)

@@ -15,12 +15,11 @@ import pytest
 import torch
 from binaries_made import binaries_of_more_rows
 from compare import TENSORS
-from gpu_cases import EACH_SIZE, REAL, Size, problem_of, scores_of, windows_of
+from gpu_cases import EACH_SIZE, REAL, Size, fused_scores_of, problem_of, windows_of
 from torch import Tensor
 from triton_cases import DEVICE, NEEDS_TRITON
 
 import topd
-from topd.ops.shared.plan import FUSED_BLOCK
 from topd_kernels.transport.launches import transport
 
 EVERYTHING = compare.OPTIONS["everything"]
@@ -46,7 +45,7 @@ def logprobs(size: Size, count: int) -> list[Tensor]:
 def scores(size: Size) -> list[Tensor]:
     """By the fused kernels."""
     problem = problem_of(size, {"student": {"bias": True}}, torch.bfloat16)
-    table = scores_of(problem, FUSED_BLOCK * 4 * 2 * size.vocab, trainable=False)
+    table = fused_scores_of(problem)
     return [table.forward_kl, table.reverse_kl, table.student_entropy, table.teacher_entropy, table.top1_agreement]
 
 

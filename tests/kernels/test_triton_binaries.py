@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from tools.binaries import Binary
+from tools import instructions
+from tools.binaries import TARGETS, Binary
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
@@ -82,3 +83,27 @@ print(sorted(set(map(len, binaries.values()))), len(binaries))
 def test_ten_different_n_need_one_binary_of_each_kernel():
     done = python("-c", TEN_SIZES)
     assert done.stdout == "[1] 13\n", done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_no_kernel_takes_more_instructions_than_the_table_says():
+    """Where the kernels were made leaner, `python -m tools.gpu_doc` writes the table anew."""
+    done = python("-m", "tools.instructions", "--targets", "sm_90")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_count_that_rises_by_more_than_two_percent_is_named(monkeypatch):
+    table = {"triton": "3.9.0", "instructions": {"jsd 1 statistics": {"sm_90": 50.0}}}
+    monkeypatch.setattr(instructions, "held", lambda: table)
+    assert instructions.risen({"jsd 1 statistics": {"sm_90": 51.0}}) == []
+    line = "jsd 1 statistics on sm_90: 51.1 instructions an entry, instructions.json has 50.0"
+    assert instructions.risen({"jsd 1 statistics": {"sm_90": 51.1}}) == [line]
+    assert instructions.risen({"jsd 2 sweep": {"sm_90": 1.0}}) == [
+        "jsd 2 sweep on sm_90: 1.0 instructions an entry, instructions.json has None"
+    ]
+
+
+def test_the_table_has_every_kernel_that_goes_over_a_vocabulary():
+    table = instructions.held()["instructions"]
+    assert set(table) == set(instructions.counted("sm_90"))
+    assert all(set(by_target) == set(TARGETS) and min(by_target.values()) > 0 for by_target in table.values())

@@ -18,8 +18,8 @@ kernels = pytest.importorskip("topd_kernels.score_tokens.launches", reason="trit
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, where the interpreter overflows as a GPU would
 
 INF, NAN = math.inf, math.nan
-SMALL = kernels.Blocks(16, 16, 16, 4)
-WIDE = kernels.Blocks(16, 512, 32, 4)  # the interpreter's time goes with the number of tiles, not with their size
+SMALL = kernels.Tile(16, 16, 16, 4)
+WIDE = kernels.Tile(16, 512, 32, 4)  # the interpreter's time goes with the number of tiles, not with their size
 PLAIN = RowSpec(1.0, None, 1.0, None, 1.0, "forward_kl", INF, 0.0)
 
 
@@ -236,7 +236,7 @@ def test_huge_one_hot_and_flat_logits(device):
     eye, flat = torch.eye(40), torch.zeros(1, 40)
     huge = torch.cat([1e4 * eye[:3], -1e4 * eye[:2], flat, flat + 1e4, flat - 1e4, 1e4 * torch.randn(2, 40)])
     sides = from_logits(huge.repeat_interleave(10, 0), huge.repeat(10, 1))
-    result, true = fused(*sides, None, device, blocks=kernels.Blocks(128, 16, 32, 4)), truth(*sides, None)
+    result, true = fused(*sides, None, device, blocks=kernels.Tile(128, 16, 32, 4)), truth(*sides, None)
     assert (result[:2] >= 0).all()
     assert_scores(result, true, rtol=1e-6, atol=1e-6)
 

@@ -13,7 +13,7 @@ from topd_kernels.divergence_rows.launches import Blocks
 
 pytestmark = NEEDS_TRITON
 INF, NAN = math.inf, math.nan
-SMALL = Blocks(32, 32, lanes=8)
+SMALL = Blocks(32, 32)
 VOCAB = 110  # three blocks and a rest
 REVERSE = spec_of("reverse_kl")
 

@@ -13,6 +13,8 @@ DEFAULTS = {
     "reduction": "token",
     "hard_weight": 0.0,
     "topk_support": "tail",
+    "position_clip": None,
+    "top_k": None,
     "score": "teacher_nll",
     "candidates": "top_fraction",
     "candidate_value": 0.0225,
@@ -33,7 +35,7 @@ DEFAULTS = {
 
 def test_the_defaults_are_the_contracts():
     assert dataclasses.asdict(topd.TOPDConfig()) == DEFAULTS
-    assert dataclasses.asdict(topd.OPDConfig()) == dict(list(DEFAULTS.items())[:5])
+    assert dataclasses.asdict(topd.OPDConfig()) == dict(list(DEFAULTS.items())[:7])
     with pytest.raises(dataclasses.FrozenInstanceError):
         topd.TOPDConfig().horizon = 3
 

@@ -164,7 +164,7 @@ def test_bad_batches_are_refused(change, error, message):
 
 
 @pytest.mark.parametrize("method", [topd.OPD, topd.TOPD])
-@pytest.mark.parametrize("key", ["position_ids", "labels", "teacher_input_ids"])
+@pytest.mark.parametrize("key", ["position_ids", "labels", "advantages"])
 def test_keys_that_are_not_read_are_refused_by_name(method, key):
     student, teacher = models()
     with pytest.raises(

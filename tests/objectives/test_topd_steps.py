@@ -110,7 +110,7 @@ def test_nothing_is_computed_twice(monkeypatch):
         model.model.register_forward_hook(
             lambda _, __, kwargs, ___, name=name: shapes[name].append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
         )
-    from topd.objectives import batch as comparison
+    from topd.objectives import token_losses as comparison
 
     original = comparison.linear_divergence
     monkeypatch.setattr(comparison, "linear_divergence", lambda *a, **k: calls.append(1) or original(*a, **k))

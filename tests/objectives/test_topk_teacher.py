@@ -10,6 +10,7 @@ from topk_teacher_cases import K, with_topk
 import topd
 from topd.integrations.rollouts import pack_rollouts
 from topd.objectives.batch import Padded
+from topd.objectives.inputs import Inputs
 from topd.objectives.topk_teacher import compare_topk
 
 KEYS = ("teacher_topk_logprobs", "teacher_topk_ids")
@@ -156,7 +157,7 @@ def test_a_step_costs_the_divergence_and_one_product_for_the_scores(frozen, hard
     config = topd.OPDConfig("forward_kl", hard_weight=hard_weight)
 
     def step():
-        compare_topk(hidden, head, batch, topk, config).loss.mean().backward()
+        compare_topk(hidden, head, Inputs(batch), topk, config).loss.mean().backward()
 
     assert matrix_products(step) == products
 

@@ -1,12 +1,25 @@
 """The chunk planner: a pure function of rows, widths, bytes and backend."""
 
+from typing import Any
+
 import pytest
 import torch
 from memory_watch import Largest
 
 import topd
-from topd.ops.shared.loop import workspace
-from topd.ops.shared.plan import MIB, default_workspace, plan_chunks
+from topd.ops.shared.engines import TRITON
+from topd.ops.shared.loop import plan_rows
+from topd.ops.shared.plan import (
+    GPU_BLOCK,
+    MIB,
+    ChunkPlan,
+    Products,
+    default_workspace,
+    plan_chunks,
+    wanted_workspace,
+)
+
+GIB, VOCAB, CUDA = 1024 * MIB, 151_936, torch.device("cuda:0")
 
 
 def sizes(plan) -> list[int]:
@@ -60,28 +73,77 @@ def test_the_same_arguments_give_the_same_plan():
     assert first == again
 
 
+def on_a_gpu(n: int, vocab: int, workspace_bytes: int, **options: Any) -> ChunkPlan:
+    return plan_chunks(n, vocab, vocab, workspace_bytes=workspace_bytes, block=GPU_BLOCK, **options)
+
+
+@pytest.mark.parametrize(
+    ("n", "limit", "expected"),
+    [
+        (512, 441, [256, 256]),
+        (512, 300, [256, 256]),
+        (1000, 511, [256, 384, 360]),
+        (1000, 1000, [1000]),
+        (1000, 127, [125] * 8),
+        (300, 128, [128, 128, 44]),
+        (8192, 1413, [1280, 1408, 1408, 1280, 1408, 1408]),
+    ],
+)
+def test_chunks_of_a_gpu_are_multiples_of_128_rows(n, limit, expected):
+    """The last but for a rest; as few as fit, of sizes that differ by a block; below 128 rows as on a CPU."""
+    assert sizes(on_a_gpu(n, 100, limit * 800)) == expected
+
+
+@pytest.mark.parametrize("limit", [1, 127, 128, 129, 255, 256, 700, 5000])
+@pytest.mark.parametrize("n", [1, 127, 128, 129, 997, 8191])
+def test_blocks_hold_every_row_once_within_the_limit(n, limit):
+    plan = on_a_gpu(n, 25, limit * 200 + 199)
+    assert [row for start, stop in plan.bounds() for row in range(start, stop)] == list(range(n))
+    assert len(plan.bounds()) == plan.chunks
+    assert max(sizes(plan)) <= plan.rows <= limit
+    assert plan.workspace_bytes == plan.rows * 200
+    if 128 <= limit < n:
+        assert not any(size % 128 for size in sizes(plan)[:-1])
+
+
+def bf16_products(width: int = 4096, *, weight_grad: bool = True) -> Products:
+    return Products(width, width, 2, 2, 2, weight_grad=weight_grad)
+
+
+@pytest.mark.parametrize("products", [None, bf16_products(), bf16_products(weight_grad=False)], ids=["tiles", "head", "frozen"])
+@pytest.mark.parametrize("n", [1, 700, 4096, 8192, 10_000, 100_000])
+def test_the_default_workspace_of_a_gpu_holds_4096_rows(n, products):
+    wanted = wanted_workspace(n, VOCAB, VOCAB, products=products)
+    nbytes = default_workspace("cuda", 140 * GIB, wanted=wanted)
+    assert nbytes == default_workspace("cuda", wanted=wanted) == wanted
+    plan = on_a_gpu(n, VOCAB, nbytes, products=products)
+    assert plan.workspace_bytes <= wanted <= 16 * VOCAB * 4096
+    chunks = -(-n // 4096)
+    assert plan.chunks <= chunks * 1.15
+    if products is not None:
+        assert products.traffic(plan) <= products.bytes_per_column(n / chunks, 1 + (products.weight_grad and chunks > 1))
+
+
 def test_default_workspace():
-    """512 MiB on a CPU; on a GPU 2 GiB, or half of it, and so on, down to a quarter of the memory or 64 MiB."""
-    assert default_workspace("cpu") == 512 * MIB
-    assert default_workspace("cpu", MIB) == 512 * MIB
+    """512 MiB on a CPU; on a GPU what is wanted, within the power of two in a quarter of the memory, or 64 MiB."""
+    assert default_workspace("cpu") == default_workspace("cpu", MIB, wanted=3 * GIB) == 512 * MIB
     assert default_workspace("cpu", bf16_products=True) == 256 * MIB
-    assert (
-        default_workspace("cuda")
-        == default_workspace("cuda", 80_000 * MIB)
-        == default_workspace("cuda", 8192 * MIB)
-        == 2048 * MIB
-    )
-    assert default_workspace("cuda", 8191 * MIB) == default_workspace("cuda", 4096 * MIB) == 1024 * MIB
-    assert default_workspace("cuda", 10 * MIB) == 64 * MIB
+    assert default_workspace("xpu") == 2 * GIB
+    by_memory = {80 * GIB: 5, 32 * GIB: 5, 20 * GIB: 4, 16 * GIB: 4, 16 * GIB - 1: 2, 8 * GIB - 1: 1}
+    for available, gib in by_memory.items():
+        assert default_workspace("cuda", available, wanted=5 * GIB) == gib * GIB
+    assert default_workspace("cuda", 10 * MIB, wanted=GIB) == default_workspace("cuda", 0, wanted=GIB) == 64 * MIB
+    assert default_workspace("cuda", 10 * MIB, wanted=123) == 123
 
 
 class Allocator:
     """torch's caching allocator on a device of 80 GiB, simulated: what was freed stays reserved."""
 
-    total = 80 * 1024 * MIB
+    total = 80 * GIB
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.allocated = self.reserved = 0
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (self.total - self.reserved, self.total))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: self.reserved)
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: self.allocated)
@@ -92,20 +154,44 @@ class Allocator:
         assert self.allocated <= self.total
 
 
+def planned(n: int) -> ChunkPlan:
+    """Return the plan of a call in bfloat16 on the first GPU."""
+    tiles = {"itemsize": 4, "temporaries": 0, "products": bf16_products()}
+    return plan_rows(n, VOCAB, VOCAB, engine=TRITON, device=CUDA, multiplied=torch.bfloat16, workspace_bytes=None, **tiles)
+
+
 def test_the_plan_of_a_training_loop_is_the_same_at_every_step(monkeypatch):
-    """Weights and optimizer take 40 GiB, activations 27 at the loss, with some noise, and 38 at the peak of backward."""
-    allocator, gib = Allocator(monkeypatch), 1024 * MIB
-    allocator.change(40 * gib)
+    """Weights and optimizer take 20 GiB, activations 22 at the loss, with some noise, and 55 at the peak of backward."""
+    allocator = Allocator(monkeypatch)
+    allocator.change(20 * GIB)
     plans = []
     for step in range(5):
-        activations = 27 * gib + step * 100 * MIB
+        activations = 22 * GIB + step * 100 * MIB
         allocator.change(activations)
-        nbytes = workspace(torch.device("cuda:0"), None, torch.bfloat16)
-        plans.append(plan_chunks(8192, 151_936, 151_936, workspace_bytes=nbytes))
-        allocator.change(38 * gib - activations)
-        allocator.change(-38 * gib)
-    assert set(plans) == {plan_chunks(8192, 151_936, 151_936, workspace_bytes=2048 * MIB)}
-    assert allocator.total - allocator.reserved == 2 * gib  # a quarter of which was the workspace of all steps but the first
+        plans.append(planned(8192))
+        allocator.change(plans[-1].workspace_bytes)
+        allocator.change(55 * GIB - activations - plans[-1].workspace_bytes)
+        allocator.change(-55 * GIB)
+    assert set(plans) == {plans[0]}
+    assert (plans[0].rows, plans[0].pile) == (4096, 2)
+    assert allocator.total - allocator.reserved == 5 * GIB  # a quarter of which was the workspace of all steps but the first
+
+
+def test_a_plan_takes_a_quarter_of_what_is_there(monkeypatch):
+    """15 GiB are left: a quarter, rounded down to a power of two, is 2 GiB; a plan made without a GPU knows no such bound."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert (planned(8192).rows, planned(8192).pile) == (4096, 2)
+    allocator = Allocator(monkeypatch)
+    allocator.change(65 * GIB)
+    plan = planned(8192)
+    assert GIB < plan.workspace_bytes <= 2 * GIB
+    assert plan.rows < 1408
+
+
+def test_a_small_call_does_not_ask_the_driver(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", None)
+    monkeypatch.setattr(torch.cuda, "is_available", None)
+    assert sizes(planned(10)) == [10]
 
 
 def test_large_sizes_do_not_overflow():

@@ -16,15 +16,15 @@ from topd_kernels.shared.row_math import FAR
 
 
 class Blocks(NamedTuple):
-    """Entries that a program of the statistics and of the sweeps takes at a time, those among the statistics' that it keeps
-    sums of (`lanes`), the warps of a sweep, and the rows of a program where rows are few numbers each. A program of the
-    statistics has one warp: it often needs a number of all its lanes."""
+    """Entries that a program of the statistics and of the sweeps takes at a time, their warps, and the rows of a program where
+    rows are few numbers each. A program of the statistics has one warp: it often needs a number of all its lanes."""
 
     statistics: int
     sweep: int
-    lanes: int
-    num_warps: int = 4
+    statistics_warps: int = 1
+    sweep_warps: int = 4
     rows: int = 128
+    row_warps: int = 4
 
 
 class Outputs(NamedTuple):
@@ -136,9 +136,8 @@ class Chunk:
                 "TAILS": self.tails,
                 "GENERAL": self.general,
                 "BLOCK": self.blocks.statistics,
-                "LANES": self.blocks.lanes,
             },
-            1,
+            self.blocks.statistics_warps,
             self.registers,
             read_bytes=self.rows * read,
             written_bytes=self.rows * fields * self.parts.itemsize,
@@ -156,7 +155,7 @@ class Chunk:
             (cdiv(self.rows, self.blocks.rows),),
             {**self.tiles, **self.token_arguments, "Parts": self.parts, "Row": self.row, "splits": self.splits},
             {"TAILS": self.tails, "GENERAL": self.general, "BLOCK": self.blocks.rows},
-            self.blocks.num_warps,
+            self.blocks.row_warps,
             read_bytes=self.rows * read,
             written_bytes=self.rows * fields * self.row.itemsize,
         )
@@ -194,7 +193,7 @@ class Chunk:
                 "GENERAL": self.general,
                 "BLOCK": self.blocks.sweep,
             },
-            self.blocks.num_warps,
+            self.blocks.sweep_warps,
             255 if scores else self.registers,
             read_bytes=self.rows * self._sweep_reads(grad=grad_tile is not None),
             written_bytes=self.rows * (written + (0 if grad_tile is None else student_width * grad.itemsize)),
@@ -230,7 +229,7 @@ class Chunk:
                 "hard_weight": self.spec.hard_weight,
             },
             {"KIND": self.kind, "SCORES": self.scores, "TAILS": self.tails, "BLOCK": self.blocks.rows},
-            self.blocks.num_warps,
+            self.blocks.row_warps,
             read_bytes=self.rows * fields * self.row.itemsize,
             written_bytes=bytes_of(*out),
         )

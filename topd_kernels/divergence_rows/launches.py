@@ -23,6 +23,7 @@ from topd_kernels.divergence_rows.terms import (
     SKEW_REVERSE_KL,
     TOTAL_VARIATION,
 )
+from topd_kernels.shared.blocks import Device, device_of
 from topd_kernels.shared.launch import Launch, cdiv, processors, run_all, splits_of_rows
 from topd_kernels.shared.records import SCORES
 
@@ -47,12 +48,15 @@ def kind_of(divergence: str, parameter: float) -> int:
     return int(kind.value)
 
 
-def blocks_of(itemsize: int, *, heavy: bool) -> Blocks:
-    """Return block sizes; `heavy`: scores, or a mixture in float64, which keep more in registers. A small vocabulary takes the
-    same, masked."""
-    if itemsize == 4:
-        return Blocks(512, 512 if heavy else 1024, lanes=128)
-    return Blocks(256, 256 if heavy else 512, lanes=64)
+def is_heavy(kind: int, scores: bool, itemsize: int) -> bool:
+    """Tell whether a sweep of a kind keeps more in registers: with scores, or a mixture's in float64."""
+    return scores or (kind > REVERSE_KL.value and itemsize == 8)
+
+
+def blocks_of(device: Device, itemsize: int, *, heavy: bool) -> Blocks:
+    """Return block sizes; `heavy`: of a sweep that keeps more in registers. A small vocabulary takes the same, masked."""
+    statistics, sweep = (device.sizes(name, itemsize, heavy=heavy and name == "sweep") for name in ("statistics", "sweep"))
+    return Blocks(statistics.block, sweep.block, statistics.num_warps, sweep.num_warps)
 
 
 def launches(
@@ -67,17 +71,19 @@ def launches(
     *,
     grad_scale: float = 1.0,
     splits: int | None = None,
+    family: str | None = None,
     blocks: Blocks | None = None,
 ) -> tuple[list[Launch], Outputs]:
     """Return the launches of a chunk, and what they will have written. The gradient times grad_scale goes into grad_tile
     [C, V_s], of any floating dtype, which may be the student's tile; without it there is none. `splits` programs share a row,
-    in `blocks`; left out, as many and as large as the device needs."""
+    in `blocks`; left out, as many and as large as the device needs. `family`: of devices, where it is not the tensors' own."""
     rows, vocab = student_product.shape[0], min(student_product.shape[1], teacher_product.shape[1])
     if vocab >= MAX_VOCAB:
         raise ValueError(f"the common vocabulary must be below {MAX_VOCAB}, got {vocab}")
     kind = kind_of(spec.divergence, spec.parameter)
     itemsize = student_product.itemsize
-    blocks = blocks or blocks_of(itemsize, heavy=scores or (kind > REVERSE_KL.value and itemsize == 8))
+    heavy = is_heavy(kind, scores, itemsize)
+    blocks = blocks or blocks_of(device_of(student_product.device, family), itemsize, heavy=heavy)
     splits = splits or splits_of_rows(rows, cdiv(vocab, blocks.statistics), processors(student_product))
     new = student_product.new_empty
     outputs = Outputs(new(rows), new(SCORES.value if scores else 0, rows), new(rows, dtype=torch.bool))

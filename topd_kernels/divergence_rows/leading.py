@@ -10,7 +10,7 @@ import triton.language as tl
 
 from topd_kernels.shared.logits import unmasked_logits
 from topd_kernels.shared.row_math import NEAR_OFFSETS, exp
-from topd_kernels.shared.tops import lead, merge
+from topd_kernels.shared.tops import LANE_ENTRIES, lead, merge
 
 
 @triton.jit
@@ -63,12 +63,13 @@ def _summed(s_rest, t_rest, w, ys, yt, es, et, first, second, third, CENTRE: tl.
 @triton.jit
 def leading_blocks(
     Student, Teacher, StudentBias, TeacherBias, student_biased, teacher_biased, inner_s, outer_s, inner_t, outer_t, start, end,
-    CENTRE: tl.constexpr, GENERAL: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
+    CENTRE: tl.constexpr, GENERAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Return the statistics of the entries [start, end), whole blocks: top, mode and rest of the student, the same of the
     teacher, the teacher's logit at the student's mode, and E's sum; last, whether they hold, which needs finite logits."""
     dtype = Student.dtype.element_ty
-    offset = tl.arange(0, BLOCK // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    LANES: tl.constexpr = BLOCK // LANE_ENTRIES
+    offset = tl.arange(0, LANE_ENTRIES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     s_top = tl.full([], float("-inf"), dtype)
     s_mode = start * 0
     s_rest = tl.zeros([LANES], dtype)

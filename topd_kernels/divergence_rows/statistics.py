@@ -26,7 +26,7 @@ from topd_kernels.divergence_rows.records import (
 )
 from topd_kernels.shared.logits import logits_of
 from topd_kernels.shared.row_math import number
-from topd_kernels.shared.tops import lane_update, over_lanes
+from topd_kernels.shared.tops import LANE_ENTRIES, lane_update, over_lanes
 
 
 @triton.jit
@@ -115,7 +115,7 @@ def statistics(
     Student, student_stride, StudentBias, student_biased, student_inner: tl.float64, student_outer: tl.float64,
     Teacher, teacher_stride, TeacherBias, teacher_biased, teacher_inner: tl.float64, teacher_outer: tl.float64,
     Parts, rows, block_count, vocab, student_width, teacher_width,
-    CENTRE: tl.constexpr, TAILS: tl.constexpr, GENERAL: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
+    CENTRE: tl.constexpr, TAILS: tl.constexpr, GENERAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Read a part of a row of both tiles once; write its record of Parts. A part whose logits are not all finite is read again,
     with more care."""
@@ -131,14 +131,14 @@ def statistics(
     s_top, s_mode, s_rest, t_top, t_mode, t_rest, there, w, holds = leading_blocks(
         Student, Teacher, StudentBias, TeacherBias, student_biased, teacher_biased, number(student_inner, dtype),
         number(student_outer, dtype), number(teacher_inner, dtype), number(teacher_outer, dtype), start, last,
-        CENTRE, GENERAL, BLOCK, LANES,
+        CENTRE, GENERAL, BLOCK,
     )  # fmt: skip
     last = tl.where(holds, last, start)
     s_top, t_top, there = tl.where(holds, s_top, none), tl.where(holds, t_top, none), tl.where(holds, there, none)
     s_rest, t_rest, w = tl.where(holds, s_rest, 0.0), tl.where(holds, t_rest, 0.0), tl.where(holds, w, 0.0)
     s_last, s_last_mode, s_last_rest, t_last, t_last_mode, t_last_rest, last_there, last_w, only_t, only_s, finite = _careful(
         Student, Teacher, StudentBias, TeacherBias, student_biased, teacher_biased, student_inner, student_outer,
-        teacher_inner, teacher_outer, last, end, CENTRE, GENERAL, LANES,
+        teacher_inner, teacher_outer, last, end, CENTRE, GENERAL, BLOCK // LANE_ENTRIES,
     )  # fmt: skip
     s_top, s_mode, s_rest, there, w = merged(
         s_top, s_mode, s_rest, there, w, s_last, s_last_mode, s_last_rest, last_there, last_w
@@ -161,10 +161,10 @@ def statistics(
     if TAILS:
         if split == 0:
             top, rest = _tail(Student, StudentBias, student_biased, student_inner, student_outer, vocab, student_width,
-                              GENERAL, LANES)  # fmt: skip
+                              GENERAL, BLOCK // LANE_ENTRIES)  # fmt: skip
             tl.store(Parts + PART_STUDENT_TAIL_TOP * field, top)
             tl.store(Parts + PART_STUDENT_TAIL_REST * field, rest)
             top, rest = _tail(Teacher, TeacherBias, teacher_biased, teacher_inner, teacher_outer, vocab, teacher_width,
-                              GENERAL, LANES)  # fmt: skip
+                              GENERAL, BLOCK // LANE_ENTRIES)  # fmt: skip
             tl.store(Parts + PART_TEACHER_TAIL_TOP * field, top)
             tl.store(Parts + PART_TEACHER_TAIL_REST * field, rest)

@@ -10,16 +10,17 @@ from topd_kernels.shared.launch import Launch, bytes_of, cdiv, logit_numbers
 
 
 class Blocks(NamedTuple):
-    """Entries that a program of the gradient and of `rest` takes at a time, those among the latter that it keeps sums of
-    (`lanes`), ids that a program takes at a time, the warps of a program, and its rows where rows are few numbers each. A
-    program of `rest` has one warp: it often needs a number of all its lanes."""
+    """Entries that a program of the gradient and of `rest` takes at a time, ids that a program takes at a time, the warps of a
+    program, and its rows where rows are few numbers each. A program of `rest` has one warp: it often needs a number of all its
+    lanes."""
 
-    entries: int
+    gradient: int
     rest: int
-    lanes: int
     ids: int
-    num_warps: int = 4
+    gradient_warps: int = 4
+    rest_warps: int = 1
     rows: int = 64
+    num_warps: int = 4
 
 
 class Outputs(NamedTuple):
@@ -132,8 +133,8 @@ class Chunk:
             rest,
             (rows, self.splits),
             {**self.tile, "Parts": self.parts, "rows": rows, "block_count": self.block_count(self.blocks.rest)},
-            {"ENTROPY": entropy, "GENERAL": self.general, "BLOCK": self.blocks.rest, "LANES": self.blocks.lanes},
-            1,
+            {"ENTROPY": entropy, "GENERAL": self.general, "BLOCK": self.blocks.rest},
+            self.blocks.rest_warps,
             read_bytes=rows * vocab * self.entry_bytes,
             written_bytes=rows * self.splits * (2 + entropy) * self.parts.itemsize,
         )
@@ -181,11 +182,11 @@ class Chunk:
                 "EntropyGrad": second,
                 "entropy_stride": second.stride(0),
                 "rows": rows,
-                "block_count": self.block_count(self.blocks.entries),
+                "block_count": self.block_count(self.blocks.gradient),
                 "grad_scale": self.grad_scale,
             },
-            {"ENTROPY": entropy, "GENERAL": self.general, "BLOCK": self.blocks.entries},
-            self.blocks.num_warps,
+            {"ENTROPY": entropy, "GENERAL": self.general, "BLOCK": self.blocks.gradient},
+            self.blocks.gradient_warps,
             read_bytes=rows * (vocab * self.entry_bytes + numbers * self.row.itemsize),
             written_bytes=rows * vocab * (grad_tile.itemsize + entropy * second.itemsize),
         )

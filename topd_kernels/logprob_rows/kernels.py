@@ -20,7 +20,7 @@ from topd_kernels.logprob_rows.records import (
 from topd_kernels.shared.logits import LEFT_OUT, logits_of, slope_of, unmasked_logits
 from topd_kernels.shared.records import load_field, store_field
 from topd_kernels.shared.row_math import FAR, FLOOR, exp, log1p, number
-from topd_kernels.shared.tops import lead, merge
+from topd_kernels.shared.tops import LANE_ENTRIES, lead, merge
 
 
 @triton.jit(do_not_specialize=["biased", "count"], do_not_specialize_on_alignment=["Ids"])
@@ -72,7 +72,7 @@ def _kept(product, Bias, entries, biased, inner, outer, GENERAL: tl.constexpr):
 @triton.jit(do_not_specialize=["biased", "rows", "block_count"])
 def rest(
     Product, stride, Bias, biased, Parts, rows, block_count, vocab, inner: tl.float64, outer: tl.float64,
-    ENTROPY: tl.constexpr, GENERAL: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
+    ENTROPY: tl.constexpr, GENERAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Read a part of a row once; write its record of Parts. The largest entry so far is a number, not one for each lane; it is
     looked for again only in a block that rises above it, and in the last one, which has a mask."""
@@ -80,7 +80,8 @@ def rest(
     split = tl.program_id(1)
     Product += row * stride
     dtype = Product.dtype.element_ty
-    offset = tl.arange(0, BLOCK // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    LANES: tl.constexpr = BLOCK // LANE_ENTRIES
+    offset = tl.arange(0, LANE_ENTRIES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     cap = number(outer, dtype)
     steep = number(inner, dtype)
     top = tl.full([], float("-inf"), dtype)

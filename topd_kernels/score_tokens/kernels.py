@@ -61,24 +61,38 @@ def _product(Hidden, Weight, row, entry, width, BM: tl.constexpr, BN: tl.constex
 
 
 @triton.jit
-def _logits(product, Bias, entries, mask, biased, inner, outer, capped, GENERAL: tl.constexpr):
-    """Return logits as row_math.logits_of does, with FLOOR for -inf; NaN stays."""
+def _logits(product, Bias, entries, mask, biases, inner, outer, capped, GENERAL: tl.constexpr):
+    """Return logits as row_math.logits_of does, with FLOOR for -inf; NaN stays. `biases`: how many entries have one."""
     y = product
     if GENERAL:
-        y += tl.load(Bias + entries, mask=mask & biased, other=0.0)
+        y += tl.load(Bias + entries, mask=mask & (entries < biases), other=0.0)
     y *= inner
     if GENERAL:
-        if capped:
+        if capped != 0:
             y = outer * tanh(y)
     y = tl.where(y < FLOOR, FLOOR, y)
     return tl.where(mask, y, FLOOR)
 
 
-@triton.jit(do_not_specialize=["rows", "vocab", "run"], do_not_specialize_on_alignment=["Tokens"])
+# `biases` are 0 where a side has none, `token_rows` where there are no tokens, and flags are ints: before Triton 3.9 its
+# interpreter takes no bool.
+@triton.jit(
+    do_not_specialize=[
+        "rows",
+        "vocab",
+        "run",
+        "student_biases",
+        "student_capped",
+        "teacher_biases",
+        "teacher_capped",
+        "token_rows",
+    ],
+    do_not_specialize_on_alignment=["Tokens"],
+)
 def score_blocks(
-    StudentHidden, StudentWeight, StudentBias, student_width, student_biased, student_inner, student_outer, student_capped,
-    TeacherHidden, TeacherWeight, TeacherBias, teacher_width, teacher_biased, teacher_inner, teacher_outer, teacher_capped,
-    Tokens, has_tokens, State, rows, vocab, run,
+    StudentHidden, StudentWeight, StudentBias, student_width, student_biases, student_inner, student_outer, student_capped,
+    TeacherHidden, TeacherWeight, TeacherBias, teacher_width, teacher_biases, teacher_inner, teacher_outer, teacher_capped,
+    Tokens, token_rows, State, rows, vocab, run,
     GENERAL: tl.constexpr, WIDEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Make entries [split * run, (split + 1) * run) of both sides one group; write it and the token's logits into State."""
@@ -100,14 +114,14 @@ def score_blocks(
         mask = (entry < vocab)[None, :]
         entries = entry[None, :]
         s = _product(StudentHidden, StudentWeight, local_row, held, student_width, BM, BN, BK, WIDEN)
-        s = _logits(s, StudentBias, entries, mask, student_biased, student_inner, student_outer, student_capped, GENERAL)
+        s = _logits(s, StudentBias, entries, mask, student_biases, student_inner, student_outer, student_capped, GENERAL)
         student = side_of(s, entry)
         t = _product(TeacherHidden, TeacherWeight, local_row, held, teacher_width, BM, BN, BK, WIDEN)
-        t = _logits(t, TeacherBias, entries, mask, teacher_biased, teacher_inner, teacher_outer, teacher_capped, GENERAL)
+        t = _logits(t, TeacherBias, entries, mask, teacher_biases, teacher_inner, teacher_outer, teacher_capped, GENERAL)
         teacher = side_of(t, entry)
         StudentWeight += BN * student_width
         TeacherWeight += BN * teacher_width
-        token = tl.load(Tokens + row, mask=(row < rows) & has_tokens, other=-1)
+        token = tl.load(Tokens + row, mask=row < token_rows, other=-1)
         here = (token >= start) & (token < start + BN)
         if tl.max(here.to(tl.int32), 0) > 0:
             is_token = entries == token[:, None]
@@ -126,9 +140,9 @@ def score_blocks(
     tl.store(State + STATE_TEACHER_TOKEN * rows, t_token, mask=row < rows)
 
 
-@triton.jit(do_not_specialize=["rows", "vocab", "full_vocab", "run"])
+@triton.jit(do_not_specialize=["rows", "vocab", "full_vocab", "run", "biases", "capped"])
 def score_tail(
-    Hidden, Weight, Bias, width, biased, inner, outer, capped, Masses, rows, vocab, full_vocab, run,
+    Hidden, Weight, Bias, width, biases, inner, outer, capped, Masses, rows, vocab, full_vocab, run,
     GENERAL: tl.constexpr, WIDEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Write the mass of a run of the entries [vocab, full_vocab) of the wider side into Masses."""
@@ -145,7 +159,7 @@ def score_tail(
         y = _product(Hidden, Weight, local_row, tl.minimum(column, full_vocab - 1 - start), width, BM, BN, BK, WIDEN)
         Weight += BN * width
         mask = (entry < full_vocab)[None, :]
-        y = _logits(y, Bias, entry[None, :], mask, biased, inner, outer, capped, GENERAL)
+        y = _logits(y, Bias, entry[None, :], mask, biases, inner, outer, capped, GENERAL)
         block_top = tl.max(y, 1)
         block_rest = tl.sum(tl.exp(y - block_top[:, None]), 1) - 1
         top, rest, _ = merge_masses(top, rest, block_top, block_rest)
@@ -183,9 +197,9 @@ def _store_score(Scores, FIELD: tl.constexpr, rows, row, value, exists, inside):
     tl.store(Scores + FIELD * rows + row, tl.where(exists, value, float("nan")), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "splits", "student_tail_splits", "teacher_tail_splits"])
+@triton.jit(do_not_specialize=["rows", "splits", "student_tail_splits", "teacher_tail_splits", "token_rows"])
 def score_finish(
-    State, splits, StudentTail, student_tail_splits, TeacherTail, teacher_tail_splits, has_tokens, Scores, rows,
+    State, splits, StudentTail, student_tail_splits, TeacherTail, teacher_tail_splits, token_rows, Scores, rows,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Merge the splits of rows, in order; write their scores."""
@@ -205,8 +219,8 @@ def score_finish(
     exists = (s.top > FLOOR) & (t.top > FLOOR) & (s.top < float("inf")) & (t.top < float("inf"))
     exists = exists & (s.rest < float("inf")) & (t.rest < float("inf"))
     zero = tl.zeros((BLOCK,), tl.float32)
-    s_logprob = tl.where(has_tokens, _logprob_of(s, s_token), zero)
-    t_logprob = tl.where(has_tokens, _logprob_of(t, t_token), zero)
+    s_logprob = tl.where(row < token_rows, _logprob_of(s, s_token), zero)
+    t_logprob = tl.where(row < token_rows, _logprob_of(t, t_token), zero)
     s_lost = _lost_mass(s, StudentTail, student_tail_splits, rows, row, inside)
     t_lost = _lost_mass(t, TeacherTail, teacher_tail_splits, rows, row, inside)
     _store_score(Scores, SCORE_FORWARD_KL, rows, row, group.forward, exists, inside)

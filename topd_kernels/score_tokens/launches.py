@@ -16,6 +16,7 @@ from torch import Tensor
 
 from topd_kernels.score_tokens.kernels import score_blocks, score_finish, score_tail
 from topd_kernels.score_tokens.records import MASSES, STATES
+from topd_kernels.shared.blocks import Tile, default_tile, device_of
 from topd_kernels.shared.launch import (
     PROGRAMS_PER_PROCESSOR,
     Launch,
@@ -32,15 +33,6 @@ FINISH_ROWS, FINISH_WARPS = 64, 2
 MOST_SPLITS = 256
 
 
-class Blocks(NamedTuple):
-    """Rows, entries and hidden columns of a tile, and the warps that work on it."""
-
-    rows: int
-    entries: int
-    columns: int
-    warps: int
-
-
 class Operands(NamedTuple):
     """One side: hidden [N, H], weight [V, H], bias [V] or None, and its numbers."""
 
@@ -49,6 +41,11 @@ class Operands(NamedTuple):
     bias: Tensor | None
     scale: float
     softcap: float | None
+
+    @property
+    def biases(self) -> int:
+        """Return how many entries have a bias."""
+        return 0 if self.bias is None else self.bias.shape[0]
 
     def contiguous(self) -> "Operands":
         """Return the side with tensors as the kernels read them."""
@@ -62,16 +59,6 @@ class Operands(NamedTuple):
         return float(self.scale / divisor), float(divisor / temperature)
 
 
-def blocks_of(student: torch.dtype, teacher: torch.dtype, *, aligned: bool) -> Blocks:
-    """Return tiles of which no kernel spills on any target that `tools.binaries` knows: 16 entries of a tile to a thread, or
-    fewer. `aligned`: the widths are multiples of 16; other rows are loaded entry by entry, which takes registers."""
-    if student.itemsize != teacher.itemsize:
-        return Blocks(32, 32, 32, 4 if aligned else 8)
-    if student.itemsize > 2:
-        return Blocks(64, 32, 32 if aligned else 16, 8)
-    return Blocks(64, 64, 64, 8) if aligned else Blocks(64, 32, 32, 8)
-
-
 class _Plan(NamedTuple):
     """How a run of entries is shared: blocks of rows, entries of a program, programs of a row."""
 
@@ -80,14 +67,14 @@ class _Plan(NamedTuple):
     splits: int
 
     @classmethod
-    def of(cls, rows: int, entries: int, blocks: Blocks, like: Tensor, splits: int | None = None) -> "_Plan":
+    def of(cls, rows: int, entries: int, blocks: Tile, like: Tensor, splits: int | None = None) -> "_Plan":
         """Return the plan for a device; `splits` programs of a row at most, where it is given."""
         row_blocks, entry_blocks = cdiv(rows, blocks.rows), cdiv(entries, blocks.entries)
         wanted = PROGRAMS_PER_PROCESSOR * processors(like) // max(1, row_blocks)
         run = cdiv(entry_blocks, splits or splits_of(wanted, entry_blocks, MOST_SPLITS)) * blocks.entries
         return cls(row_blocks, run, cdiv(entries, run))
 
-    def tile_bytes(self, side: Operands, entries: int, blocks: Blocks) -> int:
+    def tile_bytes(self, side: Operands, entries: int, blocks: Tile) -> int:
         """Return the bytes of a side's operands that tiles over so many entries read. A tile's rows and entries past the last
         are read as the last."""
         entry_blocks, width = cdiv(entries, blocks.entries), side.hidden.shape[1]
@@ -103,7 +90,7 @@ def _blocks_launch(
     temperature: float,
     state: Tensor,
     plan: _Plan,
-    blocks: Blocks,
+    blocks: Tile,
     constants: dict[str, Any],
 ) -> Launch:
     """Return the launch over the entries that both sides have."""
@@ -120,20 +107,20 @@ def _blocks_launch(
             "StudentWeight": student.weight,
             "StudentBias": student.weight if student.bias is None else student.bias,
             "student_width": student.hidden.shape[1],
-            "student_biased": student.bias is not None,
+            "student_biases": student.biases,
             "student_inner": student_inner,
             "student_outer": student_outer,
-            "student_capped": student.softcap is not None,
+            "student_capped": int(student.softcap is not None),
             "TeacherHidden": teacher.hidden,
             "TeacherWeight": teacher.weight,
             "TeacherBias": teacher.weight if teacher.bias is None else teacher.bias,
             "teacher_width": teacher.hidden.shape[1],
-            "teacher_biased": teacher.bias is not None,
+            "teacher_biases": teacher.biases,
             "teacher_inner": teacher_inner,
             "teacher_outer": teacher_outer,
-            "teacher_capped": teacher.softcap is not None,
+            "teacher_capped": int(teacher.softcap is not None),
             "Tokens": state.new_empty(1, dtype=torch.int64) if tokens is None else tokens,
-            "has_tokens": tokens is not None,
+            "token_rows": 0 if tokens is None else rows,
             "State": state,
             "rows": rows,
             "vocab": vocab,
@@ -148,7 +135,7 @@ def _blocks_launch(
 
 
 def _tail_launch(
-    side: Operands, vocab: int, temperature: float, plan: _Plan, blocks: Blocks, masses: Tensor, constants: dict[str, Any]
+    side: Operands, vocab: int, temperature: float, plan: _Plan, blocks: Tile, masses: Tensor, constants: dict[str, Any]
 ) -> Launch:
     """Return the launch over the wider side's entries from vocab on."""
     (rows, width), full_vocab = side.hidden.shape, side.weight.shape[0]
@@ -161,10 +148,10 @@ def _tail_launch(
             "Weight": side.weight,
             "Bias": side.weight if side.bias is None else side.bias,
             "width": width,
-            "biased": side.bias is not None,
+            "biases": side.biases,
             "inner": inner,
             "outer": outer,
-            "capped": side.softcap is not None,
+            "capped": int(side.softcap is not None),
             "Masses": masses,
             "rows": rows,
             "vocab": vocab,
@@ -196,7 +183,7 @@ def _finish_launch(
             "student_tail_splits": 0 if student_tail is None else student_tail.shape[0],
             "TeacherTail": state if teacher_tail is None else teacher_tail,
             "teacher_tail_splits": 0 if teacher_tail is None else teacher_tail.shape[0],
-            "has_tokens": has_tokens,
+            "token_rows": rows if has_tokens else 0,
             "Scores": scores,
             "rows": rows,
         },
@@ -213,16 +200,18 @@ def launches(
     tokens: Tensor | None,
     temperature: float,
     *,
-    blocks: Blocks | None = None,
+    blocks: Tile | None = None,
     splits: int | None = None,
+    family: str | None = None,
 ) -> tuple[list[Launch], Tensor]:
     """Return what computes Scores [9, N] float32, and that tensor. The tile, and how many programs at most share a row's
-    vocabulary, are chosen here unless they are given."""
+    vocabulary, are chosen here unless they are given. `family`: of devices, where it is not the tensors' own."""
     student, teacher = student.contiguous(), teacher.contiguous()
     (rows, student_width), teacher_width = student.hidden.shape, teacher.hidden.shape[1]
     vocab = min(student.weight.shape[0], teacher.weight.shape[0])
     aligned = student_width % 16 == teacher_width % 16 == 0
-    blocks = blocks or blocks_of(student.weight.dtype, teacher.weight.dtype, aligned=aligned)
+    of = device_of(student.weight.device, family).family
+    blocks = blocks or default_tile(of, student.weight.itemsize, teacher.weight.itemsize, aligned=aligned)
     plan = _Plan.of(rows, vocab, blocks, student.hidden, splits)
     state = student.hidden.new_empty((plan.splits, STATES.value, rows), dtype=torch.float32)
     scores = student.hidden.new_empty((SCORES.value, rows), dtype=torch.float32)

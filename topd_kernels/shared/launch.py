@@ -16,7 +16,7 @@ from triton.runtime.interpreter import InterpretedFunction
 MAX_GRID_YZ = 65_535
 PROGRAMS_PER_PROCESSOR = 4
 # Of the kernels that read a row, whose programs are of one warp where they need a number of a whole row.
-ROW_PROGRAMS_PER_PROCESSOR = 16
+ROW_PROGRAMS_PER_PROCESSOR = 32
 
 
 @dataclass

@@ -6,6 +6,8 @@ import triton.language as tl
 
 from topd_kernels.shared.row_math import exp
 
+# Entries of a block that one sum is kept of.
+LANE_ENTRIES = tl.constexpr(4)
 # Above every entry's number.
 NO_ENTRY = tl.constexpr(2147483647)
 

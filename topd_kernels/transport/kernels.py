@@ -89,7 +89,7 @@ def _solve(
         else:
             plan = Plan
             rows, dual, error = evaluate_panels(x, cost, Plan, is_row, a, unit_a, unit_b, columns, stage, ROWS, PANEL)
-        risen = dual - before >= ARMIJO * size * slope - 1e-15 * tl.abs(before)
+        risen = dual - before >= size * ARMIJO * slope - 1e-15 * tl.abs(before)
         if (phase == SEARCH) & ~risen:
             halvings += 1
             size = tl.where(halvings < MAX_HALVINGS, size / 2, 0.0)

@@ -2,16 +2,17 @@
 
 from torch import Tensor
 
+from topd_kernels.shared.blocks import device_of
 from topd_kernels.shared.launch import Launch, bytes_of, cdiv, run_all
 from topd_kernels.weighted_gather.kernels import gather
 
-WIDTH, NUM_WARPS = 512, 4
 
-
-def launches(out: Tensor, table: Tensor, ids: Tensor, weights: Tensor) -> list[Launch]:
-    """Return the launch that adds to out [N, H]: table [V, H], ids and weights [N, M]."""
+def launches(out: Tensor, table: Tensor, ids: Tensor, weights: Tensor, *, family: str | None = None) -> list[Launch]:
+    """Return the launch that adds to out [N, H]: table [V, H], ids and weights [N, M]. `family`: of devices, where
+    it is not the tensors' own."""
     (rows, count), width = ids.shape, out.shape[1]
-    blocks = cdiv(width, WIDTH)
+    sizes = device_of(out.device, family).sizes("gather", table.itemsize)
+    blocks = cdiv(width, sizes.block)
     arguments = {
         "Out": out,
         "out_stride": out.stride(0),
@@ -29,8 +30,8 @@ def launches(out: Tensor, table: Tensor, ids: Tensor, weights: Tensor) -> list[L
             gather,
             (rows, blocks),
             arguments,
-            {"BLOCK": WIDTH},
-            NUM_WARPS,
+            {"BLOCK": sizes.block},
+            sizes.num_warps,
             read_bytes=read,
             written_bytes=bytes_of(out),
         )

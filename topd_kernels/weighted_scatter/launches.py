@@ -7,16 +7,17 @@ has nothing to do.
 import torch
 from torch import Tensor
 
+from topd_kernels.shared.blocks import device_of
 from topd_kernels.shared.launch import Launch, bytes_of, cdiv, run_all
 from topd_kernels.weighted_scatter.kernels import scatter
 
-WIDTH, NUM_WARPS = 512, 4
 
-
-def launches(out: Tensor, rows: Tensor, ids: Tensor, weights: Tensor) -> list[Launch]:
-    """Return the launch that adds to out [V, H]: rows [N, H], ids and weights [N, M]."""
+def launches(out: Tensor, rows: Tensor, ids: Tensor, weights: Tensor, *, family: str | None = None) -> list[Launch]:
+    """Return the launch that adds to out [V, H]: rows [N, H], ids and weights [N, M]. `family`: of devices, where
+    it is not the tensors' own."""
     entries, width = ids.numel(), out.shape[1]
-    blocks = cdiv(width, WIDTH)
+    sizes = device_of(out.device, family).sizes("scatter", rows.itemsize)
+    blocks = cdiv(width, sizes.block)
     by_id = torch.sort(ids.flatten(), stable=True)
     arguments = {
         "Out": out,
@@ -38,8 +39,8 @@ def launches(out: Tensor, rows: Tensor, ids: Tensor, weights: Tensor) -> list[La
             scatter,
             (entries, blocks),
             arguments,
-            {"BLOCK": WIDTH},
-            NUM_WARPS,
+            {"BLOCK": sizes.block},
+            sizes.num_warps,
             read_bytes=numbers + entries * width * (rows.itemsize + out.itemsize),
             written_bytes=entries * width * out.itemsize,
         )

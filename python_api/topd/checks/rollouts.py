@@ -35,12 +35,13 @@ def binary(name: str, value: object, like: Tensor, like_name: str) -> Tensor:
     return checked != 0
 
 
-def check_rollouts(input_ids: object, attention_mask: object) -> tuple[Tensor, Tensor]:
-    """Check rollouts, and return input_ids [B, T] int64 and their attention mask as bool."""
-    ids = check_tensor("input_ids", input_ids, dtype=torch.int64)
+def check_rollouts(input_ids: object, attention_mask: object, side: str = "") -> tuple[Tensor, Tensor]:
+    """Check rollouts, and return input_ids [B, T] int64 and their attention mask as bool. Their names begin with `side`."""
+    name = f"{side}input_ids"
+    ids = check_tensor(name, input_ids, dtype=torch.int64)
     if ids.dim() != 2:
-        raise ValueError(f"input_ids must be [B, T], a row for each rollout, got {list(ids.shape)}; unsqueeze a single one")
-    return ids, binary("attention_mask", attention_mask, ids, "input_ids")
+        raise ValueError(f"{name} must be [B, T], a row for each rollout, got {list(ids.shape)}; unsqueeze a single one")
+    return ids, binary(f"{side}attention_mask", attention_mask, ids, name)
 
 
 def check_ids(name: str, ids: Tensor, **sizes: int | None) -> None:

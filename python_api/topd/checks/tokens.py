@@ -37,16 +37,16 @@ def check_lengths(
     return checked
 
 
-def check_offsets(cu_seqlens: object, packed: Tensor, name: str) -> Tensor:
-    """Check where the sequences of `packed` [N] begin and end, and return it as int64 [B + 1]."""
-    bounds = check_tensor("cu_seqlens", cu_seqlens, dtype=torch.int32, device=(packed.device, name)).long()
+def check_offsets(cu_seqlens: object, packed: Tensor, name: str, side: str = "") -> Tensor:
+    """Check where the sequences of `packed` [N] begin and end, and return it as int64 [B + 1]. Its name begins with `side`."""
+    bounds = check_tensor(f"{side}cu_seqlens", cu_seqlens, dtype=torch.int32, device=(packed.device, name)).long()
     total = packed.numel()
     good = bounds.dim() == 1 and bounds.numel() >= (2 if total else 1)
     if good and bounds.device.type == "cpu":
         good = bool(bounds[0] == 0 and bounds[-1] == total and (bounds.diff() >= 0).all())
     if not good:
         rule = f"[B + 1], start at 0, never decrease and end at N = {total}, the length of {name}"
-        raise ValueError(f"cu_seqlens must be {rule}, got {bounds.tolist()}; it is 0, then the cumsum of the lengths")
+        raise ValueError(f"{side}cu_seqlens must be {rule}, got {bounds.tolist()}; it is 0, then the cumsum of the lengths")
     return bounds
 
 

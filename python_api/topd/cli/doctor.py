@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -96,8 +97,19 @@ def machine() -> Iterator[tuple[str, str]]:
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
         yield f"cuda:{index}", f"{device.name}, {device.total_memory / 1024**3:.0f} GiB"
+        if topd.backends()["triton"]:
+            yield f"cuda:{index} blocks", block_sizes(index)
     if not torch.cuda.is_available():
         yield "gpu", "none"
+
+
+def block_sizes(index: int) -> str:
+    """Return whose block sizes the Triton kernels take on a GPU, or what is wrong with the user's file."""
+    blocks = importlib.import_module("topd_kernels.shared.blocks")
+    try:
+        return str(blocks.described(torch.device("cuda", index)))
+    except ValueError as error:
+        return f"REFUSED: {error}"
 
 
 def checks() -> Iterator[Check]:

@@ -5,6 +5,7 @@ fetches a step's micro-batches (`get_batch_samples`), and the count is what Trai
 """
 
 import copy
+import random
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import Any
@@ -14,29 +15,37 @@ import transformers
 from torch import Tensor
 
 from topd.checks.values import check_tensor
-from topd.integrations.rollouts import sample_rollouts
+from topd.integrations.objective_state import FollowSteps, load_resumed
+from topd.integrations.responses import repeated, without_responses
+from topd.integrations.rollouts import sample_rollouts, with_teacher_prompts
 from topd.integrations.running_means import RunningMeans
 from topd.integrations.tokenizers import check_tokenizers
+from topd.integrations.trainer_options import Rollout, check_lmbda, check_options, check_rollout
 from topd.models.data_parallel import is_sharded_in_place
 from topd.models.properties import vocabulary_of
 from topd.objectives.opd import OPD
 from topd.objectives.topd import TOPD
-
-Rollout = Mapping[str, Any] | Callable[[Any, Mapping[str, Any]], Mapping[str, Tensor]]
 
 
 class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
     """transformers.Trainer that trains an objective's student on its own rollouts.
 
     Args:
-        objective: topd.OPD or topd.TOPD. Its student is trained; its teacher is put in eval mode and on the student's device. A
-            topd.OPD without a teacher model wants the teacher's top-k in its batches, from the data or from `rollout`.
+        objective: topd.OPD, TRD, OPSD or TOPD. Its student is trained; its teacher is put in eval mode and on the student's
+            device. A topd.OPD without a teacher model wants the teacher's top-k in its batches, of the data or of `rollout`.
         args: transformers.TrainingArguments; no column is removed, whatever remove_unused_columns says.
         data_collator: makes batches of prompts, input_ids and attention_mask [B, P] padded on the left; or of finished
-            rollouts, which have a response_mask too.
+            rollouts, which have a response_mask too, for instance those of `topd.pair`. Prompts may have the teacher's own
+            beside them, teacher_input_ids and teacher_attention_mask [B, P'] padded on the left: the sampled response goes
+            behind both.
         rollout: how batches without a response_mask are continued: options of `sample_rollouts`, at least max_new_tokens
-            (vocabulary is the teacher's size, where that is smaller); or a function (student, batch) -> the batch that the
-            objective gets. None: batches come with their rollouts.
+            (vocabulary is the teacher's size, where that is smaller; with samples_per_prompt the batch's other tensors and
+            lists are repeated); or a function (student, batch) -> the batch that the objective gets, for instance a
+            `RefineRollout`. None: batches come with their rollouts.
+        lmbda: in [0, 1], as in TRL's GKD: batches come with their rollouts, and in training each micro-batch's responses are
+            left out and sampled anew, by `rollout`, with this probability. All processes decide alike, by args.seed and the
+            step, also after a checkpoint. An evaluation takes the data's responses. None: a batch with responses is taken as
+            it is.
         teacher_processing_class: the teacher's tokenizer or processor, to be compared with processing_class. None: the
             tokenizer in the local folder that the teacher was loaded from, where there is one. Nothing is compared where
             processing_class is None or the objective allows unequal vocabularies.
@@ -55,19 +64,20 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         data_collator: Any = None,
         *,
         rollout: Rollout | None = None,
+        lmbda: float | None = None,
         teacher_processing_class: Any = None,
         **options: Any,
     ) -> None:
         if not isinstance(objective, OPD | TOPD):
             raise TypeError(f"objective must be a topd.OPD or topd.TOPD, got {type(objective).__name__}")
-        self.objective, self.rollout = objective, check_rollout(rollout)
+        self.objective, self.rollout, self.lmbda = objective, check_rollout(rollout), check_lmbda(lmbda, rollout)
         if objective.teacher is None and isinstance(rollout, Mapping):
             raise ValueError(
                 "rollout must be a function, or None, where objective.teacher is None, got options of sample_rollouts; a "
                 "function (student, batch) -> batch adds the teacher_topk_logprobs and teacher_topk_ids of what it sampled"
             )
         args = copy.copy(args) if args is not None else transformers.TrainingArguments("tmp_trainer")
-        _check_options(args, options)
+        check_options(args, options)
         if not objective.allow_unequal_vocabularies:
             check_tokenizers(options.get("processing_class"), teacher_processing_class, objective.teacher)
         args.remove_unused_columns = False
@@ -82,6 +92,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
             raise ValueError(
                 f"{type(self).__name__} knows no tensor, context or sequence parallelism, got it in args; leave it out"
             )
+        self.add_callback(FollowSteps(self, lambda: self.objective))
         self._means = {"train": RunningMeans(), "eval": RunningMeans()}
         self._place_teacher()
         if self.args.world_size > 1:  # each draws rollouts of its own; the data's order has its seed above
@@ -96,11 +107,17 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         if getattr(teacher, "hf_device_map", None) is None and getattr(teacher, "quantization_method", None) is None:
             teacher.to(self.args.device)
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **options: Any) -> Any:
+        """Train as Trainer does; where a checkpoint is resumed, the objective goes on from it too."""
+        load_resumed(self.objective, self, resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *arguments, **options)
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | None]:
         """Return the micro-batches of an optimizer step with their rollouts, and how many items all processes have in them."""
-        batches = [self._with_rollouts(batch) for batch in list(islice(epoch_iterator, num_batches))]
+        given = list(islice(epoch_iterator, num_batches))
+        batches = [self._with_rollouts(batch, anew=self._anew(index)) for index, batch in enumerate(given)]
         if not batches:
             return batches, None
         items = torch.stack([count_items(batch, self.objective.config.reduction).to(device) for batch in batches]).sum()
@@ -108,13 +125,25 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
             items = self.accelerator.gather(items).sum()
         return batches, items.clamp_min(1)
 
-    def _with_rollouts(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _anew(self, index: int) -> bool:
+        """Tell whether the responses of a step's micro-batch are sampled anew: the same in every process."""
+        if self.lmbda is None:
+            return False
+        return random.Random(f"{self.args.seed} {self.state.global_step} {index}").random() < self.lmbda
+
+    def _with_rollouts(self, batch: Mapping[str, Any], anew: bool = False) -> Mapping[str, Any]:
         """Return a batch with its rollouts: as it came, or prompts that the student has continued."""
         if not isinstance(batch, Mapping):
             raise TypeError(f"data_collator must make mappings of tensors, got {type(batch).__name__}")
         batch = self._prepare_inputs(dict(batch))
-        if "response_mask" in batch:
+        if self.lmbda is not None and "response_mask" not in batch:
+            raise ValueError(
+                f"a batch must hold response_mask where lmbda is given, got {sorted(batch)}; lmbda mixes the data's responses "
+                "with sampled ones; leave it out for prompts alone"
+            )
+        if "response_mask" in batch and not anew:
             return batch
+        batch = without_responses(batch) if anew else batch
         missing = [key for key in ("input_ids", "attention_mask") if key not in batch]
         if missing:
             raise ValueError(
@@ -132,10 +161,14 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
                 sampled = self.rollout(student, batch)
             else:
                 options = {**self._readable_tokens(), **self.rollout}
-                sampled = {**batch, **sample_rollouts(student, batch["input_ids"], batch["attention_mask"], **options)}
+                new = sample_rollouts(student, batch["input_ids"], batch["attention_mask"], **options)
+                sampled = {**repeated(batch, options.get("samples_per_prompt", 1)), **new}
         if not isinstance(sampled, Mapping) or "response_mask" not in sampled:
             came = sorted(sampled) if isinstance(sampled, Mapping) else type(sampled).__name__
             raise ValueError(f"rollout must return a batch with response_mask, got {came}; see sample_rollouts for its form")
+        if "teacher_input_ids" in sampled and "teacher_response_mask" not in sampled:
+            prompts, mask = sampled["teacher_input_ids"], sampled.get("teacher_attention_mask")
+            sampled = with_teacher_prompts(sampled, prompts, mask)  # type: ignore[arg-type]
         return self._prepare_inputs(dict(sampled))  # type: ignore[no-any-return]
 
     def _readable_tokens(self) -> dict[str, Any]:
@@ -199,34 +232,6 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         if self.args.world_size == 1:
             return values
         return self.accelerator.reduce(values.to(self.args.device), "mean")  # type: ignore[no-any-return]
-
-
-def check_rollout(rollout: Any) -> Rollout | None:
-    """Check how batches of prompts are continued, and return it."""
-    if rollout is None or callable(rollout):
-        return rollout  # type: ignore[no-any-return]
-    if not isinstance(rollout, Mapping):
-        raise TypeError(f"rollout must be options of sample_rollouts, a function or None, got {type(rollout).__name__}")
-    known = {"max_new_tokens", "temperature", "eos_token_id", "pad_token_id", "vocabulary"}
-    if "max_new_tokens" not in rollout or set(rollout) - known:
-        raise ValueError(f"rollout must hold max_new_tokens and may hold {sorted(known)}, got {sorted(rollout)}")
-    return dict(rollout)
-
-
-def _check_options(args: Any, options: Mapping[str, Any]) -> None:
-    """Refuse what Trainer could do and this trainer cannot."""
-    refused = (
-        (options.get("model") is not None, "model", "the objective's student is the model"),
-        (options.get("model_init") is not None, "model_init", "the objective holds the student"),
-        (options.get("compute_loss_func") is not None, "compute_loss_func", "the objective is the loss"),
-        (options.get("compute_metrics") is not None, "compute_metrics", "an evaluation returns losses and metrics, no logits"),
-        (bool(args.label_smoothing_factor), "args.label_smoothing_factor", "there are no labels"),
-        (bool(args.torch_compile), "args.torch_compile", "compile the student's layers instead"),
-        (bool(args.use_liger_kernel), "args.use_liger_kernel", "the loss is topd's own"),
-    )
-    for met, name, reason in refused:
-        if met:
-            raise ValueError(f"{name} must be left out, got one; {reason}")
 
 
 def count_items(batch: Mapping[str, Any], reduction: str) -> Tensor:

@@ -9,31 +9,41 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 import trl
 from torch import Tensor
 
-from topd.divergences import JSD, Divergence, ForwardKL, ReverseKL, resolve_divergence
+from topd.integrations.objective_state import FollowSteps, load_resumed
 from topd.integrations.running_means import SHARES
 from topd.integrations.tokenizers import check_tokenizers
-from topd.objectives.config import OPDConfig, TOPDConfig
+from topd.integrations.trl_batches import (
+    TEACHER_PROMPT,
+    TeacherTopK,
+    asked_topk,
+    finished_rollouts,
+    teacher_prompts_of,
+    to_batch,
+    tokenized,
+)
+from topd.integrations.trl_options import (
+    check_config,
+    check_teacher,
+    check_teacher_prompts,
+    check_topk_config,
+    divergence_of,
+    resolve_config,
+)
+from topd.models.sampling import left_padded
+from topd.objectives.config import OPDConfig, OPSDConfig, TOPDConfig, TRDConfig
 from topd.objectives.opd import OPD
+from topd.objectives.opsd import OPSD
 from topd.objectives.topd import TOPD
-from topd.objectives.topk_teacher import TOPK_KEYS, direction_of
+from topd.objectives.trd import TRD
 
-TeacherTopK = Callable[[dict[str, Tensor]], tuple[Tensor, Tensor]]
 VERSIONS = "trl>=1.10,<1.17"
 HOOK, HOOK_ARGUMENTS = "_compute_loss", ("unwrapped_student", "inputs", "num_items_in_batch")
-MULTIMODAL = (
-    "pixel_values",
-    "image_grid_thw",
-    "pixel_attention_mask",
-    "spatial_shapes",
-    "image_sizes",
-    "token_type_ids",
-    "mm_token_type_ids",
-    "image_position_ids",
-)
+BATCH_HOOK, BATCH_HOOK_ARGUMENTS = "_generate_and_score_completions", ("inputs",)
+PURPOSES = {HOOK: "in whose place topd computes its loss", BATCH_HOOK: "to whose batch topd adds the teacher's prompts"}
+METHODS: tuple[tuple[type[OPDConfig], Any], ...] = ((TOPDConfig, TOPD), (TRDConfig, TRD), (OPDConfig, OPD))
 
 
 if not hasattr(trl, "DistillationTrainer"):
@@ -45,13 +55,19 @@ class TOPDTrainer(trl.DistillationTrainer):  # type: ignore[misc]
 
     Args:
         arguments, options: TRL's own; `args` is a trl.DistillationConfig.
-        objective_config: OPDConfig for OPD, TOPDConfig for TOPD. None: a TOPDConfig with the divergence that args.beta names
+        objective_config: OPDConfig for OPD, TOPDConfig for TOPD, TRDConfig for TRD, OPSDConfig for OPSD, in which the student
+            teaches itself and teacher_model is None. None: a TOPDConfig with the divergence that args.beta names
             and args.temperature for the loss and the windows. A given one must agree with args.temperature, at which TRL
             samples, and with args.beta where that is not TRL's default. None with teacher_topk: an OPDConfig of these two.
         teacher_topk: in place of a teacher_model, a function batch -> (logprobs, ids), called once for each micro-batch, that
             asks for the teacher's top-k of finished rollouts. The batch holds input_ids, attention_mask and response_mask, all
             [B, T]; the result, floating and int64 [B, T, k], speaks in column t of the token input_ids[:, t], at
             args.temperature. `topd.pad_topk` makes it from a server's answers.
+        data_collator: None: TRL samples responses to the column prompt; where the dataset has a column teacher_prompt too, text
+            or messages in each row, the teacher reads that instead, and the same response behind it. Or a function that makes
+            finished rollouts of a list of rows, in most cases by `topd.pair`; they are taken as they are, TRL samples nothing.
+        teacher_chat_template_kwargs: further words for the chat template of a teacher_prompt of messages; None:
+            args.chat_template_kwargs, as for the student's.
         teacher_processing_class: the teacher's tokenizer or processor, to be compared with the student's. None: the tokenizer
             in the local folder that the teacher was loaded from, where there is one. TRL itself compares sizes alone.
         allow_unequal_vocabularies: do not compare tokenizers.
@@ -59,7 +75,8 @@ class TOPDTrainer(trl.DistillationTrainer):  # type: ignore[misc]
     Raises:
         TypeError, ValueError: TRL's own; an objective_config of another type, one that contradicts args or reduces by
             "sequence" (TRL counts tokens), a processor of images, a teacher with another tokenizer; no teacher_model and no
-            teacher_topk, or both; a teacher_topk with a TOPDConfig or a divergence that a top-k does not determine.
+            teacher_topk, or both; a teacher_topk with a TOPDConfig or a divergence that a top-k does not determine. At the
+            first step: a column teacher_prompt with a TOPDConfig, whose windows branch off one context.
         RuntimeError: this version of TRL computes its loss elsewhere; at construction, or at the first step.
     """
 
@@ -68,48 +85,83 @@ class TOPDTrainer(trl.DistillationTrainer):  # type: ignore[misc]
         *arguments: Any,
         objective_config: OPDConfig | None = None,
         teacher_topk: TeacherTopK | None = None,
+        data_collator: Callable[[list[Any]], Mapping[str, Tensor]] | None = None,
+        teacher_chat_template_kwargs: Mapping[str, Any] | None = None,
         teacher_processing_class: Any = None,
         allow_unequal_vocabularies: bool = False,
         **options: Any,
     ) -> None:
         check_hook(trl.DistillationTrainer)
-        if objective_config is not None and not isinstance(objective_config, OPDConfig):
-            came = type(objective_config).__name__
-            raise TypeError(f"objective_config must be a topd.OPDConfig, a topd.TOPDConfig or None, got {came}")
+        check_hook(trl.DistillationTrainer, BATCH_HOOK, BATCH_HOOK_ARGUMENTS)
+        check_config(objective_config)
         if teacher_topk is not None and not callable(teacher_topk):
             raise TypeError(f"teacher_topk must be a function batch -> (logprobs, ids), got {type(teacher_topk).__name__}")
         super().__init__(*arguments, **options)
         if self._is_vlm:
             raise ValueError("processing_class must be a tokenizer, got a processor; topd's objectives read text alone")
-        if self.teacher_model is None and teacher_topk is None:
-            raise ValueError(
-                "teacher_model must be a model or its name, got None; the objective compares with it; or give teacher_topk, "
-                "which asks a server"
-            )
-        if self.teacher_model is not None and teacher_topk is not None:
-            raise ValueError(
-                "teacher_model must be left out where teacher_topk is given, got both; the objective has one teacher"
-            )
+        check_teacher(self.teacher_model, teacher_topk, objective_config)
         self.teacher_topk = teacher_topk
         if teacher_topk is not None and objective_config is None:
             objective_config = OPDConfig(divergence=divergence_of(self.args.beta), temperature=self.args.temperature)
-        self.objective_config = resolve_config(objective_config, self.args.beta, self.args.temperature)
+        samples = data_collator is None
+        self.objective_config = resolve_config(objective_config, self.args.beta, self.args.temperature, samples)
         if teacher_topk is not None:
-            _check_topk_config(self.objective_config)
+            check_topk_config(self.objective_config)
         if self.teacher_model is not None and not allow_unequal_vocabularies:
             check_tokenizers(self.processing_class, teacher_processing_class, self.accelerator.unwrap_model(self.teacher_model))
+        if data_collator is not None:
+            if self.args.remove_unused_columns:
+                raise ValueError(
+                    "args.remove_unused_columns must be False where data_collator is given, got True; it reads them"
+                )
+            self.data_collator = data_collator
+        given = teacher_chat_template_kwargs
+        self.teacher_chat_template_kwargs = dict((self.args.chat_template_kwargs or {}) if given is None else given)
         self.allow_unequal_vocabularies = allow_unequal_vocabularies
         self._objective: OPD | TOPD | None = None
+        if isinstance(self.objective_config, OPSDConfig):  # whose teacher may be the student as it is now
+            self._objective_for(self.accelerator.unwrap_model(self.model), None)
+        self.add_callback(FollowSteps(self, lambda: self._objective))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **options: Any) -> Any:
+        """Train as TRL does; where a checkpoint is resumed, the objective goes on from it too."""
+        load_resumed(self._objective, self, resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *arguments, **options)
 
     def _objective_for(self, student: Any, teacher: Any) -> OPD | TOPD:
         """Return the objective of these models, the same one for as long as they and the configuration are the same."""
         config, last = self.objective_config, self._objective
-        if last is not None and last.student is student and last.teacher is teacher and last.config is config:
+        same = last is not None and last.student is student and last.config is config
+        if last is not None and same and (isinstance(last, OPSD) or last.teacher is teacher):
             return last
-        method = TOPD if isinstance(config, TOPDConfig) else OPD
-        unequal = self.allow_unequal_vocabularies
-        self._objective = method(student, teacher, config, allow_unequal_vocabularies=unequal)  # type: ignore[arg-type]
+        if isinstance(config, OPSDConfig):
+            self._objective = OPSD(student, config)
+            return self._objective
+        method = next(method for kind, method in METHODS if isinstance(config, kind))
+        self._objective = method(student, teacher, config, allow_unequal_vocabularies=self.allow_unequal_vocabularies)
         return self._objective
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if TEACHER_PROMPT not in self._signature_columns:
+            self._signature_columns.append(TEACHER_PROMPT)
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        """Return TRL's batch of prompts and completions with the teacher's prompts beside them; or finished rollouts."""
+        if isinstance(inputs, Mapping):  # data_collator's; TRL's own passes a list of rows
+            batch = finished_rollouts(inputs, self.accelerator.device)
+            count = self.accelerator.gather((batch["response_mask"] != 0).sum()).sum()
+            return {**batch, "num_items_in_batch": count}
+        prompts = teacher_prompts_of(inputs)
+        check_teacher_prompts(prompts is not None, self.objective_config)
+        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        if prompts is not None:
+            template = {"tools": getattr(self, "tools", None) or None, "chat_template": getattr(self, "chat_template", None)}
+            rows = tokenized(self.processing_class, prompts, **template, **self.teacher_chat_template_kwargs)
+            padding, multiple = self.processing_class.pad_token_id, self.args.pad_to_multiple_of
+            ids, mask = left_padded(rows, padding, self.accelerator.device, multiple)
+            output |= {"teacher_prompt_ids": ids, "teacher_prompt_mask": mask}
+        return output
 
     def _compute_loss(
         self, unwrapped_student: Any, inputs: Mapping[str, Any], num_items_in_batch: Tensor | int | None
@@ -118,7 +170,7 @@ class TOPDTrainer(trl.DistillationTrainer):  # type: ignore[misc]
         batch, teacher = to_batch(inputs), None
         if self.teacher_topk is not None:
             batch |= asked_topk(self.teacher_topk, batch)
-        else:
+        elif self.teacher_model is not None:
             self.teacher_model.eval()
             teacher = self.accelerator.unwrap_model(self.teacher_model)
         result = self._objective_for(unwrapped_student, teacher)(batch, num_items=num_items_in_batch)
@@ -149,19 +201,19 @@ class TOPDTrainer(trl.DistillationTrainer):  # type: ignore[misc]
         return output
 
 
-def check_hook(base: type) -> None:
-    """Check that TRL's trainer has the method that topd's overrides, with the same arguments.
+def check_hook(base: type, hook: str = HOOK, arguments: tuple[str, ...] = HOOK_ARGUMENTS) -> None:
+    """Check that TRL's trainer has a method that topd's overrides, with the same arguments.
 
     Raises:
         RuntimeError: it has not: TRL would train its own loss.
     """
-    method = inspect.getattr_static(base, HOOK, None)
+    method = inspect.getattr_static(base, hook, None)
     came = tuple(inspect.signature(method).parameters)[1:] if inspect.isfunction(method) else None
-    if came != HOOK_ARGUMENTS:
-        text = "no such method" if came is None else f"{HOOK}({', '.join(came)})"
+    if came != arguments:
+        text = "no such method" if came is None else f"{hook}({', '.join(came)})"
         raise RuntimeError(
-            f"trl.DistillationTrainer must have {HOOK}({', '.join(HOOK_ARGUMENTS)}), in whose place topd computes its loss, "
-            f"got {text} in TRL {trl.__version__}; install {VERSIONS!r}"
+            f"trl.DistillationTrainer must have {hook}({', '.join(arguments)}), {PURPOSES[hook]}, got {text} in TRL "
+            f"{trl.__version__}; install {VERSIONS!r}"
         )
 
 
@@ -174,68 +226,3 @@ def as_numbers(metrics: Mapping[str, Tensor], parts: int) -> dict[str, float]:
     """
     values = {name: value.item() * (parts if name in SHARES else 1) for name, value in metrics.items() if name != "loss"}
     return {name: value for name, value in values.items() if name in SHARES or not math.isnan(value)}
-
-
-def to_batch(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Turn TRL's prompts and completions into the batch of an objective; what tools wrote is attended but no response."""
-    images = [key for key in MULTIMODAL if inputs.get(key) is not None]
-    if images:
-        raise ValueError(f"inputs must be text alone, got {images[0]}; topd's objectives read no images")
-    response = inputs["completion_mask"] * inputs["tool_mask"] if "tool_mask" in inputs else inputs["completion_mask"]
-    return {
-        "input_ids": torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
-        "attention_mask": torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
-        "response_mask": torch.cat([torch.zeros_like(inputs["prompt_mask"]), response], dim=1),
-    }
-
-
-def asked_topk(teacher_topk: TeacherTopK, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Ask the user's function for the batch keys of a top-k teacher, on the batch's device; OPD checks the tensors."""
-    answer = teacher_topk(dict(batch))
-    if not isinstance(answer, tuple) or len(answer) != 2 or not all(isinstance(each, Tensor) for each in answer):
-        raise TypeError(
-            f"teacher_topk must return (logprobs, ids), two tensors, got {type(answer).__name__}; topd.pad_topk makes them "
-            "from a server's answers"
-        )
-    return {key: value.to(batch["input_ids"].device) for key, value in zip(TOPK_KEYS, answer, strict=True)}
-
-
-def _check_topk_config(config: OPDConfig) -> None:
-    """Check that the configuration is one that a teacher's top-k can serve."""
-    if isinstance(config, TOPDConfig):
-        raise ValueError(
-            "objective_config must be a topd.OPDConfig where teacher_topk is given, got a TOPDConfig, whose method continues a "
-            "teacher model; take OPDConfig, or teacher_model"
-        )
-    direction_of(config)
-
-
-def divergence_of(beta: float) -> Divergence:
-    """Return the divergence that TRL's beta names."""
-    if beta in (0.0, 1.0):
-        return ReverseKL() if beta else ForwardKL()
-    return JSD(beta)
-
-
-def resolve_config(config: OPDConfig | None, beta: float, temperature: float) -> OPDConfig:
-    """Return the objective's configuration beside TRL's arguments, which it may not contradict."""
-    named = divergence_of(beta)
-    if config is None:
-        return TOPDConfig(divergence=named, temperature=temperature, window_temperature=temperature)
-    own = resolve_divergence(config.divergence)
-    if beta != 1.0 and own != named:
-        raise ValueError(
-            f"objective_config.divergence must be the one of args.beta = {beta}, {named}, got {own}; leave beta at its "
-            "default, 1.0, to let the configuration choose"
-        )
-    if config.temperature != temperature:
-        raise ValueError(
-            f"objective_config.temperature must be args.temperature, at which TRL samples, {temperature}, got "
-            f"{config.temperature}; give both the same"
-        )
-    if config.reduction != "token":
-        raise ValueError(
-            f"objective_config.reduction must be 'token', since TRL counts tokens over a step, got {config.reduction!r}; for "
-            "'sequence' take topd.integrations.transformers.DistillationTrainer"
-        )
-    return config

@@ -34,6 +34,12 @@ def with_bucket(logs: Tensor, last: Tensor) -> Tensor:
     return torch.cat([logs, last.unsqueeze(-1)], -1)
 
 
+def renormalised(logprobs: Tensor) -> Tensor:
+    """Return log-probabilities among the chosen tokens alone; a row without any stays -inf."""
+    nothing = logprobs.isneginf().all(-1, keepdim=True)
+    return (logprobs - logprobs.masked_fill(nothing, 0.0).logsumexp(-1, keepdim=True)).masked_fill(nothing, -torch.inf)
+
+
 def zero_masked(value: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Return the rows' values in a dtype, 0 where the mask is False."""
     value = value.to(dtype)

@@ -91,8 +91,8 @@ def linear_logprobs(
             right the backward pass costs nothing more; it never changes a value.
         return_entropy: also return the entropy, differentiable like the log-probabilities; using its gradient costs three more
             matrix products (one with a frozen head).
-        workspace_bytes: bound for the tile of logits; None: 512 MiB on a CPU, 256 where it multiplies bfloat16; on a GPU the
-            largest power of two within 2 GiB and a quarter of the available memory.
+        workspace_bytes: bound for the tile of logits; None: 512 MiB on a CPU, 256 where it multiplies bfloat16; on a GPU what
+            chunks of 4,096 rows need, within the largest power of two in a quarter of the memory that is available.
         backend: None (by device), "reference", "eager", "cpp" or "triton"; one asked for by name never falls back.
 
     Returns:

@@ -9,7 +9,7 @@ from topd.checks.distributions import check_ids_in_vocabulary, check_like_ids, c
 from topd.checks.tokens import TOPK_ORDER, check_chosen_ids
 from topd.checks.values import FLOATING, choice, per_token
 from topd.head import Head
-from topd.losses.entry_kl import entries_kl, plain_kl, with_bucket, zero_masked
+from topd.losses.entry_kl import entries_kl, plain_kl, renormalised, with_bucket, zero_masked
 from topd.losses.linear_logprobs import logprobs_and_outside
 from topd.losses.operands import check_side
 from topd.options import BackendName, Direction, Support
@@ -90,7 +90,7 @@ def topk_divergence(
     log_s = logprobs.double()
     if support == "renormalised":
         nowhere = log_s.isneginf().all(-1) & ~log_t.isneginf().all(-1)
-        log_t, log_s = _renormalised(log_t), _renormalised(log_s)
+        log_t, log_s = renormalised(log_t), renormalised(log_s)
     elif support == "tail":
         log_t, log_s = with_bucket(log_t, _log_tail(log_t, vocab)), with_bucket(log_s, outside.double())
     log_p, log_q = (log_t, log_s) if direction == "forward" else (log_s, log_t)
@@ -114,12 +114,6 @@ def _checked_logprobs(teacher_logprobs: object, ids: Tensor, hidden: Tensor, mas
         check_ids_in_vocabulary("teacher_ids", ids, ~logprobs.isneginf(), vocab)
         check_topk_values("teacher_ids", ids, "teacher_logprobs", logprobs)
     return logprobs
-
-
-def _renormalised(logprobs: Tensor) -> Tensor:
-    """Return log-probabilities among the chosen tokens alone; a row without any stays -inf."""
-    nothing = logprobs.isneginf().all(-1, keepdim=True)
-    return (logprobs - logprobs.masked_fill(nothing, 0.0).logsumexp(-1, keepdim=True)).masked_fill(nothing, -torch.inf)
 
 
 def _log_tail(logprobs: Tensor, vocab: int) -> Tensor:

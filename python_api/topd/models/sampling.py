@@ -4,13 +4,15 @@ Whatever a model's generation_config holds (top-k, top-p, penalties, suppressed 
 distribution than the one that a loss differentiates. A call here has a bare configuration; the model's own comes back.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from topd.checks.rollouts import end_tokens
 
 # Tokens of a batch, prefixes and what follows them: what bounds the caches and states of one call.
 BATCH_TOKENS = 32_768
@@ -140,6 +142,33 @@ def eval_mode(model: Any) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def left_padded(
+    rows: Sequence[Sequence[int]], padding: int, device: torch.device, multiple: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return prompts as ids [B, P] int64 and their mask [B, P] of 0 and 1, padded on the left; P a multiple of `multiple`."""
+    width = max(map(len, rows))
+    width = -(-width // multiple) * multiple if multiple else width
+    ids = torch.tensor([[padding] * (width - len(row)) + list(row) for row in rows], device=device)
+    return ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+
+
+def all_end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Return the tokens that end a response: the model's and the tokenizer's."""
+    ends, last = end_tokens(None, model), getattr(tokenizer, "eos_token_id", None)
+    return ends if last is None or last in ends else [*ends, last]
+
+
+def plain_text(tokenizer: Any, tokens: list[int]) -> str:
+    """Return the text of tokens, without special ones."""
+    return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def most_positions(model: Any) -> int | None:
+    """Return how many positions a model has; None where its configuration does not say."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return None if most is None else int(most)
 
 
 def until_end(tokens: Tensor, ends: list[int]) -> Tensor:

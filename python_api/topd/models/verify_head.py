@@ -22,8 +22,8 @@ SIZES = (1.0, 8.0, 64.0)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 TOLERANCE_TF32 = 4e-3  # a GPU may multiply float32 so
 
-# By model, what its forward and its head were when they agreed.
-_verified: WeakKeyDictionary[nn.Module, tuple[Any, ...]] = WeakKeyDictionary()
+# By model, what its forward and its head were when they agreed: more than one where an adapter on the head goes on and off.
+_verified: WeakKeyDictionary[nn.Module, set[tuple[Any, ...]]] = WeakKeyDictionary()
 
 
 def verify_head(model: Any, head: HeadParts) -> None:
@@ -41,12 +41,12 @@ def verify_head(model: Any, head: HeadParts) -> None:
     """
     inner = unwrapped_model(model)
     state = (type(inner).forward, head.scale, head.softcap, tuple(head.weight.shape), head.bias is None, head.adapter is None)
-    if torch.compiler.is_compiling() or _verified.get(inner) == state:
+    if torch.compiler.is_compiling() or state in _verified.get(inner, ()):
         return
     base = base_of(inner)
     if base is not None:
         _compare(inner, base, inner.get_output_embeddings(), head)
-        _verified[inner] = state
+        _verified.setdefault(inner, set()).add(state)
 
 
 @torch.no_grad()

@@ -1,6 +1,9 @@
 """Methods, a file each: rollouts in; a loss, metrics and scores out.
 
-opd.py and topd.py are the methods, topk_teacher.py OPD with a teacher known by its top-k, config.py their options. They share
-batch.py and packed.py (checked batches, and what each token costs), reduction.py (from tokens to a loss), metrics.py (what is
-reported), objective.py (what is returned), model_checks.py and vocabularies.py (what is asked of the models).
+opd.py, trd.py, opsd.py and topd.py are the methods, topk_teacher.py OPD with a teacher known by its top-k, self_teacher.py the
+weights with which a model teaches itself, config.py the options. They share method.py (what is kept between steps), inputs.py
+(a checked batch: batch.py or packed.py, pairs.py, the teacher's side, and what is said of tokens), token_losses.py (what each
+token costs, from the states that rows.py pairs; top_k.py: on the teacher's k tokens alone), reduction.py (from tokens to a
+loss), metrics.py (what is reported), objective.py (what is returned), model_checks.py and vocabularies.py (what is asked of the
+models).
 """

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from topd.branching.windows import STUDENT_WINDOWS
 from topd.checks.values import FLOATING, check_rule_value, check_temperature, check_tensor, choice, positive_int, real
-from topd.divergences import DivergenceLike, resolve_divergence
+from topd.divergences import JSD, DivergenceLike, ForwardKL, ReverseKL, resolve_divergence
 from topd.losses.topk_divergence import SUPPORTS
 from topd.near_future.candidates import CANDIDATE_RULES
 from topd.near_future.false_alarms import FALSE_ALARM_MODES
@@ -23,6 +23,7 @@ from topd.options import (
     GateRule,
     Reduction,
     ScoreName,
+    SelfTeacher,
     Solver,
     StudentWindow,
     Support,
@@ -32,6 +33,9 @@ Config = TypeVar("Config")
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 SCORES: tuple[str, ...] = get_args(ScoreName)
 EMBEDDINGS: tuple[str, ...] = get_args(EmbeddingName)
+SELF_TEACHERS: tuple[str, ...] = get_args(SelfTeacher)
+OPSD_DIVERGENCE = ForwardKL(entry_clip=0.05)
+EMA_DECAY = 0.999
 
 
 @dataclass(frozen=True)
@@ -48,11 +52,16 @@ class OPDConfig:
             the responses that are not empty.
         hard_weight: >= 0, weight of -log p_S of the rollout's own tokens.
         topk_support: as support of `topk_divergence`, where the teacher is known by its top-k alone (`OPD` with teacher=None).
+        position_clip: None, or c > 0, nats: a token's loss is min(D, c), D summed over the vocabulary; above c it has no
+            gradient. Not with hard_weight.
+        top_k: None, or k >= 1, at most the vocabulary that both models have: both sides are renormalised on the teacher's k
+            most likely tokens, of a teacher model. For forward_kl without entry_clip, reverse_kl and jsd.
 
     Raises:
-        TypeError, ValueError: an option of the wrong type or range.
+        TypeError, ValueError: an option of the wrong type or range, or two that do not go together.
 
-    Source: arXiv 2606.00305: reverse KL over the full vocabulary. The reductions and hard_weight are our options.
+    Source: arXiv 2606.00305: reverse KL over the full vocabulary. position_clip and top_k: baselines of arXiv 2606.08432, Table
+    13. The reductions and hard_weight are our options.
     """
 
     divergence: DivergenceLike = "reverse_kl"
@@ -60,6 +69,8 @@ class OPDConfig:
     reduction: Reduction = "token"
     hard_weight: float = 0.0
     topk_support: Support = field(default="tail", kw_only=True)
+    position_clip: float | None = field(default=None, kw_only=True)
+    top_k: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         divergence = resolve_divergence(self.divergence)
@@ -69,6 +80,81 @@ class OPDConfig:
         choice("reduction", self.reduction, REDUCTIONS)
         real("hard_weight", self.hard_weight, low=0.0)
         choice("topk_support", self.topk_support, SUPPORTS)
+        if self.position_clip is not None:
+            real("position_clip", self.position_clip, low=0.0, open_low=True, hint="None means no clip")
+            if self.hard_weight:
+                raise ValueError(
+                    f"position_clip clips the divergence alone, got hard_weight={self.hard_weight!r} beside it, which adds to "
+                    "the same loss; leave one of the two out"
+                )
+        if self.top_k is not None:
+            positive_int("top_k", self.top_k, hint="None for the whole vocabulary")
+            if not isinstance(divergence, JSD) and divergence not in (ForwardKL(), ReverseKL()):
+                raise ValueError(
+                    'top_k takes "forward_kl" without an entry_clip, "reverse_kl" or "jsd", got the divergence '
+                    f"{divergence}; take one of these, or leave top_k out"
+                )
+
+    def _refuse_topk_support(self, method: str) -> None:
+        """Refuse the option that belongs to a teacher known by its top-k, which a method cannot have."""
+        if self.topk_support != "tail":
+            raise ValueError(
+                f"topk_support is of topd.OPD with teacher=None, got {self.topk_support!r} for topd.{method}, whose teacher is "
+                "a model; leave it out"
+            )
+
+
+@dataclass(frozen=True)
+class TRDConfig(OPDConfig):
+    """Options of trajectory-refined distillation: those of `OPDConfig`, of which one has another default.
+
+    Args:
+        divergence: as in `OPDConfig`; here the forward KL, over the full vocabulary and without a clip.
+
+    Raises:
+        TypeError, ValueError: an option of the wrong type or range, or two that do not go together.
+
+    Source: arXiv 2606.08432: eq. 6, temperature 1. Its mean over responses of their means is the reduction "sequence"; its
+    authors' code takes "token", our default.
+    """
+
+    divergence: DivergenceLike = "forward_kl"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._refuse_topk_support("TRD")
+
+
+@dataclass(frozen=True)
+class OPSDConfig(OPDConfig):
+    """Options of on-policy self-distillation, beside those of `OPDConfig`, of which one has another default.
+
+    Args:
+        divergence: as in `OPDConfig`; here the forward KL whose entries are clipped at 0.05.
+        teacher: which weights teach: "initial", the student's at construction; "live", those that are trained; "ema", their
+            exponential moving average.
+        ema_decay: 0 <= d < 1, of the average: after each step it is d times itself plus (1 - d) times the student. Only with
+            "ema".
+
+    Raises:
+        TypeError, ValueError: an option of the wrong type or range, or two that do not go together.
+
+    Source: arXiv 2601.18734: forward KL, the clip, a teacher frozen at step 0 or averaged. The decay is our default.
+    """
+
+    divergence: DivergenceLike = OPSD_DIVERGENCE
+    teacher: SelfTeacher = field(default="initial", kw_only=True)
+    ema_decay: float = field(default=EMA_DECAY, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._refuse_topk_support("OPSD")
+        choice("teacher", self.teacher, SELF_TEACHERS)
+        real("ema_decay", self.ema_decay, low=0.0, high=1.0, open_high=True, hint='for 1, which never moves, take "initial"')
+        if self.teacher != "ema" and self.ema_decay != EMA_DECAY:
+            raise ValueError(
+                f'ema_decay is of teacher="ema", got {self.ema_decay!r} and teacher={self.teacher!r}; leave one of them out'
+            )
 
 
 @dataclass(frozen=True)
@@ -132,11 +218,7 @@ class TOPDConfig(OPDConfig):
         choice("gate", self.gate, tuple(GATE_VALUES))
         gate_value = GATE_VALUES[self.gate] if self.gate_value is None else self.gate_value
         check_rule_value("gate", self.gate, "gate_value", gate_value)
-        if self.topk_support != "tail":
-            raise ValueError(
-                f"topk_support is of topd.OPD with teacher=None, got {self.topk_support!r} for topd.TOPD, whose teacher is a "
-                "model; leave it out"
-            )
+        self._refuse_topk_support("TOPD")
         real("guidance_weight", self.guidance_weight, low=0.0)
         choice("false_alarms", self.false_alarms, FALSE_ALARM_MODES)
         if self.false_alarms == "cap" and self.score == "gap":

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from topd.backends import callers_level
 from topd.checks.values import flag
 from topd.models.data_parallel import check_synchronised
 from topd.models.properties import runs_uncompiled, vocabulary_of
@@ -50,7 +51,7 @@ class ModelChecks:
     def _warn(self, key: str, message: str) -> None:
         """Warn, and remember that this was said."""
         self._said.add(key)
-        warnings.warn(message, UserWarning, stacklevel=4)
+        warnings.warn(message, UserWarning, stacklevel=callers_level())
 
 
 def has_active_dropout(model: Any) -> bool:

@@ -3,27 +3,33 @@
     L = mean over response tokens of KL(p_S(. | x, y_<t) || p_T(. | x, y_<t))
 
 One forward of each model and one `linear_divergence`, which gives the loss and every score; or, where the teacher is known by
-its top-k alone, the student's forward and `topd.objectives.topk_teacher`.
+its top-k alone, the student's forward and `topd.objectives.topk_teacher`. The teacher may read a prompt of its own before the
+same response: `topd.objectives.pairs`.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from topd.checks.rollouts import check_generator
-from topd.objectives.batch import Batch, check_batch, open_models, token_losses
+from topd.head import Head
+from topd.objectives.batch import Batch, check_tokens, open_student
 from topd.objectives.config import OPDConfig, config_of
+from topd.objectives.inputs import Inputs, check_inputs
+from topd.objectives.method import Method
 from topd.objectives.metrics import Stages, as_metrics, mean_scores
 from topd.objectives.model_checks import ModelChecks
 from topd.objectives.objective import Objective
+from topd.objectives.pairs import demand_pairs, has_pairs
 from topd.objectives.reduction import check_items, reduce_tokens
+from topd.objectives.token_losses import token_losses
 from topd.objectives.topk_teacher import direction_of, refuse_topk, take_topk, topk_losses
 from topd.scores import TokenScores
 
 
-class OPD:
+class OPD(Method):
     """On-policy distillation: the loss of rollouts that the student sampled.
 
     Args:
@@ -45,10 +51,13 @@ class OPD:
     Source: arXiv 2606.00305, L_OPD.
     """
 
+    config_type: ClassVar[type[OPDConfig]] = OPDConfig
+    demands_pairs: ClassVar[bool] = False  # whether a batch must hold the teacher's side
+
     def __init__(
         self, student: Any, teacher: Any, config: OPDConfig | None = None, *, allow_unequal_vocabularies: bool = False
     ) -> None:
-        self.student, self.teacher, self.config = student, teacher, config_of(config, OPDConfig)
+        self.student, self.teacher, self.config = student, teacher, config_of(config, self.config_type)
         if teacher is None:
             direction_of(self.config)
         elif self.config.topk_support != "tail":
@@ -71,10 +80,16 @@ class OPD:
         Args:
             batch: input_ids [B, T] int64; attention_mask and response_mask [B, T] bool, or integers 0 and 1. A response token
                 and the one before it are attended. Every token is one of both models. A response may be empty, and so may the
-                batch: the loss and its gradients are then 0. No other key. Or packed, without padding: input_ids [N] int64,
-                cu_seqlens [B + 1] int32, from 0 to N, and response_mask [N], False at the first token of each sequence. Without
+                batch: the loss and its gradients are then 0. Or packed, without padding: input_ids [N] int64, cu_seqlens
+                [B + 1] int32, from 0 to N, and response_mask [N], False at the first token of each sequence. Without
                 a teacher model also teacher_topk_logprobs, floating, nats, at config.temperature, and teacher_topk_ids, int64,
                 both [B, T, k] or [N, k]: the teacher's likely tokens in place of the token in that column, -inf for padding.
+                Optional, where the teacher reads another prompt before the same response: teacher_input_ids,
+                teacher_attention_mask and teacher_response_mask [B, T'], or packed teacher_input_ids and teacher_response_mask
+                [M] and teacher_cu_seqlens [B + 1]; the j-th response token of a row is the j-th of the teacher's row
+                (`topd.pair` makes such a batch). Optional: token_weights, floating, shaped as input_ids, >= 0, the weight of
+                each token's loss, which never enters the denominator and is not read outside the responses; verdict [B] bool,
+                whether each response is correct, which changes no loss. No other key.
             num_items: the denominator of a larger batch of which this is a part (gradient accumulation): its response tokens,
                 or with reduction "sequence" its responses. None: this batch's own.
             generator: not used; OPD draws nothing.
@@ -91,41 +106,67 @@ class OPD:
         Raises:
             TypeError, ValueError: a wrong type, shape, dtype, device or range; an unknown key; a token that one of the models
                 does not have (checked on the CPU); a packed batch and a model that cannot keep its sequences apart; gradients
-                that several processes would not exchange; a top-k beside a teacher model, or neither.
+                that several processes would not exchange; a top-k beside a teacher model, or neither; a teacher's side that is
+                not whole, or whose responses are others.
         """
         check_generator(generator)
         items, stages = check_items(num_items), Stages()
         if self.teacher is None:
             return self._from_topk(batch, items, stages)
-        refuse_topk(batch, "OPD")
-        rollouts = check_batch(batch)
-        self._checks.before_step(self.student, self.teacher)
-        student, teacher = open_models(self.student, self.teacher, rollouts)
+        refuse_topk(batch, type(self).__name__)
+        if self.demands_pairs:
+            demand_pairs(batch, type(self).__name__)
+        inputs = check_inputs(batch)
+        self._check_models(inputs)
+        student = open_student(self.student, inputs.rollouts)
+        with stages.stage("teacher_forward"):
+            teacher_states = self._teacher_states(inputs.teacher_batch)
         with stages.stage("student_forward"):
-            student_hidden = rollouts.hidden(student)
-        with stages.stage("teacher_forward"), torch.no_grad():
-            teacher_hidden = rollouts.hidden(teacher)
+            student_states = inputs.rollouts.hidden(student), student.head
         with stages.stage("divergence"):
-            loss, scores = token_losses((student_hidden, student.head), (teacher_hidden, teacher.head), rollouts, self.config)
-        return self._objective(rollouts, loss, scores, items, stages, mean_scores(scores, rollouts.response))
+            losses = token_losses(student_states, teacher_states, inputs, self.config)
+        return self._objective(
+            inputs, losses.loss, losses.scores, items, stages, mean_scores(losses.scores, inputs.rollouts.response)
+        )
+
+    def _check_models(self, inputs: Inputs) -> None:
+        """Check before a step that both models can take it, and have the tokens that they read."""
+        self._checks.before_step(self.student, self.teacher)
+        if inputs.pairs is None:
+            check_tokens(inputs.rollouts, student=self.student, teacher=self.teacher)
+        else:
+            check_tokens(inputs.rollouts, student=self.student)
+            check_tokens(inputs.pairs.teacher, "teacher_", teacher=self.teacher)
+
+    def _teacher_states(self, teacher_batch: Batch) -> tuple[Tensor, Head]:
+        """Return the teacher's states over its own batch, [B, T', H] or [M, H], without gradients, and its head. It runs before
+        the student, whose activations do not stand beside it then."""
+        teacher = teacher_batch.decoder("teacher", self.teacher)
+        with torch.no_grad():
+            return teacher_batch.hidden(teacher), teacher.head
 
     def _from_topk(self, batch: Mapping[str, Tensor], items: float | Tensor | None, stages: Stages) -> Objective:
         """Return the loss of rollouts whose teacher is known by its top-k alone."""
         topk, rest = take_topk(batch)
-        rollouts = check_batch(rest)
+        if has_pairs(batch):
+            raise ValueError(
+                "batch must hold no teacher's side (teacher_input_ids, ...) where teacher is None, got one: the top-k stands "
+                "in the columns of the student's tokens, whatever the teacher read; leave it out"
+            )
+        inputs = check_inputs(rest)
         self._checks.before_step(self.student, None)
-        loss, scores, mass = topk_losses(self.student, rollouts, topk, self.config, stages)
-        count = rollouts.response.sum().clamp_min(1)
+        losses = topk_losses(self.student, inputs, topk, self.config, stages)
+        count = inputs.rollouts.response.sum().clamp_min(1)
         means = {
-            "student_entropy": scores.student_entropy.sum() / count,
-            "teacher_topk_mass": mass.sum() / count,
-            "infinite_tokens": loss.isinf().sum(),
+            "student_entropy": losses.scores.student_entropy.sum() / count,
+            "teacher_topk_mass": losses.mass.sum() / count,
+            "infinite_tokens": losses.unclipped.isinf().sum(),
         }
-        return self._objective(rollouts, loss, scores, items, stages, means)
+        return self._objective(inputs, losses.loss, losses.scores, items, stages, means)
 
     def _objective(
         self,
-        rollouts: Batch,
+        inputs: Inputs,
         per_token: Tensor,
         scores: TokenScores,
         items: float | Tensor | None,
@@ -133,7 +174,8 @@ class OPD:
         means: Mapping[str, Tensor],
     ) -> Objective:
         """Reduce the tokens' losses, and put the step's numbers beside them."""
-        loss = reduce_tokens(per_token, rollouts, self.config.reduction, items).loss
+        rollouts = inputs.rollouts
+        loss = reduce_tokens(per_token, rollouts, self.config.reduction, items, inputs.token_weights).loss
         metrics: dict[str, Tensor | float] = {
             "loss": loss,
             "opd_loss": loss,

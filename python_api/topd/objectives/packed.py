@@ -36,6 +36,15 @@ class Packed:
     sequence: Tensor
 
     @property
+    def rows(self) -> int:
+        """How many sequences there are, B."""
+        return self.bounds.numel() - 1
+
+    def row_of(self, tokens: Tensor) -> Tensor:
+        """Return the sequence of each token, given by its place in input_ids."""
+        return self.sequence[tokens]
+
+    @property
     def position_ids(self) -> Tensor:
         """[N] int64, each token's place in its sequence."""
         return torch.arange(self.sequence.numel(), device=self.sequence.device) - self.bounds[self.sequence]
@@ -69,23 +78,25 @@ def is_packed(batch: object) -> bool:
     return isinstance(batch, Mapping) and "cu_seqlens" in batch
 
 
-def check_packed(batch: Mapping[str, Any]) -> Packed:
-    """Check input_ids, cu_seqlens and response_mask of a packed batch."""
-    for key in PACKED_KEYS:
+def check_packed(batch: Mapping[str, Any], side: str = "") -> Packed:
+    """Check input_ids, cu_seqlens and response_mask of a packed batch; their names begin with `side`."""
+    keys = [side + key for key in PACKED_KEYS]
+    for key in keys:
         if key not in batch:
-            raise ValueError(f"a packed batch must hold {', '.join(PACKED_KEYS)}, got no {key}; it has {sorted(batch)}")
-    if "attention_mask" in batch:
-        raise ValueError("a packed batch must hold no attention_mask, since it has no padding, got one; leave it out")
-    ids = check_tensor("input_ids", batch["input_ids"], dtype=torch.int64)
+            raise ValueError(f"a packed batch must hold {', '.join(keys)}, got no {key}; it has {sorted(batch)}")
+    if f"{side}attention_mask" in batch:
+        raise ValueError(f"a packed batch must hold no {side}attention_mask, since it has no padding, got one; leave it out")
+    name, offsets, mask = keys
+    ids = check_tensor(name, batch[name], dtype=torch.int64)
     if ids.dim() != 1:
-        raise ValueError(f"input_ids must be [N] with cu_seqlens, got {list(ids.shape)}; leave padding and batch dimension out")
-    bounds = check_offsets(batch["cu_seqlens"], ids, "input_ids")
-    response = binary("response_mask", batch["response_mask"], ids, "input_ids")
+        raise ValueError(f"{name} must be [N] with {offsets}, got {list(ids.shape)}; leave padding and batch dimension out")
+    bounds = check_offsets(batch[offsets], ids, name, side)
+    response = binary(mask, batch[mask], ids, name)
     starts = bounds[:-1][bounds.diff() > 0]
     if ids.device.type == "cpu" and response[starts].any():
         first = int(starts[response[starts]][0])
         raise ValueError(
-            f"response_mask must be False at the first token of a sequence, got True at {first}; a response follows a prompt"
+            f"{mask} must be False at the first token of a sequence, got True at {first}; a response follows a prompt"
         )
     entries = torch.arange(ids.numel(), device=ids.device)
     sequence = torch.bucketize(entries, bounds[1:], right=True).clamp_max(max(bounds.numel() - 2, 0))

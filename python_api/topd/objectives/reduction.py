@@ -37,9 +37,10 @@ def reduce_tokens(
     Args:
         loss: of each token, 0 where it does not count.
         num_items: the denominator of a larger batch; None: this batch's own.
-        weights: shaped as loss; they never enter the denominator.
+        weights: shaped as loss, taken in its dtype; they never enter the denominator.
     """
     if weights is not None:
+        weights = weights.to(loss.dtype)
         loss = torch.where(weights == 0, 0.0, loss * weights)  # an infinite token that weighs nothing adds nothing
     if reduction == "token":
         total, own = loss.sum(), batch.response.sum()
@@ -52,12 +53,13 @@ def reduce_tokens(
     return Reduced(total / denominator, own / denominator)
 
 
-def reduction_hint(batch: Responses, reduction: str) -> Tensor | None:
-    """Return what `reduce_tokens` will multiply each state by, up to one factor, [B, T - 1] or [N - 1]; None where that is the
+def reduction_hint(batch: Responses, reduction: str, weights: Tensor | None = None) -> Tensor | None:
+    """Return what `reduce_tokens` will multiply each token's loss by, up to one factor, [B, T] or [N]; None where that is the
     same for all."""
     if reduction == "token":
-        return None
-    return (1.0 / batch.siblings()).expand(batch.response.shape)[..., 1:]
+        return weights
+    shares = (1.0 / batch.siblings()).expand(batch.response.shape)
+    return shares if weights is None else weights * shares
 
 
 def check_items(num_items: object) -> float | Tensor | None:

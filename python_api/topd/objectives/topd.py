@@ -38,19 +38,15 @@ from topd.near_future.false_alarms import false_alarm_weights
 from topd.near_future.gate import divergent
 from topd.near_future.guidance import guidance_kl
 from topd.near_future.transport import Transport, near_future_divergence
-from topd.objectives.batch import (
-    PADDED_KEYS,
-    Padded,
-    check_keys,
-    check_padded,
-    open_models,
-    token_losses,
-)
+from topd.objectives.batch import Padded, check_tokens, open_student
 from topd.objectives.config import TOPDConfig, config_of
+from topd.objectives.inputs import PaddedInputs, check_padded_inputs
+from topd.objectives.method import Method
 from topd.objectives.metrics import Stages, as_metrics, mean_scores, near_future_metrics
 from topd.objectives.model_checks import ModelChecks
 from topd.objectives.objective import NearFuture, Objective
 from topd.objectives.reduction import check_items, reduce_tokens
+from topd.objectives.token_losses import token_losses
 from topd.objectives.topk_teacher import refuse_topk
 from topd.scores import TokenScores
 
@@ -58,7 +54,7 @@ from topd.scores import TokenScores
 class _Pass(NamedTuple):
     """Both models' pass over the rollouts: the loss of each response token [B, T], 0 elsewhere, and its scores."""
 
-    rollouts: Padded
+    inputs: PaddedInputs
     student: Decoder
     teacher: Decoder
     student_states: Prefill
@@ -67,7 +63,7 @@ class _Pass(NamedTuple):
     scores: TokenScores
 
 
-class TOPD:
+class TOPD(Method):
     """Trajectory-aware on-policy distillation: OPD's loss, and guidance at the points where the near futures differ.
 
     Args:
@@ -109,7 +105,8 @@ class TOPD:
         Args:
             batch: input_ids [B, T] int64; attention_mask and response_mask [B, T] bool, or integers 0 and 1. A response token
                 and the one before it are attended. Every token is one of both models. A response may be empty, and so may the
-                batch: the loss and its gradients are then 0. No other key.
+                batch: the loss and its gradients are then 0. Optional: token_weights and verdict, as of `OPD`; the weights
+                multiply those of the false alarms, and leave the guidance alone. No other key.
             num_items: the denominator of a larger batch of which this is a part (gradient accumulation): its response tokens,
                 or with reduction "sequence" its responses. The guidance, gated in this part alone, is weighted by this part's
                 share of it. None: this batch's own.
@@ -128,18 +125,18 @@ class TOPD:
                 does not have (checked on the CPU); gradients that several processes would not exchange.
         """
         refuse_topk(batch, "TOPD")
-        rollouts, items, config = check_padded(batch), check_items(num_items), self.config
-        check_keys(batch, PADDED_KEYS)
+        inputs, items, config = check_padded_inputs(batch), check_items(num_items), self.config
+        rollouts = inputs.rollouts
         check_generator(generator)
         self._checks.before_step(self.student, self.teacher)
         stages = Stages("window_forward", "guidance")
-        tokens = self._pass(rollouts, stages)
+        tokens = self._pass(inputs, stages)
         score = score_of(tokens.scores, config.score)
         positions = self._candidates(score, rollouts)
         windows = self._windows(tokens, positions, generator, stages)
         transport = self._transport(tokens, windows, stages)
         near_future = NearFuture(windows, transport, self._gate(transport), score)
-        weights = self._weights(near_future, rollouts)
+        weights = self._weights(near_future, inputs)
         opd_loss, share = reduce_tokens(tokens.loss, rollouts, config.reduction, items, weights)
         guidance = share * self._guidance(tokens, near_future, stages)
         loss = opd_loss + config.guidance_weight * guidance if config.guidance_weight else opd_loss
@@ -156,9 +153,11 @@ class TOPD:
         }
         return Objective(loss, as_metrics(metrics), tokens.scores, near_future)
 
-    def _pass(self, rollouts: Padded, stages: Stages) -> _Pass:
+    def _pass(self, inputs: PaddedInputs, stages: Stages) -> _Pass:
         """Run each model once, the student with gradient, and compare them at every token; keep the caches for the windows."""
-        student, teacher = open_models(self.student, self.teacher, rollouts)
+        rollouts = inputs.rollouts
+        student, teacher = open_student(self.student, rollouts), rollouts.decoder("teacher", self.teacher)
+        check_tokens(rollouts, student=self.student, teacher=self.teacher)
         ids, attended = rollouts.input_ids, rollouts.attended
         with stages.stage("student_forward"):
             student_states = prefill(student, ids, attended, cache=student.keeps_cache)
@@ -166,8 +165,8 @@ class TOPD:
             teacher_states = prefill(teacher, ids, attended, cache=teacher.keeps_cache)
         with stages.stage("divergence"):
             sides = (student_states.hidden, student.head), (teacher_states.hidden, teacher.head)
-            loss, scores = token_losses(*sides, rollouts, self.config)
-        return _Pass(rollouts, student, teacher, student_states, teacher_states, loss, scores)
+            losses = token_losses(*sides, inputs, self.config)
+        return _Pass(inputs, student, teacher, student_states, teacher_states, losses.loss, losses.scores)
 
     def _candidates(self, score: Tensor, rollouts: Padded) -> Tensor:
         """Choose the candidates, positions [m, 2], by the score [B, T] of the response tokens."""
@@ -183,7 +182,8 @@ class TOPD:
     def _windows(self, tokens: _Pass, positions: Tensor, generator: torch.Generator | None, stages: Stages) -> Windows:
         """Let both models continue from the prefix before each candidate; the student draws first."""
         config, ends = self.config, end_tokens(None, tokens.student.model)
-        ids, attended = tokens.rollouts.input_ids, tokens.rollouts.attended
+        rollouts = tokens.inputs.rollouts
+        ids, attended = rollouts.input_ids, rollouts.attended
         own, others = tokens.student.head.weight.shape[0], tokens.teacher.head.weight.shape[0]
         table = _table(config.embedding, tokens.student, tokens.teacher)
 
@@ -219,12 +219,14 @@ class TOPD:
         """Decide which candidates really diverge, [m] bool: those whose distance is high too."""
         return divergent(transport.distance, rule=self.config.gate, value=self.config.gate_value)
 
-    def _weights(self, near_future: NearFuture, rollouts: Padded) -> Tensor | None:
+    def _weights(self, near_future: NearFuture, inputs: PaddedInputs) -> Tensor | None:
         """Return what each token weighs in L_OPD, [B, T], where false alarms weigh less; None: all weigh 1."""
-        mode, positions = self.config.false_alarms, near_future.windows.positions
+        mode, positions, own = self.config.false_alarms, near_future.windows.positions, inputs.token_weights
         if mode == "keep":
-            return None
-        return false_alarm_weights(near_future.score, positions, near_future.divergent, mask=rollouts.response, mode=mode)
+            return own
+        mask, score = inputs.rollouts.response, near_future.score
+        weights = false_alarm_weights(score, positions, near_future.divergent, mask=mask, mode=mode)
+        return weights if own is None else weights * own
 
     def _guidance(self, tokens: _Pass, near_future: NearFuture, stages: Stages) -> Tensor:
         """Return the mean of L_traj over the divergent points, 0 where there is none; no gradient where it weighs nothing."""

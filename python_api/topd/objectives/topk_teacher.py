@@ -7,13 +7,13 @@ teacher_topk_ids[:, t] are the likely tokens in place of input_ids[:, t].
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from topd.checks.distributions import check_ids_in_vocabulary, check_topk_values, checks_values
-from topd.checks.rollouts import check_differentiable, check_ids
 from topd.checks.tokens import TOPK_ORDER
 from topd.checks.values import FLOATING, check_tensor
 from topd.divergences import ForwardKL, ReverseKL, resolve_divergence
@@ -21,15 +21,13 @@ from topd.head import Head
 from topd.losses.linear_logprobs import linear_logprobs
 from topd.losses.topk_divergence import topk_divergence
 from topd.losses.topk_logprobs import TopK
-from topd.models.properties import embedded_tokens
-from topd.objectives.batch import (
-    Batch,
-    by_token,
-    scores_by_token,
-)
+from topd.objectives.batch import check_tokens, open_student
 from topd.objectives.config import OPDConfig
+from topd.objectives.inputs import Inputs
 from topd.objectives.metrics import Stages
 from topd.objectives.reduction import reduction_hint
+from topd.objectives.rows import by_token, scores_by_token
+from topd.objectives.token_losses import clipped
 from topd.options import Direction
 from topd.scores import TokenScores
 
@@ -37,15 +35,22 @@ TOPK_KEYS = ("teacher_topk_logprobs", "teacher_topk_ids")
 
 
 class TopKLosses(NamedTuple):
-    """The loss of each response token, [B, T] or [N], 0 elsewhere; its scores; and the teacher's mass on its k tokens."""
+    """The loss of each response token, [B, T] or [N], 0 elsewhere; its scores; the loss before position_clip, a constant; and
+    the teacher's mass on its k tokens."""
 
     loss: Tensor
     scores: TokenScores
+    unclipped: Tensor
     mass: Tensor
 
 
 def direction_of(config: OPDConfig) -> Direction:
     """Return the `topk_divergence` direction of a configuration; refuse what a top-k does not determine."""
+    if config.top_k is not None:
+        raise ValueError(
+            f"config.top_k chooses among a teacher model's tokens, got {config.top_k} and teacher=None, whose batches hold the "
+            "tokens already; leave it out, or pass a teacher model"
+        )
     divergence = resolve_divergence(config.divergence)
     if divergence == ForwardKL():
         return "forward"
@@ -111,25 +116,27 @@ def check_topk(topk: TopK, input_ids: Tensor, response: Tensor, vocab: int) -> T
     return TopK(logprobs, ids)
 
 
-def topk_losses(student_model: Any, batch: Batch, topk: TopK, config: OPDConfig, stages: Stages) -> TopKLosses:
+def topk_losses(student_model: Any, inputs: Inputs, topk: TopK, config: OPDConfig, stages: Stages) -> TopKLosses:
     """Run the student over the rollouts and compare it with the teacher's top-k."""
-    student = batch.decoder("student", student_model)
-    check_differentiable("student", student.model)
+    batch = inputs.rollouts
+    student = open_student(student_model, batch)
     topk = check_topk(topk, batch.input_ids, batch.response, student.head.weight.shape[0])
-    check_ids("input_ids", batch.input_ids, student=embedded_tokens(student_model))
+    check_tokens(batch, student=student_model)
     with stages.stage("student_forward"):
         hidden = batch.hidden(student)
     with stages.stage("divergence"):
-        return compare_topk(hidden, student.head, batch, topk, config)
+        return compare_topk(hidden, student.head, inputs, topk, config)
 
 
-def compare_topk(hidden: Tensor, head: Head, batch: Batch, topk: TopK, config: OPDConfig) -> TopKLosses:
+def compare_topk(hidden: Tensor, head: Head, inputs: Inputs, topk: TopK, config: OPDConfig) -> TopKLosses:
     """Compare states [..., T, H] with the tokens one column later. Costs `topk_divergence`, one matrix product for the scores,
     and for hard_weight three more (two with a frozen head)."""
+    batch = inputs.rollouts
     states, mask, next_tokens = hidden[..., :-1, :], batch.response[..., 1:], batch.input_ids[..., 1:]
     logprobs, ids = topk.logprobs[..., 1:, :], topk.ids[..., 1:, :]
-    hint = reduction_hint(batch, config.reduction)
-    options: dict[str, Any] = {"temperature": config.temperature, "mask": mask, "weights_hint": hint}
+    hint = reduction_hint(batch, config.reduction, inputs.token_weights)
+    options: dict[str, Any] = {"temperature": config.temperature, "mask": mask}
+    options["weights_hint"] = None if hint is None else hint[..., 1:]
     direction = direction_of(config)
     loss = topk_divergence(states, head, ids, logprobs, direction=direction, support=config.topk_support, **options)
     with torch.set_grad_enabled(torch.is_grad_enabled() and config.hard_weight > 0):
@@ -140,8 +147,9 @@ def compare_topk(hidden: Tensor, head: Head, batch: Batch, topk: TopK, config: O
         loss = loss - config.hard_weight * student_logprob
     scores = _scores(student_logprob.detach(), student_entropy.detach(), next_tokens, mask, TopK(logprobs, ids))
     mass = logprobs.double().exp().sum(-1).masked_fill(~mask, 0.0)
-    columns = batch.input_ids.shape[-1]
-    return TopKLosses(by_token(loss, columns), scores_by_token(scores, columns), by_token(mass, columns))
+    turn = partial(by_token, columns=batch.input_ids.shape[-1])
+    loss = turn(loss)
+    return TopKLosses(clipped(loss, config), scores_by_token(scores, turn), loss.detach(), turn(mass))
 
 
 def _scores(logprob: Tensor, entropy: Tensor, tokens: Tensor, mask: Tensor, topk: TopK) -> TokenScores:

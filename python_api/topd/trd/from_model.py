@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topd.checks.rollouts import end_tokens
 from topd.checks.values import positive_int
-from topd.models.sampling import bare_settings, eval_mode, generated
+from topd.models.sampling import all_end_tokens, bare_settings, eval_mode, generated, left_padded, most_positions, plain_text
 from topd.trd.generators import Answer, Answers, Request, Sampling
 
 
@@ -53,7 +52,7 @@ class FromModel:
 
     def _beyond(self, prompt: int, sampling: Sampling) -> str:
         """Say why prompt and answer do not fit into the model; return "" where they do."""
-        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        most = most_positions(self.model)
         if most is None or prompt + sampling.max_new_tokens <= most:
             return ""
         return (
@@ -62,26 +61,18 @@ class FromModel:
 
     @torch.no_grad()
     def _batch(self, requests: list[Request], prompts: list[list[int]]) -> list[Answer]:
-        ends, sampling = self._end_tokens(), requests[0].sampling
-        width, device = max(map(len, prompts)), self.model.device
-        ids = torch.tensor([[0] * (width - len(each)) + each for each in prompts], dtype=torch.int64, device=device)
-        attended = torch.tensor([[0] * (width - len(each)) + [1] * len(each) for each in prompts], device=device)
+        ends, sampling = all_end_tokens(self.model, self.tokenizer), requests[0].sampling
+        ids, attended = left_padded(prompts, 0, self.model.device)
         settings = bare_settings(sampling.max_new_tokens, ends, ends[0] if ends else 0, do_sample=False)
-        draw = _Draw(sampling, [each.seed for each in requests], device)
+        draw = _Draw(sampling, [each.seed for each in requests], self.model.device)
         with eval_mode(self.model):
             new = generated(self.model, ids, attended, settings, draw)
         return [self._answer(row, ends) for row in new.tolist()]
 
-    def _end_tokens(self) -> list[int]:
-        ends = end_tokens(None, self.model)
-        last = getattr(self.tokenizer, "eos_token_id", None)
-        return ends if last is None or last in ends else [*ends, last]
-
     def _answer(self, tokens: list[int], ends: list[int]) -> Answer:
         stop = next((column for column, token in enumerate(tokens) if token in ends), None)
         tokens = tokens[:stop]
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return Answer(text, "length" if stop is None else "stop", tokens=len(tokens))
+        return Answer(plain_text(self.tokenizer, tokens), "length" if stop is None else "stop", tokens=len(tokens))
 
 
 class _Draw:

@@ -29,7 +29,7 @@ def gradients_of_sums(call: Call, kept: Kept, grad: Tensor, *, uniform_hint: boo
         # An expanded scalar, as sum() and mean() send it: no row deviates and the host need not wait. A row without a
         # distribution (its hint was set to 0) still poisons the sums, as it would in eager code.
         c = grad[0]
-        return kept.grads.times(torch.where((hint == 0).any() & (c != 0), torch.nan, c), engine)
+        return kept.grads.times(torch.where((hint == 0).any() & (c != 0), torch.nan, c), engine, call.student)
     c = common_factor(grad, hint)
     expected = c * hint
     deviates, alive = (grad - expected).abs() <= 4 * torch.finfo(grad.dtype).eps * expected.abs(), grad != 0
@@ -37,8 +37,8 @@ def gradients_of_sums(call: Call, kept: Kept, grad: Tensor, *, uniform_hint: boo
     weight = call.student.weight
     narrow = engine.grad_dtype(weight.dtype, call.dtype, weight.device) != call.dtype
     rows = (c, hint, grad, deviates, alive)
-    correct = correction(kept.grads, call.student, kept.u, *rows, engine, narrow=narrow, jumps=call.spec.jumps)
-    loop = Loop(call, correct.rows, grad=True, scores=False)
+    correct = correction(kept.grads, call.student, kept.u, *rows, engine, narrow=narrow, jumps=call.spec.jumps, complete=True)
+    loop = Loop(call, correct.rows, grad=True, weight_grad=bool(kept.grads.weight.numel()), scores=False)
     for chunk in loop:
         if (gradients := chunk.gradients) is None:
             continue

@@ -9,8 +9,8 @@ from torch import Tensor
 from topd.ops.linear_divergence.rows import run_rows
 from topd.ops.linear_divergence.spec import Call, Rows, RowsInputs
 from topd.ops.shared.few_rows import are_few
-from topd.ops.shared.loop import TileLoop, workspace
-from topd.ops.shared.plan import EAGER_TEMPORARIES, ChunkPlan, Products, plan_chunks
+from topd.ops.shared.loop import TileLoop, plan_rows
+from topd.ops.shared.plan import EAGER_TEMPORARIES, ChunkPlan, Products
 
 
 class PileGradients(NamedTuple):
@@ -33,22 +33,40 @@ class Chunk(NamedTuple):
     gradients: PileGradients | None
 
 
-def plan_of(call: Call, n: int, *, full_width: bool = False) -> ChunkPlan:
-    """Return the plan of n rows; `full_width`: tiles are as wide as each side's own vocabulary, as scores need them."""
+def plan_of(
+    call: Call,
+    n: int,
+    *,
+    full_width: bool = False,
+    grad: bool = True,
+    weight_grad: bool = True,
+    device: torch.device | None = None,
+) -> ChunkPlan:
+    """Return the plan of n rows.
+
+    Args:
+        call: the operands, of which shapes and dtypes count.
+        n: rows to compute.
+        full_width: tiles are as wide as each side's own vocabulary, as scores need them.
+        grad, weight_grad: whether gradients are computed, and whether d weight is one.
+        device: where it will run; None: where the operands are.
+    """
     student, teacher, engine = call.student, call.teacher, call.backend
-    weights = (student.weight, teacher.weight)
-    widths = [weight.shape[0] if full_width else call.vocab for weight in weights]
-    own, other = (engine.product_dtype(weight.dtype, call.dtype, weight.device) for weight in weights)
-    grad = engine.grad_dtype(student.weight.dtype, call.dtype, student.weight.device)
-    products = None
-    if grad != call.dtype:
+    weights, device = (student.weight, teacher.weight), student.weight.device if device is None else device
+    widths = [engine.row_width(weight.shape[0] if full_width else call.vocab) for weight in weights]
+    own, other = (engine.product_dtype(weight.dtype, call.dtype, device) for weight in weights)
+    narrow, products = engine.grad_dtype(student.weight.dtype, call.dtype, device), None
+    if grad and narrow != call.dtype:
         hidden_widths = (student.hidden.shape[1], teacher.hidden.shape[1])
-        products = Products(*hidden_widths, own.itemsize, other.itemsize, grad.itemsize, weight_grad=True)
-    return plan_chunks(
+        products = Products(*hidden_widths, own.itemsize, other.itemsize, narrow.itemsize, weight_grad)
+    return plan_rows(
         n,
-        *map(engine.row_width, widths),
+        *widths,
+        engine=engine,
+        device=device,
+        multiplied=own,
+        workspace_bytes=call.workspace_bytes,
         itemsize=call.dtype.itemsize,
-        workspace_bytes=workspace(student.weight.device, call.workspace_bytes, own),
         temporaries=engine.temporaries(EAGER_TEMPORARIES),
         products=products,
     )
@@ -67,6 +85,7 @@ class Loop:
     Args:
         call: the operands.
         grad, scores: what to compute beside the value.
+        weight_grad: whether d weight is summed.
         student_tile: where the student's tile shall be, at least as large; None: a new one.
     """
 
@@ -76,13 +95,14 @@ class Loop:
         chosen: Tensor | None,
         *,
         grad: bool,
+        weight_grad: bool,
         scores: bool,
         student_tile: Tensor | None = None,
     ) -> None:
         self.call, self.chosen, self.grad, self.scores, self.student_tile = call, chosen, grad, scores, student_tile
         self.vocab = call.vocab
         n = call.student.hidden.shape[0] if chosen is None else chosen.numel()
-        self.plan = plan_of(call, n, full_width=scores)
+        self.plan = plan_of(call, n, full_width=scores, grad=grad, weight_grad=weight_grad)
         widths = [side.weight.shape[0] if scores else self.vocab for side in (call.student, call.teacher)]
         sides = [
             side.widened(width, call.dtype, call.backend)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from topd.checks.values import in_vocabulary, no_forward_mode
-from topd.ops.linear_divergence.fused import fused_scores, fuses
 from topd.ops.linear_divergence.gradient import gradients_of_kept, gradients_of_sums
 from topd.ops.linear_divergence.loop import Loop, keeps_dlogits
 from topd.ops.linear_divergence.spec import (
@@ -47,11 +46,12 @@ from topd.ops.shared.few_rows import may_keep
 from topd.ops.shared.loop import chosen_rows
 from topd.ops.shared.numbers import numbers_in, numbers_of
 from topd.ops.shared.one_pass import normalised_hint
+from topd.ops.shared.op_body import define, op_body
 from topd.ops.shared.tiles import HeadGrads, Needs
 from topd.scores import FIELDS
 
-torch.library.define("topd::linear_divergence", f"({INPUTS.schema}) -> ({OUTPUTS.schema})")
-torch.library.define("topd::linear_divergence_backward", f"(Tensor grad_value, {SAVED.schema}) -> ({GRADIENTS.schema})")
+define("topd::linear_divergence", f"({INPUTS.schema}) -> ({OUTPUTS.schema})")
+define("topd::linear_divergence_backward", f"(Tensor grad_value, {SAVED.schema}) -> ({GRADIENTS.schema})")
 
 
 def linear_divergence(call: Call, weights_hint: Tensor | None, needs: Needs, *, scores: bool) -> tuple[Tensor, Tensor]:
@@ -96,7 +96,7 @@ def _forward(*flat: Any) -> tuple[Any, ...]:
     call = _settled(inputs.call)
     if any(inputs.needs):
         refuse_inference_tensors(CALL.named_tensors(call))
-    with torch.no_grad(), torch.autocast(call.student.hidden.device.type, enabled=False):
+    with op_body("linear_divergence", call.student.hidden.device):
         return OUTPUTS.pack(_computed(call, inputs))
 
 
@@ -112,11 +112,8 @@ def _computed(call: Call, inputs: Inputs) -> Outputs:
         hint = normalised_hint(inputs.weights_hint, call.mask, value)
         outputs = outputs._replace(kept=outputs.kept._replace(hint=hint))
     grad = any(needs)
-    loop = Loop(call, chosen, grad=grad, scores=inputs.scores, student_tile=dlogits if keeps else None)
-    if inputs.scores and not grad and fuses(call, loop.plan):
-        index = slice(None) if chosen is None else chosen
-        scores[:, index] = fused_scores(call, index)
-        return outputs._replace(value=scores[FIELDS.index(call.spec.score)].clone())
+    tile = dlogits if keeps else None
+    loop = Loop(call, chosen, grad=grad, weight_grad=needs.weight, scores=inputs.scores, student_tile=tile)
     if loop.plan.n == 0:
         grads.zero()
     if keeps:
@@ -146,7 +143,7 @@ def _computed(call: Call, inputs: Inputs) -> Outputs:
 def _backward(grad_value: Tensor, *flat: Any) -> tuple[Any, ...]:
     call, kept, needs, uniform_hint = SAVED.unpack(*flat)
     call, student = _settled(call), call.student
-    with torch.no_grad(), torch.autocast(grad_value.device.type, enabled=False):
+    with op_body("linear_divergence", grad_value.device):
         hidden = student.hidden.new_empty(0)
         if call.mask is not None:  # masked rows have no gradient, whatever comes
             grad_value = grad_value.masked_fill(~call.mask, 0.0)

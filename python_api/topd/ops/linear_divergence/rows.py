@@ -14,9 +14,10 @@ from torch import Tensor
 import topd.ops.linear_divergence.eager  # noqa: F401  (registers what the backend "eager" runs)
 from topd.ops.linear_divergence.spec import ROWS_INPUTS, ROWS_OUTPUTS, Rows, RowsInputs
 from topd.ops.shared.engines import Engine
+from topd.ops.shared.op_body import define
 from topd.scores import FIELDS
 
-torch.library.define("topd::divergence_rows", f"({ROWS_INPUTS.schema}) -> ({ROWS_OUTPUTS.schema})")
+define("topd::divergence_rows", f"({ROWS_INPUTS.schema}) -> ({ROWS_OUTPUTS.schema})")
 
 
 @torch.library.register_fake("topd::divergence_rows")

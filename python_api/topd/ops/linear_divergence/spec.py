@@ -19,21 +19,19 @@ class Traits(NamedTuple):
     """What the loop must know of a divergence.
 
     Attributes:
-        score: its name among the scores, where its value is one; a forward KL with an entry clip is none.
         jumps: whether the gradient to the logits jumps, as the total variation's where p_S = p_T.
         largest: what an entry of the gradient to the logits reaches for an upstream gradient and a slope of 1. That of a
             KL from the student's side may be as large as its row's value: float16 is scaled for 250, and larger ones are
             held there.
     """
 
-    score: str | None = None
     jumps: bool = False
     largest: float = 2.0
 
 
 TRAITS = {
-    "forward_kl": Traits(score="forward_kl"),
-    "reverse_kl": Traits(score="reverse_kl", largest=250.0),
+    "forward_kl": Traits(),
+    "reverse_kl": Traits(largest=250.0),
     "jsd": Traits(),
     "skew_kl": Traits(),
     "skew_reverse_kl": Traits(largest=250.0),
@@ -66,11 +64,6 @@ class RowSpec(NamedTuple):
     def jumps(self) -> bool:
         """Whether the gradient to the logits jumps; the entry clip's does where an entry reaches the clip."""
         return self.clips or TRAITS[self.divergence].jumps
-
-    @property
-    def score(self) -> str | None:
-        """The score that equals the value; None where none does."""
-        return None if self.clips or self.hard_weight else TRAITS[self.divergence].score
 
     def grad_scale(self, dtype: torch.dtype) -> float:
         """Return the power of two by which a tile of this dtype with gradients to the student's product is multiplied."""

@@ -100,20 +100,21 @@ def add_rows(call: Call, upstream: Upstream, correct: Correction) -> None:
     """Compute the rows of a correction again and add them."""
     if correct.rows.numel() == 0:
         return
-    entropy = upstream.entropy
-    loop = Loop(call, correct.rows, grad=True, entropy=entropy is not None)
+    entropy, weight_grad = upstream.entropy, bool(correct.grads.weight.numel())
+    loop = Loop(call, correct.rows, grad=True, weight_grad=weight_grad, entropy=entropy is not None)
     for chunk in loop:
-        rows, first = chunk.rows, correct.anew and chunk.first
-        assert rows.outside_grad is not None
-        parts = [(alpha, weights[chunk.row_index], rows.outside_grad) for alpha, weights in correct.terms]
-        if entropy is not None and rows.entropy_grad is not None:
-            parts.append((1.0, entropy[chunk.row_index], rows.entropy_grad))
+        if (gradients := chunk.gradients) is None:
+            continue
+        index, first = gradients.row_index, correct.anew and gradients.first
+        parts = [(alpha, weights[index], gradients.outside_grad) for alpha, weights in correct.terms]
+        if entropy is not None and gradients.entropy_grad is not None:
+            parts.append((1.0, entropy[index], gradients.entropy_grad))
             if not loop.narrow:
                 parts = [_together(parts)]
         for alpha, weights, tile in parts:
-            weights = weights.masked_fill(~rows.finite, torch.nan)
+            weights = weights.masked_fill(~gradients.finite, torch.nan)
             through = loop.side.through_adapter(tile)
-            correct.grads.add(loop.side, tile, through, chunk.hidden, weights, first=first, alpha=alpha)
+            correct.grads.add(loop.side, tile, through, gradients.hidden, weights, first=first, alpha=alpha)
             first = False
 
 

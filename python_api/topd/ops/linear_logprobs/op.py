@@ -55,10 +55,11 @@ from topd.ops.shared.few_rows import may_keep
 from topd.ops.shared.loop import chosen_rows
 from topd.ops.shared.numbers import numbers_in, numbers_of
 from topd.ops.shared.one_pass import normalised_hint
+from topd.ops.shared.op_body import define, op_body
 from topd.ops.shared.tiles import HeadGrads, Needs
 
-torch.library.define("topd::linear_logprobs", f"({INPUTS.schema}) -> ({OUTPUTS.schema})")
-torch.library.define(
+define("topd::linear_logprobs", f"({INPUTS.schema}) -> ({OUTPUTS.schema})")
+define(
     "topd::linear_logprobs_backward",
     f"({UPSTREAMS.schema}, {SAVED.schema}) -> ({GRADIENTS.schema})",
 )
@@ -110,7 +111,7 @@ def _forward(*flat: Any) -> tuple[Any, ...]:
     call = _settled(inputs.call)
     if any(inputs.needs):
         refuse_inference_tensors(CALL.named_tensors(call))
-    with torch.no_grad(), torch.autocast(call.side.hidden.device.type, enabled=False):
+    with op_body("linear_logprobs", call.side.hidden.device):
         return OUTPUTS.pack(_computed(call, inputs))
 
 
@@ -130,7 +131,8 @@ def _computed(call: Call, inputs: Inputs) -> Outputs:
     if keeps:
         kept.outside_grad[ids.shape[0] :].zero_()
     grad, tile = any(needs), kept.outside_grad if keeps else None
-    loop = Loop(call, chosen, grad=grad, entropy=inputs.entropy, product_tile=tile)
+    summed = bool(kept.grads.weight.numel())
+    loop = Loop(call, chosen, grad=grad, weight_grad=summed, entropy=inputs.entropy, product_tile=tile)
     for chunk in loop:
         rows, index, side = chunk.rows, chunk.row_index, loop.side
         outputs.logprobs[index], outputs.outside[index], kept.first[index] = rows.logprobs, rows.outside, rows.first
@@ -138,18 +140,19 @@ def _computed(call: Call, inputs: Inputs) -> Outputs:
             outputs.entropy[index] = rows.entropy
         if call.spec.softcap is not None:
             kept.slope[index] = rows.slope
-        if rows.outside_grad is None:
+        if (gradients := chunk.gradients) is None:
             continue
-        through_adapter = side.through_adapter(rows.outside_grad)
+        index, finite = gradients.row_index, gradients.finite
+        through_adapter = side.through_adapter(gradients.outside_grad)
         if needs.hidden:
-            kept.u[index] = side.hidden_grad(rows.outside_grad, through_adapter, rows.finite)
-        if needs.hidden and rows.entropy_grad is not None:
-            through_entropy = side.through_adapter(rows.entropy_grad)
-            kept.u_entropy[index] = side.hidden_grad(rows.entropy_grad, through_entropy, rows.finite)
+            kept.u[index] = side.hidden_grad(gradients.outside_grad, through_adapter, finite)
+        if needs.hidden and gradients.entropy_grad is not None:
+            through_entropy = side.through_adapter(gradients.entropy_grad)
+            kept.u_entropy[index] = side.hidden_grad(gradients.entropy_grad, through_entropy, finite)
         if kept.grads.wanted:
-            kept.hint[index] = kept.hint[index].masked_fill(~rows.finite, 0.0)
-            weights = (kept.hint[index] * mass(rows.outside)).masked_fill(~rows.finite, 0.0)
-            kept.grads.add(side, rows.outside_grad, through_adapter, chunk.hidden, weights, first=chunk.first)
+            kept.hint[index] = kept.hint[index].masked_fill(~finite, 0.0)
+            weights = (kept.hint[index] * mass(outputs.outside[index])).masked_fill(~finite, 0.0)
+            kept.grads.add(side, gradients.outside_grad, through_adapter, gradients.hidden, weights, first=gradients.first)
     return outputs
 
 
@@ -168,7 +171,7 @@ def _backward(
     inputs = inputs._replace(call=_settled(inputs.call))
     call, kept, needs = inputs.call, inputs.kept, inputs.needs
     upstreams = Upstreams(grad_logprobs, grad_entropy, grad_outside)
-    with torch.no_grad(), torch.autocast(call.side.hidden.device.type, enabled=False):
+    with op_body("linear_logprobs", call.side.hidden.device):
         upstream = upstream_of(upstreams, inputs)
         hidden = kept.u.new_empty(0)
         if needs.hidden:

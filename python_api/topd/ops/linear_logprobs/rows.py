@@ -15,8 +15,9 @@ from torch import Tensor
 import topd.ops.linear_logprobs.eager  # noqa: F401  (registers what the backend "eager" runs)
 from topd.ops.linear_logprobs.spec import ROWS_INPUTS, ROWS_OUTPUTS, LogprobRows, RowsInputs
 from topd.ops.shared.engines import Engine
+from topd.ops.shared.op_body import define
 
-torch.library.define("topd::logprob_rows", f"({ROWS_INPUTS.schema}) -> ({ROWS_OUTPUTS.schema})")
+define("topd::logprob_rows", f"({ROWS_INPUTS.schema}) -> ({ROWS_OUTPUTS.schema})")
 
 
 @torch.library.register_fake("topd::logprob_rows")

@@ -3,8 +3,10 @@ memory.
 
 One pass over both heads, two matrix products in all; the math of `topd_kernels.score_tokens.chain_rule`, the scores those of
 `topd.ops.linear_divergence.eager`. Read per token: its hidden states again for each block of the vocabulary (from cache), the
-heads once for all the tokens that run together; written: nine floats. A fused kernel registers it for its device; what it
-does not serve goes by tiles (`topd.ops.linear_divergence.op`).
+heads once for all the tokens that run together; written: nine floats. A fused kernel registers it for its device.
+
+No public function chooses it: several `tl.dot` in one kernel are known to fault on some GPUs, and no device has judged this one
+yet. `topd.score_tokens` goes by tiles (`topd.ops.linear_divergence.op`); `bench.gpu` and the tests call `run_scores`.
 """
 
 from collections.abc import Callable
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from topd.ops.linear_divergence.spec import RowSpec
 from topd.ops.shared.fields import PREFIXED, Table
+from topd.ops.shared.op_body import define
 from topd.ops.shared.tiles import Side
 from topd.scores import FIELDS
 
@@ -41,7 +44,7 @@ class Inputs(NamedTuple):
 
 
 INPUTS = Table(Inputs, grouped=False)
-torch.library.define("topd::score_tokens", f"({INPUTS.schema}) -> Tensor")
+define("topd::score_tokens", f"({INPUTS.schema}) -> Tensor")
 
 SERVED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

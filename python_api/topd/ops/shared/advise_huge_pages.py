@@ -4,7 +4,9 @@ speed, never a value."""
 import torch
 from torch import Tensor
 
-torch.library.define("topd::advise_huge_pages", "(Tensor(a!) buffer) -> ()")
+from topd.ops.shared.op_body import define
+
+define("topd::advise_huge_pages", "(Tensor(a!) buffer) -> ()")
 
 # Below this the allocator reuses its own memory, whose pages are there already.
 LARGE_BYTES = 4 << 20

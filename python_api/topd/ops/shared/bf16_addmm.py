@@ -7,7 +7,9 @@ columns first. out is float32, or with beta = 0 bfloat16, rounded once.
 
 import torch
 
-torch.library.define(
+from topd.ops.shared.op_body import define
+
+define(
     "topd::bf16_addmm",
     "(Tensor(a!) out, Tensor a, Tensor b, Tensor? factors, float beta, float alpha) -> ()",
 )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from topd.backends import multiplies_bf16, triton_launcher
 from topd.ops.shared.advise_huge_pages import advise_huge_pages
+from topd.ops.shared.plan import GPU_BLOCK
 
 Kernel = Callable[..., Any]
 # On a GPU a tile's row takes a multiple of so many entries, whatever the vocabulary: then each row begins where wide loads and
@@ -43,13 +44,11 @@ class Engine:
         name: the backend's.
         keeps_few_rows: the kernels leave the gradient to a product in the product's own tile, in the tile's dtype, so that
             calls of few rows may keep that tile for the backward pass (`topd.ops.shared.few_rows`).
-        fuses_scores: there is a kernel for topd::score_tokens.
         row_entries: a tile's row takes a multiple of so many entries.
     """
 
     name: str
     keeps_few_rows = False
-    fuses_scores = False
     row_entries = 1
 
     def kernel(self, op: str, device: torch.device) -> Kernel:
@@ -73,9 +72,17 @@ class Engine:
         """Return how many tiles a chunk needs beside its own, of which eager torch needs `eager`."""
         return 0
 
+    def like_a_gpu(self, device: torch.device) -> bool:
+        """Tell whether this device is a GPU, or plays one, as the CPU does for Triton's interpreter."""
+        return device.type == "cuda"
+
+    def row_block(self, device: torch.device) -> int:
+        """Return the rows of which a chunk holds a multiple, where so many fit."""
+        return GPU_BLOCK if self.like_a_gpu(device) else 1
+
     def multiplies(self, dtype: torch.dtype, device: torch.device) -> bool:
         """Tell whether matrix products of this dtype, of 16 bits, can be taken with float32 out."""
-        return device.type == "cuda"
+        return self.like_a_gpu(device)
 
     def product_dtype(self, dtype: torch.dtype, tile: torch.dtype, device: torch.device) -> torch.dtype:
         """Return the dtype in which the matrix products of a side take its weight of `dtype`: its own 16 bits where these can
@@ -121,13 +128,12 @@ class Triton(Engine):
     there."""
 
     name = "triton"
-    fuses_scores = True
     row_entries = ALIGNED_ENTRIES
 
     def kernel(self, op: str, device: torch.device) -> Kernel:
         return triton_launcher(op) if device.type == "cpu" else super().kernel(op, device)
 
-    def multiplies(self, dtype: torch.dtype, device: torch.device) -> bool:
+    def like_a_gpu(self, device: torch.device) -> bool:
         return True
 
 

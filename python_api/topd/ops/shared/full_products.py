@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from topd.head import Head
+from topd.ops.shared.exact_products import exact_products
 
 
 class _Product(torch.autograd.Function):
@@ -15,13 +16,14 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(states, weight)
-        return states @ weight.T
+        with exact_products(states.device):
+            return states @ weight.T
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (grad,), (states, weight) = grads, ctx.saved_tensors
         unused = (grad == 0).all(-1, keepdim=True)
-        with torch.autocast(grad.device.type, enabled=False):
+        with torch.autocast(grad.device.type, enabled=False), exact_products(grad.device):
             return (grad @ weight).masked_fill(unused, 0.0), grad.T @ states.masked_fill(unused, 0.0)
 
 

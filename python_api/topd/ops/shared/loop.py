@@ -6,32 +6,64 @@ products together; everywhere else a pile is one chunk.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from topd.ops.shared.engines import ALIGNED_ENTRIES, Engine, row_width
-from topd.ops.shared.plan import CUDA_SHARE, CUDA_WORKSPACE, ChunkPlan, default_workspace
+from topd.ops.shared.plan import (
+    GPU_SHARE,
+    GPU_WORKSPACE_LEAST,
+    ChunkPlan,
+    Products,
+    default_workspace,
+    plan_chunks,
+    wanted_workspace,
+)
 from topd.ops.shared.tiles import WidenedSide
 
 
-def workspace(device: torch.device, workspace_bytes: int | None, products: torch.dtype) -> int:
-    """Return the bytes for a call's tiles; `products` is the dtype in which they are multiplied."""
-    if workspace_bytes is not None:
-        return workspace_bytes
-    available = available_bytes(device) if device.type == "cuda" else None
-    return default_workspace(device.type, available, bf16_products=products == torch.bfloat16)
+def plan_rows(
+    n: int,
+    *vocabs: int,
+    engine: Engine,
+    device: torch.device,
+    multiplied: torch.dtype,
+    workspace_bytes: int | None,
+    itemsize: int,
+    temporaries: int,
+    products: Products | None = None,
+) -> ChunkPlan:
+    """Return the plan of n rows on a device; `multiplied`: the dtype in which the first side is multiplied, `workspace_bytes`:
+    None for the default. The rest is as in `topd.ops.shared.plan.plan_chunks`."""
+    tiles: dict[str, Any] = {"itemsize": itemsize, "temporaries": temporaries, "products": products}
+    if workspace_bytes is None:
+        workspace_bytes = workspace(device, multiplied, wanted_workspace(n, *vocabs, **tiles))
+    return plan_chunks(n, *vocabs, workspace_bytes=workspace_bytes, block=engine.row_block(device), **tiles)
 
 
-def available_bytes(device: torch.device) -> int:
-    """Return the memory of a GPU that torch can still hand out: what the driver calls free, and what torch keeps for reuse.
+def workspace(device: torch.device, multiplied: torch.dtype, wanted: int) -> int:
+    """Return the default bytes for a call's tiles; `wanted` is what `topd.ops.shared.plan.wanted_workspace` returns."""
+    if device.type != "cuda":
+        return default_workspace(device.type, bf16_products=multiplied == torch.bfloat16)
+    if wanted <= GPU_WORKSPACE_LEAST:  # whatever is available
+        return wanted
+    return default_workspace(device.type, available_bytes(device, wanted), wanted=wanted)
+
+
+def available_bytes(device: torch.device, wanted: int) -> int | None:
+    """Return the memory of a GPU that torch can still hand out: what the driver calls free, and what torch keeps for reuse;
+    None where there is no GPU, as in a plan made elsewhere. Where the first alone leaves room for `wanted`, it is not asked for
+    the second.
 
     In a training loop torch keeps nearly all of the device, so that the driver's figure alone would fall to next to nothing
     after the first step.
     """
+    if not torch.cuda.is_available():
+        return None
     free, _ = torch.cuda.mem_get_info(device)
-    if free >= CUDA_SHARE * CUDA_WORKSPACE:
+    if free >= 2 * GPU_SHARE * wanted:
         return free
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 

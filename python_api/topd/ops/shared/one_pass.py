@@ -55,6 +55,7 @@ def correction(
     *,
     narrow: bool = False,
     jumps: bool = False,
+    complete: bool = False,
 ) -> Correction:
     """Return what it takes to go from sums under `hinted` to c times them with the rows of `redo` exact.
 
@@ -69,11 +70,12 @@ def correction(
         narrow: weighted hidden states were rounded to 16 bits: what is taken away must be what was added, rounded as it was.
         jumps: the gradient to the logits jumps where two numbers are equal. A row computed again among other rows has other
             rounding, may fall on the other side, and could not be taken away: then rows are only ever added.
+        complete: where no row deviates, nothing else will be added to the sums (`HeadGrads.times`).
     """
     # The host waits here for a count; on a GPU that costs microseconds, and spares the matrix products of the rows that obey.
     rows = redo.nonzero()[:, 0]
     if rows.numel() == 0:
-        return Correction(saved.times(c, engine), rows, [], False)
+        return Correction(saved.times(c, engine, side if complete else None), rows, [], False)
     living = alive.nonzero()[:, 0]
     expected = c * hinted
     anew = rows.numel() >= living.numel()

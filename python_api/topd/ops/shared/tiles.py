@@ -155,9 +155,13 @@ class HeadGrads(NamedTuple):
         """Return fresh tensors of these shapes, uninitialised."""
         return HeadGrads(*(engine.buffer(tuple(grad.shape), grad, grad.dtype) for grad in self))
 
-    def times(self, c: Tensor, engine: Engine) -> "HeadGrads":
-        """Return fresh tensors, c times these."""
-        return HeadGrads(*(torch.mul(c, grad, out=out) for grad, out in zip(self, self.unfilled(engine), strict=True)))
+    def times(self, c: Tensor, engine: Engine, side: Side | None = None) -> "HeadGrads":
+        """Return fresh tensors, c times these. Where `side` is given nothing will be added to them, and on a GPU they are what
+        `returned` returns: one pass reads the float32 and writes the dtypes of the side's tensors."""
+        if side is None or not engine.like_a_gpu(self.weight.device):
+            return HeadGrads(*(torch.mul(c, grad, out=out) for grad, out in zip(self, self.unfilled(engine), strict=True)))
+        likes = (side.weight, side.bias, side.a, side.b)
+        return HeadGrads(*(_scaled(c, total, like) for total, like in zip(self, likes, strict=True)))
 
     def returned(self, side: Side) -> "HeadGrads":
         """Return the sums as the gradients of the side's tensors: in their dtypes, with zeros beyond the common vocabulary."""
@@ -215,6 +219,16 @@ def _returned(total: Tensor, like: Tensor | None) -> Tensor:
         return total if like is None else total.to(like.dtype)
     out = like.new_zeros(like.shape)
     out[: total.shape[0]] = total
+    return out
+
+
+def _scaled(c: Tensor, total: Tensor, like: Tensor | None) -> Tensor:
+    """Return c total, computed in its dtype and rounded once to that of `like`, with zeros beyond the common vocabulary."""
+    if like is None or total.numel() == 0:
+        return total.clone()
+    out = like.new_empty(like.shape)
+    out[total.shape[0] :].zero_()
+    torch.mul(c, total, out=out[: total.shape[0]])
     return out
 
 

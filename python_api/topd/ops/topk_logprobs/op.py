@@ -13,9 +13,9 @@ from topd.backends import multiplies_bf16
 from topd.logits import shape_logits
 from topd.ops.shared.engines import CPP, EAGER
 from topd.ops.shared.fields import Table
-from topd.ops.shared.loop import TileLoop, chosen_rows, workspace
+from topd.ops.shared.loop import TileLoop, chosen_rows, plan_rows
 from topd.ops.shared.numbers import numbers_in, numbers_of
-from topd.ops.shared.plan import plan_chunks
+from topd.ops.shared.op_body import define, op_body
 from topd.ops.shared.tiles import Side
 
 
@@ -46,7 +46,7 @@ class Outputs(NamedTuple):
 
 
 INPUTS, OUTPUTS = Table(Inputs), Table(Outputs)
-torch.library.define("topd::topk_logprobs", f"({INPUTS.schema}) -> ({OUTPUTS.schema})")
+define("topd::topk_logprobs", f"({INPUTS.schema}) -> ({OUTPUTS.schema})")
 
 # Tiles that a chunk keeps beside the logits, at most.
 TEMPORARIES = 2
@@ -68,11 +68,14 @@ def _computed(inputs: Inputs) -> Outputs:
     ids = torch.zeros(n, inputs.k, dtype=torch.int64, device=device)
     logprobs = torch.full((n, inputs.k), -torch.inf, dtype=inputs.dtype, device=device)
     chosen = chosen_rows(inputs.mask)
-    plan = plan_chunks(
+    plan = plan_rows(
         n if chosen is None else chosen.numel(),
         vocab,
+        engine=engine,
+        device=device,
+        multiplied=side.weight.dtype,
+        workspace_bytes=inputs.workspace_bytes,
         itemsize=inputs.dtype.itemsize,
-        workspace_bytes=workspace(device, inputs.workspace_bytes, side.weight.dtype),
         temporaries=TEMPORARIES,
     )
     for chunk in TileLoop(engine, plan, (side,), chosen, inputs.dtype):
@@ -86,7 +89,7 @@ def _computed(inputs: Inputs) -> Outputs:
 
 def _implementation(*flat: Any) -> tuple[Any, ...]:
     inputs = INPUTS.unpack(*flat)
-    with torch.no_grad(), torch.autocast(inputs.side.hidden.device.type, enabled=False):
+    with op_body("topk_logprobs", inputs.side.hidden.device):
         return OUTPUTS.pack(_computed(inputs))
 
 

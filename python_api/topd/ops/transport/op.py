@@ -11,9 +11,11 @@ import torch
 
 import topd.ops.transport.eager  # noqa: F401  (registers what the backend "eager" runs)
 from topd.ops.shared.engines import engine_of
+from topd.ops.shared.exact_products import exact_products
+from topd.ops.shared.op_body import define, refuse_capture
 from topd.ops.transport.spec import INPUTS, OUTPUTS, Inputs, Outputs, WindowSide
 
-torch.library.define("topd::transport", f"({INPUTS.schema}) -> ({OUTPUTS.schema})")
+define("topd::transport", f"({INPUTS.schema}) -> ({OUTPUTS.schema})")
 
 
 @torch.library.register_fake("topd::transport")
@@ -30,5 +32,8 @@ def run_transport(
 ) -> Outputs:
     """Return distance [m], plan [m, K_S, K_T], marginal_error [m], float32 (float64 where a table is). WindowSide hold at most
     MAX_WINDOW tokens."""
-    kernel = engine_of(backend).kernel("transport", student.ids.device)
-    return Outputs(*kernel(*INPUTS.pack(Inputs(student, teacher, cost, epsilon, max_iterations, tolerance))))
+    device = student.ids.device
+    refuse_capture("near_future_divergence", device)
+    kernel = engine_of(backend).kernel("transport", device)
+    with exact_products(device):
+        return Outputs(*kernel(*INPUTS.pack(Inputs(student, teacher, cost, epsilon, max_iterations, tolerance))))

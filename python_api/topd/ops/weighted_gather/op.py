@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from topd.ops.shared.engines import Engine, eager_kernel
+from topd.ops.shared.op_body import define
 
-torch.library.define("topd::weighted_gather", "(Tensor(a!) out, Tensor table, Tensor ids, Tensor weights) -> ()")
+define("topd::weighted_gather", "(Tensor(a!) out, Tensor table, Tensor ids, Tensor weights) -> ()")
 
 # Entries that the eager form gathers at a time.
 PIECE = 4 << 20

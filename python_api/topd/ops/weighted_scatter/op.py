@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from topd.ops.shared.engines import Engine, eager_kernel
+from topd.ops.shared.op_body import define
 from topd.ops.weighted_gather.op import along_width, counted, pieces
 
-torch.library.define("topd::weighted_scatter", "(Tensor(a!) out, Tensor rows, Tensor ids, Tensor weights) -> ()")
+define("topd::weighted_scatter", "(Tensor(a!) out, Tensor rows, Tensor ids, Tensor weights) -> ()")
 
 
 @torch.library.register_fake("topd::weighted_scatter")

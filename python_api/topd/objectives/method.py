@@ -1,0 +1,41 @@
+"""What every method has beside its loss: a place in a training loop, and a state in its checkpoints."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+class Method:
+    """An objective that keeps nothing between steps; one that does says so itself."""
+
+    def after_step(self) -> None:
+        """Take note of an optimizer step: call it after each step that the optimizer took. Trainers of topd do so."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what a checkpoint must hold beside the student, the optimizer and so on: tensors by name; here none."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state_dict` returned.
+
+        Args:
+            state: of an objective of the same method and configuration.
+
+        Raises:
+            TypeError, ValueError: another objective's state.
+        """
+        check_state(state, set())
+
+
+def check_state(state: object, expected: Any) -> None:
+    """Check that a state holds tensors by these names and nothing else."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state must be a mapping of tensors, got {type(state).__name__}")
+    wrong = sorted(set(state) ^ set(expected), key=str)
+    if wrong:
+        came = "without" if wrong[0] in expected else "with"
+        raise ValueError(
+            f"state must be that of an objective of the same method and configuration, got one {came} {wrong[0]!r}; take the "
+            "configuration with which the checkpoint was written"
+        )

@@ -1,0 +1,130 @@
+"""Count the instructions of a kernel's main loop in what the compiler wrote: SASS of NVIDIA's devices, assembly of AMD's.
+
+A loop goes from a label to the last branch back to it. The main loop is, among the loops that hold no other, the one that loads
+most from memory, and of several the one with most instructions: what a loop over a vocabulary does to a block of entries. A
+loop around it, as where a block's largest entry starts sums anew, is left out. Where the compiler peeled blocks off, that is
+still the loop; where it unrolled the loop, an iteration takes several blocks, as many as its loads fetch the bytes of.
+
+Two numbers: every instruction of the loop, and those of the shortest way through it, which leaves out what a branch can jump
+over. They are the same where the loop has no branches. AMD's assembly jumps over what no lane is left for, which in all but a
+row's last block is nothing: `s_cbranch_execz` counts as never taken, `s_cbranch_execnz` as always.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction: the labels that stand before it, where it may branch to, whether it always does, how many issue slots it
+    takes, and the bytes that a thread loads from memory with it."""
+
+    labels: tuple[str, ...]
+    target: str | None
+    always: bool
+    slots: int
+    loaded_bytes: int
+
+
+class Loop(NamedTuple):
+    """An innermost loop: the slots of all its instructions, and of the shortest way through, with the bytes that they load."""
+
+    slots: int
+    fewest_slots: int
+    loaded_bytes: int
+    fewest_loaded_bytes: int
+
+    def blocks(self, block_bytes: float) -> int:
+        """Return how many blocks an iteration takes; `block_bytes`: what a thread loads for one."""
+        return max(1, round((self.fewest_loaded_bytes or self.loaded_bytes) / block_bytes))
+
+
+_SASS = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?);")
+_SASS_WIDTH = re.compile(r"\.(?:[US]?(8|16|64|128))\b")
+_AMD_WIDTHS = {
+    "ubyte": 1,
+    "sbyte": 1,
+    "ushort": 2,
+    "sshort": 2,
+    "short": 2,
+    "dword": 4,
+    "dwordx2": 8,
+    "dwordx3": 12,
+    "dwordx4": 16,
+}
+
+
+def read_sass(text: str) -> list[Instruction]:
+    """Return the instructions of `nvdisasm -c`; each takes a slot of a scheduler."""
+    instructions, labels = [], []
+    for line in text.splitlines():
+        if label := re.match(r"\s*(\.L\w+):", line):
+            labels.append(label[1])
+        elif parts := _SASS.search(line):
+            predicate, name, operands = parts.groups()
+            branch = re.search(r"`\((\.L\w+)\)", operands) if name.split(".")[0] == "BRA" else None
+            always = branch is not None and not predicate and operands.startswith("`")
+            width = _SASS_WIDTH.search(name)
+            loaded = (int(width[1]) // 8 if width else 4) if re.match(r"LDG(STS)?\b", name) else 0
+            instructions.append(Instruction(tuple(labels), branch and branch[1], always, 1, loaded))
+            labels = []
+    return instructions
+
+
+def read_amdgcn(text: str) -> list[Instruction]:
+    """Return the instructions of AMD's assembly. Those of the vector units take a slot of a SIMD; scalar ones and
+    those of memory are issued beside them."""
+    instructions, labels = [], []
+    for line in text.splitlines():
+        if label := re.match(r"(\.LBB\w+):", line):
+            labels.append(label[1])
+        elif parts := re.match(r"\s+((?:v|s|global|buffer|flat|scratch|ds)_\w+)\s*([^;]*)", line):
+            name, operands = parts[1], parts[2].strip()
+            jumps = name.startswith(("s_cbranch", "s_branch")) and name != "s_cbranch_execz"
+            load = re.match(r"(?:global|buffer|flat)_load_([a-z]+\d?)", name)
+            loaded = _AMD_WIDTHS.get(load[1], 0) if load else 0
+            always = name in ("s_branch", "s_cbranch_execnz")
+            instructions.append(
+                Instruction(tuple(labels), operands if jumps else None, always, int(name.startswith("v_")), loaded)
+            )
+            labels = []
+    return instructions
+
+
+def main_loop(instructions: list[Instruction]) -> Loop | None:
+    """Return the main loop; None where nothing branches back but an instruction to itself, which follows every kernel's end."""
+    place = {label: i for i, instruction in enumerate(instructions) for label in instruction.labels}
+    ends: dict[int, int] = {}
+    for i, instruction in enumerate(instructions):
+        start = place.get(instruction.target or "", i)
+        if start < i:
+            ends[start] = i
+    spans = [span for span in ends.items() if not any(_inside(other, span) for other in ends.items())]
+    loops = [_loop(instructions, place, *span) for span in spans]
+    return max(loops, key=lambda loop: (loop.loaded_bytes, loop.slots), default=None)
+
+
+def _inside(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
+    """Tell whether a loop lies in another."""
+    return inner != outer and outer[0] <= inner[0] and inner[1] <= outer[1]
+
+
+def _loop(instructions: list[Instruction], place: dict[str, int], start: int, end: int) -> Loop:
+    """Return the numbers of the loop of instructions start to end."""
+    body = instructions[start : end + 1]
+    # The fewest slots with which each instruction is reached, and the bytes loaded on that way.
+    ways: dict[int, tuple[int, int]] = {start: (0, 0)}
+    around = []
+    for i, instruction in enumerate(body, start):
+        if i not in ways:
+            continue
+        slots, loaded = ways[i][0] + instruction.slots, ways[i][1] + instruction.loaded_bytes
+        target = None if instruction.target is None else place.get(instruction.target)
+        if target == start:
+            around.append((slots, loaded))
+        for successor in (target, None if instruction.always else i + 1):
+            if successor is not None and i < successor <= end:
+                ways[successor] = min(ways.get(successor, (slots, loaded)), (slots, loaded))
+    fewest = min(around)
+    return Loop(sum(each.slots for each in body), fewest[0], sum(each.loaded_bytes for each in body), fewest[1])

@@ -1,0 +1,68 @@
+"""Run the interpreter's tests and the compilation ahead of time under several versions of Triton, each in an environment of its
+own, and print a line for each.
+
+    make triton-versions
+    make triton-versions TRITON="3.6.0 3.9.0"
+
+torch 2.11 comes with Triton 3.6, torch 2.13 with 3.7.1. The environments hold Triton alone and take the rest from the
+project's.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from bench.report import markdown_table
+from tools.versions import environment
+
+VERSIONS = ("3.6.0", "3.7.1", "3.9.0")
+TESTS = ("tests/kernels", "-m", "not slow")
+ROOT = Path(__file__).parents[1]
+# The environments do not see where the project's has the packages of this repository.
+PATH = os.pathsep.join([str(ROOT / "python_api"), str(ROOT)])
+
+
+def _run(*command: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": PATH}, stdout=subprocess.PIPE, text=True)
+
+
+def interpreted(python: str) -> tuple[bool, str]:
+    """Run the interpreter's tests; return whether all of them passed, and pytest's last line. What failed is printed."""
+    done = _run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS)
+    if done.returncode:
+        print(done.stdout, flush=True)
+    return done.returncode == 0, done.stdout.strip().splitlines()[-1] if done.stdout else "pytest did not start"
+
+
+def compiled(python: str) -> tuple[bool, list[str]]:
+    """Compile the default variants for all targets; return whether all of them fit, how many there are, and the most stack,
+    spills and shared memory that one needs. What does not fit is printed."""
+    with tempfile.TemporaryDirectory() as folder:
+        numbers = Path(folder) / "binaries.json"
+        done = _run(python, "-m", "tools.aot", "--json", str(numbers), "--jobs", "1")
+        if done.returncode:
+            print(done.stdout, flush=True)
+        binaries = json.loads(numbers.read_text()) if numbers.exists() else []
+    most = [str(max((each[name] for each in binaries), default="")) for name in ("stack_bytes", "spills", "shared_bytes")]
+    return done.returncode == 0, [str(len(binaries)), *most]
+
+
+def main(versions: list[str]) -> int:
+    """Run every version; 1 where a test failed or a binary does not fit."""
+    rows, verdicts = [], []
+    for version in versions or VERSIONS:
+        python = str(environment(f"triton=={version}"))
+        passed, line = interpreted(python)
+        fits, numbers = compiled(python)
+        verdicts += [passed, fits]
+        rows.append([version, line, *numbers, "yes" if passed and fits else "NO"])
+        print(*rows[-1], flush=True)
+    print(markdown_table(["Triton", "interpreter's tests", "binaries", "stack, B", "spills", "shared, B", "fits"], rows))
+    return 0 if all(verdicts) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
