@@ -1,9 +1,10 @@
 """Count the instructions of a kernel's main loop in what the compiler wrote: SASS of NVIDIA's devices, assembly of AMD's.
 
 A loop goes from a label to the last branch back to it. The main loop is, among the loops that hold no other, the one that loads
-most from memory, and of several the one with most instructions: what a loop over a vocabulary does to a block of entries. A
-loop around it, as where a block's largest entry starts sums anew, is left out. Where the compiler peeled blocks off, that is
-still the loop; where it unrolled the loop, an iteration takes several blocks, as many as its loads fetch the bytes of.
+most from memory, and of several the one with least instructions: what a loop over a vocabulary does to a whole block of
+entries. A loop beside it, with masks, does what is left of a row, and rows with entries of probability 0. A loop around it, as
+where a block's largest entry starts sums anew, is left out. Where the compiler peeled blocks off, that is still the loop; where
+it unrolled the loop, an iteration takes several blocks, as many as its loads fetch the bytes of.
 
 Two numbers: every instruction of the loop, and those of the shortest way through it, which leaves out what a branch can jump
 over. They are the same where the loop has no branches. AMD's assembly jumps over what no lane is left for, which in all but a
@@ -102,7 +103,7 @@ def main_loop(instructions: list[Instruction]) -> Loop | None:
             ends[start] = i
     spans = [span for span in ends.items() if not any(_inside(other, span) for other in ends.items())]
     loops = [_loop(instructions, place, *span) for span in spans]
-    return max(loops, key=lambda loop: (loop.loaded_bytes, loop.slots), default=None)
+    return max(loops, key=lambda loop: (loop.loaded_bytes, -loop.slots), default=None)
 
 
 def _inside(inner: tuple[int, int], outer: tuple[int, int]) -> bool:

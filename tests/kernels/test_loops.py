@@ -33,11 +33,13 @@ TWO_LOOPS = """
 
 
 def test_the_innermost_loop_that_loads_most_is_the_main_one():
-    """However long another is; of loops that load as much, the longest."""
+    """However long another is; of loops that load as much, the shortest."""
     assert main_loop(read_sass(sass(TWO_LOOPS))) == Loop(5, 5, 16, 16)
     longer = TWO_LOOPS.replace("@!P1 BRA", "LDG.E R5, desc[UR20][R2.64]\n" + "FADD R0, R0, R1\n" * 9 + "@!P1 BRA")
     assert main_loop(read_sass(sass(longer))) == Loop(5, 5, 16, 16)
-    assert main_loop(read_sass(sass(longer.replace("LDG.E R5", "LDG.E.128 R5")))) == Loop(12, 12, 16, 16)
+    as_much = longer.replace("LDG.E R5", "LDG.E.128 R5")
+    assert main_loop(read_sass(sass(as_much))) == Loop(5, 5, 16, 16)
+    assert main_loop(read_sass(sass(as_much.replace("FADD R8", "FADD R8, R8, R4\n" * 8 + "FADD R8", 1)))) == Loop(12, 12, 16, 16)
 
 
 def test_a_loop_around_it_is_not_counted():

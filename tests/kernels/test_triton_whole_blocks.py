@@ -1,27 +1,41 @@
-"""topd::divergence_rows, the Triton kernels, on rows of many small blocks: those without a mask, where the largest entry rises
-block by block, and what sends a row back to the careful way."""
+"""The Triton kernels that read rows, on rows of many small blocks: those without a mask, where the largest entry rises block by
+block, and what sends a row of topd::divergence_rows back to the careful way."""
 
 import math
 
 import pytest
 import torch
 from torch import Tensor
-from triton_cases import KINDS, NEEDS_TRITON, assert_divergence, divergence_by_triton, divergence_truth, random_logits, spec_of
+from triton_cases import (
+    KINDS,
+    NEEDS_TRITON,
+    assert_divergence,
+    assert_logprobs,
+    divergence_by_triton,
+    divergence_truth,
+    logprobs_by_triton,
+    random_logits,
+    spec_of,
+)
 
+from topd.ops.linear_logprobs.spec import LogprobSpec
 from topd.scores import FIELDS
-from topd_kernels.divergence_rows.launches import Blocks
+from topd_kernels.divergence_rows.launches import Blocks, kind_of
+from topd_kernels.divergence_rows.terms import EVEN_JSD, JSD
+from topd_kernels.logprob_rows import launches as logprob_rows
 
 pytestmark = NEEDS_TRITON
 INF, NAN = math.inf, math.nan
 SMALL = Blocks(32, 32)
+SMALL_LOGPROBS = logprob_rows.Blocks(32, 32, 8)
 VOCAB = 110  # three blocks and a rest
 REVERSE = spec_of("reverse_kl")
 
 
 def certain_and_near_rows() -> tuple[Tensor, Tensor]:
-    """A KL of 1e-7; p = 1 - 1e-9 on both sides, and on one; logits of 1e4; offsets of 100 either way."""
-    student = 2 * torch.randn(7, VOCAB)
-    teacher = student + 4e-4 * torch.randn(7, VOCAB)
+    """A KL of 1e-8, and of 1e-7; p = 1 - 1e-9 on both sides, and on one; logits of 1e4; offsets of 100 either way."""
+    student = 2 * torch.randn(8, VOCAB)
+    teacher = student + torch.tensor([1.4e-4] + [4e-4] * 7).unsqueeze(-1) * torch.randn(8, VOCAB)
     student[1, 70] = teacher[1, 70] = student[2, 70] = 30.0
     teacher[1, 70] += 0.5
     student[3] *= 3e3
@@ -51,8 +65,10 @@ def test_near_equal_and_certain_rows_keep_their_digits(divergence, parameter):
     assert_divergence(result, student, teacher, spec)
     assert (result.value >= 0).all() or parameter == 0.05
     if divergence != "total_variation":
-        true = divergence_truth(student, teacher, spec).value[0].item()
-        assert result.value[0].item() == pytest.approx(true, rel=1e-5)
+        true = divergence_truth(student, teacher, spec).value
+        assert 0 < true[0] < 1e-7 / 2
+        for row in (0, 7):
+            assert result.value[row].item() == pytest.approx(true[row].item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("order", ["rising", "falling", "one side each"])
@@ -118,6 +134,72 @@ def test_every_option_over_whole_blocks():
         spec = spec_of("reverse_kl", hard_weight=hard_weight, **numbers)
         result = divergence_by_triton(student, teacher, spec, blocks=SMALL, **options)
         assert_divergence(result, student, teacher, spec, **options)
+
+
+@pytest.mark.parametrize(("divergence", "parameter"), KINDS)
+def test_rows_that_fill_no_block_and_rows_of_one_entry(divergence, parameter):
+    """13 entries, one, and one with probability among many, in the first block, a later one, the rest, on one side and both."""
+    spec = spec_of(divergence, parameter)
+    for vocab in (1, 13):
+        student, teacher = (tile.float() for tile in random_logits(3, vocab, vocab))
+        result = divergence_by_triton(student, teacher, spec, scores=False, blocks=SMALL)
+        assert_divergence(result, student, teacher, spec)
+    student, teacher = torch.full((2, 4, VOCAB), -INF)
+    for row, (first, second) in enumerate([(5, 5), (70, 70), (109, 109), (3, 40)]):
+        student[row, first] = teacher[row, second] = 2.0 - row
+    result = divergence_by_triton(student, teacher, spec, scores=False, blocks=SMALL)
+    assert_divergence(result, student, teacher, spec)
+
+
+@pytest.mark.parametrize("sides", [(30.0, 30.0), (30.0, 0.0), (0.0, 30.0)], ids=["both", "student", "teacher"])
+def test_a_side_rises_in_a_block_in_which_the_other_does_not(sides):
+    """In the first block, a later one, the last whole one and the rest."""
+    for place in (0, 50, 95, 109):
+        student, teacher = (tile.float() for tile in random_logits(3, VOCAB, VOCAB))
+        student[:, place] += sides[0]
+        teacher[:, place] += sides[1]
+        result = divergence_by_triton(student, teacher, REVERSE, scores=False, blocks=SMALL)
+        assert_divergence(result, student, teacher, REVERSE)
+
+
+def test_the_even_jsd_is_a_kind_of_its_own_in_float32():
+    assert kind_of("jsd", 0.5, 4) == EVEN_JSD.value
+    assert kind_of("jsd", 0.5, 8) == kind_of("jsd", 0.3, 4) == JSD.value
+
+
+@pytest.mark.parametrize("gap", [1e-4, 1e-2, 0.9, 1.1, 5.0, 40.0, 1e3])
+def test_the_even_jsd_at_any_distance_of_the_sides(gap):
+    student = torch.randn(2, VOCAB)
+    teacher = student + gap * torch.tensor([1.0, -1.0]).unsqueeze(-1) * torch.randn(VOCAB).sign()
+    spec = spec_of("jsd", 0.5)
+    result = divergence_by_triton(student, teacher, spec, scores=False, blocks=SMALL)
+    assert_divergence(result, student, teacher, spec)
+    assert result.value.tolist() == pytest.approx(divergence_truth(student, teacher, spec).value.tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("order", ["rising", "falling", "certain"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
+def test_logprobs_whose_largest_entry_moves_from_block_to_block(order, dtype):
+    """Ids are the largest entries, or none of them: what is left out of a row is never its largest."""
+    product = (0.1 * torch.arange(VOCAB).repeat(3, 1) + torch.randn(3, VOCAB)).to(dtype)
+    if order == "falling":
+        product = product.flip(-1)
+    if order == "certain":
+        product[torch.arange(3), torch.tensor([2, 60, 108])] = 40.0
+    for ids in (product.topk(5).indices, product.topk(5, largest=False).indices):
+        for splits in (1, 2):
+            assert_logprobs(logprobs_by_triton(product, ids, blocks=SMALL_LOGPROBS, splits=splits), product, ids)
+
+
+def test_logprobs_of_rows_whose_blocks_have_no_probability():
+    """The first block, all but the rest, a block that the ids leave out, all of a row; and NaN and +inf, in a block and the rest."""
+    product = torch.randn(8, VOCAB, dtype=torch.float64)
+    product[0, :32] = product[1, :96] = product[3] = -INF
+    product[4, 40] = product[5, 109] = NAN
+    product[6, 3] = product[7, 100] = INF
+    ids = torch.arange(32, 64).repeat(8, 1)
+    for spec in (LogprobSpec(1.0, None, 1.0), LogprobSpec(-0.7, 20.0, 1.3)):
+        assert_logprobs(logprobs_by_triton(product, ids, spec, blocks=SMALL_LOGPROBS), product, ids, spec)
 
 
 def test_the_first_of_equal_entries_is_the_most_likely_one():

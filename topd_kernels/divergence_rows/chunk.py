@@ -138,7 +138,7 @@ class Chunk:
                 "BLOCK": self.blocks.statistics,
             },
             self.blocks.statistics_warps,
-            self.registers,
+            255,
             read_bytes=self.rows * read,
             written_bytes=self.rows * fields * self.parts.itemsize,
         )

@@ -16,6 +16,7 @@ from topd_kernels.divergence_rows.chunk import Blocks, Chunk, Outputs, Spec
 from topd_kernels.divergence_rows.records import PARTS, ROW, SUMS
 from topd_kernels.divergence_rows.terms import (
     CLIPPED_KL,
+    EVEN_JSD,
     FORWARD_KL,
     JSD,
     REVERSE_KL,
@@ -40,11 +41,16 @@ KINDS = {
 }
 
 
-def kind_of(divergence: str, parameter: float) -> int:
-    """Return the kernels' number of a divergence; a forward KL with an entry clip is a kind of its own."""
+def kind_of(divergence: str, parameter: float, itemsize: int) -> int:
+    """Return the kernels' number of a divergence over tiles of entries of so many bytes. A forward KL with an entry clip is a
+    kind of its own, and so is the JSD at beta = 1/2 in float32."""
     if divergence not in KINDS:
         raise ValueError(f"unknown divergence {divergence!r}")
-    kind = CLIPPED_KL if divergence == "forward_kl" and parameter != float("inf") else KINDS[divergence]
+    kind = KINDS[divergence]
+    if divergence == "forward_kl" and parameter != float("inf"):
+        kind = CLIPPED_KL
+    elif divergence == "jsd" and parameter == 0.5 and itemsize == 4:
+        kind = EVEN_JSD
     return int(kind.value)
 
 
@@ -80,8 +86,8 @@ def launches(
     rows, vocab = student_product.shape[0], min(student_product.shape[1], teacher_product.shape[1])
     if vocab >= MAX_VOCAB:
         raise ValueError(f"the common vocabulary must be below {MAX_VOCAB}, got {vocab}")
-    kind = kind_of(spec.divergence, spec.parameter)
     itemsize = student_product.itemsize
+    kind = kind_of(spec.divergence, spec.parameter, itemsize)
     heavy = is_heavy(kind, scores, itemsize)
     blocks = blocks or blocks_of(device_of(student_product.device, family), itemsize, heavy=heavy)
     splits = splits or splits_of_rows(rows, cdiv(vocab, blocks.statistics), processors(student_product))

@@ -97,13 +97,14 @@ def leading_blocks(
             entries = block + offset
             ys = unmasked_logits(tl.load(Student + entries), StudentBias, entries, student_biased, inner_s, outer_s, GENERAL)
             yt = unmasked_logits(tl.load(Teacher + entries), TeacherBias, entries, teacher_biased, inner_t, outer_t, GENERAL)
+            es = exp(ys - s_top)
+            et = exp(yt - t_top)
+            # Added up beside the question, and only kept where the block does not rise: nothing waits for the answer.
+            s_with, t_with, w_with = _summed(s_rest, t_rest, w, ys, yt, es, et, first, second, third, CENTRE)
             calm = not rises(ys, yt, s_top, t_top)
-            if calm:
-                es = exp(ys - s_top)
-                et = exp(yt - t_top)
-                s_rest, t_rest, w = _summed(s_rest, t_rest, w, ys, yt, es, et, first, second, third, CENTRE)
-                block += BLOCK
-                calm = block < end
+            s_rest, t_rest, w = tl.where(calm, s_with, s_rest), tl.where(calm, t_with, t_rest), tl.where(calm, w_with, w)
+            block = tl.where(calm, block + BLOCK, block)
+            calm = calm & (block < end)
     s_total, t_total, centre = tl.sum(s_rest, 0), tl.sum(t_rest, 0), tl.sum(w, 0)
     holds = (tl.abs(centre) < float("inf")) & (s_total < float("inf")) & (t_total < float("inf"))
     return s_top, s_mode, s_total, t_top, t_mode, t_total, there, centre, holds

@@ -1,16 +1,17 @@
 """The divergences for Triton: one entry of both distributions, its term of the value, and what its gradient is made of.
 
-Formulas are those of python_api/topd/ops/linear_divergence/eager.py. A forward KL with an entry clip is a kind of its own.
+Formulas are those of python_api/topd/ops/linear_divergence/eager.py. A forward KL with an entry clip is a kind of its own, and so
+is the JSD at beta = 1/2 in float32, as in csrc/cpu/divergence_terms.h.
 """
 
 import triton
 import triton.language as tl
 
 from topd_kernels.shared.records import numbered
-from topd_kernels.shared.row_math import FAR, NEAR_OFFSETS, kl_term, mixture, parts_of_mixture, phi_pair
+from topd_kernels.shared.row_math import FAR, NEAR_OFFSETS, exp, kappa, kl_term, mixture, parts_of_mixture, phi_pair
 
 # Their order matters: kinds from REVERSE_KL on are centred, and those after it keep more in registers.
-FORWARD_KL, CLIPPED_KL, REVERSE_KL, JSD, SKEW_KL, SKEW_REVERSE_KL, TOTAL_VARIATION = numbered(7)
+FORWARD_KL, CLIPPED_KL, REVERSE_KL, JSD, EVEN_JSD, SKEW_KL, SKEW_REVERSE_KL, TOTAL_VARIATION = numbered(8)
 
 
 @triton.jit
@@ -64,6 +65,22 @@ def jsd_term(p_teacher, p_student, d, near, parameter, complement):
 
 
 @triton.jit
+def even_jsd_term(p_teacher, p_student, d, near):
+    """Return value and A of the JSD at beta = 1/2, in float32. There m is half the larger side at least, so that its logarithm
+    is one series, and a term is half of what `jsd_term` takes the psi of, wherever d lies."""
+    size = tl.abs(d)
+    ratio = exp(-size)
+    phi_plus, phi_minus = phi_pair(size)
+    e = tl.where(near, phi_plus - size, ratio - 1)
+    u = 0.5 * e
+    square = u * u
+    k = kappa(u)
+    gained = tl.where(near, ratio * phi_minus, -(ratio * size + e))
+    value = tl.maximum(p_teacher, p_student) * (0.5 * gained - square * ((u + 1) * k + 1))
+    return value, -(square * k + u) - tl.maximum(d, 0.0)
+
+
+@triton.jit
 def skewed_term(p_teacher, p_student, d, near, parameter, complement, KIND: tl.constexpr):
     """Return value and A of a KL against a mixture."""
     if KIND == SKEW_REVERSE_KL:
@@ -83,7 +100,7 @@ def skewed_term(p_teacher, p_student, d, near, parameter, complement, KIND: tl.c
 def factor_of_a(complement, KIND: tl.constexpr):
     """Return what a kind's gradient is multiplied by, once the row's sums are taken: exactly 0 stays so."""
     factor = tl.full([], 1.0, complement.dtype)
-    if KIND == JSD:
+    if KIND == JSD or KIND == EVEN_JSD:
         factor = complement
     elif KIND == SKEW_KL:
         factor = -complement
@@ -98,6 +115,8 @@ def term_of(p_teacher, p_student, d, parameter, complement, KIND: tl.constexpr):
     centre = d * 0
     if KIND == JSD:
         value, a = jsd_term(p_teacher, p_student, d, near, parameter, complement)
+    elif KIND == EVEN_JSD:
+        value, a = even_jsd_term(p_teacher, p_student, d, near)
     elif KIND == SKEW_KL or KIND == SKEW_REVERSE_KL:
         value, a = skewed_term(p_teacher, p_student, d, near, parameter, complement, KIND)
     else:

@@ -110,14 +110,14 @@ def rest(
         while calm:  # until a block rises
             entries = block + offset
             y = _kept(tl.load(Product + entries), Bias, entries, biased, steep, cap, GENERAL)
+            e = exp(y - base)
             calm = tl.max((tl.max(y, 0) > top).to(tl.int32), 0) == 0
-            if calm:
-                e = exp(y - base)
-                rest += tl.sum(e, 0)
-                if ENTROPY:
-                    w += tl.sum(e * tl.maximum(y - base, -FAR), 0)
-                block += BLOCK
-                calm = block + BLOCK <= end
+            # Added up beside the question, and only kept where the block does not rise: nothing waits for the answer.
+            rest = tl.where(calm, rest + tl.sum(e, 0), rest)
+            if ENTROPY:
+                w = tl.where(calm, w + tl.sum(e * tl.maximum(y - base, -FAR), 0), w)
+            block = tl.where(calm, block + BLOCK, block)
+            calm = calm & (block + BLOCK <= end)
     Parts += (split * rows + row).to(tl.int64)
     field = tl.num_programs(1).to(tl.int64) * rows
     tl.store(Parts + PART_TOP * field, top)
