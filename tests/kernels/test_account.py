@@ -12,7 +12,7 @@ from topd_kernels.divergence_rows import launches as divergence_rows
 from topd_kernels.divergence_rows.statistics import statistics
 from topd_kernels.logprob_rows import launches as logprob_rows
 from topd_kernels.score_tokens import launches as score_tokens
-from topd_kernels.shared.launch import Launch, interpreted
+from topd_kernels.shared.launch import ROW_PROGRAMS_PER_PROCESSOR, Launch, interpreted
 from topd_kernels.transport import launches as transport
 from topd_kernels.weighted_gather import launches as weighted_gather
 from topd_kernels.weighted_scatter import launches as weighted_scatter
@@ -109,12 +109,12 @@ def test_declared_bytes_and_flop_of_score_tokens(vocabs, biased, tokens, watch):
 
 @pytest.mark.parametrize("divergence", PARAMETERS)
 def test_bytes_of_an_entry(divergence):
-    """The tiles' entries are what the declared bytes of a large vocabulary are made of."""
-    launches = divergence_launches(divergence, 1, VOCAB, "sm_90")
+    """The tiles' entries are what the declared bytes of a large vocabulary are made of; as many rows as have a program each."""
+    launches = divergence_launches(divergence, ROW_PROGRAMS_PER_PROCESSOR, VOCAB, "sm_90")
     entry = {"statistics": 8, "constants": 0, "sweep": 8 + 2 if divergence != "jsd" else 8 + 8 + 2, "finish": 0}
     declared = dict.fromkeys(entry, 0.0)
     for launch in launches:
-        declared[launch.name] += launch.moved_bytes / VOCAB
+        declared[launch.name] += launch.moved_bytes / (ROW_PROGRAMS_PER_PROCESSOR * VOCAB)
     assert declared == pytest.approx(entry, abs=512 / VOCAB)  # a row's own numbers
 
 

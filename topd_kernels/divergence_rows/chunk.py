@@ -71,7 +71,7 @@ class Chunk:
     rows: int = field(init=False)
     general: bool = field(init=False)  # whether there is a bias or a softcap: the kernels' constant GENERAL
     tails: bool = field(init=False)  # whether one side's vocabulary goes on beyond the common one, and its mass is asked for
-    registers: int | None = field(init=False)  # what a thread of a kernel over float64 tiles may have
+    registers: int | None = field(init=False)  # what a thread that reads float64 tiles may have
     tiles: dict[str, Any] = field(init=False)  # the arguments of the kernels that read logits
     token_arguments: dict[str, Any] = field(init=False)
 
@@ -138,7 +138,7 @@ class Chunk:
                 "BLOCK": self.blocks.statistics,
             },
             self.blocks.statistics_warps,
-            255,
+            self.registers,
             read_bytes=self.rows * read,
             written_bytes=self.rows * fields * self.parts.itemsize,
         )
@@ -194,7 +194,7 @@ class Chunk:
                 "BLOCK": self.blocks.sweep,
             },
             self.blocks.sweep_warps,
-            255 if scores else self.registers,
+            255 if scores or self.general else self.registers,
             read_bytes=self.rows * self._sweep_reads(grad=grad_tile is not None),
             written_bytes=self.rows * (written + (0 if grad_tile is None else student_width * grad.itemsize)),
         )

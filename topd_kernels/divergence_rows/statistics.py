@@ -80,7 +80,7 @@ def _careful(
     none = tl.full([LANES], float("-inf"), dtype)
     zero = tl.zeros([LANES], dtype)
     s_top, s_mode, s_rest, t_top, t_mode, t_rest = none, lanes, zero, none, lanes, zero
-    t_there, w, only_t, only_s, finite = none, zero, lanes < 0, lanes < 0, lanes >= 0
+    t_there, w, only_t, only_s, missing = none, zero, lanes * 0, lanes * 0, lanes * 0
     for block in range(start, end, LANES):
         entries = block + lanes
         mask = entries < end
@@ -88,9 +88,10 @@ def _careful(
                               student_inner, student_outer, teacher_inner, teacher_outer, GENERAL)  # fmt: skip
         no_student = ys == float("-inf")
         no_teacher = yt == float("-inf")
-        only_t = only_t | (no_student & (yt > float("-inf")))
-        only_s = only_s | (no_teacher & (ys > float("-inf")))
-        finite = finite & ((no_student | no_teacher) <= (entries >= end))
+        # Numbers, not bools: a loop that carries those needs more predicates than there are.
+        only_t = tl.where(no_student & (yt > float("-inf")), 1, only_t)
+        only_s = tl.where(no_teacher & (ys > float("-inf")), 1, only_s)
+        missing = tl.where((no_student | no_teacher) & mask, 1, missing)
         before = s_rest
         before_top = s_top
         s_top, s_mode, s_rest, above, e = lane_update(ys, entries, s_top, s_mode, s_rest)
@@ -104,9 +105,9 @@ def _careful(
     others = factor * (relative(s_top, t_there, best, t_best) * (1 + s_rest) + w)
     centre = tl.sum(tl.where(is_mode, w, others), 0)
     teacher_best, teacher_first, teacher_total, _, _ = over_lanes(t_top, t_mode, t_rest)
-    only_t = tl.max(only_t.to(tl.int32), 0)
-    only_s = tl.max(only_s.to(tl.int32), 0)
-    finite = tl.min(finite.to(tl.int32), 0)
+    only_t = tl.max(only_t, 0)
+    only_s = tl.max(only_s, 0)
+    finite = 1 - tl.max(missing, 0)
     return best, first, total, teacher_best, teacher_first, teacher_total, t_best, centre, only_t, only_s, finite
 
 

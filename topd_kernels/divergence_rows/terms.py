@@ -1,7 +1,7 @@
 """The divergences for Triton: one entry of both distributions, its term of the value, and what its gradient is made of.
 
-Formulas are those of python_api/topd/ops/linear_divergence/eager.py. A forward KL with an entry clip is a kind of its own, and so
-is the JSD at beta = 1/2 in float32, as in csrc/cpu/divergence_terms.h.
+Formulas are those of python_api/topd/ops/linear_divergence/eager.py. A forward KL with an entry clip is a kind of its own, and
+so is the JSD at beta = 1/2 in float32, as in csrc/cpu/divergence_terms.h.
 """
 
 import triton

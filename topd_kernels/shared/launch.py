@@ -32,7 +32,8 @@ class Launch:
         registers: how many a thread may have on NVIDIA; ptxas, left alone, may rather spill some, so that two blocks fit onto a
             multiprocessor.
         read_bytes, written_bytes: what its loads and stores touch, from cache or memory. Where that depends on the data: as if
-            every token and id were in the vocabulary, no id came twice, no weight were 0 and every window full.
+            every token and id were in the vocabulary, no id came twice, no weight were 0, every window full, every logit finite
+            and a row's largest entry in its first block.
         flop: floating-point operations of its matrix products; 0 where it has none.
 
     Raises:
