@@ -102,6 +102,24 @@ def test_a_rotated_loop_of_amd_counts_vector_instructions():
     assert main_loop(read_amdgcn(AMD)) == Loop(4, 3, 8, 8)
 
 
+def test_a_block_that_stands_before_the_one_it_follows_is_no_loop_of_its_own():
+    """The loop is .LBB0_1, .LBB0_3, .LBB0_2: the branch back to the last closes nothing."""
+    moved = """
+.LBB0_1:
+	global_load_dword v1, v[2:3], off
+	v_exp_f32_e32 v1, v1
+	s_branch .LBB0_3
+.LBB0_2:
+	v_add_f32_e32 v4, v4, v1
+	s_cbranch_scc1 .LBB0_1
+	s_endpgm
+.LBB0_3:
+	v_mul_f32_e32 v1, v1, v1
+	s_branch .LBB0_2
+"""
+    assert main_loop(read_amdgcn(moved)) == Loop(3, 3, 4, 4)
+
+
 @pytest.mark.parametrize(("loaded", "per_entry"), [(64, 2.5), (128, 1.25), (68, 2.5)])
 def test_instructions_of_an_entry(loaded, per_entry):
     """Four warps, 1,024 entries, two float32 tiles: a thread loads 64 bytes for a block; an unrolled loop takes two blocks."""

@@ -43,7 +43,7 @@ from topd_kernels.shared.row_math import FAR, exp, expm1, held, kl_term, number,
 @triton.jit
 def _mode_a(
     Row, rows, Teacher, TeacherBias, teacher_biased, teacher_inner, teacher_outer, s_top, s_share, t_top, t_share,
-    s_first, t_first, both, finite, parameter, complement, KIND: tl.constexpr, GENERAL: tl.constexpr,
+    s_first, t_first, shift, rest_gap, finite, parameter, complement, KIND: tl.constexpr, GENERAL: tl.constexpr,
 ):  # fmt: skip
     """Return A at the student's most likely entry."""
     dtype = Teacher.dtype.element_ty
@@ -51,7 +51,7 @@ def _mode_a(
     outer = number(teacher_outer, dtype)
     y = logits_of(tl.load(Teacher + mode), TeacherBias, mode, finite, teacher_biased != 0, number(teacher_inner, dtype),
                   outer, outer > 0, GENERAL)  # fmt: skip
-    d = log_ratio(s_top, y, s_first, t_first, both, False)
+    d = log_ratio(s_top, y, s_first, t_first, shift, rest_gap, False)
     _, a, _ = term_of(exp(y - t_top) * t_share, s_share, d, parameter, complement, KIND)
     return a
 
@@ -81,13 +81,13 @@ def _store_nothing(Grad, start, end, BLOCK: tl.constexpr):
 
 @triton.jit
 def _entries(
-    ys, yt, s_top, s_log, s_share, s_first, t_top, t_log, t_share, t_first, both, a_mode, parameter, complement,
+    ys, yt, s_top, s_log, s_share, s_first, t_top, t_log, t_share, t_first, shift, rest_gap, a_mode, parameter, complement,
     KIND: tl.constexpr, SCORES: tl.constexpr, FINITE: tl.constexpr,
 ):  # fmt: skip
     """Return p_S, A and the terms of value, E, both KLs and both entropies of entries. FINITE: every logit is."""
     s_gap = ys - s_top
     t_gap = yt - t_top
-    d = log_ratio(ys, yt, s_first, t_first, both, FINITE)
+    d = log_ratio(ys, yt, s_first, t_first, shift, rest_gap, FINITE)
     p_student = exp(s_gap) * s_share
     p_teacher = exp(t_gap) * t_share
     term, a, part = term_of(p_teacher, p_student, d, parameter, complement, KIND)
@@ -165,11 +165,13 @@ def sweep(
     t_share = tl.load(Row + ROW_TEACHER_SHARE * rows)
     exists = tl.load(Row + ROW_FINITE * rows)
     finite = exists != 0
-    s_first, t_first, both = log_ratio_numbers(s_top, t_top, t_log - s_log)
+    s_first, t_first, shift = log_ratio_numbers(s_top, t_top)
+    rest_gap = t_log - s_log
     a_mode = s_top * 0
     if KIND >= REVERSE_KL:  # A is taken relative to the student's most likely entry
         a_mode = _mode_a(Row, rows, Teacher, TeacherBias, teacher_biased, teacher_inner, teacher_outer, s_top, s_share,
-                         t_top, t_share, s_first, t_first, both, finite, parameter, complement, KIND, GENERAL)  # fmt: skip
+                         t_top, t_share, s_first, t_first, shift, rest_gap, finite, parameter, complement,
+                         KIND, GENERAL)  # fmt: skip
     centre = s_top * 0
     token = row * 0 - 1
     token_part = s_top * 0
@@ -201,8 +203,8 @@ def sweep(
         ys = unmasked_logits(tl.load(Student + entries), StudentBias, entries, student_biased, inner_s, outer_s, GENERAL)
         yt = unmasked_logits(tl.load(Teacher + entries), TeacherBias, entries, teacher_biased, inner_t, outer_t, GENERAL)
         p_student, a, term, part, to_t, to_s, s_term, t_term = _entries(
-            ys, yt, s_top, s_log, s_share, s_first, t_top, t_log, t_share, t_first, both, a_mode, parameter, complement,
-            KIND, SCORES, True,
+            ys, yt, s_top, s_log, s_share, s_first, t_top, t_log, t_share, t_first, shift, rest_gap, a_mode, parameter,
+            complement, KIND, SCORES, True,
         )  # fmt: skip
         if VALUE:
             value += term
@@ -221,8 +223,8 @@ def sweep(
         ys, yt = logits_pair(Student, Teacher, StudentBias, TeacherBias, entries, mask, student_biased, teacher_biased,
                               student_inner, student_outer, teacher_inner, teacher_outer, GENERAL)  # fmt: skip
         p_student, a, term, part, to_t, to_s, s_term, t_term = _entries(
-            ys, yt, s_top, s_log, s_share, s_first, t_top, t_log, t_share, t_first, both, a_mode, parameter, complement,
-            KIND, SCORES, False,
+            ys, yt, s_top, s_log, s_share, s_first, t_top, t_log, t_share, t_first, shift, rest_gap, a_mode, parameter,
+            complement, KIND, SCORES, False,
         )  # fmt: skip
         if VALUE:
             value += term

@@ -15,19 +15,20 @@ FORWARD_KL, CLIPPED_KL, REVERSE_KL, JSD, EVEN_JSD, SKEW_KL, SKEW_REVERSE_KL, TOT
 
 
 @triton.jit
-def log_ratio_numbers(student_top, teacher_top, rest_gap):
+def log_ratio_numbers(student_top, teacher_top):
     """Return what `log_ratio` subtracts from the student's logit, from the teacher's, and from both's difference: it takes the
     logits themselves where the sides' offsets are near, since the difference of near-equal numbers is exact, and the shifted
     ones where the offsets are far apart."""
     shift = teacher_top - student_top
     near = tl.abs(shift) <= NEAR_OFFSETS
-    return tl.where(near, 0.0, student_top), tl.where(near, 0.0, teacher_top), tl.where(near, shift + rest_gap, rest_gap)
+    return tl.where(near, 0.0, student_top), tl.where(near, 0.0, teacher_top), tl.where(near, shift, 0.0)
 
 
 @triton.jit
-def log_ratio(ys, yt, student_first, teacher_first, both, FINITE: tl.constexpr):
-    """Return d = log p_T - log p_S; 0 where both are 0. FINITE: every logit is."""
-    d = ((yt - teacher_first) - (ys - student_first)) - both
+def log_ratio(ys, yt, student_first, teacher_first, shift, rest_gap, FINITE: tl.constexpr):
+    """Return d = log p_T - log p_S; 0 where both are 0. FINITE: every logit is. The offsets' difference and that of the sums
+    over the others are subtracted one by one: where the sides are certain, the second is all that is left of d."""
+    d = ((yt - teacher_first) - (ys - student_first)) - shift - rest_gap
     if not FINITE:
         no_student = ys == float("-inf")
         no_teacher = yt == float("-inf")
