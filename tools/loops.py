@@ -1,10 +1,10 @@
 """Count the instructions of a kernel's main loop in what the compiler wrote: SASS of NVIDIA's devices, assembly of AMD's.
 
-A loop is what a branch back to its first instruction closes, in whatever order its blocks stand. The main loop is, among the
-loops that hold no other, the one that loads most from memory, and of several the one with least instructions: what a loop over a
-vocabulary does to a whole block of entries. A loop beside it, with masks, does what is left of a row, and rows with entries of
-probability 0. A loop around it, as where a block's largest entry starts sums anew, is left out. Where the compiler peeled blocks
-off, that is still the loop; where it unrolled the loop, an iteration takes several blocks, as many as its loads fetch the bytes of.
+A loop is what a way leads around in, in whatever order its blocks stand. The main loop is, among the loops that hold no other,
+the one that loads most from memory, and of several the one with least instructions: what a loop over a vocabulary does to a
+whole block of entries. A loop beside it, with masks, does what is left of a row, and rows with entries of probability 0. A loop
+around it, as where a block's largest entry starts sums anew, is left out. Where the compiler peeled blocks off, that is still
+the loop; where it unrolled the loop, an iteration takes several blocks, as many as its loads fetch the bytes of.
 
 Two numbers: every instruction of the loop, and those of the shortest way through it, which leaves out what a branch can jump
 over. They are the same where the loop has no branches. AMD's assembly jumps over what no lane is left for, which in all but a
@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction: the labels that stand before it, where it may branch to, whether it never goes on, how many issue slots it
-    takes, and the bytes that a thread loads from memory with it."""
+    """One instruction: the labels that stand before it, where it may branch to, whether it never goes on, how many issue slots
+    it takes, and the bytes that a thread loads from memory with it."""
 
     labels: tuple[str, ...]
     target: str | None
@@ -97,14 +97,13 @@ def read_amdgcn(text: str) -> list[Instruction]:
 
 def main_loop(instructions: list[Instruction]) -> Loop | None:
     """Return the main loop; None where nothing branches back but an instruction to itself, which follows every kernel's end."""
-    successors = _successors(instructions)
-    bodies: dict[int, set[int]] = {}
-    for i, after in enumerate(successors):
-        for start in after:
-            if start < i and (body := _body(successors, start, i)) is not None:
-                bodies[start] = bodies.get(start, set()) | body
-    innermost = [start for start, body in bodies.items() if not any(other < body for other in bodies.values())]
-    loops = [_loop(instructions, successors, start, bodies[start]) for start in innermost]
+    after = _successors(instructions)
+    before: list[list[int]] = [[] for _ in instructions]
+    for i, successors in enumerate(after):
+        for successor in successors:
+            before[successor].append(i)
+    innermost = _innermost(after, before, _reached(after, 0, set(range(len(instructions)))))
+    loops = [_loop(instructions, after, start, body) for start, body in innermost]
     return max(loops, key=lambda loop: (loop.loaded_bytes, -loop.slots), default=None)
 
 
@@ -120,23 +119,33 @@ def _successors(instructions: list[Instruction]) -> list[list[int]]:
     return successors
 
 
-def _body(successors: list[list[int]], start: int, end: int) -> set[int] | None:
-    """Return the instructions of the loop that a branch from end to start closes, in whatever order they stand; None where end
-    is reached without start: then it is a block that only stands before the one that it follows."""
-    before: dict[int, list[int]] = {}
-    for i, after in enumerate(successors):
-        for successor in after:
-            before.setdefault(successor, []).append(i)
-    body, queue = {start, end}, [end]
+def _reached(ways: list[list[int]], start: int, within: set[int]) -> set[int]:
+    """Return the instructions that ways lead to from start."""
+    reached = {start} & within
+    queue = list(reached)
     while queue:
-        for i in before.get(queue.pop(), []):
-            if i not in body:
-                body.add(i)
-                queue.append(i)
-    return None if start and 0 in body else body
+        new = within.intersection(ways[queue.pop()]) - reached
+        reached |= new
+        queue += new
+    return reached
 
 
-def _loop(instructions: list[Instruction], successors: list[list[int]], start: int, body: set[int]) -> Loop:
+def _innermost(after: list[list[int]], before: list[list[int]], within: set[int]) -> list[tuple[int, set[int]]]:
+    """Return the loops that hold no other: where each is entered, and its instructions. A loop is what a way leads around in;
+    without the instruction where it is entered, those inside it are left."""
+    loops = []
+    left = {i for i in within if any(j != i - 1 for j in before[i])}  # what a branch leads to: a loop has one at least
+    while left:
+        seed = min(left)
+        around = _reached(after, seed, within) & _reached(before, seed, within)
+        left -= around
+        if len(around) > 1:
+            entry = min((i for i in around if not around.issuperset(before[i])), default=min(around))
+            loops += _innermost(after, before, around - {entry}) or [(entry, around)]
+    return loops
+
+
+def _loop(instructions: list[Instruction], after: list[list[int]], start: int, body: set[int]) -> Loop:
     """Return the numbers of a loop."""
     # The fewest slots with which each instruction is reached, and the bytes loaded on that way.
     ways: dict[int, tuple[int, int]] = {start: (0, 0)}
@@ -146,7 +155,7 @@ def _loop(instructions: list[Instruction], successors: list[list[int]], start: i
         if (slots, loaded) > ways[i]:
             continue
         way = slots + instructions[i].slots, loaded + instructions[i].loaded_bytes
-        for successor in successors[i]:
+        for successor in after[i]:
             if successor == start:
                 around.append(way)
             elif successor in body and way < ways.get(successor, (math.inf, math.inf)):

@@ -102,8 +102,8 @@ def test_a_rotated_loop_of_amd_counts_vector_instructions():
     assert main_loop(read_amdgcn(AMD)) == Loop(4, 3, 8, 8)
 
 
-def test_a_block_that_stands_before_the_one_it_follows_is_no_loop_of_its_own():
-    """The loop is .LBB0_1, .LBB0_3, .LBB0_2: the branch back to the last closes nothing."""
+def test_a_loops_blocks_may_stand_in_any_order():
+    """.LBB0_1, .LBB0_3, .LBB0_2: the branch back to the last closes nothing of its own."""
     moved = """
 .LBB0_1:
 	global_load_dword v1, v[2:3], off
