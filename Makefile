@@ -42,6 +42,12 @@ VERSIONS ?=
 versions: $(BUILT)
 	$(RUN) tools/versions.py $(VERSIONS)
 
+# The interpreter's tests and the compilation ahead of time under other versions of Triton (an hour): TRITON="3.6.0 3.7.1".
+TRITON ?=
+.PHONY: triton-versions
+triton-versions: $(BUILT)
+	$(RUN) -m tools.triton_versions $(TRITON)
+
 # Further words for the demo: DEMO=--quick, DEMO="--seed 1 --out seed-1".
 demo: $(BUILT)
 	@$(RUN) -m topd.cli.main demo $(DEMO)

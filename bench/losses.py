@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bench.cases import Inputs
+from bench.cases import Inputs, zipf_ids
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 CHOSEN = {"logprobs_1": 1, "logprobs_50": 50}
@@ -37,7 +37,7 @@ def make_targets(inputs: Inputs, loss: str) -> Targets:
         return Targets(torch.empty(0, 0, dtype=torch.int64, device=inputs.device), torch.empty(0, 0, device=inputs.device))
     generator = torch.Generator().manual_seed(1)
     shape = (inputs.rows, CHOSEN[loss])
-    ids = torch.randint(inputs.student_weight.shape[0], shape, generator=generator)
+    ids = zipf_ids(inputs.rows, inputs.student_weight.shape[0], CHOSEN[loss], generator)
     probs = torch.randn(shape, generator=generator).softmax(-1)
     return Targets(ids.to(inputs.device), probs.to(inputs.device))
 

@@ -15,6 +15,7 @@ accelerate = pytest.importorskip("accelerate")
 LOGGED = {"rel": 1e-5, "abs": 6e-5 if Version(transformers.__version__) < Version("5") else 0.0}
 MILD = {"initializer_range": 0.2}
 LR = 0.5
+MEASURED = {"position_clip": 1.5, "epistemic_ids": (3, 17, 40), "teacher_top2": True}
 FEW = {"candidates": "top_k", "candidate_value": 2, "horizon": 4}
 
 

@@ -4,8 +4,8 @@ own, and print a line for each.
     make triton-versions
     make triton-versions TRITON="3.6.0 3.9.0"
 
-torch 2.11 comes with Triton 3.6, torch 2.13 with 3.7.1. The environments hold Triton alone and take the rest from the
-project's.
+torch 2.11 comes with Triton 3.6, torch 2.13 with 3.7.1. An environment holds Triton and what goes with it, and takes the rest
+from the project's.
 """
 
 import json
@@ -18,15 +18,19 @@ from pathlib import Path
 from bench.report import markdown_table
 from tools.versions import environment
 
-VERSIONS = ("3.6.0", "3.7.1", "3.9.0")
-TESTS = ("tests/kernels", "-m", "not slow")
+# What an environment needs beside a version. Triton 3.6's interpreter reads an array of one entry as a number: numpy lets it
+# up to 2.3.
+VERSIONS: dict[str, tuple[str, ...]] = {"3.6.0": ("numpy<2.4",), "3.7.1": (), "3.9.0": ()}
+TESTS = ("-n", "2", "--dist", "loadfile", "tests/kernels", "-m", "not slow")
 ROOT = Path(__file__).parents[1]
 # The environments do not see where the project's has the packages of this repository.
 PATH = os.pathsep.join([str(ROOT / "python_api"), str(ROOT)])
 
 
 def _run(*command: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": PATH}, stdout=subprocess.PIPE, text=True)
+    return subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": PATH, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True
+    )
 
 
 def interpreted(python: str) -> tuple[bool, str]:
@@ -42,7 +46,7 @@ def compiled(python: str) -> tuple[bool, list[str]]:
     spills and shared memory that one needs. What does not fit is printed."""
     with tempfile.TemporaryDirectory() as folder:
         numbers = Path(folder) / "binaries.json"
-        done = _run(python, "-m", "tools.aot", "--json", str(numbers), "--jobs", "1")
+        done = _run(python, "-m", "tools.aot", "--json", str(numbers), "--jobs", "2")
         if done.returncode:
             print(done.stdout, flush=True)
         binaries = json.loads(numbers.read_text()) if numbers.exists() else []
@@ -53,8 +57,8 @@ def compiled(python: str) -> tuple[bool, list[str]]:
 def main(versions: list[str]) -> int:
     """Run every version; 1 where a test failed or a binary does not fit."""
     rows, verdicts = [], []
-    for version in versions or VERSIONS:
-        python = str(environment(f"triton=={version}"))
+    for version in versions or list(VERSIONS):
+        python = str(environment(",".join((f"triton=={version}", *VERSIONS.get(version, ())))))
         passed, line = interpreted(python)
         fits, numbers = compiled(python)
         verdicts += [passed, fits]

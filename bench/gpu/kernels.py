@@ -90,14 +90,14 @@ def tile_ops(rows: int, vocab: int, ids: int, device: torch.device, dtype: torch
         true = divergence_of_logprobs(student_logprobs, teacher_logprobs, divergence)
         name = f"divergence_rows {divergence} [{rows}, {vocab}]"
         yield Op(name, order, partial(_error_of, outputs.value, checked, true))
-    chosen = zipf_ids(rows, vocab, ids, device)
+    chosen = distinct_zipf_ids(rows, vocab, ids, device)
     plain = logprob_rows.Spec(1.0, None, 1.0)
     order, by_ids = logprob_rows.launches(student, None, chosen, plain, None, grad, False)
     true = student_logprobs.gather(-1, chosen[checked])
     yield Op(f"logprob_rows M = {ids} [{rows}, {vocab}]", order, partial(_error_of, by_ids.logprobs, checked, true))
 
 
-def zipf_ids(rows: int, vocab: int, count: int, device: torch.device) -> Tensor:
+def distinct_zipf_ids(rows: int, vocab: int, count: int, device: torch.device) -> Tensor:
     """Draw ids [N, M], no one twice in a row, by Zipf's law, as those of a tokenizer stand in top-k rows: the commonest in
     nearly all of them."""
     weights = 1.0 / torch.arange(1, vocab + 1, dtype=torch.float64)
@@ -114,7 +114,7 @@ def weighted_ops(case: Case, ids: int, device: torch.device, dtype: torch.dtype)
     from topd_kernels.weighted_scatter import launches as weighted_scatter
 
     generator = torch.Generator(device).manual_seed(0)
-    chosen = zipf_ids(case.n, case.vocab, ids, device)
+    chosen = distinct_zipf_ids(case.n, case.vocab, ids, device)
     weights = torch.empty(case.n, ids, device=device).normal_(generator=generator)
     shape = f"[{case.n}, {ids}], H = {case.student_width}"
     states, table = (torch.randn(size, case.student_width, dtype=dtype, device=device) for size in (case.n, case.vocab))

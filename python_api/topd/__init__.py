@@ -18,6 +18,7 @@ from topd.losses.linear_divergence import linear_divergence
 from topd.losses.linear_logprobs import linear_logprobs
 from topd.losses.next_token_mask import next_token_mask
 from topd.losses.pad_topk import pad_topk
+from topd.losses.plan import Plan, plan
 from topd.losses.sampled import sampled_kl
 from topd.losses.score_tokens import score_tokens
 from topd.losses.soft_targets import soft_target_kl
@@ -53,6 +54,7 @@ __all__ = [
     "OPDConfig",
     "OPSDConfig",
     "Objective",
+    "Plan",
     "ReverseKL",
     "SkewKL",
     "SkewReverseKL",
@@ -74,6 +76,7 @@ __all__ = [
     "next_token_mask",
     "pad_topk",
     "pair",
+    "plan",
     "sample_windows",
     "sampled_kl",
     "score_tokens",

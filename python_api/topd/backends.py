@@ -8,13 +8,14 @@ import platform
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
 from topd.options import BackendName
+from topd.products import refused_products
 
 NAMES: tuple[str, ...] = get_args(BackendName)
 _REBUILD = "in a clone of topd, `TOPD_BUILD_CPP=1 pip install --no-build-isolation .` builds it"
@@ -127,7 +128,7 @@ def _triton_facts() -> tuple[bool, str, bool]:
     """Return the fields of Triton's Backend as constants, which torch.compile takes; imports the kernels on first use, since
     that takes a while."""
     if importlib.util.find_spec("triton") is None:
-        return False, 'triton is not installed; install it (>= 3.4), or use "eager" on a GPU', False
+        return False, 'triton is not installed; install it (>= 3.6, < 3.10), or use "eager" on a GPU', False
     if importlib.util.find_spec("topd_kernels") is None:
         return False, 'topd_kernels is not installed; install topd whole, or use "eager" on a GPU', False
     if _kernels().interpreted():
@@ -152,6 +153,19 @@ def triton_launcher(op: str) -> Callable[..., Any]:
     return launcher
 
 
+def _refused() -> str:
+    """Return the word about 16-bit products that torch refuses on the current GPU; empty where it refuses none."""
+    if not torch.cuda.is_available():
+        return ""
+    device = torch.device("cuda", torch.cuda.current_device())
+    reasons = {dtype: refused_products(device, dtype) for dtype in (torch.bfloat16, torch.float16)}
+    refused = {str(dtype).removeprefix("torch."): reason for dtype, reason in reasons.items() if reason is not None}
+    if not refused:
+        return ""
+    reason = next(iter(refused.values()))
+    return f"; {' and '.join(refused)} heads are widened to float32, since torch refuses such products here: {reason}"
+
+
 _WITHOUT_TRITON = {
     "reference": Backend("reference", True, "eager torch on full logits, any device: the definition of the math"),
     "eager": Backend("eager", True, "torch in chunks, any device"),
@@ -165,7 +179,10 @@ def backends() -> dict[str, Backend]:
     Returns:
         By name, whether it is available, and what it is or why it is missing. `Backend` is true where available.
     """
-    return {**_WITHOUT_TRITON, "triton": _load_triton()}
+    refused = _refused()
+    every = {**_WITHOUT_TRITON, "triton": _load_triton()}
+    on_gpus = {name: replace(every[name], detail=every[name].detail + refused) for name in ("eager", "triton") if every[name]}
+    return {**every, **on_gpus} if refused else every
 
 
 def choose_backend(backend: BackendName | None, device: torch.device) -> BackendName:

@@ -123,6 +123,19 @@ def test_pytest_that_takes_too_long_says_how_far_it_came(tests_of):
     assert summary["cells"][1].startswith("stopped, its time was used up: 1 failed, 1 passed")
 
 
+def test_what_may_fault_is_tested_apart(monkeypatch):
+    """Each test is in one of the two, whatever its file."""
+    asked = []
+    monkeypatch.setattr(correctness, "pytest_lines", lambda what, arguments, seconds: asked.append((what, arguments)) or [])
+    assert [*correctness.all_lines(9.0), *correctness.score_lines(9.0)] == []
+    words = dict(asked)
+    assert list(words) == ["widths of models", "all others", "fused scores"]
+    assert words["fused scores"][-2:] == ["-k", correctness.FUSED]
+    for what in ("widths of models", "all others"):
+        assert words[what][-2:] == ["-k", f"not ({correctness.FUSED})"]
+    assert [path for path in words["widths of models"] if path.startswith("tests/kernels/test_gpu_")]
+
+
 def test_without_pytest_its_line_says_so(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert [line["cells"] for line in correctness.pytest_lines("it", [], 1.0)] == [["it", "skipped: not installed"]]

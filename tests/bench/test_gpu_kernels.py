@@ -80,8 +80,8 @@ def test_a_binary_that_cannot_be_counted_has_no_count():
     assert floors.instructions_of(Launch(), "sm_75") is None
 
 
-def test_ids_follow_zipf():
-    ids = kernels.zipf_ids(600, 5000, 20, CPU)
+def test_distinct_ids_follow_zipf():
+    ids = kernels.distinct_zipf_ids(600, 5000, 20, CPU)
     assert ids.shape == (600, 20)
     assert all(row.unique().numel() == 20 for row in ids)
     counts = torch.bincount(ids.flatten(), minlength=5000)

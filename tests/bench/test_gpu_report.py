@@ -102,6 +102,33 @@ def test_main_prints_writes_and_exits(failed, ended, status, monkeypatch, tmp_pa
     assert list(tmp_path.iterdir()) == [path]
 
 
+JOB = """
+import os, sys, torch
+from bench.gpu import command, jobs
+from bench.gpu.report import plain
+def lines(run):
+    print("a library prints")
+    os.system("echo its child too")
+    yield plain("facts", "seconds", str(run.seconds))
+    raise RuntimeError("CUDA error: an illegal memory access")
+torch.cuda.current_device = lambda: 0
+jobs.JOBS["device"] = jobs.Work(lines, 30)
+command.main(["--job", "device", "--seconds", "600", "--seconds", "20"])
+"""
+
+
+def test_a_job_keeps_its_stdout_for_lines():
+    """The runner adds its seconds to those of the command line; the last count."""
+    environment = os.environ | {"PYTHONPATH": "python_api:."}
+    done = subprocess.run([sys.executable, "-c", JOB], capture_output=True, text=True, cwd=ROOT, env=environment)
+    (line,) = done.stdout.splitlines()
+    assert json.loads(line)["cells"] == ["seconds", "20"]
+    assert done.returncode == 1
+    words = done.stderr.splitlines()
+    assert {"a library prints", "its child too"} <= set(words)
+    assert words[-1] == "RuntimeError: CUDA error: an illegal memory access"
+
+
 def test_the_order_is_what_must_not_be_missing_first_and_what_may_fault_last():
     assert list(JOBS) == [
         "device", "losses", "kernels", "tests", "peers", "tuning", "fused scores", "fused tests", "fused tuning",

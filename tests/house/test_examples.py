@@ -83,7 +83,8 @@ def test_from_a_prompt_to_the_loss_in_under_sixty_lines(tmp_path, lines):
 @pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
 def test_examples_use_the_public_api_alone(script):
     """A reader copies them into a project that has topd and the hosts, and nothing else."""
-    public = {"topd", "topd.plots", "topd.integrations.rollouts", "topd.integrations.transformers", "topd.integrations.trl"}
+    integrations = {f"topd.integrations.{name}" for name in ("rollouts", "refine_rollout", "transformers", "trl")}
+    public = {"topd", "topd.plots", *integrations}
     used = re.findall(r"^(?:from|import) (topd\S*)", script.read_text(), re.MULTILINE)
     assert set(used) <= public
     assert used
@@ -130,6 +131,83 @@ def test_packed_rollouts(lines):
     padded, packed = (line.split(", ") for line in lines("packed_rollouts.py"))
     assert padded[-1] == packed[-1]
     assert padded[-2] == packed[-2]
+
+
+@pytest.mark.slow
+def test_context_distillation(monkeypatch, capsys, pair):
+    monkeypatch.setattr(sys, "argv", ["context_distillation.py", pair[0], "2"])
+    names = runpy.run_path(str(ROOT / "examples" / "context_distillation.py"), run_name="__main__")
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in printed] == ["before"] * 2 + ["step 0", "step 1"] + ["after"] * 2
+    assert all(loss > 0 for loss in nats(printed))
+    changed = zip(names["model"].parameters(), names["objective"].teacher.parameters(), strict=True)
+    assert not any(torch.equal(*both) for both in changed)
+
+
+@pytest.mark.slow
+def test_online_trd(lines):
+    pytest.importorskip("accelerate")
+    printed = lines("online_trd.py", "1")
+    (loss,) = nats(printed)
+    assert loss > 0
+    counts = re.findall(r"'(\w+)': (\d+)", printed[-1])
+    assert sum(int(count) for kind, count in counts if kind != "cut") == 4
+
+
+def blocks_of(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
+
+
+PROBLEMS = [{"id": str(number), "problem": f"What is {number} + 1?", "reference": str(number + 1)} for number in range(2)]
+
+
+def test_the_opsd_page_runs_as_printed(tmp_path, monkeypatch):
+    from tiny_models import tiny
+    from trainer_cases import prompts
+    from trd_cases import TOKENIZER
+
+    from topd.trd import generate
+
+    monkeypatch.chdir(tmp_path)
+    generate(PROBLEMS, lambda request: "It is 2.", "rollouts.jsonl", "rollout")
+    loop, data = blocks_of("opsd.md")
+    model = tiny("llama")
+    longer = {name: torch.cat([value, value], 1) for name, value in prompts().items()}
+    names = {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1), "prompts": prompts()}
+    names["longer_prompts"] = {**longer, "attention_mask": longer["attention_mask"].cummax(-1).values}
+    exec(compile(loop, "opsd.md", "exec"), names)
+    assert names["result"].loss > 0
+    assert names["result"].scores.forward_kl.shape == names["rollouts"]["input_ids"].shape
+    names |= {"student": tiny("llama", vocab_size=260, max_position_embeddings=2048), "tokenizer": TOKENIZER}
+    exec(compile(data, "opsd.md", "exec"), names)
+    assert all(torch.isfinite(parameter.grad).all() for parameter in names["student"].parameters())
+
+
+def test_the_trd_page_runs_as_printed(tmp_path, monkeypatch):
+    """But for the block that asks two servers."""
+    pytest.importorskip("accelerate")
+    from tiny_models import tiny
+    from trainer_cases import arguments
+    from trd_cases import TOKENIZER
+
+    from topd.trd import batches, generate
+
+    monkeypatch.chdir(tmp_path)
+    generate(PROBLEMS, lambda request: "It is 3.", "rollouts.jsonl", "rollout")
+    generate("rollouts.jsonl", lambda request: "It is 2.", "refined.jsonl", "refine")
+    server, loss, online = blocks_of("trd.md")
+    assert "FromServer" in server
+    sizes = {"vocab_size": 260, "max_position_embeddings": 2048}
+    names = {"student_model": tiny("llama", **sizes), "teacher_model": tiny("qwen3", seed=3, **sizes)}
+    names |= {"tokenizer": TOKENIZER, "batches": batches, "arguments": arguments(tmp_path), "dataset": PROBLEMS}
+    exec(compile(loss, "trd.md", "exec"), names)
+    assert names["result"].loss > 0
+
+    def collator(rows):
+        texts = [row["problem"] for row in rows]
+        return {**TOKENIZER(texts, padding=True, padding_side="left", return_tensors="pt"), "problem": texts}
+
+    exec(compile(online, "trd.md", "exec"), names | {"collator": collator})
 
 
 def test_the_trainers_page_runs_as_printed(tmp_path):

@@ -19,7 +19,7 @@ FOLDERS = {"topd": PACKAGE, "topd_demo": ROOT / "python_api" / "topd_demo", "top
 LAYERS = (
     ("topd.options", "topd.checks", "topd.logits", "topd.files"),
     ("topd.models.output_layer", "topd.models.head_from_model", "topd.models.verify_head"),
-    ("topd.head", "topd.divergences", "topd.scores", "topd.backends"),
+    ("topd.products", "topd.head", "topd.divergences", "topd.scores", "topd.backends"),
     ("topd.ops.shared",),
     ("topd.ops",),
     ("topd.losses",),

@@ -1,10 +1,13 @@
 """tools/versions.py: the versions that it runs are those that the extras promise, and the tests that it names are there."""
 
+import json
+import subprocess
 import tomllib
 from pathlib import Path
 
 import pytest
 
+from tools import triton_versions
 from tools.versions import LOWEST, REQUESTS, TRANSFORMERS, TRL, files_for
 
 ROOT = Path(__file__).parents[2]
@@ -23,6 +26,37 @@ def test_the_extras_are_what_is_run():
     assert [range_ in EXTRAS[extra] for extra in ("transformers", "trl", "flash-attn")] == [True] * 3
     assert TRANSFORMERS[-1].startswith("5.23.")
     assert f"trl=={TRL[0]},transformers=={TRANSFORMERS[0]}" == LOWEST
+
+
+def test_the_versions_of_triton_that_are_run_span_the_extra():
+    versions = list(triton_versions.VERSIONS)
+    assert EXTRAS["triton"] == [f"triton>={versions[0].removesuffix('.0')},<3.10"]
+    assert versions[-1].startswith("3.9.")
+    pinned = (ROOT / "requirements.txt").read_text().splitlines()
+    assert f"triton=={versions[-1]}" in pinned
+    assert (ROOT / "tests/kernels").is_dir()
+    assert "tests/kernels" in triton_versions.TESTS
+
+
+@pytest.mark.parametrize(("failed", "spills", "verdict"), [(0, 0, 0), (1, 0, 1), (0, 2, 1)])
+def test_a_version_passes_where_its_tests_pass_and_its_binaries_fit(failed, spills, verdict, monkeypatch, capsys):
+    """One line a version, whatever the first one says; the table comes last."""
+
+    def run(*command: str) -> "subprocess.CompletedProcess[str]":
+        if "tools.aot" not in command:
+            return subprocess.CompletedProcess(command, failed, f"...\n{failed} failed, 3 passed in 1s\n")
+        numbers = {"stack_bytes": 0, "spills": spills, "shared_bytes": 16}
+        Path(command[command.index("--json") + 1]).write_text(json.dumps([numbers, {**numbers, "spills": 0}]))
+        return subprocess.CompletedProcess(command, 1 if spills else 0, "")
+
+    monkeypatch.setattr(triton_versions, "environment", lambda request: Path("python of", request))
+    monkeypatch.setattr(triton_versions, "_run", run)
+    assert triton_versions.main(["3.6.0", "3.9.0"]) == verdict
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[2:]]
+    word = "NO" if verdict else "yes"
+    line = f"{failed} failed, 3 passed in 1s"
+    assert cells == [[version, line, "2", "0", str(spills), "16", word] for version in ("3.6.0", "3.9.0")]
 
 
 def test_a_test_belongs_to_the_first_package():

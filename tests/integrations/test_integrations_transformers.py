@@ -5,11 +5,13 @@ import re
 import pytest
 import torch
 from compare import assert_near
+from diagnostics_cases import diagnostics_of, numbers
 from tiny_models import tiny
 from trainer_cases import (
     FEW,
     LOGGED,
     LR,
+    MEASURED,
     MILD,
     InOrder,
     after_one_step,
@@ -151,11 +153,13 @@ def test_two_processes_take_the_large_batchs_step(tmp_path):
     objective, batch = topd.OPD(*models()), four_rollouts()
     expected, loss = after_one_step(objective, batch)
     gradient = (flat(objective.student) - expected) / LR
-    after_pairs, _ = after_one_step(topd.TRD(*models()), eight_pairs())
+    trd = topd.TRD(*models(), topd.TRDConfig(**MEASURED))
+    diagnostics, (after_pairs, _) = numbers(trd(eight_pairs()).totals.metrics()), after_one_step(trd, eight_pairs())
     ranks = start("integrations/two_processes.py", tmp_path, timeout=180)
     for each in ranks:
         assert_near(each["parameters"], expected, 1e-9)
         assert_near(each["pairs"], after_pairs, 1e-8, "pairs")
+        assert diagnostics_of(each["pairs_log"]) == pytest.approx(diagnostics, rel=1e-9)
         assert_near(each["accelerate_gradient"], gradient, 1e-9, "under accelerate")
         assert each["log"]["loss"] == pytest.approx(loss, **LOGGED)
         assert each["log"]["opd_loss"] == pytest.approx(loss, rel=1e-5)

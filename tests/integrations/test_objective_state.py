@@ -41,6 +41,41 @@ def test_a_resumed_run_takes_the_steps_of_an_uninterrupted_one(tmp_path, build, 
     torch.testing.assert_close(*losses, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["initial", "ema"])
+def test_a_resumed_run_of_trl_takes_the_steps_of_an_uninterrupted_one(tmp_path, kind):
+    """The average comes back from the checkpoint: a run that began anew there would have another teacher. A step has all rows:
+    TRL draws their order anew where it resumes."""
+    tiny_trl = pytest.importorskip("tiny_trl_cases")
+    from topd.integrations.trl import TOPDTrainer
+
+    own = {"ema_decay": 0.5} if kind == "ema" else {}
+    given = tiny_trl.SGD | {"per_device_train_batch_size": 8, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+
+    def run(folder, checkpoint=None):
+        trainer = tiny_trl.trainer_of(
+            folder,
+            TOPDTrainer,
+            columns=tiny_trl.pair_columns(),
+            given_models=(tiny_trl.models()[0].double(), None),
+            given_arguments=given,
+            data_collator=tiny_trl.collated_pairs,
+            objective_config=topd.OPSDConfig(teacher=kind, **own),
+        )
+        trainer.train(checkpoint)
+        assert trainer.state.global_step == 4
+        return trainer
+
+    whole, middle = run(tmp_path), tmp_path / "checkpoint-2"
+    assert (middle / FILE).exists()
+    resumed = run(tmp_path / "resumed", str(middle))
+    torch.testing.assert_close(flat(resumed.model), flat(whole.model), rtol=1e-12, atol=1e-12)
+    states = [each._objective.state_dict() for each in (resumed, whole)]
+    torch.testing.assert_close(*states, rtol=1e-12, atol=1e-12)
+    os.remove(middle / FILE)
+    with pytest.raises(ValueError, match=r"to resume OPSD from must hold objective\.pt, got none in .*checkpoint-2; it was"):
+        run(tmp_path / "without", str(middle))
+
+
 def test_the_average_follows_the_optimizers_steps_alone(tmp_path, monkeypatch):
     """Two micro-batches are one step; a step that float16's scale has skipped is none."""
     trainer = trainer_of(tmp_path, adapted(), "ema", max_steps=3)

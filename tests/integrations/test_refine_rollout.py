@@ -1,5 +1,7 @@
 """RefineRollout: online TRD's pairs by hand, what it does with rows that have no refinement, and a trainer's step with it."""
 
+import copy
+
 import pytest
 import torch
 from compare import assert_near
@@ -81,6 +83,28 @@ def test_a_step_of_the_trainer_is_that_of_trd_on_the_refined_batch(tmp_path):
     options = arguments(tmp_path, per_device_train_batch_size=3, gradient_accumulation_steps=1)
     DistillationTrainer(objective, options, collate, train_dataset=[0, 1, 2], rollout=refine).train()
     assert_near(flat(student), expected, 1e-9)
+
+
+def test_a_student_that_teaches_itself_refines_with_the_weights_with_which_it_teaches():
+    """At "initial", with an adapter that is no longer zero: each token is the base model's first choice, not the student's."""
+    self_teachers = pytest.importorskip("self_teacher_cases")
+    base, _ = models()
+    initial = copy.deepcopy(base)
+    student = self_teachers.adapted(base=base)
+    objective = topd.OPSD(student)
+    self_teachers.step(student, size=0.5)
+
+    def are_first_choices(pairs, model):
+        with torch.no_grad():
+            first = model(pairs["teacher_input_ids"], attention_mask=pairs["teacher_attention_mask"]).logits[:, :-1].argmax(-1)
+        counted = pairs["teacher_response_mask"][:, 1:]
+        assert counted.any()
+        return torch.equal(first[counted], pairs["teacher_input_ids"][:, 1:][counted])
+
+    pairs = [RefineRollout(each, TOKENIZER, **GREEDY)(student, batch_of()) for each in (objective, student)]
+    assert are_first_choices(pairs[0], initial)
+    assert are_first_choices(pairs[1], student)
+    assert not are_first_choices(pairs[0], student)
 
 
 def test_rows_without_a_refinement_have_empty_responses_and_are_counted():

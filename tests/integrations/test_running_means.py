@@ -1,10 +1,11 @@
-"""RunningMeans: means between two lines of a log, without what measured nothing, over processes too."""
+"""RunningMeans and RunningTotals: between two lines of a log, without what measured nothing, over processes too."""
 
 import math
 
 import torch
 
-from topd.integrations.running_means import RunningMeans
+from topd.integrations.running_means import RunningMeans, RunningTotals
+from topd.objectives.diagnostics import Measured, totals_of
 
 NAN = math.nan
 
@@ -68,3 +69,32 @@ def test_taking_them_starts_anew():
     means.add({"tokens": torch.tensor(2.0)})
     assert means.take() == {"tokens": 2.0}
     assert means.take() == {}
+
+
+def totals(*divergences, **options):
+    """Return the totals of tokens that student and teacher both give 1/2."""
+    values = torch.tensor(divergences, dtype=torch.float64)
+    half = torch.full_like(values, 0.5).log()
+    response = torch.ones_like(values, dtype=torch.bool)
+    return totals_of(Measured(values, response, response.long(), half, half, **options))
+
+
+def test_diagnostics_are_of_all_tokens_not_of_micro_batches():
+    """Tokens of 1, 1, 1 nats and one of 5: their mean is 2, a mean of means would be 3. What no part measured is left out."""
+    means, running = RunningMeans(), RunningTotals()
+    for part in (totals(1.0, 1.0, 1.0), totals(5.0), totals()):
+        means.add({"kl_mean": torch.tensor(7.0), "tokens": torch.tensor(1.0)})
+        running.add(part)
+    assert means.take() == {"tokens": 1.0}
+    values = running.take()
+    assert (values["kl_mean"], values["kl_max"], values["student_perplexity"]) == (2.0, 5.0, 2.0)
+    assert "kl_correct" not in values
+    assert "clip_share" not in values
+    assert running.take() == {}
+
+
+def test_diagnostics_of_processes_are_gathered_as_one_tensor():
+    running = RunningTotals()
+    running.add(totals(1.0, clip=0.5))
+    values = running.take(lambda flat: torch.cat([flat, totals(3.0, 0.1, 0.1, clip=0.5).flat().unsqueeze(0)]))
+    assert (values["kl_mean"], values["clip_share"], values["kl_max"]) == (1.05, 0.5, 3.0)

@@ -3,11 +3,13 @@
 import pytest
 import torch
 from compare import assert_near
-from trainer_cases import InOrder, after_one_step, arguments, eight_pairs, flat, models, prompts, rows_of
+from diagnostics_cases import diagnostics_of, numbers
+from trainer_cases import MEASURED, InOrder, after_one_step, arguments, eight_pairs, flat, models, prompts, rows_of
 
 import topd
 from topd.integrations.rollouts import sample_rollouts
 from topd.integrations.transformers import DistillationTrainer
+from topd.objectives.diagnostics import DIAGNOSTICS
 
 GREEDY = {"max_new_tokens": 9, "temperature": 0.0, "eos_token_id": list(range(0, 61, 4))}
 
@@ -43,11 +45,19 @@ def test_a_sampled_response_goes_behind_both_prompts(tmp_path, samples):
 
 @pytest.mark.parametrize("size", [1, 8])
 def test_pairs_of_the_data_are_taken_as_they_are_in_one_micro_batch_or_eight(tmp_path, size):
-    objective, batch = topd.TRD(*models()), eight_pairs()
+    objective, batch = topd.TRD(*models(), topd.TRDConfig(**MEASURED)), eight_pairs()
     expected, _ = after_one_step(objective, batch)
+    diagnostics = numbers(objective(batch).totals.metrics())
+    assert diagnostics.keys() == set(DIAGNOSTICS)
+    assert 0 < diagnostics["clip_share"] < 1
     options = arguments(tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=8 // size)
-    DistillationTrainer(objective, options, train_dataset=InOrder(rows_of(batch))).train()
+    options.per_device_eval_batch_size = size
+    trainer = DistillationTrainer(objective, options, train_dataset=InOrder(rows_of(batch)), eval_dataset=rows_of(batch))
+    trainer.train()
     assert_near(flat(objective.student), expected, 1e-8)
+    assert diagnostics_of(trainer.state.log_history[0]) == pytest.approx(diagnostics, rel=1e-9)
+    after = numbers(objective(batch).totals.metrics())
+    assert diagnostics_of(trainer.evaluate(), "eval_") == pytest.approx(after, rel=1e-9)
 
 
 def test_a_teachers_prompt_needs_its_mask(tmp_path):

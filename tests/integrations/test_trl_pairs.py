@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from compare import assert_near
+from diagnostics_cases import diagnostics_of, numbers
 from tiny_models import word_tokenizer
 from tiny_trl_cases import (
     PROMPTS,
@@ -16,7 +17,7 @@ from tiny_trl_cases import (
     pair_columns,
     trainer_of,
 )
-from trainer_cases import after_one_step, eight_pairs, flat
+from trainer_cases import MEASURED, after_one_step, eight_pairs, flat
 from two_ranks import start
 
 import topd
@@ -100,7 +101,9 @@ def test_pairs_of_the_data_are_taken_as_they_are_in_one_micro_batch_or_eight(tmp
     """TRL is given all rows of a step at once, shuffles and splits them; nothing is sampled."""
     batch = eight_pairs()
     student, teacher = (model.double() for model in models())
-    expected, loss = after_one_step(topd.TRD(copy.deepcopy(student), teacher), batch)
+    objective = topd.TRD(copy.deepcopy(student), teacher, topd.TRDConfig(**MEASURED))
+    diagnostics, (expected, loss) = numbers(objective(batch).totals.metrics()), after_one_step(objective, batch)
+    after = None
 
     for size in (8, 1):
         given = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size, **SGD}
@@ -111,23 +114,29 @@ def test_pairs_of_the_data_are_taken_as_they_are_in_one_micro_batch_or_eight(tmp
             given_models=(copy.deepcopy(student), teacher),
             given_arguments=given,
             data_collator=collated_pairs,
-            objective_config=topd.TRDConfig(),
+            objective_config=topd.TRDConfig(**MEASURED),
         )
         trainer.train()
         assert len(trainer.seen) == 8 // size
         assert_near(flat(trainer.model), expected, 1e-8)
         assert trainer.state.log_history[0]["opd_loss"] == pytest.approx(loss, rel=1e-5)
+        assert diagnostics_of(trainer.state.log_history[0]) == pytest.approx(diagnostics, rel=1e-9)
         assert set(trainer.seen[0]) == set(batch)
-        assert trainer.evaluate()["eval_loss"] > 0
+        evaluated = diagnostics_of(trainer.evaluate(), "eval_")
+        assert evaluated.keys() == diagnostics.keys()
+        assert evaluated == pytest.approx(after or evaluated, rel=1e-7)
+        after = evaluated
 
 
 @pytest.mark.slow
 def test_two_processes_take_the_step_of_all_pairs(tmp_path):
     student, teacher = (model.double() for model in models())
-    expected, loss = after_one_step(topd.TRD(student, teacher), eight_pairs())
+    objective = topd.TRD(student, teacher, topd.TRDConfig(**MEASURED))
+    diagnostics, (expected, loss) = numbers(objective(eight_pairs()).totals.metrics()), after_one_step(objective, eight_pairs())
     for each in start("integrations/two_trl_processes.py", tmp_path, timeout=300):
         assert_near(each["parameters"], expected, 1e-8)
         assert each["log"]["loss"] == pytest.approx(loss, rel=1e-5)
+        assert diagnostics_of(each["log"]) == pytest.approx(diagnostics, rel=1e-9)
 
 
 @pytest.mark.parametrize("teacher", ["initial", "ema"])
@@ -153,9 +162,12 @@ def test_a_columns_lack_or_presence_is_refused_where_the_method_cannot_use_it(tm
     with pytest.raises(
         ValueError, match=r"objective_config must be a topd\.OPDConfig, TRDConfig or OPSDConfig .* TOPDConfig: TOP"
     ):
-        trainer_of(tmp_path, TOPDTrainer, columns=COLUMNS, objective_config=None).train()
+        trainer_of(tmp_path, TOPDTrainer, columns=COLUMNS, objective_config=None)
     with pytest.raises(ValueError, match=r"the dataset must have a column teacher_prompt where .* topd\.TRDConfig, got none"):
-        trainer_of(tmp_path, TOPDTrainer, objective_config=topd.TRDConfig()).train()
+        trainer_of(tmp_path, TOPDTrainer, objective_config=topd.TRDConfig())
+    of_a_server = {"given_models": (models()[0], None), "teacher_topk": print}
+    with pytest.raises(ValueError, match="the dataset must have no column teacher_prompt where teacher_topk is given, got one"):
+        trainer_of(tmp_path, TOPDTrainer, columns=COLUMNS, **of_a_server, objective_config=topd.OPDConfig("forward_kl"))
     some = COLUMNS | {"teacher_prompt": [*TEACHER_PROMPTS[:3], None]}
     given = {"per_device_train_batch_size": 4}
     with pytest.raises(ValueError, match="teacher_prompt must be text or a list of messages in each row, got None in row"):

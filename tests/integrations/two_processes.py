@@ -3,12 +3,13 @@
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import accelerate
 import torch
 from loss_module import Loss
 from tiny_models import flat_gradient
-from trainer_cases import arguments, eight_pairs, flat, four_rollouts, models, rows_of
+from trainer_cases import MEASURED, arguments, eight_pairs, flat, four_rollouts, models, rows_of
 from two_ranks import fork
 
 import topd
@@ -28,12 +29,13 @@ def gradient_under_accelerate(rank: int) -> torch.Tensor:
     return flat_gradient(objective.student)
 
 
-def after_a_step_of_pairs() -> torch.Tensor:
+def after_a_step_of_pairs() -> dict[str, Any]:
     """Four micro-batches in each process; tokens per row are as unequal as can be."""
-    objective = topd.TRD(*models())
+    objective = topd.TRD(*models(), topd.TRDConfig(**MEASURED))
     options = {"ddp_backend": "gloo", "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
-    DistillationTrainer(objective, arguments(Path(sys.argv[1]), **options), train_dataset=rows_of(eight_pairs())).train()
-    return flat(objective.student)
+    trainer = DistillationTrainer(objective, arguments(Path(sys.argv[1]), **options), train_dataset=rows_of(eight_pairs()))
+    trainer.train()
+    return {"pairs": flat(objective.student), "pairs_log": trainer.state.log_history[0]}
 
 
 def train(rank):
@@ -45,7 +47,7 @@ def train(rank):
     assert "forward" not in vars(objective.student)
     assert trainer.args.world_size == 2
     results = {"parameters": flat(objective.student), "log": trainer.state.log_history[0], "draws": torch.rand(4)}
-    return results | {"accelerate_gradient": accelerate_gradient, "pairs": after_a_step_of_pairs()}
+    return results | {"accelerate_gradient": accelerate_gradient} | after_a_step_of_pairs()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from tiny_trl_cases import SGD, collated_pairs, models, pair_columns, trainer_of
-from trainer_cases import flat
+from trainer_cases import MEASURED, flat
 from two_ranks import fork
 
 import topd
@@ -19,7 +19,7 @@ def train(rank):
         given_models=tuple(model.double() for model in models()),
         given_arguments={"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "ddp_backend": "gloo", **SGD},
         data_collator=collated_pairs,
-        objective_config=topd.TRDConfig(),
+        objective_config=topd.TRDConfig(**MEASURED),
     )
     trainer.train()
     assert trainer.args.world_size == 2

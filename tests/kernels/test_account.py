@@ -79,8 +79,8 @@ def test_declared_bytes_of_logprob_rows(biased, softcap, count, splits, grad, wa
 @pytest.mark.parametrize("width", [1, 600])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_declared_bytes_of_weighted_rows(dtype, width, watch):
-    ids, weights = torch.randperm(13)[:10].view(ROWS, 5), torch.randn(ROWS, 5)
-    rows, table = torch.randn(ROWS, width), torch.randn(13, width)
+    ids, weights = torch.randperm(90)[:70].view(ROWS, 35), torch.randn(ROWS, 35)
+    rows, table = torch.randn(ROWS, width), torch.randn(90, width)
     assert_declared(weighted_gather.launches(rows, table.to(dtype), ids, weights), watch)
     assert_declared(weighted_scatter.launches(table, rows.to(dtype), ids, weights), watch)
 

@@ -1,6 +1,5 @@
-"""No kernel leaves its tensors, whatever the shape, and no offset is cut to 32 bits. In Triton's interpreter, watched."""
+"""No kernel leaves its tensors, whatever the shape. In Triton's interpreter, watched."""
 
-import mmap
 from dataclasses import replace
 
 import pytest
@@ -10,7 +9,7 @@ from topd_kernels.divergence_rows import launches as divergence_rows
 from topd_kernels.divergence_rows.statistics import statistics
 from topd_kernels.logprob_rows import launches as logprob_rows
 from topd_kernels.score_tokens import launches as score_tokens
-from topd_kernels.shared.launch import Launch, interpreted, run_all
+from topd_kernels.shared.launch import Launch, interpreted
 from topd_kernels.transport import launches as transport
 from topd_kernels.weighted_gather import launches as weighted_gather
 from topd_kernels.weighted_scatter import launches as weighted_scatter
@@ -135,52 +134,6 @@ def planted(launches: list[Launch], kernel: str, **changed: object) -> list[Laun
 def test_an_off_by_one_is_found(launches, kernel, wrong, verb):
     with pytest.raises(OutOfBoundsError, match=f"{kernel} {verb}"):
         run_watched(planted(launches(), kernel, **wrong))
-
-
-def rows_far_apart(vocab: int) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Two rows 2^31 + 64 floats apart in memory that is reserved, not used: both of them, and the stride."""
-    stride = (1 << 31) + 64
-    no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)  # named since Python 3.13
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
-    memory = mmap.mmap(-1, 4 * (stride + vocab), flags=flags)
-    first = torch.frombuffer(memory, dtype=torch.float32, count=vocab)
-    second = torch.frombuffer(memory, dtype=torch.float32, count=vocab, offset=4 * stride)
-    return first, second, stride
-
-
-def test_strides_may_pass_2_to_the_31():
-    near = torch.randn(2, VOCAB)
-    teacher, grad = torch.randn(2, VOCAB), torch.empty(2, VOCAB)
-    spec = divergence_rows.Spec(1.0, None, 1.0, None, 1.0, "reverse_kl", 0.0, 0.0)
-    order, expected = divergence_rows.launches(near, teacher, None, None, None, spec, grad, False)
-    run_all(order)
-    wanted = grad.clone()
-
-    first, second, stride = rows_far_apart(VOCAB)
-    first.copy_(near[0]), second.copy_(near[1])
-    order, out = divergence_rows.launches(near, teacher, None, None, None, spec, grad.zero_(), False)
-    for launch in order:
-        given = {"Student": first, "StudentBias": first, "student_stride": stride}
-        launch.arguments.update({name: value for name, value in given.items() if name in launch.arguments})
-    run_all(order)
-    assert torch.equal(out.value, expected.value)
-    assert torch.equal(grad, wanted)
-
-    for launch in order:  # and the gradient far apart
-        if "Grad" in launch.arguments:
-            launch.arguments.update(Grad=first, grad_stride=stride)
-    run_all(order)
-    assert torch.equal(torch.stack([first, second]), wanted)
-
-
-def test_rows_of_a_table_may_lie_2_to_the_31_apart():
-    first, second, stride = rows_far_apart(600)
-    first.copy_(torch.randn(600)), second.copy_(torch.randn(600))
-    out, ids, weights = torch.zeros(1, 600), torch.tensor([[1]]), torch.tensor([[2.0]])
-    (launch,) = weighted_gather.launches(out, torch.empty(2, 600), ids, weights)
-    launch.arguments.update(Table=first, table_stride=stride)
-    launch.run()
-    assert torch.equal(out[0], 2 * second)
 
 
 def test_a_grid_that_no_device_takes_is_refused():

@@ -299,9 +299,10 @@ def test_the_plan_covers_the_vocabulary_within_the_grid(processors, monkeypatch)
 
 
 def test_rows_that_are_not_aligned_take_smaller_tiles():
-    """Rows that do not begin on 16 entries are loaded one entry at a time: with the same tiles the kernel would spill."""
+    """Rows that do not begin on 16 entries are loaded one entry at a time: with the same tiles the kernel would spill. Tiles of
+    float32 alone are that small anyway, for Triton 3.6."""
     wide, narrow = torch.float32, torch.bfloat16
-    for student, teacher in ((narrow, torch.float16), (wide, wide), (wide, narrow)):
+    for student, teacher in ((narrow, torch.float16), (wide, narrow)):
         tiles = []
         for width in (32, 33):
             sides = [

@@ -1,6 +1,7 @@
 """topd::weighted_gather and topd::weighted_scatter, the Triton kernels, against loops in float64."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -94,6 +95,59 @@ def test_what_is_not_finite_propagates_to_its_own_row_alone(name):
     hit = 1 if name == "gather" else 2
     assert result.isnan().all(-1).tolist() == [row == hit for row in range(4)]
     assert result[[row for row in range(4) if row != hit]].isfinite().all()
+
+
+def often(n: int, m: int, width: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """out of 5 rows; 1 stands in most entries, 0 in a third of one segment, 2 and 4 in a few, 3 in none; some lie outside."""
+    ids = torch.ones(n, m, dtype=torch.int64)
+    ids.view(-1)[torch.randperm(n * m)[:80]] = torch.tensor([0, 0, 2, 4, 4, -1, 5, 2]).repeat(10)
+    return torch.randn(5, width, dtype=dtype), torch.randn(n, width).bfloat16(), ids, torch.randn(n, m, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("sizes", [(96, 1, 3), (90, 2, 130)], ids=str)
+def test_an_id_in_most_entries(sizes, dtype):
+    """Its entries fill a segment and more; each run gives the same bits."""
+    n, m, width = sizes
+    out, rows, ids, weights = often(n, m, width, dtype)
+    result = by_triton("scatter", out, rows, ids, weights)
+    counts = (ids >= 0) & (ids < 5)
+    added = (weights.double() * counts).flatten().unsqueeze(-1) * rows.double().repeat_interleave(m, 0)
+    expected = out.double().index_add(0, ids.flatten().clamp(0, 4), added)
+    assert ((result - expected).abs() <= 1e3 * torch.finfo(dtype).eps * (1 + expected.abs())).all()
+    assert torch.equal(result[3], out[3])
+    assert torch.equal(result, by_triton("scatter", out, rows, ids, weights))
+
+
+@pytest.mark.parametrize("n", [64, 360])
+def test_no_program_reads_more_than_a_segment(n, monkeypatch):
+    """However often an id comes: three numbers and a row for each of 32 entries, then a step for 32 segments."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    from topd_kernels.shared.launch import interpreted
+    from topd_kernels.weighted_scatter import launches
+    from topd_kernels.weighted_scatter.kernels import scatter
+
+    if not interpreted(scatter):
+        pytest.skip("the kernels run on a GPU here; counting needs Triton's interpreter")
+    loads: Counter[tuple[int, ...]] = Counter()
+    load = interpreter_builder.create_masked_load
+
+    def counted(*arguments):
+        loads[tuple(map(int, interpreter_builder.grid_idx))] += 1
+        return load(*arguments)
+
+    monkeypatch.setattr(interpreter_builder, "create_masked_load", counted, raising=False)
+    out, rows, ids, weights = torch.zeros(2, 8), torch.randn(n, 8), torch.ones(n, 3, dtype=torch.int64), torch.randn(n, 3)
+    most = []
+    for launch in launches.launches(out, rows, ids, weights):
+        loads.clear()
+        launch.run()
+        most.append(max(loads.values()))
+    assert most == [3 + 4 * 32, 4 + 3 * -(-n * 3 // 1024)]
+    assert not out[0].any()
+    expected = weights.double().sum(1) @ rows.double()
+    assert ((out[1] - expected).abs() <= 1e-6 * weights.abs().sum()).all()
 
 
 @pytest.mark.parametrize("name", OPS)

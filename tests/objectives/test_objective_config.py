@@ -15,6 +15,8 @@ DEFAULTS = {
     "topk_support": "tail",
     "position_clip": None,
     "top_k": None,
+    "epistemic_ids": None,
+    "teacher_top2": False,
     "score": "teacher_nll",
     "candidates": "top_fraction",
     "candidate_value": 0.0225,
@@ -35,7 +37,7 @@ DEFAULTS = {
 
 def test_the_defaults_are_the_contracts():
     assert dataclasses.asdict(topd.TOPDConfig()) == DEFAULTS
-    assert dataclasses.asdict(topd.OPDConfig()) == dict(list(DEFAULTS.items())[:7])
+    assert dataclasses.asdict(topd.OPDConfig()) == dict(list(DEFAULTS.items())[:9])
     with pytest.raises(dataclasses.FrozenInstanceError):
         topd.TOPDConfig().horizon = 3
 

@@ -87,7 +87,8 @@ def test_every_metric_is_there_and_a_float():
     losses = "loss opd_loss guidance_loss tokens sequence_reduction second_forward"
     points = "candidates divergent_points false_alarms low_divergence_share distance_divergent distance_false_alarm"
     others = "student_entropy teacher_entropy student_lost_mass teacher_lost_mass marginal_error window_length"
-    named = f"{losses} {points} {others} student_branches teacher_branches".split()
+    diagnostics = "kl_mean kl_p50 kl_p95 kl_p99 kl_max student_perplexity teacher_perplexity perplexity_gap"
+    named = f"{losses} {points} {others} {diagnostics} student_branches teacher_branches".split()
     assert set(metrics) == {*named, *(f"seconds_{stage}" for stage in stages.split())}
     assert all(value.dtype == torch.float32 and value.dim() == 0 and not value.requires_grad for value in metrics.values())
     assert metrics["window_length"] == 6

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from topd.ops.linear_logprobs import loop as logprobs_loop
+from topd.ops.linear_logprobs.spec import Call, LogprobRows, LogprobSpec, RowsInputs
 from topd.ops.shared import loop
 from topd.ops.shared.engines import CPP, EAGER, TRITON, Engine
 from topd.ops.shared.plan import plan_chunks
@@ -21,6 +23,25 @@ def test_rows_of_a_gpus_tiles_begin_on_16_entries(vocab, width):
 def test_rows_on_a_cpu_stand_one_after_the_other(engine: Engine):
     assert engine.row_width(37) == 37
     assert EAGER.tile(3, 37, torch.empty(0), torch.float64).stride() == (37, 1)
+
+
+def test_every_tile_of_log_probabilities_begins_its_rows_on_16_entries(monkeypatch):
+    """The product's, and the two of 16 bits, of the gradients of the mass outside the ids and of the entropy."""
+    side = Side(torch.randn(5, 8).bfloat16(), torch.randn(37, 8).bfloat16(), None, None, None, 1.0)
+    ids = torch.zeros(5, 2, dtype=torch.int64)
+    call = Call(side, None, ids, LogprobSpec(1.0, None, 1.0), 1 << 20, TRITON, padded=False, dense=True)
+    tiles = []
+
+    def rows_of(engine: Engine, inputs: RowsInputs) -> LogprobRows:
+        tiles.extend([inputs.product, inputs.grad_tile, inputs.entropy_tile])
+        finite = torch.ones(5, dtype=torch.bool)
+        return LogprobRows(ids.float(), finite, finite, ids, ids, finite, inputs.grad_tile, inputs.entropy_tile)
+
+    monkeypatch.setattr(logprobs_loop, "run_rows", rows_of)
+    list(logprobs_loop.Loop(call, None, grad=True, weight_grad=True, entropy=True))
+    assert [(tile.dtype, *tile.shape, *tile.stride()) for tile in tiles] == [
+        (dtype, 5, 37, 48, 1) for dtype in (torch.float32, torch.bfloat16, torch.bfloat16)
+    ]
 
 
 @pytest.mark.parametrize("engine", [EAGER, TRITON], ids=lambda engine: engine.name)

@@ -44,6 +44,12 @@ def lanes_of(family: str) -> int:
     return 64 if family.startswith("gfx9") else 32
 
 
+def slow_float64(family: str) -> bool:
+    """Tell whether float64 runs at a small fraction of float32's rate, a 32nd or a 64th: on all but the data-centre devices
+    that are named here."""
+    return family not in ("sm_60", "sm_70", "sm_80", "sm_90", "sm_100") and not family.startswith("gfx9")
+
+
 def default_sizes(kernel: str, family: str, itemsize: int, *, heavy: bool = False) -> Sizes:
     """Return a kernel's sizes on a family of devices.
 

@@ -10,7 +10,7 @@ The definition of the math, and the names, are those of python_api/topd/ops/tran
   the binary holds two copies of the evaluation (the other is the final one) and no plan lives from one pass to the next.
 
 Precision: vectors, plans, sums, potentials and costs in float64. Products of table entries in the tables' float (16-bit:
-float32), their sums in float64, in pieces of PIECE entries.
+float32), their sums in float64, in pieces of PIECE entries; COMPENSATED: in two float32 instead.
 """
 
 import triton
@@ -133,7 +133,7 @@ def transport(
     StudentTable, StudentIds, StudentLengths, TeacherTable, TeacherIds, TeacherLengths, Distance, Plan, MarginalError,
     student_window, teacher_window, width, student_stride, teacher_stride,
     epsilon: tl.float64, max_iterations, tolerance: tl.float64,
-    COST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIECE: tl.constexpr,
+    COST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIECE: tl.constexpr, COMPENSATED: tl.constexpr,
 ):  # fmt: skip
     """Solve one problem, the costs a tile."""
     problem = tl.program_id(0).to(tl.int64)
@@ -141,11 +141,13 @@ def transport(
     student_ids, is_row, a, unit_a = side(StudentIds, StudentLengths, problem, student_window, row)
     teacher_ids, is_column, b, unit_b = side(TeacherIds, TeacherLengths, problem, teacher_window, column)
     is_entry = is_row[:, None] & is_column[None, :]
-    x_scale = inverse_norms(StudentTable, student_ids, is_row, width, student_stride, COST, ROWS, PIECE)
-    y_scale = inverse_norms(TeacherTable, teacher_ids, is_column, width, teacher_stride, COST, COLUMNS, PIECE)
+    x_powers, x_scale = inverse_norms(StudentTable, student_ids, is_row, width, student_stride, COST, ROWS, PIECE, COMPENSATED)
+    y_powers, y_scale = inverse_norms(
+        TeacherTable, teacher_ids, is_column, width, teacher_stride, COST, COLUMNS, PIECE, COMPENSATED
+    )
     cost = costs(
-        StudentTable, TeacherTable, student_ids, teacher_ids, is_row, is_column, x_scale, y_scale, width, student_stride,
-        teacher_stride, COST, ROWS, COLUMNS, PIECE, Plan.dtype.element_ty,
+        StudentTable, TeacherTable, student_ids, teacher_ids, is_row, is_column, x_powers, y_powers, x_scale, y_scale, width,
+        student_stride, teacher_stride, COST, ROWS, COLUMNS, PIECE, Plan.dtype.element_ty, COMPENSATED,
     )  # fmt: skip
     spread = tl.max(tl.max(cost, 1), 0) - tl.min(tl.min(tl.where(is_entry, cost, float("inf")), 1), 0)
     epsilon = number(epsilon, tl.float64)
@@ -170,6 +172,7 @@ def transport_panels(
     student_window, teacher_window, width, student_stride, teacher_stride,
     epsilon: tl.float64, max_iterations, tolerance: tl.float64, problems,
     COST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PANEL: tl.constexpr, PIECE: tl.constexpr,
+    COMPENSATED: tl.constexpr,
 ):  # fmt: skip
     """Solve every num_programs-th problem, costs and plan in this program's two matrices of Scratch [programs, 2, COLUMNS,
     ROWS]."""
@@ -184,7 +187,7 @@ def transport_panels(
         unit_b = 1 / columns.to(tl.float64)
         total, spread = store_costs(
             Cost, StudentTable, TeacherTable, TeacherIds, TeacherLengths, problem, student_ids, is_row, teacher_window, columns,
-            width, student_stride, teacher_stride, COST, ROWS, PANEL, PIECE, Plan.dtype.element_ty,
+            width, student_stride, teacher_stride, COST, ROWS, PANEL, PIECE, Plan.dtype.element_ty, COMPENSATED,
         )  # fmt: skip
         least = number(epsilon, tl.float64)
         if COST == SQEUCLIDEAN:

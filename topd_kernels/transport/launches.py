@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from topd_kernels.shared.blocks import device_of, slow_float64
 from topd_kernels.shared.launch import Launch, bytes_of, cdiv, processors, run_all
 from topd_kernels.transport.costs import COSTS
 from topd_kernels.transport.kernels import transport as transport_tile
@@ -21,7 +22,7 @@ MAX_WINDOW = 128
 LARGEST_TILE = 64  # rows and columns of costs that registers hold in float64
 PANEL = 16  # columns of 128 rows that leave a thread some 40 of its registers
 PIECE = 4  # entries of a table's row at a time
-# How often a cost reads the tables' rows: the cosine once for their norms.
+# How often a cost reads the tables' rows: the cosine once for their norms, and once more for their size where compensated.
 READS = {"cosine": 2, "sqeuclidean": 1, "mismatch": 0}
 
 
@@ -57,8 +58,11 @@ def launches(
     epsilon: float,
     max_iterations: int,
     tolerance: float,
+    *,
+    family: str | None = None,
 ) -> tuple[list[Launch], Outputs]:
-    """Return the launch, and what it will have written."""
+    """Return the launch, and what it will have written. `family`: of devices, where it is not the tensors' own. Where float64
+    is slow on it, and the tables are narrower, costs add up in two float32 each."""
     if cost not in COSTS:
         raise ValueError(f"cost must be one of {', '.join(COSTS)}, got {cost!r}")
     (problems, student_window), teacher_window = student_ids.shape, teacher_ids.shape[1]
@@ -88,14 +92,16 @@ def launches(
         "max_iterations": max_iterations,
         "tolerance": tolerance,
     }
-    constants = {"COST": COSTS.index(cost), "ROWS": block, "COLUMNS": block, "PIECE": PIECE}
+    compensated = dtype == torch.float32 and slow_float64(device_of(student_table.device, family).family)
+    sizes = {"ROWS": block, "COLUMNS": block, "PIECE": PIECE}
+    constants = {"COST": COSTS.index(cost), **sizes, "COMPENSATED": compensated}
     make = _by_panels if block > LARGEST_TILE else _in_registers
     return [make(arguments, constants, cost, outputs)], outputs
 
 
 def _in_registers(arguments: dict[str, Any], constants: dict[str, int], cost: str, outputs: Outputs) -> Launch:
     """Return the launch that takes a problem a program."""
-    block, reads = constants["ROWS"], READS[cost]
+    block, reads = constants["ROWS"], _reads(cost, constants)
     return Launch(
         transport_tile,
         (outputs.distance.shape[0],),
@@ -114,7 +120,7 @@ def _by_panels(arguments: dict[str, Any], constants: dict[str, int], cost: str, 
     block, problems = constants["ROWS"], outputs.distance.shape[0]
     programs, panels = min(problems, processors(outputs.plan)), cdiv(arguments["teacher_window"], PANEL)
     scratch = outputs.plan.new_empty(programs, 2, block, block, dtype=torch.float64)
-    reads = READS[cost]
+    reads = _reads(cost, constants)
     tables = _table_bytes(arguments, student=reads and reads - 1 + panels, teacher=reads)
     return Launch(
         transport_panels,
@@ -126,6 +132,11 @@ def _by_panels(arguments: dict[str, Any], constants: dict[str, int], cost: str, 
         read_bytes=_window_bytes(arguments) + panels * bytes_of(arguments["TeacherLengths"]) + tables,
         written_bytes=bytes_of(*outputs),
     )
+
+
+def _reads(cost: str, constants: dict[str, int]) -> int:
+    """Return how often the tables' rows are read."""
+    return READS[cost] + (cost == "cosine" and constants["COMPENSATED"])
 
 
 def _window_bytes(arguments: dict[str, Any]) -> int:

@@ -23,19 +23,20 @@ def store_costs(
     Cost, StudentTable, TeacherTable, TeacherIds, TeacherLengths, problem, student_ids, is_row, teacher_window, columns, width,
     student_stride, teacher_stride,
     COST: tl.constexpr, ROWS: tl.constexpr, PANEL: tl.constexpr, PIECE: tl.constexpr, FLOAT: tl.constexpr,
+    COMPENSATED: tl.constexpr,
 ):  # fmt: skip
     """Write the panels of the first `columns` columns; return their sum, and their largest entry less their smallest."""
     tl.debug_barrier()
-    x_scale = inverse_norms(StudentTable, student_ids, is_row, width, student_stride, COST, ROWS, PIECE)
+    x_powers, x_scale = inverse_norms(StudentTable, student_ids, is_row, width, student_stride, COST, ROWS, PIECE, COMPENSATED)
     total = tl.full([], 0.0, tl.float64)
     high = tl.full([], 0.0, tl.float64)
     low = tl.full([], float("inf"), tl.float64)
     for start in range(0, columns, PANEL):
         ids, valid, _, _ = side(TeacherIds, TeacherLengths, problem, teacher_window, start + tl.arange(0, PANEL))
-        scale = inverse_norms(TeacherTable, ids, valid, width, teacher_stride, COST, PANEL, PIECE)
+        powers, scale = inverse_norms(TeacherTable, ids, valid, width, teacher_stride, COST, PANEL, PIECE, COMPENSATED)
         cost = costs(
-            TeacherTable, StudentTable, ids, student_ids, valid, is_row, scale, x_scale, width, teacher_stride, student_stride,
-            COST, PANEL, ROWS, PIECE, FLOAT,
+            TeacherTable, StudentTable, ids, student_ids, valid, is_row, powers, x_powers, scale, x_scale, width,
+            teacher_stride, student_stride, COST, PANEL, ROWS, PIECE, FLOAT, COMPENSATED,
         )  # fmt: skip
         entries, _ = _panel(start, columns, ROWS, PANEL)
         tl.store(Cost + entries, cost)

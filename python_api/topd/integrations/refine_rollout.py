@@ -3,6 +3,8 @@
 import warnings
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -12,6 +14,7 @@ from topd.integrations.rollouts import check_sampling, sample_rollouts
 from topd.models.head_from_model import unwrapped_model
 from topd.models.properties import vocabulary_of
 from topd.models.sampling import all_end_tokens, left_padded, most_positions, plain_text
+from topd.objectives.opsd import OPSD
 from topd.objectives.pairs import pair
 from topd.trd.pipeline import MAX_REFINE_TOKENS, MAX_REFINE_TOKENS_WITH_REFERENCE
 from topd.trd.prompts import TEACHER_OPTIONS, Prompt, PromptTooLongError, Task, teacher_prompt
@@ -42,7 +45,9 @@ class RefineRollout:
     drew, its end token where it stopped by itself.
 
     Args:
-        teacher: a causal language model of transformers, on its own device; in most cases the objective's.
+        teacher: a causal language model of transformers, on its own device; in most cases the objective's. Or a `topd.OPSD`:
+            then the student refines with the weights with which it teaches, for instance with its LoRA off; given as a model
+            it would refine with its present ones.
         tokenizer: of student and teacher both.
         max_new_tokens: > 0, the longest rollout.
         refine_max_new_tokens: > 0, the longest refinement; None: max_new_tokens.
@@ -81,9 +86,12 @@ class RefineRollout:
         chat: bool = True,
         template_options: Mapping[str, Any] | None = None,
     ) -> None:
-        if not hasattr(teacher, "generate"):
-            raise TypeError(f"teacher must have generate, got {type(teacher).__name__}; pass the causal language model")
-        self.teacher, self.tokenizer, self.task = teacher, tokenizer, task
+        self._teaching = teacher.teaching if isinstance(teacher, OPSD) else partial(nullcontext, teacher)
+        self.teacher = teacher.teacher if isinstance(teacher, OPSD) else teacher
+        if not hasattr(self.teacher, "generate"):
+            came = type(self.teacher).__name__
+            raise TypeError(f"teacher must have generate, got {came}; pass the causal language model, or a topd.OPSD")
+        self.tokenizer, self.task = tokenizer, task
         self.max_new_tokens = positive_int("max_new_tokens", max_new_tokens)
         self.refine_max_new_tokens = self.max_new_tokens
         if refine_max_new_tokens is not None:
@@ -156,7 +164,8 @@ class RefineRollout:
         options: dict[str, Any] = {"max_new_tokens": self.refine_max_new_tokens, "eos_token_id": self._ends(self.teacher)}
         if vocabulary_of(student) < vocabulary_of(self.teacher):
             options["vocabulary"] = vocabulary_of(student)
-        return responses_of(sample_rollouts(self.teacher, ids, mask, **options, **self.sampling))
+        with self._teaching() as teacher:
+            return responses_of(sample_rollouts(teacher, ids, mask, **options, **self.sampling))
 
     def _status(self, response: list[int]) -> str:
         """Return what a refinement is."""

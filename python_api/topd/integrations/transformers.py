@@ -18,7 +18,7 @@ from topd.checks.values import check_tensor
 from topd.integrations.objective_state import FollowSteps, load_resumed
 from topd.integrations.responses import repeated, without_responses
 from topd.integrations.rollouts import sample_rollouts, with_teacher_prompts
-from topd.integrations.running_means import RunningMeans
+from topd.integrations.running_means import RunningMeans, RunningTotals
 from topd.integrations.tokenizers import check_tokenizers
 from topd.integrations.trainer_options import Rollout, check_lmbda, check_options, check_rollout
 from topd.models.data_parallel import is_sharded_in_place
@@ -94,6 +94,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
             )
         self.add_callback(FollowSteps(self, lambda: self.objective))
         self._means = {"train": RunningMeans(), "eval": RunningMeans()}
+        self._totals = {"train": RunningTotals(), "eval": RunningTotals()}
         self._place_teacher()
         if self.args.world_size > 1:  # each draws rollouts of its own; the data's order has its seed above
             transformers.set_seed(self.args.seed + self.args.process_index)
@@ -187,11 +188,13 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
     ) -> Any:
         """Return the objective's loss of a micro-batch that has its rollouts."""
         metrics: dict[str, Tensor] = {}
+        mode = "train" if model.training else "eval"
 
         def forward(batch: Mapping[str, Any]) -> Tensor:
             with self.accelerator.autocast():
                 objective = self.objective(batch, num_items=num_items_in_batch)
             metrics.update(objective.metrics)
+            self._totals[mode].add(objective.totals)
             return objective.loss
 
         loss: Tensor = through_wrapper(model, self.accelerator.unwrap_model(model), forward, inputs)
@@ -201,7 +204,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
                 factor = self.accelerator.num_processes
             steps = self.current_gradient_accumulation_steps
         self.loss_is_scaled_for_ga = num_items_in_batch is not None
-        self._means["train" if model.training else "eval"].add(metrics, factor * steps)
+        self._means[mode].add(metrics, factor * steps)
         loss = loss * factor
         return (loss, {"loss": loss}) if return_outputs else loss
 
@@ -216,16 +219,21 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **options: Any) -> Any:
         """Evaluate as Trainer does, and add the objective's metrics."""
         self._means["eval"].take()
+        self._totals["eval"].take()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **options)
-        means = self._means["eval"].take(self._across_processes)
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in self._measured("eval").items()})
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as Trainer does; beside a training loss stand the objective's metrics, averaged since the last one."""
+        """Log as Trainer does; beside a training loss stand the objective's metrics since the last one: means over
+        micro-batches, and diagnostics of all of their tokens."""
         if "loss" in logs:
-            logs |= self._means["train"].take(self._across_processes)
+            logs |= self._measured("train")
         super().log(logs, start_time)
+
+    def _measured(self, mode: str) -> dict[str, float]:
+        """Return the metrics of all processes, and start anew."""
+        return self._means[mode].take(self._across_processes) | self._totals[mode].take(self.accelerator.gather)
 
     def _across_processes(self, values: Tensor) -> Tensor:
         """Return the mean of a tensor over all processes."""

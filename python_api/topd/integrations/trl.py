@@ -13,13 +13,14 @@ import trl
 from torch import Tensor
 
 from topd.integrations.objective_state import FollowSteps, load_resumed
-from topd.integrations.running_means import SHARES
+from topd.integrations.running_means import SHARES, RunningTotals
 from topd.integrations.tokenizers import check_tokenizers
 from topd.integrations.trl_batches import (
     TEACHER_PROMPT,
     TeacherTopK,
     asked_topk,
     finished_rollouts,
+    has_teacher_prompts,
     teacher_prompts_of,
     to_batch,
     tokenized,
@@ -34,6 +35,7 @@ from topd.integrations.trl_options import (
 )
 from topd.models.sampling import left_padded
 from topd.objectives.config import OPDConfig, OPSDConfig, TOPDConfig, TRDConfig
+from topd.objectives.diagnostics import DIAGNOSTICS
 from topd.objectives.opd import OPD
 from topd.objectives.opsd import OPSD
 from topd.objectives.topd import TOPD
@@ -75,8 +77,9 @@ class TOPDTrainer(trl.DistillationTrainer):  # type: ignore[misc]
     Raises:
         TypeError, ValueError: TRL's own; an objective_config of another type, one that contradicts args or reduces by
             "sequence" (TRL counts tokens), a processor of images, a teacher with another tokenizer; no teacher_model and no
-            teacher_topk, or both; a teacher_topk with a TOPDConfig or a divergence that a top-k does not determine. At the
-            first step: a column teacher_prompt with a TOPDConfig, whose windows branch off one context.
+            teacher_topk, or both; a teacher_topk with a TOPDConfig or a divergence that a top-k does not determine; a column
+            teacher_prompt with a TOPDConfig, whose windows branch off one context, or with teacher_topk, and none with a
+            TRDConfig or OPSDConfig (at the first step where a dataset does not name its columns).
         RuntimeError: this version of TRL computes its loss elsewhere; at construction, or at the first step.
     """
 
@@ -115,13 +118,25 @@ class TOPDTrainer(trl.DistillationTrainer):  # type: ignore[misc]
                     "args.remove_unused_columns must be False where data_collator is given, got True; it reads them"
                 )
             self.data_collator = data_collator
+        else:
+            self._check_columns()
         given = teacher_chat_template_kwargs
         self.teacher_chat_template_kwargs = dict((self.args.chat_template_kwargs or {}) if given is None else given)
         self.allow_unequal_vocabularies = allow_unequal_vocabularies
+        self._totals = {"train": RunningTotals(), "eval": RunningTotals()}
         self._objective: OPD | TOPD | None = None
         if isinstance(self.objective_config, OPSDConfig):  # whose teacher may be the student as it is now
             self._objective_for(self.accelerator.unwrap_model(self.model), None)
         self.add_callback(FollowSteps(self, lambda: self._objective))
+
+    def _check_columns(self) -> None:
+        """Check that the datasets have a column teacher_prompt where the method demands it, and none where it cannot use it; a
+        dataset that does not name its columns is checked at the first step."""
+        evaluated = self.eval_dataset
+        for dataset in (self.train_dataset, *(evaluated.values() if isinstance(evaluated, dict) else [evaluated])):
+            given = has_teacher_prompts(dataset)
+            if given is not None:
+                check_teacher_prompts(given, self.objective_config, self.teacher_topk is not None)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **options: Any) -> Any:
         """Train as TRL does; where a checkpoint is resumed, the objective goes on from it too."""
@@ -153,7 +168,7 @@ class TOPDTrainer(trl.DistillationTrainer):  # type: ignore[misc]
             count = self.accelerator.gather((batch["response_mask"] != 0).sum()).sum()
             return {**batch, "num_items_in_batch": count}
         prompts = teacher_prompts_of(inputs)
-        check_teacher_prompts(prompts is not None, self.objective_config)
+        check_teacher_prompts(prompts is not None, self.objective_config, self.teacher_topk is not None)
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
         if prompts is not None:
             template = {"tools": getattr(self, "tools", None) or None, "chat_template": getattr(self, "chat_template", None)}
@@ -175,11 +190,20 @@ class TOPDTrainer(trl.DistillationTrainer):  # type: ignore[misc]
             teacher = self.accelerator.unwrap_model(self.teacher_model)
         result = self._objective_for(unwrapped_student, teacher)(batch, num_items=num_items_in_batch)
         parts = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
-        history = self._metrics["train" if self.model.training else "eval"]
+        mode = "train" if self.model.training else "eval"
+        self._totals[mode].add(result.totals)
+        history = self._metrics[mode]
         for name, value in as_numbers(result.metrics, parts).items():
             history[name].append(value)
         self._loss_was_topds = True
         return result.loss, result.scores.student_entropy.sum(), batch["response_mask"].sum()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as TRL does; the diagnostics are those of all tokens since the last line, of all processes."""
+        mode = "train" if self.model.training else "eval"
+        diagnostics = self._totals[mode].take(self.accelerator.gather)
+        self._metrics[mode] |= {name: [value] for name, value in diagnostics.items()}
+        super().log(logs, start_time)
 
     def training_step(self, *arguments: Any, **options: Any) -> Any:
         """Take TRL's step, and make sure that its loss was topd's."""
@@ -218,11 +242,13 @@ def check_hook(base: type, hook: str = HOOK, arguments: tuple[str, ...] = HOOK_A
 
 
 def as_numbers(metrics: Mapping[str, Tensor], parts: int) -> dict[str, float]:
-    """Return the metrics that TRL logs: without the loss, which it logs itself, and without those that measured nothing (NaN).
+    """Return the metrics whose means TRL logs: without the loss, which it logs itself, without the diagnostics, which are no
+    means, and without those that measured nothing (NaN).
 
     Args:
         metrics: an objective's.
         parts: of how many micro-batches the step consists whose shares these are; TRL takes their mean.
     """
-    values = {name: value.item() * (parts if name in SHARES else 1) for name, value in metrics.items() if name != "loss"}
+    own = {name: value for name, value in metrics.items() if name != "loss" and name not in DIAGNOSTICS}
+    values = {name: value.item() * (parts if name in SHARES else 1) for name, value in own.items()}
     return {name: value for name, value in values.items() if name in SHARES or not math.isnan(value)}

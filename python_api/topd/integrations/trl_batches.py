@@ -54,6 +54,12 @@ def teacher_prompts_of(rows: Sequence[Mapping[str, Any]]) -> list[Any] | None:
     return prompts
 
 
+def has_teacher_prompts(dataset: Any) -> bool | None:
+    """Return whether a dataset has a column teacher_prompt; None where it does not name its columns."""
+    columns = getattr(dataset, "column_names", None)
+    return TEACHER_PROMPT in columns if isinstance(columns, list | tuple) else None
+
+
 def tokenized(tokenizer: Any, prompts: Sequence[Any], **template: Any) -> list[list[int]]:
     """Return the ids of prompts, text as it is, messages through the chat template, as TRL tokenizes the student's.
 

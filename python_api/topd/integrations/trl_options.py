@@ -45,14 +45,25 @@ def check_topk_config(config: OPDConfig) -> None:
     direction_of(config)
 
 
-def check_teacher_prompts(given: bool, config: OPDConfig) -> None:
-    """Check that the dataset has teacher's prompts where the method demands them, and none where it cannot use them."""
+def check_teacher_prompts(given: bool, config: OPDConfig, topk: bool) -> None:
+    """Check that the dataset has teacher's prompts where the method demands them, and none where it cannot use them.
+
+    Args:
+        given: whether it has.
+        topk: whether the teacher is known by its top-k alone.
+    """
     kind = type(config).__name__
     if given and isinstance(config, TOPDConfig):
         raise ValueError(
             f"objective_config must be a topd.OPDConfig, TRDConfig or OPSDConfig where the dataset has teacher_prompt, got a "
             f"{kind}: TOPD's windows branch off one context, which student and teacher both read; take one of these, or remove "
             "the column"
+        )
+    if given and topk:
+        raise ValueError(
+            "the dataset must have no column teacher_prompt where teacher_topk is given, got one; the function that asks the "
+            "teacher's server sees the student's rollouts alone: let it put a prompt of its own before their responses, and "
+            "remove the column"
         )
     if not given and isinstance(config, TRDConfig | OPSDConfig):
         raise ValueError(

@@ -78,7 +78,7 @@ def _check_numbers(
     check_head_range("teacher", teacher, temperature, dtype)
 
 
-def _spec(student: Head, teacher: Head, temperature: float, divergence: Divergence, hard_weight: float) -> RowSpec:
+def spec_of(student: Head, teacher: Head, temperature: float, divergence: Divergence, hard_weight: float) -> RowSpec:
     """Return the numbers that the op computes each row with."""
     return RowSpec(
         float(student.scale),
@@ -217,7 +217,7 @@ def linear_divergence(
     teacher_hidden, teacher = autocast(teacher_hidden.reshape(-1, teacher_hidden.shape[-1]), teacher)
     dtype = torch.promote_types(torch.promote_types(student_hidden.dtype, teacher_hidden.dtype), torch.float32)
     _check_numbers(student, teacher, temperature, chosen, hard_weight, dtype)
-    spec = _spec(student, teacher, temperature, chosen, hard_weight)
+    spec = spec_of(student, teacher, temperature, chosen, hard_weight)
     if name == "reference":
         sides = (student_hidden, student, teacher_hidden, teacher)
         value, scores = full_logits.linear_divergence(*sides, flat_mask, flat_tokens, spec)

@@ -1,13 +1,13 @@
 """Options of the objectives; a wrong one is refused when the configuration is created, not when a step runs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar, get_args
 
 from torch import Tensor
 
 from topd.branching.windows import STUDENT_WINDOWS
-from topd.checks.values import FLOATING, check_rule_value, check_temperature, check_tensor, choice, positive_int, real
+from topd.checks.values import FLOATING, check_rule_value, check_temperature, check_tensor, choice, flag, positive_int, real
 from topd.divergences import JSD, DivergenceLike, ForwardKL, ReverseKL, resolve_divergence
 from topd.losses.topk_divergence import SUPPORTS
 from topd.near_future.candidates import CANDIDATE_RULES
@@ -56,12 +56,16 @@ class OPDConfig:
             gradient. Not with hard_weight.
         top_k: None, or k >= 1, at most the vocabulary that both models have: both sides are renormalised on the teacher's k
             most likely tokens, of a teacher model. For forward_kl without entry_clip, reverse_kl and jsd.
+        epistemic_ids: None, or tokens whose probability under a teacher model becomes the metric epistemic_mass:
+            `topd.trd.epistemic_ids(tokenizer)`. Costs one product of the teacher's states and head a step, in chunks.
+        teacher_top2: whether the metrics bimodal_share and fragmented_share are measured, of a teacher model. Costs one product
+            of the teacher's states and head a step, in chunks, beside that of epistemic_ids.
 
     Raises:
         TypeError, ValueError: an option of the wrong type or range, or two that do not go together.
 
     Source: arXiv 2606.00305: reverse KL over the full vocabulary. position_clip and top_k: baselines of arXiv 2606.08432, Table
-    13. The reductions and hard_weight are our options.
+    13; epistemic_ids: its diagnostics. The reductions, hard_weight and teacher_top2 are our options.
     """
 
     divergence: DivergenceLike = "reverse_kl"
@@ -71,6 +75,8 @@ class OPDConfig:
     topk_support: Support = field(default="tail", kw_only=True)
     position_clip: float | None = field(default=None, kw_only=True)
     top_k: int | None = field(default=None, kw_only=True)
+    epistemic_ids: Sequence[int] | None = field(default=None, kw_only=True)
+    teacher_top2: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         divergence = resolve_divergence(self.divergence)
@@ -94,6 +100,9 @@ class OPDConfig:
                     'top_k takes "forward_kl" without an entry_clip, "reverse_kl" or "jsd", got the divergence '
                     f"{divergence}; take one of these, or leave top_k out"
                 )
+        if self.epistemic_ids is not None:
+            object.__setattr__(self, "epistemic_ids", _distinct_ids("epistemic_ids", self.epistemic_ids))
+        flag("teacher_top2", self.teacher_top2)
 
     def _refuse_topk_support(self, method: str) -> None:
         """Refuse the option that belongs to a teacher known by its top-k, which a method cannot have."""
@@ -238,6 +247,15 @@ class TOPDConfig(OPDConfig):
             choice("embedding", self.embedding, EMBEDDINGS)
         if self.cost == "mismatch" and self.embedding == "student_hidden":
             raise ValueError('cost "mismatch" compares tokens, got embedding "student_hidden"; take another of the two')
+
+
+def _distinct_ids(name: str, ids: object) -> tuple[int, ...]:
+    """Check for ids of distinct tokens, one at least, and return them."""
+    if isinstance(ids, str) or not isinstance(ids, Sequence) or any(type(each) is not int for each in ids):
+        raise TypeError(f"{name} must be a list of ids, ints, got {ids!r}; topd.trd.epistemic_ids(tokenizer) makes one")
+    if not ids or min(ids) < 0 or len(set(ids)) < len(ids):
+        raise ValueError(f"{name} must hold distinct ids >= 0, one at least, got {list(ids)}; leave repeats out, or take None")
+    return tuple(ids)
 
 
 def config_of(config: object, kind: type[Config]) -> Config:

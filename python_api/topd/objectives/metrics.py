@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 
 from topd.branching.continuations import BRANCHES
+from topd.objectives.config import OPDConfig
+from topd.objectives.diagnostics import Measured, Totals, diagnostics_of, totals_of
+from topd.objectives.inputs import Inputs
 from topd.objectives.objective import NearFuture
+from topd.objectives.token_losses import TokenLosses
 from topd.scores import TokenScores
 
 
@@ -32,6 +36,31 @@ def mean_scores(scores: TokenScores, response: Tensor) -> dict[str, Tensor]:
     count = response.sum().clamp_min(1)
     names = ("student_entropy", "teacher_entropy", "student_lost_mass", "teacher_lost_mass")
     return {name: getattr(scores, name).sum() / count for name in names}
+
+
+def diagnosed(losses: TokenLosses, inputs: Inputs, config: OPDConfig) -> tuple[Totals, dict[str, Tensor]]:
+    """Return the sums over the response tokens that diagnostics are made of, and the diagnostics by name."""
+    rollouts, scores = inputs.rollouts, losses.scores
+    assert scores.student_logprob is not None
+    assert scores.teacher_logprob is not None
+    divergence, verdict = losses.unclipped, None
+    if config.hard_weight:
+        divergence = divergence + config.hard_weight * scores.student_logprob
+    if inputs.verdict is not None:
+        places = torch.arange(rollouts.input_ids.numel(), device=rollouts.input_ids.device)
+        verdict = inputs.verdict[rollouts.row_of(places)].reshape(rollouts.input_ids.shape)
+    measured = Measured(
+        divergence,
+        rollouts.response,
+        rollouts.input_ids,
+        scores.student_logprob,
+        scores.teacher_logprob,
+        config.position_clip,
+        verdict,
+        *losses.measures,
+    )
+    totals = totals_of(measured)
+    return totals, diagnostics_of(measured, totals)
 
 
 def near_future_metrics(near_future: NearFuture) -> dict[str, Tensor | float]:

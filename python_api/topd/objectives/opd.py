@@ -19,14 +19,13 @@ from topd.objectives.batch import Batch, check_tokens, open_student
 from topd.objectives.config import OPDConfig, config_of
 from topd.objectives.inputs import Inputs, check_inputs
 from topd.objectives.method import Method
-from topd.objectives.metrics import Stages, as_metrics, mean_scores
+from topd.objectives.metrics import Stages, as_metrics, diagnosed, mean_scores
 from topd.objectives.model_checks import ModelChecks
 from topd.objectives.objective import Objective
 from topd.objectives.pairs import demand_pairs, has_pairs
 from topd.objectives.reduction import check_items, reduce_tokens
-from topd.objectives.token_losses import token_losses
+from topd.objectives.token_losses import TokenLosses, token_losses
 from topd.objectives.topk_teacher import direction_of, refuse_topk, take_topk, topk_losses
-from topd.scores import TokenScores
 
 
 class OPD(Method):
@@ -97,11 +96,21 @@ class OPD(Method):
         Returns:
             Objective; metrics loss, opd_loss, tokens, sequence_reduction (1 or 0), student_entropy, teacher_entropy (means over
             response tokens, nats), student_lost_mass, teacher_lost_mass (likewise: each model's probability of the entries that
-            the other does not have), seconds_student_forward, seconds_teacher_forward, seconds_divergence. With a teacher's
-            top-k: no teacher_entropy and no seconds_teacher_forward, but teacher_topk_mass, the mean mass of its k tokens, and
-            infinite_tokens, how many have an infinite loss (which passes no gradient). In its scores top1_agreement is None,
-            and what a top-k does not say is NaN at response tokens: both KLs, teacher_entropy, both lost masses, and
-            teacher_logprob where the token is not among the k.
+            the other does not have), seconds_student_forward, seconds_teacher_forward, seconds_divergence. Diagnostics, of
+            every response token alike, whatever it weighs: kl_mean, kl_p50, kl_p95, kl_p99 (percentiles, within 1 %), kl_max,
+            of the configured divergence, nats, before position_clip and without hard_weight's term; student_perplexity,
+            teacher_perplexity, perplexity_gap (student's minus teacher's). With position_clip: clip_share, the share of tokens
+            above it. With verdict: kl_correct, kl_incorrect, the means over the tokens of correct and of other responses, and
+            tokens_correct, tokens_incorrect, how many these are. With epistemic_ids: epistemic_mass, the teacher's mean
+            probability of these tokens. With teacher_top2: bimodal_share, the share of tokens where the teacher gives the token
+            and another one 1/4 each at least, and fragmented_share, the share where its most likely token is the same at the
+            next token too, and the response says it neither time. A diagnostic is NaN where no token could be measured. Over
+            several micro-batches add up `totals`.
+
+            With a teacher's top-k: no teacher_entropy and no seconds_teacher_forward, but teacher_topk_mass, the mean mass of
+            its k tokens, and infinite_tokens, how many have an infinite loss (which passes no gradient). In its scores
+            top1_agreement is None, and what a top-k does not say is NaN at response tokens: both KLs, teacher_entropy, both
+            lost masses, and teacher_logprob where the token is not among the k; the perplexities are of the other tokens.
 
         Raises:
             TypeError, ValueError: a wrong type, shape, dtype, device or range; an unknown key; a token that one of the models
@@ -125,9 +134,7 @@ class OPD(Method):
             student_states = inputs.rollouts.hidden(student), student.head
         with stages.stage("divergence"):
             losses = token_losses(student_states, teacher_states, inputs, self.config)
-        return self._objective(
-            inputs, losses.loss, losses.scores, items, stages, mean_scores(losses.scores, inputs.rollouts.response)
-        )
+        return self._objective(inputs, losses, items, stages, mean_scores(losses.scores, inputs.rollouts.response))
 
     def _check_models(self, inputs: Inputs) -> None:
         """Check before a step that both models can take it, and have the tokens that they read."""
@@ -155,33 +162,34 @@ class OPD(Method):
             )
         inputs = check_inputs(rest)
         self._checks.before_step(self.student, None)
-        losses = topk_losses(self.student, inputs, topk, self.config, stages)
+        losses, mass = topk_losses(self.student, inputs, topk, self.config, stages)
         count = inputs.rollouts.response.sum().clamp_min(1)
         means = {
             "student_entropy": losses.scores.student_entropy.sum() / count,
-            "teacher_topk_mass": losses.mass.sum() / count,
+            "teacher_topk_mass": mass.sum() / count,
             "infinite_tokens": losses.unclipped.isinf().sum(),
         }
-        return self._objective(inputs, losses.loss, losses.scores, items, stages, means)
+        return self._objective(inputs, losses, items, stages, means)
 
     def _objective(
         self,
         inputs: Inputs,
-        per_token: Tensor,
-        scores: TokenScores,
+        losses: TokenLosses,
         items: float | Tensor | None,
         stages: Stages,
         means: Mapping[str, Tensor],
     ) -> Objective:
         """Reduce the tokens' losses, and put the step's numbers beside them."""
         rollouts = inputs.rollouts
-        loss = reduce_tokens(per_token, rollouts, self.config.reduction, items, inputs.token_weights).loss
+        loss = reduce_tokens(losses.loss, rollouts, self.config.reduction, items, inputs.token_weights).loss
+        totals, diagnostics = diagnosed(losses, inputs, self.config)
         metrics: dict[str, Tensor | float] = {
             "loss": loss,
             "opd_loss": loss,
             "tokens": rollouts.response.sum(),
             "sequence_reduction": float(self.config.reduction == "sequence"),
             **means,
+            **diagnostics,
             **stages.seconds,
         }
-        return Objective(loss, as_metrics(metrics), scores)
+        return Objective(loss, as_metrics(metrics), losses.scores, totals)

@@ -6,7 +6,8 @@ The teacher sees the reference solution y* (or whatever else its prompt holds), 
 has is in `self_teacher`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -45,7 +46,8 @@ class OPSD(OPD):
         config: OPSDConfig; None: its defaults.
 
     Attributes:
-        teacher: the model that the teacher's pass runs: the student itself, or its frozen copy.
+        teacher: the model that the teacher's pass runs: the student itself, which computes with the teacher's weights while
+            `teaching` is open, or its frozen copy.
 
     Raises:
         TypeError: config of another type; a model that is none of transformers.
@@ -72,9 +74,20 @@ class OPSD(OPD):
 
     def _teacher_states(self, teacher_batch: Batch) -> tuple[Tensor, Head]:
         """Return the states of the model as its own teacher, and its head as it is then."""
-        with self._self_teacher.in_place():
-            decoder = teacher_batch.decoder("teacher", self.teacher)
+        with self.teaching() as teacher:
+            decoder = teacher_batch.decoder("teacher", teacher)
             return teacher_batch.hidden(decoder), decoder.head.detach()
+
+    @contextmanager
+    def teaching(self) -> Iterator[Any]:
+        """Make `teacher` compute with the teacher's weights meanwhile, in eval mode and without gradients, and return it; the
+        student's weights, adapters and modes come back, also after an error.
+
+            with objective.teaching() as teacher:
+                answers = teacher.generate(**prompts)
+        """
+        with self._self_teacher.in_place():
+            yield self.teacher
 
     def after_step(self) -> None:
         """Take note of an optimizer step, after each: it moves the average of teacher "ema". Trainers of topd call it."""

@@ -10,6 +10,7 @@ from topd.losses.linear_divergence import linear_divergence
 from topd.objectives.config import OPDConfig
 from topd.objectives.inputs import Inputs
 from topd.objectives.rows import rows_of, scores_by_token
+from topd.objectives.teacher_measures import TeacherMeasures, teacher_measures
 from topd.objectives.top_k import compare_top_k
 from topd.scores import TokenScores
 
@@ -21,16 +22,18 @@ class TokenLosses(NamedTuple):
         loss: nats; differentiable in the student.
         scores: constants.
         unclipped: constant, the loss before position_clip; where it is above that, the token was clipped.
+        measures: what else the configuration asks of the teacher's distributions.
     """
 
     loss: Tensor
     scores: TokenScores
     unclipped: Tensor
+    measures: TeacherMeasures = TeacherMeasures()
 
 
 def token_losses(student: tuple[Tensor, Head], teacher: tuple[Tensor, Head], inputs: Inputs, config: OPDConfig) -> TokenLosses:
     """Compare both models' states over a batch, each paired with the token that it predicts: one `linear_divergence`, or with
-    top_k what `compare_top_k` runs.
+    top_k what `compare_top_k` runs; and what `teacher_measures` runs, where the configuration asks for it.
 
     Args:
         student, teacher: hidden [B, T, H] or [N, H], each side's over its own batch, and the head.
@@ -54,7 +57,8 @@ def token_losses(student: tuple[Tensor, Head], teacher: tuple[Tensor, Head], inp
     else:
         per_row, row_scores = compare_top_k(rows, *heads, config.top_k, config)
     loss, scores = rows.by_token(per_row), scores_by_token(row_scores, rows.by_token)
-    return TokenLosses(clipped(loss, config), scores, loss.detach())
+    measures = teacher_measures(rows, *heads, config)
+    return TokenLosses(clipped(loss, config), scores, loss.detach(), measures)
 
 
 def clipped(loss: Tensor, config: OPDConfig) -> Tensor:

@@ -42,25 +42,24 @@ from topd.objectives.batch import Padded, check_tokens, open_student
 from topd.objectives.config import TOPDConfig, config_of
 from topd.objectives.inputs import PaddedInputs, check_padded_inputs
 from topd.objectives.method import Method
-from topd.objectives.metrics import Stages, as_metrics, mean_scores, near_future_metrics
+from topd.objectives.metrics import Stages, as_metrics, diagnosed, mean_scores, near_future_metrics
 from topd.objectives.model_checks import ModelChecks
 from topd.objectives.objective import NearFuture, Objective
 from topd.objectives.reduction import check_items, reduce_tokens
-from topd.objectives.token_losses import token_losses
+from topd.objectives.token_losses import TokenLosses, token_losses
 from topd.objectives.topk_teacher import refuse_topk
 from topd.scores import TokenScores
 
 
 class _Pass(NamedTuple):
-    """Both models' pass over the rollouts: the loss of each response token [B, T], 0 elsewhere, and its scores."""
+    """Both models' pass over the rollouts, and what each response token costs."""
 
     inputs: PaddedInputs
     student: Decoder
     teacher: Decoder
     student_states: Prefill
     teacher_states: Prefill
-    loss: Tensor
-    scores: TokenScores
+    losses: TokenLosses
 
 
 class TOPD(Method):
@@ -113,12 +112,12 @@ class TOPD(Method):
             generator: of the models' device, for the windows; None: torch's own.
 
         Returns:
-            Objective with near_future. Metrics of `OPD`, and guidance_loss (loss = opd_loss + guidance_weight * guidance_loss),
-            candidates, divergent_points, false_alarms (counts), low_divergence_share (false alarms among candidates),
-            distance_divergent, distance_false_alarm (medians, NaN where there is none), marginal_error (the largest),
-            window_length (mean over both models' windows), student_branches, teacher_branches (0 where windows came another
-            way), second_forward (1 where the student had to do without a cache), and seconds_student_windows,
-            seconds_teacher_windows, seconds_transport, seconds_window_forward, seconds_guidance.
+            Objective with near_future. Metrics of `OPD` with its diagnostics, and guidance_loss (loss = opd_loss +
+            guidance_weight * guidance_loss), candidates, divergent_points, false_alarms (counts), low_divergence_share (false
+            alarms among candidates), distance_divergent, distance_false_alarm (medians, NaN where there is none),
+            marginal_error (the largest), window_length (mean over both models' windows), student_branches, teacher_branches (0
+            where windows came another way), second_forward (1 where the student had to do without a cache), and
+            seconds_student_windows, seconds_teacher_windows, seconds_transport, seconds_window_forward, seconds_guidance.
 
         Raises:
             TypeError, ValueError: a wrong type, shape, dtype, device or range; an unknown key; a token that one of the models
@@ -131,15 +130,16 @@ class TOPD(Method):
         self._checks.before_step(self.student, self.teacher)
         stages = Stages("window_forward", "guidance")
         tokens = self._pass(inputs, stages)
-        score = score_of(tokens.scores, config.score)
+        score = score_of(tokens.losses.scores, config.score)
         positions = self._candidates(score, rollouts)
         windows = self._windows(tokens, positions, generator, stages)
         transport = self._transport(tokens, windows, stages)
         near_future = NearFuture(windows, transport, self._gate(transport), score)
         weights = self._weights(near_future, inputs)
-        opd_loss, share = reduce_tokens(tokens.loss, rollouts, config.reduction, items, weights)
+        opd_loss, share = reduce_tokens(tokens.losses.loss, rollouts, config.reduction, items, weights)
         guidance = share * self._guidance(tokens, near_future, stages)
         loss = opd_loss + config.guidance_weight * guidance if config.guidance_weight else opd_loss
+        totals, diagnostics = diagnosed(tokens.losses, inputs, config)
         metrics: dict[str, Tensor | float] = {
             "loss": loss,
             "opd_loss": opd_loss,
@@ -147,11 +147,12 @@ class TOPD(Method):
             "tokens": rollouts.response.sum(),
             "sequence_reduction": float(config.reduction == "sequence"),
             "second_forward": float(tokens.student_states.layers is None),
-            **mean_scores(tokens.scores, rollouts.response),
+            **mean_scores(tokens.losses.scores, rollouts.response),
+            **diagnostics,
             **near_future_metrics(near_future),
             **stages.seconds,
         }
-        return Objective(loss, as_metrics(metrics), tokens.scores, near_future)
+        return Objective(loss, as_metrics(metrics), tokens.losses.scores, totals, near_future)
 
     def _pass(self, inputs: PaddedInputs, stages: Stages) -> _Pass:
         """Run each model once, the student with gradient, and compare them at every token; keep the caches for the windows."""
@@ -166,7 +167,7 @@ class TOPD(Method):
         with stages.stage("divergence"):
             sides = (student_states.hidden, student.head), (teacher_states.hidden, teacher.head)
             losses = token_losses(*sides, inputs, self.config)
-        return _Pass(inputs, student, teacher, student_states, teacher_states, losses.loss, losses.scores)
+        return _Pass(inputs, student, teacher, student_states, teacher_states, losses)
 
     def _candidates(self, score: Tensor, rollouts: Padded) -> Tensor:
         """Choose the candidates, positions [m, 2], by the score [B, T] of the response tokens."""
@@ -232,7 +233,7 @@ class TOPD(Method):
         """Return the mean of L_traj over the divergent points, 0 where there is none; no gradient where it weighs nothing."""
         windows, chosen = near_future.windows, near_future.divergent.nonzero()[:, 0]
         if not chosen.numel():
-            return tokens.loss.new_zeros(())
+            return tokens.losses.loss.new_zeros(())
         positions, lengths = windows.positions[chosen], windows.student_lengths[chosen]
         student_tokens, states = windows.student_tokens[chosen], tokens.student_states
         with nullcontext() if self.config.guidance_weight else torch.no_grad():

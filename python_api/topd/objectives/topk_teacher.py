@@ -27,7 +27,7 @@ from topd.objectives.inputs import Inputs
 from topd.objectives.metrics import Stages
 from topd.objectives.reduction import reduction_hint
 from topd.objectives.rows import by_token, scores_by_token
-from topd.objectives.token_losses import clipped
+from topd.objectives.token_losses import TokenLosses, clipped
 from topd.options import Direction
 from topd.scores import TokenScores
 
@@ -35,12 +35,9 @@ TOPK_KEYS = ("teacher_topk_logprobs", "teacher_topk_ids")
 
 
 class TopKLosses(NamedTuple):
-    """The loss of each response token, [B, T] or [N], 0 elsewhere; its scores; the loss before position_clip, a constant; and
-    the teacher's mass on its k tokens."""
+    """What each response token costs, and the teacher's mass on its k tokens, [B, T] or [N], 0 elsewhere."""
 
-    loss: Tensor
-    scores: TokenScores
-    unclipped: Tensor
+    tokens: TokenLosses
     mass: Tensor
 
 
@@ -51,6 +48,12 @@ def direction_of(config: OPDConfig) -> Direction:
             f"config.top_k chooses among a teacher model's tokens, got {config.top_k} and teacher=None, whose batches hold the "
             "tokens already; leave it out, or pass a teacher model"
         )
+    for name in ("epistemic_ids", "teacher_top2"):
+        if getattr(config, name):
+            raise ValueError(
+                f"config.{name} measures a teacher model's distributions, got {getattr(config, name)} and teacher=None, of "
+                "which only the top-k is known; leave it out, or pass a teacher model"
+            )
     divergence = resolve_divergence(config.divergence)
     if divergence == ForwardKL():
         return "forward"
@@ -149,7 +152,7 @@ def compare_topk(hidden: Tensor, head: Head, inputs: Inputs, topk: TopK, config:
     mass = logprobs.double().exp().sum(-1).masked_fill(~mask, 0.0)
     turn = partial(by_token, columns=batch.input_ids.shape[-1])
     loss = turn(loss)
-    return TopKLosses(clipped(loss, config), scores_by_token(scores, turn), loss.detach(), turn(mass))
+    return TopKLosses(TokenLosses(clipped(loss, config), scores_by_token(scores, turn), loss.detach()), turn(mass))
 
 
 def _scores(logprob: Tensor, entropy: Tensor, tokens: Tensor, mask: Tensor, topk: TopK) -> TokenScores:

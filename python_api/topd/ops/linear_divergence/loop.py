@@ -72,11 +72,12 @@ def plan_of(
     )
 
 
-def keeps_dlogits(call: Call, *, scores: bool) -> bool:
+def keeps_dlogits(call: Call, *, scores: bool, device: torch.device | None = None) -> bool:
     """Tell whether forward may keep dlogits for a weight's gradient: rows are few, and all of them, masked or not, are one
-    chunk."""
-    n = call.student.hidden.shape[0]
-    return are_few(call.backend, call.student.hidden) and plan_of(call, n, full_width=scores).chunks <= 1
+    chunk. `device`: as in `plan_of`."""
+    if not are_few(call.backend, call.student.hidden):
+        return False
+    return plan_of(call, call.student.hidden.shape[0], full_width=scores, device=device).chunks <= 1
 
 
 class Loop:

@@ -86,9 +86,14 @@ def _empty(inputs: Inputs, *, keeps: bool, engine: Engine) -> Outputs:
     return Outputs(value, value.new_zeros(len(FIELDS) if inputs.scores else 0, n), kept)
 
 
-def _keeps(inputs: Inputs) -> bool:
+def _keeps(inputs: Inputs, device: torch.device | None = None) -> bool:
     """Tell whether forward keeps dlogits; from shapes and dtypes alone."""
-    return inputs.keep and inputs.needs.weight and keeps_dlogits(inputs.call, scores=inputs.scores)
+    return inputs.keep and inputs.needs.weight and keeps_dlogits(inputs.call, scores=inputs.scores, device=device)
+
+
+def outline(inputs: Inputs, device: torch.device | None = None) -> Outputs:
+    """Return the results of operands without data, on the meta device or in a trace; `device`: where they will be computed."""
+    return _empty(inputs, keeps=_keeps(inputs, device), engine=EAGER)  # whose buffers are torch's own
 
 
 def _forward(*flat: Any) -> tuple[Any, ...]:
@@ -164,8 +169,7 @@ for _op, _implementation in (("linear_divergence", _forward), ("linear_divergenc
 
 @torch.library.register_fake("topd::linear_divergence")
 def _forward_fake(*flat: Any) -> tuple[Any, ...]:
-    inputs = INPUTS.unpack(*flat)
-    return OUTPUTS.pack(_empty(inputs, keeps=_keeps(inputs), engine=EAGER))  # whose buffers are torch's own
+    return OUTPUTS.pack(outline(INPUTS.unpack(*flat)))
 
 
 @torch.library.register_fake("topd::linear_divergence_backward")

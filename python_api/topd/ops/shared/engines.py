@@ -13,6 +13,7 @@ from torch import Tensor
 from topd.backends import multiplies_bf16, triton_launcher
 from topd.ops.shared.advise_huge_pages import advise_huge_pages
 from topd.ops.shared.plan import GPU_BLOCK
+from topd.products import refused_products
 
 Kernel = Callable[..., Any]
 # On a GPU a tile's row takes a multiple of so many entries, whatever the vocabulary: then each row begins where wide loads and
@@ -82,7 +83,7 @@ class Engine:
 
     def multiplies(self, dtype: torch.dtype, device: torch.device) -> bool:
         """Tell whether matrix products of this dtype, of 16 bits, can be taken with float32 out."""
-        return self.like_a_gpu(device)
+        return device.type == "cuda" and refused_products(device, dtype) is None
 
     def product_dtype(self, dtype: torch.dtype, tile: torch.dtype, device: torch.device) -> torch.dtype:
         """Return the dtype in which the matrix products of a side take its weight of `dtype`: its own 16 bits where these can
@@ -135,6 +136,9 @@ class Triton(Engine):
 
     def like_a_gpu(self, device: torch.device) -> bool:
         return True
+
+    def multiplies(self, dtype: torch.dtype, device: torch.device) -> bool:
+        return device.type == "cpu" or super().multiplies(dtype, device)
 
 
 EAGER, CPP, TRITON = Eager(), Cpp(), Triton()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from topd.head import Head
-from topd.ops.shared.exact_products import exact_products
+from topd.products import exact_products
 
 
 class _Product(torch.autograd.Function):

@@ -1,9 +1,9 @@
 """What every op of topd is defined with and runs in.
 
-CUDA graphs: an op waits for the host where a mask is given, where rows deviate from their hint and for float16's scale, asks
-for free memory when it plans, and reads numbers that torch.compile hands over on the CPU. A graph would replay what the first
-call decided. So each op carries torch's tag for that, by which torch.compile(mode="reduce-overhead") leaves it out of its
-graphs, and refuses a stream that is being captured.
+CUDA graphs: the host reads values from the device where there is a mask, where rows deviate from their hint and for float16's
+scale; it asks for free memory when it plans; and numbers that torch.compile hands over come on the CPU. A graph would replay
+what the call that was captured decided. So each op carries torch's tag for that, by which torch.compile(mode="reduce-overhead")
+leaves it out of its graphs, and refuses a stream that is being captured.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-from topd.ops.shared.exact_products import exact_products
+from topd.products import exact_products
 
 
 def define(name: str, schema: str) -> None:

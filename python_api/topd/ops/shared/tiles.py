@@ -3,8 +3,8 @@ d weight += dlogitsᵀ (w ⊙ hidden). Tiles of logits, u and the sums are float
 
 16-bit operands: on a GPU the products take them as they are, with float32 out, and dlogits and w ⊙ hidden are rounded to them,
 dlogits in float16 times a power of two. On a CPU with products of bfloat16 the compiled backend takes that dtype as it is, and
-dlogits, in float32, as two bfloat16 parts (`topd.ops.shared.bf16_addmm`). Everywhere else they are widened to float32: hidden
-states a chunk at a time, weights once a call.
+dlogits, in float32, as two bfloat16 parts (`topd.ops.shared.bf16_addmm`). Everywhere else, and on a GPU where torch refuses
+such products (`topd.products`), they are widened to float32: hidden states a chunk at a time, weights once a call.
 """
 
 import math

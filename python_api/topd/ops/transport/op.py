@@ -11,9 +11,9 @@ import torch
 
 import topd.ops.transport.eager  # noqa: F401  (registers what the backend "eager" runs)
 from topd.ops.shared.engines import engine_of
-from topd.ops.shared.exact_products import exact_products
 from topd.ops.shared.op_body import define, refuse_capture
 from topd.ops.transport.spec import INPUTS, OUTPUTS, Inputs, Outputs, WindowSide
+from topd.products import exact_products
 
 define("topd::transport", f"({INPUTS.schema}) -> ({OUTPUTS.schema})")
 

@@ -1,11 +1,14 @@
-"""float32 is float32: matrix products of topd are as exact as their dtype, whatever torch was told about speed.
+"""What torch's settings may do to matrix products, and which it refuses.
 
-torch.set_float32_matmul_precision, allow_tf32 and fp32_precision let it take float32 products in TF32 or bfloat16, on a CPU
-too; allow_fp16_accumulation lets it sum float16 products in float16, and makes those with float32 out raise. These are
-settings of the process. While a call computes they stand at their exact values, and afterwards where they were. (The two
-about *reduced precision reductions* concern sums that are stored in 16 bits, which no product here is.)
+float32 is float32: matrix products of topd are as exact as their dtype, whatever torch was told about speed.
+
+torch.set_float32_matmul_precision, allow_tf32 and fp32_precision let it take float32 products in TF32 or bfloat16, on CPUs too;
+allow_fp16_accumulation lets it sum float16 products in float16, and makes those with float32 out raise. These are settings of a
+process. While a call computes they stand at their exact values, and afterwards where they were. (The two about reductions of
+reduced precision concern products that are stored in 16 bits, which none is here.)
 """
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
@@ -68,8 +71,8 @@ _SETTINGS = {
 
 @contextmanager
 def exact_products(device: torch.device) -> Iterator[None]:
-    """Take the matrix products on this device in the dtype that they have. Nothing is done while torch.compile traces: there
-    the ops of topd are opaque and come here when they run; what is plain torch is the compiler's."""
+    """Take the matrix products on this device as exactly as their dtype. Nothing is done while torch.compile traces: the ops of
+    topd are opaque to it and come here when they run; what is plain torch is the compiler's."""
     settings = () if torch.compiler.is_compiling() else _SETTINGS.get(device.type, ())
     for setting in settings:
         setting.hold()
@@ -78,3 +81,22 @@ def exact_products(device: torch.device) -> Iterator[None]:
     finally:
         for setting in settings:
             setting.release()
+
+
+@functools.cache
+def refused_products(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return what torch says where it takes no products of this 16-bit dtype with float32 out on this GPU, as some builds for
+    ROCm do; None where it takes them. Each of the three forms that are used is tried, once in a process, without waiting."""
+    if not torch.cuda.is_available():  # a plan for a device that is not here
+        return None
+    a, out = torch.ones(16, 16, dtype=dtype, device=device), torch.empty(16, 16, dtype=torch.float32, device=device)
+    try:
+        with exact_products(device):
+            torch.ops.aten.mm.dtype_out(a, a.T, out.dtype, out=out)
+            for beta in (0.0, 1.0):
+                torch.ops.aten.addmm.dtype_out(out, a.T, a, out.dtype, beta=beta, alpha=0.5, out=out)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        return str(error).partition("\n")[0]
+    return None
