@@ -23,7 +23,7 @@ from bench.command import INTERRUPTED, parser_of
 from bench.cpu.clock import WallClock
 from bench.machine import cpu_facts
 from bench.report import machine_line, markdown_table, note, write_json
-from bench.timing import Contender, Sample, ratio, take_turns, times_ms
+from bench.timing import Contender, Sample, ratio, times_ms, whole_rounds
 from topd.backends import choose_backend
 from topd_demo import smollm2
 
@@ -138,19 +138,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     opd = Step(topd.OPD(student, teacher), rollouts)
     both = Step(topd.TOPD(student, teacher, topd.TOPDConfig(horizon=arguments.horizon)), rollouts)
     runs: dict[str, Contender] = {"rollouts": rollouts, "OPD": opd, "TOPD": both}
-    turns: list[dict[str, Sample]] = []
-    try:
-        for turn in take_turns(runs, arguments.rounds, WallClock(), note):
-            turns.append(turn)
-    except KeyboardInterrupt:
-        if not turns:
-            return INTERRUPTED
-    samples = {name: [turn[name] for turn in turns] for name in runs}
-    counted = slice(1, 1 + len(turns))  # without the warm-up, and what an interrupt broke off
+    samples, _ = whole_rounds(runs, arguments.rounds, WallClock(), note)
+    rounds = len(samples["OPD"])
+    if not rounds:
+        return INTERRUPTED
+    counted = slice(1, 1 + rounds)  # without the warm-up, and what an interrupt broke off
     rows = table(opd.stages[counted], both.stages[counted], samples)
-    counts = ", ".join(f"{both.stages[len(turns)][name]:.0f} {text}" for name, text in COUNTS.items())
+    counts = ", ".join(f"{both.stages[rounds][name]:.0f} {text}" for name, text in COUNTS.items())
     shape = f"{arguments.rollouts} rollouts of {arguments.tokens} tokens, K = {arguments.horizon}"
-    print(f"\n### objectives, {shape}: {counts}\n\n{machine_line(facts)}, rounds {len(turns)}\n")
+    print(f"\n### objectives, {shape}: {counts}\n\n{machine_line(facts)}, rounds {rounds}\n")
     print(markdown_table(HEADER, rows), flush=True)
     if arguments.json is not None:
         write_json(arguments.json, {"benchmark": "objectives", "machine": facts, "header": HEADER, "rows": rows})

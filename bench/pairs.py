@@ -23,7 +23,7 @@ from bench.cpu.clock import WallClock
 from bench.cpu.high_water import high_water_mib, settle
 from bench.machine import cpu_facts
 from bench.report import machine_line, markdown_table, note, write_json
-from bench.timing import Sample, ratio, take_turns, times_ms
+from bench.timing import Sample, ratio, times_ms, whole_rounds
 from topd.backends import choose_backend
 from topd_demo import smollm2
 
@@ -115,17 +115,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     teacher = smollm2.load_model()
     lengths = (arguments.prompt, arguments.longer, arguments.response)
     runs = contenders(smollm2.sliced(teacher), teacher, arguments.rows, lengths)
-    samples: dict[str, list[Sample]] = {name: [] for name in runs}
-    complete = True
     try:
         peaks = peaks_mib(runs)
-        for turn in take_turns(runs, arguments.rounds, WallClock(), note, warm_up=False):
-            for name, sample in turn.items():
-                samples[name].append(sample)
     except KeyboardInterrupt:
-        complete = False
-        if not samples[OPD]:
-            return INTERRUPTED
+        return INTERRUPTED
+    samples, complete = whole_rounds(runs, arguments.rounds, WallClock(), note, warm_up=False)
+    if not samples[OPD]:
+        return INTERRUPTED
     rows = table(samples, peaks)
     shape = f"{arguments.rows} responses of {arguments.response} tokens, prompts of {arguments.prompt} and {arguments.longer}"
     print(f"\n### pairs, {shape}, float32{'' if complete else ' (incomplete)'}\n\n{machine_line(facts)}\n")

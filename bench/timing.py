@@ -80,6 +80,26 @@ def interleave(
     return {name: [samples[name] for samples in turns] for name in contenders}
 
 
+def whole_rounds(
+    contenders: Mapping[str, Contender],
+    rounds: int,
+    clock: Clock,
+    progress: Callable[[str], None],
+    *,
+    warm_up: bool = True,
+) -> tuple[dict[str, list[Sample]], bool]:
+    """Return the samples of the rounds that were not interrupted, and whether all of them ran; the arguments are those of
+    `take_turns`."""
+    samples: dict[str, list[Sample]] = {name: [] for name in contenders}
+    try:
+        for turn in take_turns(contenders, rounds, clock, progress, warm_up=warm_up):
+            for name, sample in turn.items():
+                samples[name].append(sample)
+    except KeyboardInterrupt:
+        return samples, False
+    return samples, True
+
+
 def times_ms(samples: Sequence[Sample]) -> Spread:
     return Spread.of([sample.time_ms for sample in samples])
 

@@ -24,7 +24,7 @@ from bench.cpu.clock import WallClock
 from bench.cpu.high_water import high_water_mib, settle
 from bench.machine import cpu_facts
 from bench.report import machine_line, markdown_table, note, write_json
-from bench.timing import Sample, Spread, ratio, take_turns
+from bench.timing import Sample, Spread, ratio, whole_rounds
 from topd.backends import choose_backend
 from topd_demo import smollm2
 
@@ -87,18 +87,6 @@ def contenders(model: Any, ids: Tensor, columns: Tensor, horizon: int) -> dict[s
     return {name: Watched(torch.no_grad()(run)) for name, run in runs.items()}
 
 
-def timed(label: str, runs: dict[str, Watched], rounds: int) -> tuple[dict[str, list[Sample]], bool]:
-    """Return the samples of whole rounds, and whether all of them were run."""
-    samples: dict[str, list[Sample]] = {way: [] for way in runs}
-    try:
-        for turn in take_turns(runs, rounds, WallClock(), lambda text: note(f"{label}: {text}"), warm_up=False):
-            for way, sample in turn.items():
-                samples[way].append(sample)
-    except KeyboardInterrupt:
-        return samples, False
-    return samples, True
-
-
 def rows_of(name: str, runs: dict[str, Watched], samples: dict[str, list[Sample]]) -> list[list[str]]:
     """Return the lines of one model."""
     reference = runs["generate, one prefix a call"].tokens
@@ -145,7 +133,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         for warm_up in contenders(model, ids[:, :8], torch.tensor([3, 5]), 2).values():
             warm_up()
         runs = contenders(model, ids, columns, arguments.horizon)
-        samples, complete = timed(label, runs, arguments.rounds)
+
+        def progress(text: str, label: str = label) -> None:
+            note(f"{label}: {text}")
+
+        samples, complete = whole_rounds(runs, arguments.rounds, WallClock(), progress, warm_up=False)
         if samples["branches"]:
             rows += rows_of(label, runs, samples)
         if not complete:

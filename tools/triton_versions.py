@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 from bench.report import markdown_table
-from tools.versions import environment
+from tools.versions import environment, verdict
 
 # What an environment needs beside a version. Triton 3.6's interpreter reads an array of one entry as a number: numpy lets it
 # up to 2.3.
@@ -34,11 +34,8 @@ def _run(*command: str) -> "subprocess.CompletedProcess[str]":
 
 
 def interpreted(python: str) -> tuple[bool, str]:
-    """Run the interpreter's tests; return whether all of them passed, and pytest's last line. What failed is printed."""
-    done = _run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS)
-    if done.returncode:
-        print(done.stdout, flush=True)
-    return done.returncode == 0, done.stdout.strip().splitlines()[-1] if done.stdout else "pytest did not start"
+    """Run the interpreter's tests, and return what `tools.versions.verdict` does."""
+    return verdict(_run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS))
 
 
 def compiled(python: str) -> tuple[bool, list[str]]:

@@ -59,9 +59,13 @@ def files_for(request: str) -> list[str]:
 
 
 def run(request: str) -> tuple[bool, str]:
-    """Run the tests of `request`; whether all of them passed, and pytest's last line. What failed is printed."""
+    """Run the tests of `request`, and return what `verdict` does."""
     command = [str(environment(request)), "-m", "pytest", "-q", "-p", "no:cacheprovider", *files_for(request)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    return verdict(subprocess.run(command, stdout=subprocess.PIPE, text=True))
+
+
+def verdict(done: "subprocess.CompletedProcess[str]") -> tuple[bool, str]:
+    """Return whether all tests of a run of pytest passed, and its last line. What failed is printed."""
     if done.returncode:
         print(done.stdout, flush=True)
     return done.returncode == 0, done.stdout.strip().splitlines()[-1] if done.stdout else "pytest did not start"

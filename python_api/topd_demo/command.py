@@ -1,4 +1,4 @@
-"""`topd demo`: the two methods one after the other, and the report."""
+"""`topd demo`: its methods one after the other, and the report."""
 
 import argparse
 import json
@@ -73,39 +73,27 @@ class _Demo:
 
     def run(self) -> bool:
         """Run it; return False where it was stopped."""
-        from topd_demo import models, prompts, report
-        from topd_demo.evaluation import held_out_batch
-        from topd_demo.loss_cost import measure_loss
-        from topd_demo.summary import summarise
-        from topd_demo.training import Trainer
+        from topd_demo.figures import NAMES
+        from topd_demo.paired_demo import PairedDemo
+        from topd_demo.plain_demo import PlainDemo
 
         settings, display = self.settings, self.display
         self.folder.mkdir(parents=True, exist_ok=True)
         files.remove_leftovers(self.folder, OWN_FILES)
-        texts = prompts.make_prompts(settings.steps * settings.batch, settings.held_out, settings.seed)
-        display.say(f"Loading the models; {settings.steps} steps of {' and '.join(m.upper() for m in settings.methods)}")
-        loaded = models.load(settings)
-        display.say(f"{loaded.description}, on {settings.device}; report in {self.folder}")
-        start = {name: value.clone() for name, value in loaded.student.state_dict().items()}
+        demo = PairedDemo(settings) if settings.paired else PlainDemo(settings)
+        display.say(f"Loading the models; {settings.steps} steps of {' and '.join(NAMES[name] for name in settings.methods)}")
+        display.say(f"{demo.load()}, on {settings.device}; report in {self.folder}")
         finished = True
         with stop_after_step(display.say) as stopping:
-            for method in settings.methods:
-                before = self.runs[0].before if self.runs else None
-                trainer = Trainer(method, loaded, start, before, texts, settings, self.folder)
+            for name in settings.methods:
+                trainer = demo.trainer(name, self.folder, self.runs)
                 check_space(self.folder, trainer.checkpoint_bytes())
                 if not (self.folder / CONFIG).exists():
                     files.write_json(self.folder / CONFIG, settings.to_json())
                 finished = self._train(trainer, stopping)
                 if not finished:
                     break
-        cost = measure_loss(loaded, held_out_batch(loaded, texts.held_out, settings)) if finished else None
-        page = report.write(self.folder, self.runs, cost, settings, loaded.description)
-        display.summary(summarise(self.runs, cost))
-        first = next((each.before.samples for each in self.runs if each.before), None)
-        display.samples(first, {each.method: each.after.samples for each in self.runs if each.after})
-        for each in self.runs:
-            if each.pair is not None:
-                display.window_pair(each.pair)
+        page = demo.conclude(self.folder, self.runs, finished, display)
         display.say(f"\nThe report: {page}")
         return finished
 

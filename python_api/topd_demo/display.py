@@ -1,6 +1,7 @@
 """What the terminal shows while a run goes on: a line that moves, or plain lines where nobody watches."""
 
 import time
+from collections.abc import Mapping
 
 from rich.console import Console
 from rich.live import Live
@@ -8,9 +9,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from topd.cli.options import DEMO_METHODS
 from topd_demo.figures import NAMES
 from topd_demo.settings import Settings
-from topd_demo.summary import Summary
 from topd_demo.summary import Table as Numbers
 from topd_demo.training import Record
 from topd_demo.window_pair import WindowPair
@@ -28,7 +29,7 @@ class Display:
         self.live: Live | None = None
         self.method, self.began, self.first = "", 0.0, 0
         self.latest: Record = {}
-        self.held_out: float | None = None
+        self.held_out = ""
 
     def say(self, text: str) -> None:
         """Print a line."""
@@ -37,20 +38,20 @@ class Display:
     def start(self, method: str, done: int) -> None:
         """Begin to show a method's training, or go on."""
         self.method, self.began, self.first = method, time.monotonic(), done
-        self.latest, self.held_out = {"step": done}, None
+        self.latest, self.held_out = {"step": done}, ""
         if self.console.is_terminal:
             self.live = Live(self._line(), console=self.console, refresh_per_second=4)
             self.live.start()
 
     def show(self, record: Record) -> None:
         """Show a step, or an evaluation."""
-        if "held_out_reverse_kl" in record:
-            self.held_out = record["held_out_reverse_kl"]
-        else:
+        if "loss" in record:
             self.latest = record
+        else:
+            self.held_out = _held_out(record)
         if self.live is not None:
             self.live.update(self._line())
-        elif "held_out_reverse_kl" in record or record["step"] % PLAIN_EVERY == 0:
+        elif "loss" not in record or record["step"] % PLAIN_EVERY == 0:
             self.console.print(self._text(), markup=False)
 
     def stop(self) -> None:
@@ -83,23 +84,17 @@ class Display:
         parts = [f"{self.latest['step']:>3}/{self.settings.steps}"]
         if "loss" in self.latest:
             parts.append(f"loss {self.latest['loss']:.2f}")
-        if self.held_out is not None:
-            parts.append(f"held-out KL {self.held_out:.2f}")
+        if self.held_out:
+            parts.append(self.held_out)
         if "loss" in self.latest:
-            parts.append(f"{self.latest['tokens_a_second']:.0f} tok/s")
+            if self.method in DEMO_METHODS:
+                parts.append(f"{self.latest['tokens_a_second']:.0f} tok/s")
             if self.latest["memory_mib"] is not None:
                 parts.append(f"{self.latest['memory_mib'] / 1024:.1f} GiB")
         return " ".join([*parts, self.left()])
 
-    def summary(self, summary: Summary) -> None:
-        """Show the tables at the end."""
-        self._table("Reverse KL to the teacher on held-out prompts, nats per token", summary.outcome)
-        if summary.loss is not None:
-            self._table("The loss alone, value and gradients", summary.loss)
-        self._table("Where a step's time goes", summary.stages)
-
-    def _table(self, title: str, numbers: Numbers) -> None:
-        """Show one table."""
+    def table(self, title: str, numbers: Numbers) -> None:
+        """Show a table."""
         header, rows = numbers
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
         for place, name in enumerate(header):
@@ -108,19 +103,16 @@ class Display:
             table.add_row(*row)
         self.console.print(Text(f"\n{title}", style="bold"), table)
 
-    def samples(self, before: list[list[str]] | None, after: dict[str, list[list[str]]]) -> None:
-        """Show the first held-out prompt, answered before and after."""
-        answers: list[tuple[str, list[list[str]] | None]] = [("before", before)]
-        answers += [(NAMES[name], texts) for name, texts in after.items()]
-        first = next((texts for _, texts in answers if texts), None)
-        if first is None:
+    def samples(self, title: str, answers: Mapping[str, list[list[str]] | None]) -> None:
+        """Show the first of each list of prompts with an answer; None: there is none."""
+        shown = {name: texts[0] for name, texts in answers.items() if texts}
+        if not shown:
             return
         grid = Table.grid(padding=(0, 2, 0, 0))
-        grid.add_row(Text("prompt", style="dim"), Text(one_line(first[0][0])))
-        for name, texts in answers:
-            if texts:
-                grid.add_row(Text(name, style="dim"), Text(one_line(texts[0][1])))
-        self.console.print(Text("\nThe student's answer to a held-out prompt", style="bold"), grid)
+        grid.add_row(Text("prompt", style="dim"), Text(one_line(next(iter(shown.values()))[0])))
+        for name, (_, answer) in shown.items():
+            grid.add_row(Text(name, style="dim"), Text(one_line(answer)))
+        self.console.print(Text(f"\n{title}", style="bold"), grid)
 
     def window_pair(self, pair: WindowPair) -> None:
         """Show the two continuations, and which of their tokens the plan moves the most mass between."""
@@ -133,6 +125,13 @@ class Display:
         kind = "a divergent point" if pair.divergent else "a false alarm"
         title = f"\nTwo near futures, {kind}: distance {pair.distance:.2f}"
         self.console.print(Text(title, style="bold"), grid)
+
+
+def _held_out(record: Record) -> str:
+    """Return what an evaluation says."""
+    if "held_out_reverse_kl" in record:
+        return f"held-out KL {record['held_out_reverse_kl']:.2f}"
+    return f"KL {record['held_out_kl']:.2f}, {record['held_out_right']:.0%} right"
 
 
 def _clock(seconds: float) -> str:

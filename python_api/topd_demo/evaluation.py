@@ -26,6 +26,10 @@ class Evaluation:
     reverse_kl: float
     samples: list[list[str]]
 
+    def numbers(self) -> dict[str, float]:
+        """Return what a record holds of it."""
+        return {"held_out_reverse_kl": self.reverse_kl}
+
 
 @torch.no_grad()
 def evaluate(models: Models, prompts: list[str], settings: Settings) -> Evaluation:

@@ -1,5 +1,7 @@
 """The teacher, the student and their tokenizer; whether they go together."""
 
+import copy
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,6 +11,8 @@ import topd
 from topd.cli.errors import CommandError, require
 from topd_demo import smollm2
 from topd_demo.settings import Settings
+
+SMOLLM2, LORA_RANK = "SmolLM2-135M-Instruct", 16
 
 
 class Models(NamedTuple):
@@ -36,21 +40,46 @@ def load(settings: Settings) -> Models:
 
     logging.disable_progress_bar()
     teacher, tokenizer = _teacher(settings)
-    if settings.student is None:
-        student = smollm2.sliced(teacher, settings.layers)
-        name = f"{len(settings.layers)} of its {teacher.config.num_hidden_layers} layers"
-    else:
+    if settings.student is not None:
         student = _pretrained(settings.student, "student")
         check_tokenizers(tokenizer, _tokenizer(settings.student, tokenizer))
         name = settings.student
+    elif settings.paired:
+        student, name = copy.deepcopy(teacher), "its copy"
+    else:
+        student = smollm2.sliced(teacher, settings.layers)
+        name = f"{len(settings.layers)} of its {teacher.config.num_hidden_layers} layers"
     check_vocabularies(student, teacher, tokenizer)
     for parameter in teacher.parameters():
         parameter.requires_grad_(False)
     device = torch.device(settings.device)
-    description = f"{settings.teacher or 'SmolLM2-135M-Instruct'} teaches {name}"
+    description = f"{settings.teacher or SMOLLM2} teaches {name}"
     student, teacher = student.to(device).eval(), teacher.to(device).eval()
     common = min(topd.Head.from_model(model).weight.shape[0] for model in (student, teacher))
     return Models(student, teacher, tokenizer, description, common)
+
+
+def load_with_lora(settings: Settings) -> Models:
+    """Load the one model of self-distillation, with a fresh LoRA that is trained; it stands for the teacher too.
+
+    Raises:
+        CommandError: a package or the model is missing.
+    """
+    require(("transformers", "peft"), "--method opsd", 'pip install "topd[demo]"')
+    from peft import LoraConfig, get_peft_model
+
+    if settings.student is None:
+        model, tokenizer = _teacher(settings)
+    else:
+        model, tokenizer = _pretrained(settings.student, "student"), _tokenizer(settings.student)
+    check_vocabularies(model, model, tokenizer)
+    torch.manual_seed(settings.seed)
+    lora = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear", lora_dropout=0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a property that transformers renames
+        student = get_peft_model(model, lora).to(torch.device(settings.device)).eval()
+    description = f"{settings.student or SMOLLM2} teaches itself: a LoRA of rank {LORA_RANK}"
+    return Models(student, student, tokenizer, description, topd.Head.from_model(model).weight.shape[0])
 
 
 def _teacher(settings: Settings) -> tuple[Any, Any]:

@@ -1,7 +1,7 @@
 """Questions to train on and others to be judged by: reasoning-gym's seeded generators, and a few of a chat."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -46,16 +46,26 @@ def make_prompts(train: int, held_out: int, seed: int) -> Prompts:
     return Prompts(_mixed(_generated(train, seed, frozenset(judged)), CHAT, train, seed), judged)
 
 
-def _generated(count: int, seed: int, without: frozenset[str]) -> Iterator[str]:
-    """Yield short questions of reasoning-gym's generators in turn, none of them twice."""
+def dataset_maker() -> Callable[..., Any]:
+    """Return reasoning-gym's function of a generator's name, size, seed and options.
+
+    Raises:
+        CommandError: reasoning-gym, or a package that it needs, is not installed.
+    """
     try:
         import reasoning_gym
     except ImportError as error:
         raise CommandError(
             f"the demo's questions come from reasoning-gym, and {error.name} is not installed: pip install reasoning-gym"
         ) from error
-    size = 4 * count + 16
-    sources = [reasoning_gym.create_dataset(name, size=size, seed=seed + i) for i, name in enumerate(GENERATORS)]
+    create: Callable[..., Any] = reasoning_gym.create_dataset
+    return create
+
+
+def _generated(count: int, seed: int, without: frozenset[str]) -> Iterator[str]:
+    """Yield short questions of reasoning-gym's generators in turn, none of them twice."""
+    create, size = dataset_maker(), 4 * count + 16
+    sources = [create(name, size=size, seed=seed + i) for i, name in enumerate(GENERATORS)]
     seen = set(without)
     for place in range(size):
         for source in sources:
@@ -78,7 +88,11 @@ def encode(tokenizer: Any, prompts: list[str], device: torch.device) -> tuple[Te
     if tokenizer.chat_template is not None:
         chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
         texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
-    ids = tokenizer(texts, add_special_tokens=tokenizer.chat_template is None)["input_ids"]
+    return padded(tokenizer(texts, add_special_tokens=tokenizer.chat_template is None)["input_ids"], device)
+
+
+def padded(ids: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return input_ids and attention_mask [B, P] of prompts, padded on the left."""
     width = max(map(len, ids))
     input_ids, attended = torch.zeros(len(ids), width, dtype=torch.int64), torch.zeros(len(ids), width, dtype=torch.int64)
     for row, one in enumerate(ids):

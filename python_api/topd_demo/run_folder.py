@@ -11,11 +11,11 @@ import torch
 
 from topd.cli.errors import CommandError
 from topd.cli.memory import MIB
-from topd.cli.options import DEMO_METHODS
-from topd_demo.settings import QUICK, Settings
+from topd.cli.options import DEMO_METHODS, PAIRED_METHODS
+from topd_demo.settings import OF_METHODS, QUICK, Settings
 
 DEFAULT_FOLDER, CONFIG = "topd-demo", "config.json"
-CHECKPOINTS = tuple(f"checkpoint-{name}.pt" for name in DEMO_METHODS)
+CHECKPOINTS = tuple(f"checkpoint-{name}.pt" for name in (*DEMO_METHODS, *PAIRED_METHODS))
 SPARE_BYTES = 50 * MIB
 
 
@@ -25,7 +25,11 @@ def fresh(arguments: argparse.Namespace) -> tuple[Path, Settings]:
     Raises:
         CommandError: the folder holds a run, or an option does not fit.
     """
-    values: dict[str, Any] = dict(QUICK) if arguments.quick else {}
+    if arguments.method == "opsd" and arguments.teacher is not None:
+        raise CommandError(
+            "--teacher is not for --method opsd, whose student is its own teacher: name the model with --student"
+        )
+    values: dict[str, Any] = OF_METHODS.get(arguments.method, {}) | (QUICK if arguments.quick else {})
     given = {"steps", "batch", "tokens", "seed", "teacher", "student"}
     values |= {name: value for name, value in vars(arguments).items() if name in given and value is not None}
     if arguments.method is not None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from topd.cli.options import DEMO_METHODS, SEEDS
+from topd.cli.options import DEMO_METHODS, PAIRED_METHODS, SEEDS
 from topd_demo.smollm2 import LAYERS, SLICE
 
 
@@ -13,7 +13,8 @@ class Settings:
     """The options of a run.
 
     Attributes:
-        methods: trained one after the other from the same start, with the same prompts and seeds.
+        methods: OPD and TOPD are trained one after the other from the same start, with the same prompts and seeds; any other
+            is alone.
         steps: optimizer steps of each.
         batch: rollouts a step, one of each prompt.
         tokens: the most tokens of a response.
@@ -25,8 +26,9 @@ class Settings:
         held_out: held-out prompts.
         held_out_tokens: the most tokens of a response there.
         seed: of prompts, rollouts and windows.
-        teacher, student: names or folders of transformers models; None: SmolLM2-135M-Instruct and `layers` of it.
-        layers: of the teacher, that the student is a slice of.
+        teacher, student: names or folders of transformers models; None: SmolLM2-135M-Instruct, of which OPD and TOPD take
+            `layers` as the student.
+        layers: of the teacher, that the student of OPD and TOPD is a slice of.
         device: where torch runs.
     """
 
@@ -62,8 +64,15 @@ class Settings:
         for name in ("teacher", "student"):
             self._check(name, "null, or the name or folder of a model", lambda value: value is None or _text(value))
         self._check("device", "a device's name", _text)
-        self._check("methods", f"one or both of {', '.join(DEMO_METHODS)}", lambda value: _some_of(value, DEMO_METHODS))
+        alone = [(name,) for name in PAIRED_METHODS]
+        rule = f"one or both of {', '.join(DEMO_METHODS)}, or one of {', '.join(PAIRED_METHODS)}"
+        self._check("methods", rule, lambda value: value in alone or _some_of(value, DEMO_METHODS))
         self._check("layers", f"layers from 0 to {LAYERS - 1}, each once", lambda value: _some_of(value, range(LAYERS)))
+
+    @property
+    def paired(self) -> bool:
+        """Whether the teacher reads another prompt."""
+        return self.methods[0] in PAIRED_METHODS
 
     def _check(self, name: str, rule: str, holds: Callable[[Any], bool]) -> None:
         """Refuse an option that does not keep a rule."""
@@ -111,3 +120,10 @@ def _some_of(value: object, known: Collection[object]) -> bool:
 
 
 QUICK: dict[str, Any] = {"steps": 8, "evaluate_every": 4, "held_out": 8}
+# What a method that stands alone does otherwise.
+SOLVING: dict[str, Any] = {"batch": 8, "tokens": 28, "evaluate_every": 15, "held_out": 48, "held_out_tokens": 28, "warmup": 3}
+OF_METHODS: dict[str, dict[str, Any]] = {
+    "context": {"learning_rate": 3e-5, "warmup": 3, "evaluate_every": 15, "held_out": 12},
+    "opsd": SOLVING | {"learning_rate": 1e-4},
+    "trd": SOLVING | {"learning_rate": 2e-5},
+}

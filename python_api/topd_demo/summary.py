@@ -36,7 +36,7 @@ class Summary:
 def summarise(runs: list[Run], cost: LossCost | None) -> Summary:
     """Sum up everything that was done so far."""
     shown = [run for run in runs if run.before is not None]
-    return Summary(_outcome(shown), _stages(shown), None if cost is None else _loss(cost))
+    return Summary(_outcome(shown), stages(shown), None if cost is None else _loss(cost))
 
 
 def _outcome(runs: list[Run]) -> Table:
@@ -54,7 +54,7 @@ def _outcome(runs: list[Run]) -> Table:
     return ("method", "steps", "before", "after", "change", "training"), rows
 
 
-def _stages(runs: list[Run]) -> Table:
+def stages(runs: list[Run]) -> Table:
     """Return where a step's time goes."""
     rows = []
     for key, name in STAGES.items():

@@ -1,4 +1,4 @@
-"""One method's run: rollouts of the student, the objective, an optimizer step; evaluations, checkpoints, and going on from one.
+"""One method's run: a batch, the objective, an optimizer step; evaluations, checkpoints, and going on from one.
 
 Nothing random is carried from step to step: rollouts and windows of step n are drawn from (seed, n), so that a run that goes on
 from a checkpoint gets the very numbers that it would have got.
@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,12 +17,10 @@ import topd
 from topd import files
 from topd.cli.errors import CommandError
 from topd.cli.memory import used_mib
-from topd.integrations.rollouts import sample_rollouts
-from topd_demo.evaluation import Evaluation, evaluate
-from topd_demo.models import Models
-from topd_demo.prompts import Prompts, encode
+from topd_demo.evaluation import Evaluation
+from topd_demo.paired import PairedEvaluation, Row
 from topd_demo.settings import Settings
-from topd_demo.window_pair import WindowPair, furthest_pair
+from topd_demo.window_pair import WindowPair
 
 Record = dict[str, Any]
 STEP_SEED = 100_003  # rollouts of step n are drawn from seed * STEP_SEED + n
@@ -34,15 +32,15 @@ class Run:
 
     Attributes:
         records: a mapping a step, and one for each evaluation, as they stand in metrics.jsonl.
-        before, after: the first and the latest evaluation.
+        before, after: the first and the latest evaluation, of the method's evaluation_type.
         pair: of TOPD, the two windows of the latest step that are furthest apart.
     """
 
     method: str
     done: int = 0
     records: list[Record] = field(default_factory=list)
-    before: Evaluation | None = None
-    after: Evaluation | None = None
+    before: Any = None
+    after: Any = None
     pair: WindowPair | None = None
 
 
@@ -53,37 +51,46 @@ def schedule(index: int, steps: int, warmup: int) -> float:
     return 1.0 - 0.9 * (index - warmup) / max(steps - 1 - warmup, 1)
 
 
+class Method(Protocol):
+    """What is trained, by which loss, on what, and how it is judged.
+
+    Attributes:
+        name: one of DEMO_METHODS or PAIRED_METHODS.
+        student: the model that is trained.
+        objective: its loss.
+        evaluation_type: of what `evaluate` returns.
+    """
+
+    name: str
+    student: Any
+    objective: topd.OPD | topd.TOPD
+    evaluation_type: type
+
+    def batch(self, index: int) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Return a step's batch, drawn from torch's generator, and numbers about it for the step's record."""
+
+    def evaluate(self, first: bool) -> Any:
+        """Judge the student as it is now; `first`: before its first step."""
+
+    def window_pair(self, objective: topd.Objective, batch: dict[str, Tensor]) -> WindowPair | None:
+        """Return a pair of windows of the step to show; None where there is none."""
+
+
 class Trainer:
-    """Trains the student of `models` by one method.
+    """Trains a method's student.
 
     Args:
-        start: the student's weights to start from.
-        before: their evaluation, where it is known.
+        before: the evaluation of the student as it is, where it is known.
         folder: where the checkpoint stands.
     """
 
-    def __init__(
-        self,
-        method: str,
-        models: Models,
-        start: dict[str, Tensor],
-        before: Evaluation | None,
-        prompts: Prompts,
-        settings: Settings,
-        folder: Path,
-    ) -> None:
-        self.models, self.prompts, self.settings = models, prompts, settings
-        self.path = folder / f"checkpoint-{method}.pt"
-        self.run, self.known = Run(method), before
-        models.student.load_state_dict(start)
+    def __init__(self, method: Method, settings: Settings, folder: Path, before: Any = None) -> None:
+        self.method, self.settings = method, settings
+        self.path = folder / f"checkpoint-{method.name}.pt"
+        self.run, self.known = Run(method.name), before
         options: dict[str, Any] = {"lr": settings.learning_rate, "betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
-        self.optimizer = torch.optim.AdamW(models.student.parameters(), **options)
-        pair = models.student, models.teacher
-        if method == "topd":  # the tokenizers are equal, padding beyond them need not be
-            config = topd.TOPDConfig(horizon=settings.horizon)
-            self.objective: topd.OPD | topd.TOPD = topd.TOPD(*pair, config, allow_unequal_vocabularies=True)
-        else:
-            self.objective = topd.OPD(*pair, allow_unequal_vocabularies=True)
+        self.trained: list[Tensor] = [each for each in method.student.parameters() if each.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, **options)
 
     def resume(self) -> bool:
         """Go on from the checkpoint; return False where there is none.
@@ -106,17 +113,17 @@ class Trainer:
 
     def _load(self) -> None:
         """Read the checkpoint; raise where it is not one of this run."""
-        with torch.serialization.safe_globals([Run, Evaluation, WindowPair]):
+        with torch.serialization.safe_globals([Run, Evaluation, PairedEvaluation, Row, WindowPair]):
             state = torch.load(self.path, map_location=torch.device(self.settings.device), weights_only=True)
         run = state["run"]
         if not isinstance(run, Run) or (run.method, type(run.records)) != (self.run.method, list):
             raise ValueError("not a run of this method")
-        if not (isinstance(run.before, Evaluation) and isinstance(run.after, Evaluation)):
+        if not all(isinstance(each, self.method.evaluation_type) for each in (run.before, run.after)):
             raise ValueError("a run without its evaluations")
         if not 1 <= run.done <= self.settings.steps:
             raise ValueError(f"{run.done} steps done of {self.settings.steps}")
         if run.done < self.settings.steps:
-            self.models.student.load_state_dict(state["student"])
+            self.method.student.load_state_dict(state["student"])
             self.optimizer.load_state_dict(state["optimizer"])
         self.run = run
 
@@ -124,13 +131,16 @@ class Trainer:
         """Write the checkpoint; that of a finished run has neither the optimizer's state nor the weights."""
         state: dict[str, Any] = {"run": self.run}
         if self.run.done < self.settings.steps:
-            state |= {"student": self.models.student.state_dict(), "optimizer": self.optimizer.state_dict()}
+            state |= {"student": self.method.student.state_dict(), "optimizer": self.optimizer.state_dict()}
         files.save(self.path, state, torch.save)
 
     def checkpoint_bytes(self) -> int:
         """Return the size of a checkpoint: weights and both moments."""
-        parameters: list[Tensor] = list(self.models.student.parameters())
-        return 3 * sum(p.numel() * p.element_size() for p in parameters)
+        whole, trained = (
+            sum(each.numel() * each.element_size() for each in parameters)
+            for parameters in (self.method.student.parameters(), self.trained)
+        )
+        return whole + 2 * trained
 
     def steps(self) -> Iterator[Record]:
         """Train on, and yield every record as it comes."""
@@ -146,37 +156,34 @@ class Trainer:
                 yield self._evaluated()
                 self.save()
 
-    def _evaluated(self, known: Evaluation | None = None) -> Record:
+    def _evaluated(self, known: Any = None) -> Record:
         """Evaluate the student, and return the record."""
-        evaluation = known or evaluate(self.models, self.prompts.held_out, self.settings)
+        evaluation = known or self.method.evaluate(self.run.before is None)
         self.run.before = self.run.before or evaluation
         self.run.after = evaluation
-        record = {"method": self.run.method, "step": self.run.done, "held_out_reverse_kl": evaluation.reverse_kl}
+        record = {"method": self.run.method, "step": self.run.done, **evaluation.numbers()}
         self.run.records.append(record)
         return record
 
     def _step(self, index: int) -> Record:
         """Take a step, and return its record."""
-        settings, student = self.settings, self.models.student
-        device, seed = torch.device(settings.device), settings.seed * STEP_SEED + index
+        settings, device = self.settings, torch.device(self.settings.device)
+        seed = settings.seed * STEP_SEED + index
         start = time.perf_counter()
-        first = index * settings.batch
-        ids, attended = encode(self.models.tokenizer, self.prompts.train[first : first + settings.batch], device)
         torch.manual_seed(seed)
-        options = {"max_new_tokens": settings.tokens, "vocabulary": self.models.common_vocabulary}
-        batch = sample_rollouts(student, ids, attended, **options)
+        batch, numbers = self.method.batch(index)
         sampled = time.perf_counter()
-        objective = self.objective(batch, generator=torch.Generator(device).manual_seed(seed))
+        objective = self.method.objective(batch, generator=torch.Generator(device).manual_seed(seed))
         losses = time.perf_counter()
         objective.loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), settings.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, settings.clip)
         backward = time.perf_counter()
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate * schedule(index, settings.steps, settings.warmup)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if objective.near_future is not None:
-            self.run.pair = furthest_pair(objective.near_future, batch["input_ids"], self.models.tokenizer) or self.run.pair
+        self.method.objective.after_step()
+        self.run.pair = self.method.window_pair(objective, batch) or self.run.pair
         end = time.perf_counter()
         metrics = {name: value.item() for name, value in objective.metrics.items()}
         seconds = {"rollouts": sampled - start, "objective": losses - sampled, "backward": backward - losses}
@@ -185,6 +192,7 @@ class Trainer:
             "method": self.run.method,
             "step": index + 1,
             **metrics,
+            **numbers,
             "gradient_norm": norm.item(),
             **{f"seconds_{name}": value for name, value in seconds.items()},
             "tokens_a_second": metrics["tokens"] / (end - start),

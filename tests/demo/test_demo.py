@@ -1,18 +1,17 @@
 """`topd demo` from its options to its report, on tiny random models in a folder."""
 
-import os
 import signal
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_demo import QUICK, demo, metrics, tokenizer
+from tiny_demo import QUICK, Page, demo, dying, interrupted, metrics, tokenizer
 
 import topd
 from topd.cli.main import main
 from topd_demo import prompts, run_folder, smollm2, training
 from topd_demo.display import Display, one_line
+from topd_demo.figures import NAMES
 from topd_demo.settings import Settings
 from topd_demo.window_pair import furthest_pair
 
@@ -53,24 +52,8 @@ def test_both_methods_begin_with_the_same_rollouts(whole_run):
     assert topd["candidates"] >= 1
 
 
-class _Page(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.links: list[str] = []
-        self.text = ""
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.links += [value for key, value in attrs if key in ("src", "href", "xlink:href") and value]
-
-    def handle_data(self, data):
-        self.text += data
-
-
 def test_the_page_stands_alone(whole_run):
-    page = _Page()
-    page.feed((whole_run / "report.html").read_text())
+    page = Page((whole_run / "report.html").read_text())
     assert page.tags.count("svg") == 3
     assert page.tags.count("table") == 4
     assert not [link for link in page.links if not link.startswith("#")]
@@ -79,41 +62,24 @@ def test_the_page_stands_alone(whole_run):
 
 
 @pytest.mark.parametrize("fail_at", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(5, marks=pytest.mark.slow)])
-def test_a_killed_run_ends_with_the_same_metrics(tmp_path, pair, whole_run, monkeypatch, fail_at):
+def test_a_killed_run_ends_with_the_same_metrics(tmp_path, pair, whole_run, fail_at):
     """It dies in the middle of a step, before and after a checkpoint, in the first and in the second method."""
-    step, calls = training.Trainer._step, []
-
-    def dying(self, index):
-        calls.append(index)
-        if len(calls) == fail_at + 1:
-            raise KeyboardInterrupt
-        return step(self, index)
-
-    monkeypatch.setattr(training.Trainer, "_step", dying)
-    assert demo(pair, tmp_path / "run") == 130
-    monkeypatch.setattr(training.Trainer, "_step", step)
+    with dying(fail_at):
+        assert demo(pair, tmp_path / "run") == 130
     assert main(["demo", "--resume", "--out", str(tmp_path / "run")]) == 0
     assert metrics(tmp_path / "run") == metrics(whole_run)
 
 
-def test_ctrl_c_leaves_a_report_and_a_checkpoint(tmp_path, pair, whole_run, monkeypatch, capsys):
-    show = Display.show
-
-    def interrupting(self, record):
-        show(self, record)
-        if record.get("step") == 3 and "loss" in record:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(Display, "show", interrupting)
+def test_ctrl_c_leaves_a_report_and_a_checkpoint(tmp_path, pair, whole_run, capsys):
     before = signal.getsignal(signal.SIGINT)
     folder = tmp_path / "run"
-    assert demo(pair, folder) == 130
+    with interrupted(3):
+        assert demo(pair, folder) == 130
     assert signal.getsignal(signal.SIGINT) is before
     assert "Stopping after this step" in (out := capsys.readouterr().out)
     assert f"--resume --out {folder}" in out.replace("\n", "")
     assert "stopped before its end" in (folder / "report.html").read_text()
     assert [r["step"] for r in metrics(folder) if "loss" in r] == [1, 2, 3]
-    monkeypatch.setattr(Display, "show", show)
     assert main(["demo", "--resume", "--out", str(folder)]) == 0
     assert metrics(folder) == metrics(whole_run)
 
@@ -165,12 +131,15 @@ def test_prompts_are_padded_on_the_left():
 
 def test_the_widest_line_fits_eighty_columns():
 
-    display = Display(Settings(steps=100))
-    display.method, display.held_out = "topd", 10.24
-    display.began, display.first = display.began - 1000, 0
-    display.latest = {"step": 100, "loss": 10.24, "tokens_a_second": 120.0, "memory_mib": 12.1 * 1024}
-    text = display._numbers().rpartition("in ")[0] + "12:34 left"
-    assert len(f"TOPD {'-' * 6} {text}") <= 80
+    evaluations = {"topd": {"held_out_reverse_kl": 10.24}, "context": {"held_out_kl": 10.24, "held_out_right": 1.0}}
+    for method, evaluation in evaluations.items():
+        display = Display(Settings(steps=100))
+        display.method, display.latest = method, {"step": 0}
+        display.show({"step": 100} | evaluation)
+        display.began, display.first = display.began - 1000, 0
+        display.latest = {"step": 100, "loss": 10.24, "tokens_a_second": 120.0, "memory_mib": 12.1 * 1024}
+        text = display._numbers().rpartition("in ")[0] + "12:34 left"
+        assert len(f"{NAMES[method]} {'-' * 6} {text}") <= 80
 
 
 def test_the_learning_rate_rises_and_falls():

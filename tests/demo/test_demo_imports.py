@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "python_api" / "topd_demo"
-PUBLIC = {"topd", "topd.plots", "topd.integrations.rollouts"}
+PUBLIC = {"topd", "topd.plots", "topd.integrations.rollouts", "topd.trd"}
 OF_THE_COMMANDS = {"topd.cli", "topd.cli.errors", "topd.cli.memory", "topd.cli.options"}
 
 

@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from topd.backends import missing_extension
-from topd.cli.options import DEMO_METHODS, folder_name, nonempty, positive, seed
+from topd.cli.options import DEMO_METHODS, PAIRED_METHODS, folder_name, nonempty, positive, seed
 
 HELP = "distil a real model and write a report (about 6 minutes on two cores)"
 DESCRIPTION = """\
@@ -18,12 +18,18 @@ folder with
   report.html              everything on one page
   curves.png, windows.png  its pictures
   metrics.jsonl            a line for every step and every evaluation
-  config.json              the options of the run"""
+  config.json              the options of the run
+
+Three more methods, each alone: the teacher reads another prompt than the
+student. `context`: a system prompt with examples, which the student learns to
+do without. `opsd`: the answer to a problem; student and teacher are one model.
+`trd`: the answer and the student's attempt, which the teacher mends."""
 EPILOG = """\
 examples:
   topd demo                          both methods, about 6 minutes on two cores
   topd demo --quick                  eight steps of each, about 2 minutes
   topd demo --method topd --steps 60
+  topd demo --method context         a student learns to talk like a pirate
   topd demo --resume                 go on with the latest run that was stopped"""
 
 
@@ -34,9 +40,9 @@ def add_to(commands: Any) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="eight steps of each method, fewer held-out prompts")
     parser.add_argument("--steps", type=positive, metavar="N", help="steps of each method (default 30)")
-    parser.add_argument("--method", choices=DEMO_METHODS, help="one method instead of both")
-    parser.add_argument("--batch", type=positive, metavar="N", help="rollouts a step (default 4)")
-    parser.add_argument("--tokens", type=positive, metavar="N", help="the most tokens of a rollout (default 24)")
+    parser.add_argument("--method", choices=(*DEMO_METHODS, *PAIRED_METHODS), help="one method instead of OPD and TOPD")
+    parser.add_argument("--batch", type=positive, metavar="N", help="rollouts a step (default 4; trd, opsd 8)")
+    parser.add_argument("--tokens", type=positive, metavar="N", help="the most tokens of a rollout (default 24; trd, opsd 28)")
     parser.add_argument("--seed", type=seed, metavar="N", help="of prompts, rollouts and windows (default 0)")
     parser.add_argument(
         "--teacher", type=nonempty, metavar="MODEL", help="another teacher: a folder or a name of the hub; needs --student"

@@ -4,7 +4,8 @@ import os
 from argparse import ArgumentTypeError
 from pathlib import Path
 
-DEMO_METHODS = ("opd", "topd")
+DEMO_METHODS = ("opd", "topd")  # one after the other, or one of them
+PAIRED_METHODS = ("trd", "opsd", "context")  # one alone; the teacher reads another prompt
 SEEDS = 2**32  # a step's seed is a multiple of the run's, and torch takes 64 bits
 DIGITS = 12  # no option takes a longer number
 
