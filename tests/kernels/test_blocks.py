@@ -49,7 +49,9 @@ def test_each_lane_of_a_wide_wave_loads_16_bytes(kernel, itemsize, family):
     assert lanes_of(family) == 64
     for heavy in (False, True):
         block, num_warps = default_sizes(kernel, family, itemsize, heavy=heavy)
-        assert block / (num_warps * 64) * itemsize >= 16
+        # With two entries a lane a sweep in float64 runs out of scalar registers.
+        least = 8 if heavy and (kernel, itemsize) == ("sweep", 8) else 16
+        assert block / (num_warps * 64) * itemsize >= least
 
 
 @pytest.mark.parametrize("itemsizes", [(2, 2), (4, 4), (2, 4)])

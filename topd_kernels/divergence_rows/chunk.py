@@ -71,7 +71,7 @@ class Chunk:
     rows: int = field(init=False)
     general: bool = field(init=False)  # whether there is a bias or a softcap: the kernels' constant GENERAL
     tails: bool = field(init=False)  # whether one side's vocabulary goes on beyond the common one, and its mass is asked for
-    registers: int | None = field(init=False)  # what a thread that reads float64 tiles may have
+    registers: int | None = field(init=False)  # what a thread that reads float64 tiles, or rows that are not aligned, may have
     tiles: dict[str, Any] = field(init=False)  # the arguments of the kernels that read logits
     token_arguments: dict[str, Any] = field(init=False)
 
@@ -83,7 +83,8 @@ class Chunk:
         self.rows = student_product.shape[0]
         self.general = softcapped or self.student_bias is not None or self.teacher_bias is not None
         self.tails = self.scores and student_product.shape[1] != teacher_product.shape[1]
-        self.registers = 255 if student_product.itemsize == 8 else None
+        aligned = student_product.stride(0) % 16 == teacher_product.stride(0) % 16 == 0
+        self.registers = None if student_product.itemsize == 4 and aligned else 255
         self.tiles = {
             "Student": student_product,
             "student_stride": student_product.stride(0),

@@ -69,8 +69,8 @@ def default_sizes(kernel: str, family: str, itemsize: int, *, heavy: bool = Fals
         return Sizes((2048 if itemsize == 4 else 1024) * wide, 4)
     if kernel in ("statistics", "rest"):  # a lane loads 16 bytes four times a block
         return Sizes((512 if itemsize == 4 else 256) * wide, 1)
-    widest = 1024 if itemsize == 4 else 512
-    return Sizes((widest // 2 if heavy else widest) * wide, 4)
+    widest = 1024 * wide if itemsize == 4 else 512  # with more in float64 a wide wave runs out of scalar registers
+    return Sizes(widest // 2 if heavy else widest, 4)
 
 
 def default_tile(family: str, student_itemsize: int, teacher_itemsize: int, *, aligned: bool) -> Tile:
