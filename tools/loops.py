@@ -1,24 +1,27 @@
 """Count the instructions of a kernel's main loop in what the compiler wrote: SASS of NVIDIA's devices, assembly of AMD's.
 
-A loop goes from a label to the last branch back to it. The main loop is, among the loops that hold no other, the one that loads
-most from memory, and of several the one with most instructions: what a loop over a vocabulary does to a block of entries. A
-loop around it, as where a block's largest entry starts sums anew, is left out. Where the compiler peeled blocks off, that is
-still the loop; where it unrolled the loop, an iteration takes several blocks, as many as its loads fetch the bytes of.
+A loop is what a way leads around in, in whatever order its blocks stand. The main loop is, among the loops that hold no other,
+the one that loads most from memory, and of several the one with least instructions: what a loop over a vocabulary does to a
+whole block of entries. A loop beside it, with masks, does what is left of a row, and rows with entries of probability 0. A loop
+around it, as where a block's largest entry starts sums anew, is left out. Where the compiler peeled blocks off, that is still
+the loop; where it unrolled the loop, an iteration takes several blocks, as many as its loads fetch the bytes of.
 
 Two numbers: every instruction of the loop, and those of the shortest way through it, which leaves out what a branch can jump
 over. They are the same where the loop has no branches. AMD's assembly jumps over what no lane is left for, which in all but a
 row's last block is nothing: `s_cbranch_execz` counts as never taken, `s_cbranch_execnz` as always.
 """
 
+import math
 import re
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from typing import NamedTuple
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction: the labels that stand before it, where it may branch to, whether it always does, how many issue slots it
-    takes, and the bytes that a thread loads from memory with it."""
+    """One instruction: the labels that stand before it, where it may branch to, whether it never goes on, how many issue slots
+    it takes, and the bytes that a thread loads from memory with it."""
 
     labels: tuple[str, ...]
     target: str | None
@@ -64,7 +67,7 @@ def read_sass(text: str) -> list[Instruction]:
         elif parts := _SASS.search(line):
             predicate, name, operands = parts.groups()
             branch = re.search(r"`\((\.L\w+)\)", operands) if name.split(".")[0] == "BRA" else None
-            always = branch is not None and not predicate and operands.startswith("`")
+            always = not predicate and (name == "EXIT" or (branch is not None and operands.startswith("`")))
             width = _SASS_WIDTH.search(name)
             loaded = (int(width[1]) // 8 if width else 4) if re.match(r"LDG(STS)?\b", name) else 0
             instructions.append(Instruction(tuple(labels), branch and branch[1], always, 1, loaded))
@@ -84,7 +87,7 @@ def read_amdgcn(text: str) -> list[Instruction]:
             jumps = name.startswith(("s_cbranch", "s_branch")) and name != "s_cbranch_execz"
             load = re.match(r"(?:global|buffer|flat)_load_([a-z]+\d?)", name)
             loaded = _AMD_WIDTHS.get(load[1], 0) if load else 0
-            always = name in ("s_branch", "s_cbranch_execnz")
+            always = name in ("s_branch", "s_cbranch_execnz", "s_endpgm")
             instructions.append(
                 Instruction(tuple(labels), operands if jumps else None, always, int(name.startswith("v_")), loaded)
             )
@@ -94,37 +97,69 @@ def read_amdgcn(text: str) -> list[Instruction]:
 
 def main_loop(instructions: list[Instruction]) -> Loop | None:
     """Return the main loop; None where nothing branches back but an instruction to itself, which follows every kernel's end."""
+    after = _successors(instructions)
+    before: list[list[int]] = [[] for _ in instructions]
+    for i, successors in enumerate(after):
+        for successor in successors:
+            before[successor].append(i)
+    innermost = _innermost(after, before, _reached(after, 0, set(range(len(instructions)))))
+    loops = [_loop(instructions, after, start, body) for start, body in innermost]
+    return max(loops, key=lambda loop: (loop.loaded_bytes, -loop.slots), default=None)
+
+
+def _successors(instructions: list[Instruction]) -> list[list[int]]:
+    """Return where each instruction may go on."""
     place = {label: i for i, instruction in enumerate(instructions) for label in instruction.labels}
-    ends: dict[int, int] = {}
+    successors = []
     for i, instruction in enumerate(instructions):
-        start = place.get(instruction.target or "", i)
-        if start < i:
-            ends[start] = i
-    spans = [span for span in ends.items() if not any(_inside(other, span) for other in ends.items())]
-    loops = [_loop(instructions, place, *span) for span in spans]
-    return max(loops, key=lambda loop: (loop.loaded_bytes, loop.slots), default=None)
+        after = [] if instruction.always or i + 1 == len(instructions) else [i + 1]
+        if instruction.target in place:
+            after.append(place[instruction.target])
+        successors.append(after)
+    return successors
 
 
-def _inside(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
-    """Tell whether a loop lies in another."""
-    return inner != outer and outer[0] <= inner[0] and inner[1] <= outer[1]
+def _reached(ways: list[list[int]], start: int, within: set[int]) -> set[int]:
+    """Return the instructions that ways lead to from start."""
+    reached = {start} & within
+    queue = list(reached)
+    while queue:
+        new = within.intersection(ways[queue.pop()]) - reached
+        reached |= new
+        queue += new
+    return reached
 
 
-def _loop(instructions: list[Instruction], place: dict[str, int], start: int, end: int) -> Loop:
-    """Return the numbers of the loop of instructions start to end."""
-    body = instructions[start : end + 1]
+def _innermost(after: list[list[int]], before: list[list[int]], within: set[int]) -> list[tuple[int, set[int]]]:
+    """Return the loops that hold no other: where each is entered, and its instructions. A loop is what a way leads around in;
+    without the instruction where it is entered, those inside it are left."""
+    loops = []
+    left = {i for i in within if any(j != i - 1 for j in before[i])}  # what a branch leads to: a loop has one at least
+    while left:
+        seed = min(left)
+        around = _reached(after, seed, within) & _reached(before, seed, within)
+        left -= around
+        if len(around) > 1:
+            entry = min((i for i in around if not around.issuperset(before[i])), default=min(around))
+            loops += _innermost(after, before, around - {entry}) or [(entry, around)]
+    return loops
+
+
+def _loop(instructions: list[Instruction], after: list[list[int]], start: int, body: set[int]) -> Loop:
+    """Return the numbers of a loop."""
     # The fewest slots with which each instruction is reached, and the bytes loaded on that way.
     ways: dict[int, tuple[int, int]] = {start: (0, 0)}
-    around = []
-    for i, instruction in enumerate(body, start):
-        if i not in ways:
+    queue, around = [(0, 0, start)], []
+    while queue:
+        slots, loaded, i = heappop(queue)
+        if (slots, loaded) > ways[i]:
             continue
-        slots, loaded = ways[i][0] + instruction.slots, ways[i][1] + instruction.loaded_bytes
-        target = None if instruction.target is None else place.get(instruction.target)
-        if target == start:
-            around.append((slots, loaded))
-        for successor in (target, None if instruction.always else i + 1):
-            if successor is not None and i < successor <= end:
-                ways[successor] = min(ways.get(successor, (slots, loaded)), (slots, loaded))
-    fewest = min(around)
-    return Loop(sum(each.slots for each in body), fewest[0], sum(each.loaded_bytes for each in body), fewest[1])
+        way = slots + instructions[i].slots, loaded + instructions[i].loaded_bytes
+        for successor in after[i]:
+            if successor == start:
+                around.append(way)
+            elif successor in body and way < ways.get(successor, (math.inf, math.inf)):
+                ways[successor] = way
+                heappush(queue, (*way, successor))
+    fewest, inside = min(around), [instructions[i] for i in body]
+    return Loop(sum(each.slots for each in inside), fewest[0], sum(each.loaded_bytes for each in inside), fewest[1])

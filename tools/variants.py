@@ -23,6 +23,7 @@ DIVERGENCES = [
     ("forward_kl", float("inf")),
     ("jsd", 0.5),
     ("forward_kl", 0.05),
+    ("jsd", 0.3),
     ("skew_kl", 0.1),
     ("skew_reverse_kl", 0.1),
     ("total_variation", 0.0),

@@ -102,17 +102,15 @@ def tune_launch(op: str, launch: Any, others: list[Any], clock: DeviceClock, rou
 
 def key_of(launch: Any) -> str:
     """Return the name of a launch in a user's file; "" of a kernel whose sizes no file has."""
-    from topd_kernels.divergence_rows.terms import REVERSE_KL
+    from topd_kernels.divergence_rows.launches import is_heavy
     from topd_kernels.shared import blocks
 
-    kernel = {"rest": "logprob_rows", "gradient": "logprob_rows"}.get(launch.name, launch.name)
-    if kernel not in blocks.KERNELS:
+    if launch.name not in blocks.KERNELS:
         return ""
-    read = {"statistics": "Student", "sweep": "Student", "logprob_rows": "Product", "gather": "Table", "scatter": "Rows"}[
-        kernel
-    ]
-    heavy = kernel == "sweep" and (launch.constants["SCORES"] or launch.constants["KIND"] > REVERSE_KL.value)
-    return blocks.key_of(kernel, launch.arguments[read].itemsize, heavy=heavy)
+    read = next(name for name in ("Student", "Product", "Table", "Rows") if name in launch.arguments)
+    itemsize = launch.arguments[read].itemsize
+    heavy = launch.name == "sweep" and is_heavy(launch.constants["KIND"], launch.constants["SCORES"], itemsize)
+    return blocks.key_of(launch.name, itemsize, heavy=heavy)
 
 
 def best_sizes(rows: Iterable[TuneRow], gain: float = 1.02) -> dict[str, "Sizes"]:

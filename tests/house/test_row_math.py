@@ -8,8 +8,8 @@ compared are the coefficients, however they are written. What differs by dtype o
   fitted coefficients, in float64 with those of Taylor.
 - log1p, expm1 and tanh: torch's own, and those of at::vec in C++; Triton has none, so these are here alone, and are pinned to
   their definitions.
-- float32 in C++ has a logarithm and, for the JSD at beta = 1/2, a series of its own, both fitted: the latter is pinned to what
-  it stands for, the former by tests/ops/test_divergence_rows.py.
+- log(1 + u) between -1/2 and 0 has a fitted series in float32, kappa: C++ takes it for the JSD at beta = 1/2, Triton for every
+  mixture. It is pinned to what it stands for; C++'s logarithm in float32 by tests/ops/test_divergence_rows.py.
 """
 
 import ast
@@ -216,6 +216,12 @@ def test_kappa_of_the_even_mixture_is_what_it_stands_for():
     kappa = (torch.log1p(u) - u) / u**2
     assert (value - kappa).abs().max() <= 1e-8
     assert native_series("kKappa")[-1] == pytest.approx(-0.5, abs=5e-9)
+
+
+def test_kappa_has_one_series_in_cpp_and_triton():
+    kappa, _ = in_triton("kappa", torch.float32)
+    rising = native_series("kKappa")[::-1]
+    assert [rounded(kappa.coefficients[power]) for power in range(len(kappa.coefficients))] == list(map(rounded, rising))
 
 
 def numbers(text: str, pattern: str, **names: float) -> set[float]:

@@ -12,7 +12,7 @@ from topd_kernels.divergence_rows import launches as divergence_rows
 from topd_kernels.divergence_rows.statistics import statistics
 from topd_kernels.logprob_rows import launches as logprob_rows
 from topd_kernels.score_tokens import launches as score_tokens
-from topd_kernels.shared.launch import Launch, interpreted
+from topd_kernels.shared.launch import ROW_PROGRAMS_PER_PROCESSOR, Launch, interpreted
 from topd_kernels.transport import launches as transport
 from topd_kernels.weighted_gather import launches as weighted_gather
 from topd_kernels.weighted_scatter import launches as weighted_scatter
@@ -32,6 +32,11 @@ def watch():
     return run_watched
 
 
+def falling(*shape: int) -> torch.Tensor:
+    """Entries whose largest comes first: no block rises above one before it, which would be read again."""
+    return torch.randn(shape).sort(-1, descending=True).values
+
+
 def assert_declared(launches: list[Launch], watch) -> None:
     """Every launch reads and writes the bytes that it declares, its scratch apart."""
     for launch, counts in zip(launches, watch(launches), strict=True):
@@ -47,14 +52,14 @@ def test_declared_bytes_of_divergence_rows(kind, parameter, watch):
     tokens, spec = torch.tensor([0, 519]), divergence_rows.Spec(1.0, None, 1.0, None, 0.7, kind, parameter, 0.2)
 
     def check(vocabs, student_bias, teacher_bias, tokens, *, scores, splits):
-        student, teacher = (torch.randn(ROWS, vocab) for vocab in vocabs)
+        student, teacher = (falling(ROWS, vocab) for vocab in vocabs)
         operands = (student, teacher, student_bias, teacher_bias, tokens)
         for grad in (None, torch.empty(student.shape, dtype=torch.float16)):
             assert_declared(divergence_rows.launches(*operands, spec, grad, scores, splits=splits)[0], watch)
 
     check((520, 520), None, None, None, scores=False, splits=1)
-    check((520, 530), torch.randn(520), None, tokens, scores=False, splits=2)
-    check((530, 520), torch.randn(530), torch.randn(520).double(), tokens, scores=True, splits=2)
+    check((520, 530), falling(520), None, tokens, scores=False, splits=2)
+    check((1100, 1090), falling(1100), falling(1090).double(), tokens, scores=True, splits=2)
 
 
 @pytest.mark.parametrize("grad", [None, torch.float16], ids=str)
@@ -63,8 +68,8 @@ def test_declared_bytes_of_divergence_rows(kind, parameter, watch):
     [(False, None, IDS, 1), (True, None, IDS, 2), (True, 5.0, IDS, 1), (False, None, 0, 2)],
 )
 def test_declared_bytes_of_logprob_rows(biased, softcap, count, splits, grad, watch):
-    product, spec = torch.randn(ROWS, 2100), logprob_rows.Spec(1.0, softcap, 0.7)
-    bias, ids = torch.randn(2100) if biased else None, torch.stack([torch.randperm(2100)[:count] for _ in range(ROWS)])
+    product, spec = falling(ROWS, 2100), logprob_rows.Spec(1.0, softcap, 0.7)
+    bias, ids = falling(2100) if biased else None, torch.stack([torch.randperm(2100)[:count] for _ in range(ROWS)])
     for entropy in (False, True):
         tile = None if grad is None else product.to(grad)
         second = torch.empty_like(tile) if entropy and tile is not None else None
@@ -104,12 +109,12 @@ def test_declared_bytes_and_flop_of_score_tokens(vocabs, biased, tokens, watch):
 
 @pytest.mark.parametrize("divergence", PARAMETERS)
 def test_bytes_of_an_entry(divergence):
-    """The tiles' entries are what the declared bytes of a large vocabulary are made of."""
-    launches = divergence_launches(divergence, 1, VOCAB, "sm_90")
+    """The tiles' entries are what the declared bytes of a large vocabulary are made of; as many rows as have a program each."""
+    launches = divergence_launches(divergence, ROW_PROGRAMS_PER_PROCESSOR, VOCAB, "sm_90")
     entry = {"statistics": 8, "constants": 0, "sweep": 8 + 2 if divergence != "jsd" else 8 + 8 + 2, "finish": 0}
     declared = dict.fromkeys(entry, 0.0)
     for launch in launches:
-        declared[launch.name] += launch.moved_bytes / VOCAB
+        declared[launch.name] += launch.moved_bytes / (ROW_PROGRAMS_PER_PROCESSOR * VOCAB)
     assert declared == pytest.approx(entry, abs=512 / VOCAB)  # a row's own numbers
 
 

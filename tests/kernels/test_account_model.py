@@ -14,8 +14,12 @@ from topd.ops.shared.plan import ChunkPlan
 from topd_kernels.divergence_rows.statistics import statistics
 from topd_kernels.shared.launch import interpreted
 
-# Predicted times over the floor's that no shape passes on an H100 or H200. The aim is 1.15 and 1.25.
-WORST = {"reverse_kl": 1.24, "jsd": 1.44}
+# Predicted times over the floor's that no shape passes, by the number of products. The aim is 1.15 for the reverse KL and 1.25
+# for the JSD, with four; what an H100 misses of it is bytes.
+WORST = {
+    "H100 SXM": {("reverse_kl", 4): 1.20, ("jsd", 4): 1.27, ("reverse_kl", 3): 1.24},
+    "H200": {("reverse_kl", 4): 1.14, ("jsd", 4): 1.21, ("reverse_kl", 3): 1.17},
+}
 # 100 bytes, 1,000 operations and 10 x 2 instructions a second.
 SLOW = Device("slow", "none", processors=10, lanes=2, clock=1.0, matrix_flop=1000 / 0.7, bandwidth=100.0, memory_bytes=1e9)
 SMALL = Case("small", n=512, vocab=1024, student_width=256, teacher_width=512)
@@ -107,4 +111,6 @@ def test_every_line_says_its_bound_and_the_default_loss_is_near_its_floor():
     rows = account.table()
     assert len(rows) == len(account.DEVICES) * len(SHAPES) * len(account.ROWS)
     assert {row["bound"] for row in rows} <= set(Seconds._fields)
-    assert all(row["of the floor"] <= WORST[row["divergence"]] for row in rows if row["device"] in ("H100 SXM", "H200"))
+    for row in (each for each in rows if each["device"] in WORST):
+        assert row["of the floor"] <= WORST[row["device"]][row["divergence"], row["products"]], row
+        assert row["bound"] == "bytes", row

@@ -25,14 +25,18 @@ def test_sizes_on_nvidia(family):
             ("sweep", 4, False),
             ("sweep", 4, True),
             ("sweep", 8, True),
-            ("logprob_rows", 4, False),
-            ("logprob_rows", 8, False),
+            ("statistics", 8, False),
+            ("rest", 4, False),
+            ("rest", 8, False),
+            ("gradient", 4, False),
+            ("gradient", 8, False),
             ("gather", 2, False),
             ("scatter", 4, False),
         ]
     }
     assert [tuple(size) for size in sizes.values()] == [
-        (512, 4), (1024, 4), (512, 4), (256, 4), (2048, 4), (1024, 4), (512, 4), (512, 4),
+        (512, 1), (1024, 4), (512, 4), (256, 4),
+        (256, 1), (512, 1), (256, 1), (2048, 4), (1024, 4), (512, 4), (512, 4),
     ]  # fmt: skip
 
 
@@ -45,7 +49,9 @@ def test_each_lane_of_a_wide_wave_loads_16_bytes(kernel, itemsize, family):
     assert lanes_of(family) == 64
     for heavy in (False, True):
         block, num_warps = default_sizes(kernel, family, itemsize, heavy=heavy)
-        assert block / (num_warps * 64) * itemsize >= 16
+        # With two entries a lane a sweep in float64 runs out of scalar registers.
+        least = 8 if heavy and (kernel, itemsize) == ("sweep", 8) else 16
+        assert block / (num_warps * 64) * itemsize >= least
 
 
 @pytest.mark.parametrize("itemsizes", [(2, 2), (4, 4), (2, 4)])
@@ -87,7 +93,7 @@ def written(path, **changes):
 def test_a_file_goes_before_the_family(tmp_path, monkeypatch):
     monkeypatch.setattr(blocks.Path, "home", lambda: tmp_path)
     path = blocks.file_of(NAME)
-    assert path == tmp_path / ".cache" / "topd" / "blocks-1-nvidia-h100-80gb-hbm3.json"
+    assert path == tmp_path / ".cache" / "topd" / "blocks-2-nvidia-h100-80gb-hbm3.json"
     assert blocks.read(path, NAME) == {}
     path.parent.mkdir(parents=True)
     sizes = {"sweep 4 heavy": Sizes(2048, 8)}
@@ -107,8 +113,8 @@ def test_a_file_goes_before_the_family(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "rule"),
     [
-        ({"version": 0}, "be of version 1 for NVIDIA H100 80GB HBM3, got 0"),
-        ({"device": "NVIDIA B200"}, "be of version 1 for NVIDIA H100 80GB HBM3, got 1 for 'NVIDIA B200'"),
+        ({"version": 1}, "be of version 2 for NVIDIA H100 80GB HBM3, got 1"),
+        ({"device": "NVIDIA B200"}, "be of version 2 for NVIDIA H100 80GB HBM3, got 2 for 'NVIDIA B200'"),
         ({"more": 1}, "hold version, device and kernels, and nothing else"),
         ({"kernels": []}, "hold an object of kernels, got "),
         ({"kernels": {"sweep": {}}}, "name kernels as .* is, got 'sweep'"),

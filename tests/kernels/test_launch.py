@@ -88,7 +88,7 @@ def test_scores_are_in_the_order_of_the_fields():
 
 
 def test_programs_that_share_a_row():
-    """Four programs a multiprocessor, each with four blocks at least, and 64 at most."""
-    assert [splits_of_rows(rows, 1000, 100) for rows in (0, 1, 7, 100, 399, 400)] == [64, 64, 58, 4, 2, 1]
+    """32 programs a multiprocessor, each with four blocks at least, and 64 a row at most."""
+    assert [splits_of_rows(rows, 1000, 100) for rows in (0, 1, 50, 100, 3199, 3200)] == [64, 64, 64, 32, 2, 1]
     assert [splits_of_rows(1, blocks, 100) for blocks in (0, 3, 8, 100)] == [1, 1, 2, 25]
     assert splits_of(300, 4000, 256) == 256

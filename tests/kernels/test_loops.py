@@ -33,11 +33,14 @@ TWO_LOOPS = """
 
 
 def test_the_innermost_loop_that_loads_most_is_the_main_one():
-    """However long another is; of loops that load as much, the longest."""
+    """However long another is; of loops that load as much, the shortest."""
     assert main_loop(read_sass(sass(TWO_LOOPS))) == Loop(5, 5, 16, 16)
     longer = TWO_LOOPS.replace("@!P1 BRA", "LDG.E R5, desc[UR20][R2.64]\n" + "FADD R0, R0, R1\n" * 9 + "@!P1 BRA")
     assert main_loop(read_sass(sass(longer))) == Loop(5, 5, 16, 16)
-    assert main_loop(read_sass(sass(longer.replace("LDG.E R5", "LDG.E.128 R5")))) == Loop(12, 12, 16, 16)
+    as_much = longer.replace("LDG.E R5", "LDG.E.128 R5")
+    assert main_loop(read_sass(sass(as_much))) == Loop(5, 5, 16, 16)
+    first_longer = as_much.replace("FADD R8", "FADD R8, R8, R4\n" * 8 + "FADD R8", 1)
+    assert main_loop(read_sass(sass(first_longer))) == Loop(12, 12, 16, 16)
 
 
 def test_a_loop_around_it_is_not_counted():
@@ -97,6 +100,24 @@ AMD = """
 def test_a_rotated_loop_of_amd_counts_vector_instructions():
     """Three on the shortest way: its load is never jumped over."""
     assert main_loop(read_amdgcn(AMD)) == Loop(4, 3, 8, 8)
+
+
+def test_a_loops_blocks_may_stand_in_any_order():
+    """.LBB0_1, .LBB0_3, .LBB0_2: the branch back to the last closes nothing of its own."""
+    moved = """
+.LBB0_1:
+	global_load_dword v1, v[2:3], off
+	v_exp_f32_e32 v1, v1
+	s_branch .LBB0_3
+.LBB0_2:
+	v_add_f32_e32 v4, v4, v1
+	s_cbranch_scc1 .LBB0_1
+	s_endpgm
+.LBB0_3:
+	v_mul_f32_e32 v1, v1, v1
+	s_branch .LBB0_2
+"""
+    assert main_loop(read_amdgcn(moved)) == Loop(3, 3, 4, 4)
 
 
 @pytest.mark.parametrize(("loaded", "per_entry"), [(64, 2.5), (128, 1.25), (68, 2.5)])

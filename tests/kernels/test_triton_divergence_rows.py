@@ -144,6 +144,19 @@ def test_offsets_leave_the_gradient_of_the_reverse_kl_its_digits(offset):
     assert_divergence(result, student, teacher, REVERSE)
 
 
+@pytest.mark.parametrize(("divergence", "parameter"), KINDS)
+def test_the_gradient_where_both_sides_are_certain_keeps_its_digits(divergence, parameter):
+    """p_T and p_S of one token are 1 - 1e-9; their difference, all of the forward KL's gradient to it, is that of the sums over
+    the other tokens, with offsets near and apart."""
+    student, teacher = torch.randn(3, 90), torch.randn(3, 90)
+    student[:, 7] = 26.0
+    teacher[:, 7] = torch.tensor([26.5, 24.0, 33.0])
+    spec = spec_of(divergence, parameter)
+    result, true = divergence_by_triton(student, teacher, spec, scores=False), divergence_truth(student, teacher, spec)
+    error = (result.grad_logits.double() - true.grad_logits).norm(dim=-1) / true.grad_logits.norm(dim=-1)
+    assert (error <= 2e-5).all()
+
+
 @pytest.mark.parametrize(
     ("student_first", "teacher_first", "offset"),
     [(-INF, -INF, 100.0), (-20.0, -20.0, 100.0), (-30.0, -1e4, 0.0), (-1e6, -1e3, 0.0)],

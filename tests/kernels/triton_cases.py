@@ -38,6 +38,7 @@ KINDS = [
     ("forward_kl", 0.05),
     ("reverse_kl", 0.0),
     ("jsd", 0.3),
+    ("jsd", 0.5),
     ("skew_kl", 0.1),
     ("skew_reverse_kl", 0.1),
     ("total_variation", 0.0),
@@ -78,6 +79,7 @@ def divergence_by_triton(
     grad: torch.dtype | str | None = "in place",
     scores: bool = True,
     splits: int | None = None,
+    blocks: divergence_rows.Blocks | None = None,
 ) -> Rows:
     """grad: where the gradient goes, a tile of its own of this dtype or the student's; None: nowhere."""
     tiles = there(student), there(teacher)
@@ -86,7 +88,8 @@ def divergence_by_triton(
         to = torch.full(student.shape, torch.nan, dtype=grad, device=DEVICE)
     biases = there(student_bias), there(teacher_bias)
     numbers = divergence_rows.Spec(*spec)
-    order, out = divergence_rows.launches(*tiles, *biases, there(tokens), numbers, to, scores, splits=splits)
+    cut = {"splits": splits, "blocks": blocks}
+    order, out = divergence_rows.launches(*tiles, *biases, there(tokens), numbers, to, scores, **cut)
     launch.run_all(order)
     unchanged = [tiles[1].cpu(), teacher] + ([tiles[0].cpu(), student] if to is not tiles[0] else [])
     for after, given in zip(unchanged[::2], unchanged[1::2], strict=True):
@@ -111,6 +114,7 @@ def logprobs_by_triton(
     grad: torch.dtype | str | None = "in place",
     entropy: bool = True,
     splits: int | None = None,
+    blocks: logprob_rows.Blocks | None = None,
 ) -> LogprobRows:
     """As `divergence_by_triton`; the entropy's gradient goes into a tile of the same dtype."""
     tile = there(product)
@@ -118,7 +122,8 @@ def logprobs_by_triton(
     to = torch.full(product.shape, torch.nan, dtype=grad, device=DEVICE) if own else tile if grad else None
     second = torch.full_like(to, torch.nan) if grad and entropy else None
     numbers = logprob_rows.Spec(*spec)
-    order, out = logprob_rows.launches(tile, there(bias), there(ids), numbers, second, to, entropy, splits=splits)
+    cut = {"splits": splits, "blocks": blocks}
+    order, out = logprob_rows.launches(tile, there(bias), there(ids), numbers, second, to, entropy, **cut)
     launch.run_all(order)
     return LogprobRows(*(part.cpu() for part in out), *(None if x is None else x.cpu() for x in (to, second)))
 
@@ -150,7 +155,7 @@ def assert_as_good(result: Tensor, yardstick: Tensor, truth: Tensor, what: str, 
     """Rows [C] or [C, V]: what is not finite agrees, and each element is as near to the truth as the yardstick's, but for 3e-6
     of its row's largest and `rounding` [C, 1], to which the row's inputs of the last step are known."""
     assert result.dtype == yardstick.dtype, what
-    rows = [x.double().reshape(x.shape[0], -1) for x in (result, yardstick, truth)]
+    rows = [x.double().reshape(x.shape[0], *(x.shape[1:] or (1,))) for x in (result, yardstick, truth)]
     known = rows[2].isfinite()
     torch.testing.assert_close(rows[0][~known], rows[2][~known], rtol=0, atol=0, equal_nan=True, msg=what)
     near, eager, true = (x.masked_fill(~known, 0.0) for x in rows)

@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from topd_kernels.divergence_rows.kernels import finish, sweep
-from topd_kernels.divergence_rows.statistics import constants, statistics
+from topd_kernels.divergence_rows.constants import constants
+from topd_kernels.divergence_rows.finish import finish
+from topd_kernels.divergence_rows.kernels import sweep
+from topd_kernels.divergence_rows.statistics import statistics
 from topd_kernels.divergence_rows.terms import FORWARD_KL, REVERSE_KL
 from topd_kernels.shared.launch import Launch, bytes_of, cdiv, logit_numbers
 from topd_kernels.shared.row_math import FAR
@@ -15,13 +17,14 @@ from topd_kernels.shared.row_math import FAR
 
 class Blocks(NamedTuple):
     """Entries that a program of the statistics and of the sweeps takes at a time, their warps, and the rows of a program where
-    rows are few numbers each."""
+    rows are few numbers each. A program of the statistics has one warp: it often needs a number of all its lanes."""
 
     statistics: int
     sweep: int
-    num_warps: int = 4
+    statistics_warps: int = 1
     sweep_warps: int = 4
     rows: int = 128
+    row_warps: int = 4
 
 
 class Outputs(NamedTuple):
@@ -68,7 +71,7 @@ class Chunk:
     rows: int = field(init=False)
     general: bool = field(init=False)  # whether there is a bias or a softcap: the kernels' constant GENERAL
     tails: bool = field(init=False)  # whether one side's vocabulary goes on beyond the common one, and its mass is asked for
-    registers: int | None = field(init=False)  # what a thread of a kernel over float64 tiles may have
+    registers: int | None = field(init=False)  # what a thread that reads float64 tiles, or rows that are not aligned, may have
     tiles: dict[str, Any] = field(init=False)  # the arguments of the kernels that read logits
     token_arguments: dict[str, Any] = field(init=False)
 
@@ -80,7 +83,8 @@ class Chunk:
         self.rows = student_product.shape[0]
         self.general = softcapped or self.student_bias is not None or self.teacher_bias is not None
         self.tails = self.scores and student_product.shape[1] != teacher_product.shape[1]
-        self.registers = 255 if student_product.itemsize == 8 else None
+        aligned = student_product.stride(0) % 16 == teacher_product.stride(0) % 16 == 0
+        self.registers = None if student_product.itemsize == 4 and aligned else 255
         self.tiles = {
             "Student": student_product,
             "student_stride": student_product.stride(0),
@@ -117,7 +121,7 @@ class Chunk:
         read = self.entry_bytes(
             student=student_width if self.tails else self.vocab, teacher=teacher_width if self.tails else self.vocab
         )
-        fields = self.splits * (8 + 2 * centre) + 4 * self.tails
+        fields = self.splits * (9 + 2 * centre) + 4 * self.tails
         return Launch(
             statistics,
             (self.rows, self.splits),
@@ -128,8 +132,13 @@ class Chunk:
                 "student_width": student_width,
                 "teacher_width": teacher_width,
             },
-            {"CENTRE": centre, "TAILS": self.tails, "GENERAL": self.general, "BLOCK": self.blocks.statistics},
-            self.blocks.num_warps,
+            {
+                "CENTRE": centre,
+                "TAILS": self.tails,
+                "GENERAL": self.general,
+                "BLOCK": self.blocks.statistics,
+            },
+            self.blocks.statistics_warps,
             self.registers,
             read_bytes=self.rows * read,
             written_bytes=self.rows * fields * self.parts.itemsize,
@@ -138,7 +147,7 @@ class Chunk:
     def constants(self) -> Launch:
         """Return the launch that makes each row's parts one record."""
         has_tokens = self.tokens is not None
-        read = (12 * self.splits + 4 * self.tails) * self.parts.itemsize
+        read = (13 * self.splits + 4 * self.tails) * self.parts.itemsize
         if self.tokens is not None:
             read += self.tokens.itemsize + self.entry_bytes(student=1, teacher=1)
         fields = 12 + 2 * has_tokens + 2 * self.tails
@@ -147,7 +156,7 @@ class Chunk:
             (cdiv(self.rows, self.blocks.rows),),
             {**self.tiles, **self.token_arguments, "Parts": self.parts, "Row": self.row, "splits": self.splits},
             {"TAILS": self.tails, "GENERAL": self.general, "BLOCK": self.blocks.rows},
-            self.blocks.num_warps,
+            self.blocks.row_warps,
             read_bytes=self.rows * read,
             written_bytes=self.rows * fields * self.row.itemsize,
         )
@@ -157,7 +166,8 @@ class Chunk:
         scores, student_width = self.scores and value, self.student_product.shape[1]
         # Without a gradient one binary, whatever the gradient's dtype.
         grad = self.student_product if grad_tile is None else grad_tile
-        written = (2 * value + 4 * scores) * self.splits * self.sums.itemsize
+        fields = 1 + (self.kind not in (FORWARD_KL.value, REVERSE_KL.value)) + 4 * scores if value else 0
+        written = fields * self.splits * self.sums.itemsize
         return Launch(
             sweep,
             (self.rows, self.splits),
@@ -185,7 +195,7 @@ class Chunk:
                 "BLOCK": self.blocks.sweep,
             },
             self.blocks.sweep_warps,
-            255 if scores else self.registers,
+            255 if scores or self.general else self.registers,
             read_bytes=self.rows * self._sweep_reads(grad=grad_tile is not None),
             written_bytes=self.rows * (written + (0 if grad_tile is None else student_width * grad.itemsize)),
         )
@@ -220,7 +230,7 @@ class Chunk:
                 "hard_weight": self.spec.hard_weight,
             },
             {"KIND": self.kind, "SCORES": self.scores, "TAILS": self.tails, "BLOCK": self.blocks.rows},
-            self.blocks.num_warps,
+            self.blocks.row_warps,
             read_bytes=self.rows * fields * self.row.itemsize,
             written_bytes=bytes_of(*out),
         )

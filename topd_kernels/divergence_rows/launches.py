@@ -16,6 +16,7 @@ from topd_kernels.divergence_rows.chunk import Blocks, Chunk, Outputs, Spec
 from topd_kernels.divergence_rows.records import PARTS, ROW, SUMS
 from topd_kernels.divergence_rows.terms import (
     CLIPPED_KL,
+    EVEN_JSD,
     FORWARD_KL,
     JSD,
     REVERSE_KL,
@@ -40,17 +41,26 @@ KINDS = {
 }
 
 
-def kind_of(divergence: str, parameter: float) -> int:
-    """Return the kernels' number of a divergence; a forward KL with an entry clip is a kind of its own."""
+def kind_of(divergence: str, parameter: float, itemsize: int) -> int:
+    """Return the kernels' number of a divergence over tiles of entries of so many bytes. A forward KL with an entry clip is a
+    kind of its own, and so is the JSD at beta = 1/2 in float32."""
     if divergence not in KINDS:
         raise ValueError(f"unknown divergence {divergence!r}")
-    kind = CLIPPED_KL if divergence == "forward_kl" and parameter != float("inf") else KINDS[divergence]
+    kind = KINDS[divergence]
+    if divergence == "forward_kl" and parameter != float("inf"):
+        kind = CLIPPED_KL
+    elif divergence == "jsd" and parameter == 0.5 and itemsize == 4:
+        kind = EVEN_JSD
     return int(kind.value)
 
 
+def is_heavy(kind: int, scores: bool, itemsize: int) -> bool:
+    """Tell whether a sweep of a kind keeps more in registers: with scores, or a mixture's in float64."""
+    return scores or (kind > REVERSE_KL.value and itemsize == 8)
+
+
 def blocks_of(device: Device, itemsize: int, *, heavy: bool) -> Blocks:
-    """Return block sizes; `heavy`: a mixture or scores, which keep more in registers. A small vocabulary takes the same,
-    masked."""
+    """Return block sizes; `heavy`: of a sweep that keeps more in registers. A small vocabulary takes the same, masked."""
     statistics, sweep = (device.sizes(name, itemsize, heavy=heavy and name == "sweep") for name in ("statistics", "sweep"))
     return Blocks(statistics.block, sweep.block, statistics.num_warps, sweep.num_warps)
 
@@ -68,17 +78,18 @@ def launches(
     grad_scale: float = 1.0,
     splits: int | None = None,
     family: str | None = None,
+    blocks: Blocks | None = None,
 ) -> tuple[list[Launch], Outputs]:
     """Return the launches of a chunk, and what they will have written. The gradient times grad_scale goes into grad_tile
-    [C, V_s], of any floating dtype, which may be the student's tile; without it there is none. `splits` programs share a row;
-    left out, as many as the device needs. `family`: of devices, where it is not the tensors' own."""
+    [C, V_s], of any floating dtype, which may be the student's tile; without it there is none. `splits` programs share a row,
+    in `blocks`; left out, as many and as large as the device needs. `family`: of devices, where it is not the tensors' own."""
     rows, vocab = student_product.shape[0], min(student_product.shape[1], teacher_product.shape[1])
     if vocab >= MAX_VOCAB:
         raise ValueError(f"the common vocabulary must be below {MAX_VOCAB}, got {vocab}")
-    kind = kind_of(spec.divergence, spec.parameter)
-    blocks = blocks_of(
-        device_of(student_product.device, family), student_product.itemsize, heavy=scores or kind > REVERSE_KL.value
-    )
+    itemsize = student_product.itemsize
+    kind = kind_of(spec.divergence, spec.parameter, itemsize)
+    heavy = is_heavy(kind, scores, itemsize)
+    blocks = blocks or blocks_of(device_of(student_product.device, family), itemsize, heavy=heavy)
     splits = splits or splits_of_rows(rows, cdiv(vocab, blocks.statistics), processors(student_product))
     new = student_product.new_empty
     outputs = Outputs(new(rows), new(SCORES.value if scores else 0, rows), new(rows, dtype=torch.bool))

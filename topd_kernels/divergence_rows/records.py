@@ -4,7 +4,7 @@ from topd_kernels.shared.records import numbered
 
 # Parts [PARTS, splits, rows]: what a program of the statistics knows of its part of a row. Top is the largest logit, mode its
 # entry, rest the sum of exp(logit - top) over the other entries.
-PARTS = 14
+PARTS = 15
 (
     PART_STUDENT_TOP,
     PART_STUDENT_MODE,
@@ -14,6 +14,7 @@ PARTS = 14
     PART_TEACHER_REST,
     PART_ONLY_TEACHER,  # whether an entry has probability on the teacher's side only
     PART_ONLY_STUDENT,
+    PART_FINITE,  # whether every logit of both sides is finite
     PART_TEACHER_AT_MODE,  # the teacher's logit at the student's mode
     PART_CENTRE,  # the sum of exp(y_S - top) (A - A at the student's mode), A = y_S - y_T
     PART_STUDENT_TAIL_TOP,  # of the entries beyond the common vocabulary; in the first part alone
@@ -33,7 +34,7 @@ ROW = 16
     ROW_TEACHER_MODE,
     ROW_TEACHER_LOG_REST,
     ROW_TEACHER_SHARE,
-    ROW_FINITE,  # whether both distributions exist
+    ROW_FINITE,  # 1 where both distributions exist, 2 where every logit is finite too; else 0
     ROW_ONLY_TEACHER,
     ROW_ONLY_STUDENT,
     ROW_CENTRE,  # E of the reverse KL, relative to A at the student's mode

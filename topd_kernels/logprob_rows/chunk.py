@@ -10,12 +10,17 @@ from topd_kernels.shared.launch import Launch, bytes_of, cdiv, logit_numbers
 
 
 class Blocks(NamedTuple):
-    """Entries and ids that a program takes at a time, its warps, and the rows of a program where rows are few numbers each."""
+    """Entries that a program of the gradient and of `rest` takes at a time, ids that a program takes at a time, the warps of a
+    program, and its rows where rows are few numbers each. A program of `rest` has one warp: it often needs a number of all its
+    lanes."""
 
-    entries: int
+    gradient: int
+    rest: int
     ids: int
-    num_warps: int = 4
+    gradient_warps: int = 4
+    rest_warps: int = 1
     rows: int = 64
+    num_warps: int = 4
 
 
 class Outputs(NamedTuple):
@@ -71,10 +76,9 @@ class Chunk:
             **self.numbers,
         }
 
-    @property
-    def entry_blocks(self) -> int:
-        """Return the blocks of a row."""
-        return cdiv(self.product.shape[1], self.blocks.entries)
+    def block_count(self, block: int) -> int:
+        """Return the blocks of a part of a row."""
+        return cdiv(cdiv(self.product.shape[1], block), self.splits)
 
     @property
     def entry_bytes(self) -> int:
@@ -128,9 +132,9 @@ class Chunk:
         return Launch(
             rest,
             (rows, self.splits),
-            {**self.tile, "Parts": self.parts, "rows": rows, "block_count": cdiv(self.entry_blocks, self.splits)},
-            {"ENTROPY": entropy, "GENERAL": self.general, "BLOCK": self.blocks.entries},
-            self.blocks.num_warps,
+            {**self.tile, "Parts": self.parts, "rows": rows, "block_count": self.block_count(self.blocks.rest)},
+            {"ENTROPY": entropy, "GENERAL": self.general, "BLOCK": self.blocks.rest},
+            self.blocks.rest_warps,
             read_bytes=rows * vocab * self.entry_bytes,
             written_bytes=rows * self.splits * (2 + entropy) * self.parts.itemsize,
         )
@@ -166,7 +170,7 @@ class Chunk:
         """Return the launch that writes the gradients; without an entropy tile that of the mass outside alone."""
         (rows, vocab), entropy = self.product.shape, entropy_tile is not None
         second = self.product if entropy_tile is None else entropy_tile
-        numbers = 5 * self.splits + self.entry_blocks * entropy
+        numbers = (5 + entropy) * self.splits
         return Launch(
             gradient,
             (rows, self.splits),
@@ -178,11 +182,11 @@ class Chunk:
                 "EntropyGrad": second,
                 "entropy_stride": second.stride(0),
                 "rows": rows,
-                "block_count": cdiv(self.entry_blocks, self.splits),
+                "block_count": self.block_count(self.blocks.gradient),
                 "grad_scale": self.grad_scale,
             },
-            {"ENTROPY": entropy, "GENERAL": self.general, "BLOCK": self.blocks.entries},
-            self.blocks.num_warps,
+            {"ENTROPY": entropy, "GENERAL": self.general, "BLOCK": self.blocks.gradient},
+            self.blocks.gradient_warps,
             read_bytes=rows * (vocab * self.entry_bytes + numbers * self.row.itemsize),
             written_bytes=rows * vocab * (grad_tile.itemsize + entropy * second.itemsize),
         )

@@ -17,8 +17,10 @@ from topd_kernels.logprob_rows.records import (
     ROW_REST_TOP,
     ROW_TOP,
 )
+from topd_kernels.shared.logits import LEFT_OUT, logits_of, slope_of, unmasked_logits
 from topd_kernels.shared.records import load_field, store_field
-from topd_kernels.shared.row_math import LEFT_OUT, lane_update, log1p, logits_of, merge, number, over_lanes, slope_of
+from topd_kernels.shared.row_math import FAR, FLOOR, exp, log1p, number
+from topd_kernels.shared.tops import LANE_ENTRIES, lead, merge
 
 
 @triton.jit(do_not_specialize=["biased", "count"], do_not_specialize_on_alignment=["Ids"])
@@ -61,42 +63,67 @@ def leave_out(Product, stride, Ids, count, vocab, BLOCK: tl.constexpr):
         tl.store(Product + row * stride + ids, left, mask=(ids >= 0) & (ids < vocab))
 
 
+@triton.jit
+def _kept(product, Bias, entries, biased, inner, outer, GENERAL: tl.constexpr):
+    """Return the logits of whole blocks; -inf for an entry that was left out."""
+    return tl.where(product != LEFT_OUT, unmasked_logits(product, Bias, entries, biased, inner, outer, GENERAL), float("-inf"))
+
+
 @triton.jit(do_not_specialize=["biased", "rows", "block_count"])
 def rest(
     Product, stride, Bias, biased, Parts, rows, block_count, vocab, inner: tl.float64, outer: tl.float64,
     ENTROPY: tl.constexpr, GENERAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Read a part of a row once; write its record of Parts."""
+    """Read a part of a row once; write its record of Parts. The largest entry so far is a number, not one for each lane; it is
+    looked for again only in a block that rises above it, and in the last one, which has a mask."""
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     Product += row * stride
     dtype = Product.dtype.element_ty
-    lanes = tl.arange(0, BLOCK)
+    LANES: tl.constexpr = BLOCK // LANE_ENTRIES
+    offset = tl.arange(0, LANE_ENTRIES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     cap = number(outer, dtype)
-    top = tl.full([BLOCK], float("-inf"), dtype)
-    index = lanes
-    rest = tl.zeros([BLOCK], dtype)
+    steep = number(inner, dtype)
+    top = tl.full([], float("-inf"), dtype)
+    rest = tl.zeros([LANES], dtype)
     w = rest
-    start = split * block_count * BLOCK
-    end = tl.minimum(start + block_count * BLOCK, vocab)
-    for block in range(start, end, BLOCK):
-        entries = block + lanes
+    block = split * block_count * BLOCK
+    mode = block * 0 - 1
+    end = tl.minimum(block + block_count * BLOCK, vocab)
+    while block < end:
+        entries = block + offset
         mask = entries < end
         y = tl.load(Product + entries, mask=mask, other=0.0)
-        y = logits_of(y, Bias, entries, mask, biased != 0, number(inner, dtype), cap, cap > 0, GENERAL)
-        gap = tl.where((y > float("-inf")) & (top > float("-inf")), y - top, 0.0)
-        before = rest
-        top, index, rest, above, e = lane_update(y, entries, top, index, rest)
+        y = logits_of(y, Bias, entries, mask, biased != 0, steep, cap, cap > 0, GENERAL)
+        before, before_rest = top, rest
+        top, mode, rest, above, factor = lead(y, entries, top, mode, rest)
+        base = tl.maximum(top, FLOOR)
         if ENTROPY:
-            w = tl.where(above, e * (w - gap * (before + 1)), w + e * gap)
-    best, _, total, is_mode, factor = over_lanes(top, index, rest)
+            gap = tl.where(above, tl.maximum(before, FLOOR) - base, 0.0)
+            w = factor * (w + gap * before_rest) + tl.where(tl.arange(0, LANES) == 0, factor * gap, 0.0)
+        e = tl.where(entries == mode, 0.0, exp(y - base))
+        rest += tl.sum(e, 0)
+        if ENTROPY:
+            w += tl.sum(e * tl.maximum(y - base, -FAR), 0)
+        block += BLOCK
+        calm = block + BLOCK <= end
+        while calm:  # until a block rises
+            entries = block + offset
+            y = _kept(tl.load(Product + entries), Bias, entries, biased, steep, cap, GENERAL)
+            e = exp(y - base)
+            calm = tl.max((tl.max(y, 0) > top).to(tl.int32), 0) == 0
+            # Added up beside the question, and only kept where the block does not rise: nothing waits for the answer.
+            rest = tl.where(calm, rest + tl.sum(e, 0), rest)
+            if ENTROPY:
+                w = tl.where(calm, w + tl.sum(e * tl.maximum(y - base, -FAR), 0), w)
+            block = tl.where(calm, block + BLOCK, block)
+            calm = calm & (block + BLOCK <= end)
     Parts += (split * rows + row).to(tl.int64)
     field = tl.num_programs(1).to(tl.int64) * rows
-    tl.store(Parts + PART_TOP * field, best)
-    tl.store(Parts + PART_REST * field, total)
+    tl.store(Parts + PART_TOP * field, top)
+    tl.store(Parts + PART_REST * field, tl.sum(rest, 0))
     if ENTROPY:
-        gap = tl.where(top > float("-inf"), top - best, 0.0)
-        tl.store(Parts + PART_GAPS * field, tl.sum(tl.where(is_mode, w, factor * (w + gap * (1 + rest))), 0))
+        tl.store(Parts + PART_GAPS * field, tl.sum(w, 0))
 
 
 @triton.jit
@@ -174,6 +201,19 @@ def combine(
         tl.store(Entropy + row, tl.where(finite, log_rest - mean, nan).to(dtype), mask=mask)
 
 
+@triton.jit
+def _outside_grad(y, rest_top, rest_share, alive, slope):
+    """Return the gradient of the mass outside the ids to the products; 0 for a row that has none."""
+    return tl.where(alive, exp(y - rest_top) * rest_share * slope, 0.0)
+
+
+@triton.jit
+def _entropy_grad(y, top, share, mean_gap, finite, slope):
+    """Return the gradient of the entropy to the products; 0 at entries without probability, and for a row without any."""
+    a = tl.maximum(y - top, -FAR)
+    return tl.where(finite, exp(a) * share * (mean_gap - a) * slope, 0.0)
+
+
 @triton.jit(do_not_specialize=["biased", "rows", "block_count"])
 def gradient(
     Product, stride, Bias, biased, Row, Grad, grad_stride, EntropyGrad, entropy_stride, rows, block_count, vocab,
@@ -195,21 +235,33 @@ def gradient(
     share = tl.exp(-tl.load(Row + ROW_LOG_REST * rows))
     finite = tl.load(Row + ROW_FINITE * rows) != 0
     alive = finite & (rest_share > 0)
+    mean_gap = top * 0
+    if ENTROPY:
+        mean_gap = tl.load(Row + ROW_MEAN_GAP * rows)
+        EntropyGrad += row * entropy_stride
+    Grad += row * grad_stride
+    inner = number(inner, dtype)
     start = split * block_count * BLOCK
     end = tl.minimum(start + block_count * BLOCK, vocab)
-    for block in range(start, end, BLOCK):
+    whole = start + tl.maximum(end - start, 0) // BLOCK * BLOCK
+    for block in range(start, whole, BLOCK):
+        entries = block + tl.arange(0, BLOCK)
+        y = _kept(tl.load(Product + entries), Bias, entries, biased, inner, cap, GENERAL)
+        slope = slope_of(y, steep, unit, cap > 0, GENERAL)
+        tl.store(Grad + entries, _outside_grad(y, rest_top, rest_share, alive, slope).to(Grad.dtype.element_ty))
+        if ENTROPY:
+            grad = _entropy_grad(y, top, share, mean_gap, finite, slope)
+            tl.store(EntropyGrad + entries, grad.to(EntropyGrad.dtype.element_ty))
+    for block in range(whole, end, BLOCK):
         entries = block + tl.arange(0, BLOCK)
         mask = entries < end
         y = tl.load(Product + entries, mask=mask, other=0.0)
-        y = logits_of(y, Bias, entries, mask, biased != 0, number(inner, dtype), cap, cap > 0, GENERAL)
+        y = logits_of(y, Bias, entries, mask, biased != 0, inner, cap, cap > 0, GENERAL)
         slope = slope_of(y, steep, unit, cap > 0, GENERAL)
-        grad = tl.where(alive, tl.exp(y - rest_top) * rest_share * slope, 0.0)
-        tl.store(Grad + row * grad_stride + entries, grad.to(Grad.dtype.element_ty), mask=mask)
+        tl.store(Grad + entries, _outside_grad(y, rest_top, rest_share, alive, slope).to(Grad.dtype.element_ty), mask=mask)
         if ENTROPY:
-            a = tl.where(y > float("-inf"), y - top, 0.0)
-            p = tl.where(y > float("-inf"), tl.exp(a) * share, 0.0)
-            grad = tl.where(finite, -p * (a - tl.load(Row + ROW_MEAN_GAP * rows)) * slope, 0.0)
-            tl.store(EntropyGrad + row * entropy_stride + entries, grad.to(EntropyGrad.dtype.element_ty), mask=mask)
+            grad = _entropy_grad(y, top, share, mean_gap, finite, slope)
+            tl.store(EntropyGrad + entries, grad.to(EntropyGrad.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows", "count"], do_not_specialize_on_alignment=["Ids"])
@@ -232,8 +284,6 @@ def at_ids(
         ids = tl.load(Ids + row * count + m, mask=m < count, other=-1)
         first = tl.load(First + row * count + m, mask=m < count, other=0) != 0
         y = tl.load(Chosen + row * count + m, mask=m < count, other=float("-inf"))
-        a = tl.where(y > float("-inf"), y - top, 0.0)
-        p = tl.where(y > float("-inf"), tl.exp(a) * share, 0.0)
         slope = slope_of(y, steep, 1 / tl.where(cap > 0, cap, 1.0), cap > 0, GENERAL)
-        grad = tl.where(finite, -p * (a - tl.load(Row + ROW_MEAN_GAP * rows)) * slope, 0.0)
+        grad = _entropy_grad(y, top, share, tl.load(Row + ROW_MEAN_GAP * rows), finite, slope)
         tl.store(EntropyGrad + row * entropy_stride + ids, grad.to(EntropyGrad.dtype.element_ty), mask=first)

@@ -23,8 +23,8 @@ __all__ = ["Blocks", "Outputs", "Spec", "launches", "logprob_rows"]
 
 def blocks_of(device: Device, itemsize: int) -> Blocks:
     """Return block sizes; a small vocabulary or few ids take the same, masked."""
-    sizes = device.sizes("logprob_rows", itemsize)
-    return Blocks(sizes.block, 64, sizes.num_warps)
+    rest, gradient = (device.sizes(name, itemsize) for name in ("rest", "gradient"))
+    return Blocks(gradient.block, rest.block, 64, gradient.num_warps, rest.num_warps)
 
 
 def launches(
@@ -39,14 +39,15 @@ def launches(
     grad_scale: float = 1.0,
     splits: int | None = None,
     family: str | None = None,
+    blocks: Blocks | None = None,
 ) -> tuple[list[Launch], Outputs]:
     """Return the launches of a chunk, and what they will have written. The gradient of the mass outside the ids goes into
     grad_tile [C, V], of any floating dtype, which may be the tile, the entropy's into entropy_tile; without grad_tile there is
-    none. Both are multiplied by grad_scale. `splits` programs share a row; left out, as many as the device needs. `family`: of
-    devices, where it is not the tensors' own."""
+    none. Both are multiplied by grad_scale. `splits` programs share a row, in `blocks`; left out, as many and as large as the
+    device needs. `family`: of devices, where it is not the tensors' own."""
     (rows, vocab), count = product.shape, ids.shape[1]
-    blocks = blocks_of(device_of(product.device, family), product.itemsize)
-    splits = splits or splits_of_rows(rows, cdiv(vocab, blocks.entries), processors(product))
+    blocks = blocks or blocks_of(device_of(product.device, family), product.itemsize)
+    splits = splits or splits_of_rows(rows, cdiv(vocab, blocks.rest), processors(product))
     new, capped = product.new_empty, spec.softcap is not None
     outputs = Outputs(
         logprobs=new(ids.shape),

@@ -28,7 +28,8 @@ from topd_kernels.score_tokens.records import (
     STATE_STUDENT,
     STATE_TEACHER,
 )
-from topd_kernels.shared.row_math import FLOOR, FORBIDDEN, NEAR_OFFSETS, NO_ENTRY, expm1, kl_term, log1p, phi_pair
+from topd_kernels.shared.row_math import FLOOR, FORBIDDEN, NEAR_OFFSETS, expm1, kl_term, log1p, phi_pair
+from topd_kernels.shared.tops import NO_ENTRY
 
 
 class Side(NamedTuple):

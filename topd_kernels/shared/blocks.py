@@ -3,7 +3,7 @@
 `default_sizes` and `default_tile` are pure functions of what a binary depends on: never of N or V. `python -m bench.gpu --tune`
 may find better ones for a device and writes them to `file_of` that device, where `sizes_of` reads them once in a process:
 
-    {"version": 1, "device": "NVIDIA H100 80GB HBM3", "kernels": {"sweep 4 heavy": {"block": 1024, "num_warps": 8}}}
+    {"version": 2, "device": "NVIDIA H100 80GB HBM3", "kernels": {"sweep 4 heavy": {"block": 1024, "num_warps": 8}}}
 
 A file with anything else in it is refused. Other sizes add up a row in another order: the last digits of results may move.
 """
@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-VERSION = 1  # of the kernels that a file was made for: raised when sizes that were good before may no longer be
+VERSION = 2  # of the kernels that a file was made for: raised when sizes that were good before may no longer be
 GENERIC = "sm_90"  # what is described on tensors that are on no GPU, unless a family is given
-KERNELS = ("statistics", "sweep", "logprob_rows", "gather", "scatter")
+KERNELS = ("statistics", "sweep", "rest", "gradient", "gather", "scatter")
 MOST_BLOCK, MOST_WARPS = 8192, 16
 
 
@@ -54,10 +54,10 @@ def default_sizes(kernel: str, family: str, itemsize: int, *, heavy: bool = Fals
     """Return a kernel's sizes on a family of devices.
 
     Args:
-        kernel: one of KERNELS; "logprob_rows" stands for rest and gradient, which share theirs.
+        kernel: one of KERNELS; rest and gradient are those of logprob_rows.
         family: "sm_90", "gfx942" and so on.
         itemsize: bytes of an entry of what it reads: a tile of products, or a table.
-        heavy: a mixture or scores, which keep more in registers.
+        heavy: scores, or a mixture in float64, which keep more in registers.
     """
     if kernel not in KERNELS:
         raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {kernel!r}")
@@ -65,12 +65,12 @@ def default_sizes(kernel: str, family: str, itemsize: int, *, heavy: bool = Fals
     if kernel in ("gather", "scatter"):
         # A lane of a wide wave loads 16 bytes: eight entries of 16 bits, so that fewer warps share the columns.
         return Sizes(1024, 2) if wide == 2 and itemsize == 2 else Sizes(512 * wide, 4)
-    if kernel == "logprob_rows":
+    if kernel == "gradient":
         return Sizes((2048 if itemsize == 4 else 1024) * wide, 4)
-    if kernel == "statistics":
-        return Sizes(512 * wide, 4)
-    widest = 1024 if itemsize == 4 else 512
-    return Sizes((widest // 2 if heavy else widest) * wide, 4)
+    if kernel in ("statistics", "rest"):  # a lane loads 16 bytes four times a block
+        return Sizes((512 if itemsize == 4 else 256) * wide, 1)
+    widest = 1024 * wide if itemsize == 4 else 512  # with more in float64 a wide wave runs out of scalar registers
+    return Sizes(widest // 2 if heavy else widest, 4)
 
 
 def default_tile(family: str, student_itemsize: int, teacher_itemsize: int, *, aligned: bool) -> Tile:

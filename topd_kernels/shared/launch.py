@@ -15,6 +15,8 @@ from triton.runtime.interpreter import InterpretedFunction
 
 MAX_GRID_YZ = 65_535
 PROGRAMS_PER_PROCESSOR = 4
+# Of the kernels that read a row, whose programs are of one warp where they need a number of a whole row.
+ROW_PROGRAMS_PER_PROCESSOR = 32
 
 
 @dataclass
@@ -30,7 +32,8 @@ class Launch:
         registers: how many a thread may have on NVIDIA; ptxas, left alone, may rather spill some, so that two blocks fit onto a
             multiprocessor.
         read_bytes, written_bytes: what its loads and stores touch, from cache or memory. Where that depends on the data: as if
-            every token and id were in the vocabulary, no id came twice, no weight were 0 and every window full.
+            every token and id were in the vocabulary, no id came twice, no weight were 0, every window full, every logit finite
+            and a row's largest entry in its first block.
         flop: floating-point operations of its matrix products; 0 where it has none.
 
     Raises:
@@ -129,7 +132,7 @@ def splits_of(wanted: int, blocks: int, most: int = 64) -> int:
 
 def splits_of_rows(rows: int, blocks: int, multiprocessors: int) -> int:
     """Return the splits of a kernel whose programs take a row each: enough of them to fill the device."""
-    return splits_of(cdiv(PROGRAMS_PER_PROCESSOR * multiprocessors, max(1, rows)), blocks)
+    return splits_of(cdiv(ROW_PROGRAMS_PER_PROCESSOR * multiprocessors, max(1, rows)), blocks)
 
 
 def logit_numbers(scale: float, softcap: float | None, temperature: float) -> tuple[float, float]:

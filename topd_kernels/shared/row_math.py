@@ -15,10 +15,7 @@ FORBIDDEN = tl.constexpr(1e29)
 # Where both sides' logits are shifted by no further than this, their difference is taken as it is: that of near-equal numbers
 # is exact, that of shifted ones is not.
 NEAR_OFFSETS = tl.constexpr(4.0)
-# What stands in a tile for an entry that was taken out of its row: the lowest finite float32, which no product takes.
-LEFT_OUT = tl.constexpr(-3.4028234663852886e38)
-# Above every entry's number.
-NO_ENTRY = tl.constexpr(2147483647)
+LOG2E = tl.constexpr(1.4426950408889634)
 
 # phi in float32, fitted to 5e-9 for |d| <= 1: phi(d) = q (even - d odd), q = d d, where
 # even = 1/2 + PHI_EVEN_1 q + PHI_EVEN_2 q q + ... and odd = 1/6 + PHI_ODD_1 q + ...
@@ -28,6 +25,21 @@ PHI_EVEN_3 = tl.constexpr(2.5358644052e-05)
 PHI_ODD_1 = tl.constexpr(8.3333393559e-03)
 PHI_ODD_2 = tl.constexpr(1.9838100707e-04)
 PHI_ODD_3 = tl.constexpr(2.8062904676e-06)
+
+# kappa in float32, fitted to 5e-9: log(1 + u) = u + u u kappa(u) for -1/2 <= u <= 0. From the highest power down.
+KAPPA_9 = tl.constexpr(1.6124811561)
+KAPPA_8 = tl.constexpr(2.2975909427)
+KAPPA_7 = tl.constexpr(1.8241911928)
+KAPPA_6 = tl.constexpr(0.5596312338)
+KAPPA_5 = tl.constexpr(0.3055154552)
+KAPPA_4 = tl.constexpr(-0.1437135666)
+KAPPA_3 = tl.constexpr(0.2018291095)
+KAPPA_2 = tl.constexpr(-0.2499269222)
+KAPPA_1 = tl.constexpr(0.3333344539)
+KAPPA_0 = tl.constexpr(-0.4999999972)
+# A float32's bits beside its exponent's are below this; log 2 of it.
+MANTISSA = tl.constexpr(1 << 23)
+LN2_OF_MANTISSA = tl.constexpr(8.262958294867817e-08)
 
 
 @triton.jit
@@ -42,6 +54,16 @@ def held(x, dtype: tl.constexpr):
     if dtype == tl.float16:
         x = tl.minimum(tl.maximum(x, -65504.0), 65504.0)
     return x.to(dtype)
+
+
+@triton.jit
+def exp(x):
+    """Return exp(x). In float32 it is one exp2, which gives 0 below the normal numbers."""
+    if x.dtype == tl.float64:
+        e = tl.exp(x)
+    else:
+        e = tl.exp2(x * LOG2E)
+    return e
 
 
 @triton.jit
@@ -125,86 +147,79 @@ def kl_term(p, q, d, near, phi_d):
 
 
 @triton.jit
-def mixture(p_teacher, p_student, d, near, beta, rest):
-    """Return m = (1 - beta) p_S + beta p_T, where rest = 1 - beta; the sides' log-ratios to it and relative excesses over it,
-    teacher first, accurate near p_S = p_T."""
+def kappa(u):
+    """Return (log(1 + u) - u) / (u u) for -1/2 <= u <= 0, in float32."""
+    k = u * KAPPA_9 + KAPPA_8
+    k = k * u + KAPPA_7
+    k = k * u + KAPPA_6
+    k = k * u + KAPPA_5
+    k = k * u + KAPPA_4
+    k = k * u + KAPPA_3
+    k = k * u + KAPPA_2
+    k = k * u + KAPPA_1
+    return k * u + KAPPA_0
+
+
+@triton.jit
+def log_share(share, excess):
+    """Return log(share) for 0 < share <= 1, where excess = share - 1; whether it is a series in the excess, as where share is
+    1/2 at least; and in float32 that series' kappa."""
+    if share.dtype == tl.float64:
+        mild = excess >= -0.5
+        log = tl.where(mild, log1p(tl.maximum(excess, -0.5)), tl.log(share))
+        k = excess
+    else:  # share = 2^n (1 + u), -1/2 <= u <= 0 but for a few ulp, which a share rounded above 1 needs
+        bits = share.to(tl.int32, bitcast=True)
+        exponent = (bits - (MANTISSA * 126 + 16)) & -MANTISSA
+        mild = exponent == 0
+        u = tl.where(mild, excess, (bits - exponent).to(tl.float32, bitcast=True) - 1)
+        k = kappa(u)
+        log = exponent.to(tl.float32) * LN2_OF_MANTISSA + (u * u * k + u)
+    return log, mild, k
+
+
+@triton.jit
+def inverse(x):
+    """Return 1 / x for x > 0."""
+    if x.dtype == tl.float64:
+        y = 1 / x
+    else:
+        root = tl.rsqrt(x)
+        y = root * root
+    return y
+
+
+@triton.jit
+def parts_of_mixture(d, near, beta, rest):
+    """Return of m = (1 - beta) p_S + beta p_T, rest = 1 - beta, what `mixture` is made of, relative to the larger side: the
+    smaller one over it and that less 1, the smaller one's weight and the larger one's, m over it and that less 1, and the
+    logarithm of m over it, whether it is a series, and kappa (float32)."""
     size = tl.abs(d)
     teacher_smaller = d <= 0
     less = tl.where(teacher_smaller, beta, rest)
     more = tl.where(teacher_smaller, rest, beta)
-    ratio = tl.exp(-size)
+    ratio = exp(-size)
     phi_size, _ = phi_pair(size)
     e = tl.where(near, phi_size - size, ratio - 1)
     excess = less * e
-    mild = excess >= -0.5
-    share = tl.where(mild, 1 + excess, more + less * ratio)
-    larger_d = -tl.where(mild, log1p(tl.maximum(excess, -0.5)), tl.log(share))
-    smaller_d = larger_d - size
-    larger_excess = -excess / share
-    smaller_excess = more * e / share
+    share = more + less * ratio
+    log, mild, k = log_share(share, excess)
+    return ratio, e, less, more, share, excess, mild, log, k
+
+
+@triton.jit
+def mixture(p_teacher, p_student, d, near, beta, rest):
+    """Return m = (1 - beta) p_S + beta p_T, where rest = 1 - beta; the sides' log-ratios to it and relative excesses over it,
+    teacher first, accurate near p_S = p_T."""
+    _, e, _, more, share, excess, _, log, _ = parts_of_mixture(d, near, beta, rest)
+    teacher_smaller = d <= 0
+    upside_down = inverse(share)
+    larger_excess = -excess * upside_down
+    smaller_excess = more * e * upside_down
     return (
         rest * p_student + beta * p_teacher,
-        tl.where(teacher_smaller, smaller_d, larger_d),
-        tl.where(teacher_smaller, larger_d, smaller_d),
+        tl.minimum(d, 0.0) - log,
+        -tl.maximum(d, 0.0) - log,
         tl.where(teacher_smaller, smaller_excess, larger_excess),
         tl.where(teacher_smaller, larger_excess, smaller_excess),
     )
-
-
-@triton.jit
-def logits_of(product, Bias, entries, mask, biased, inner, outer, capped, GENERAL: tl.constexpr):
-    """Return the logits / temperature of products; -inf where masked or left out. inner = scale / temperature, or scale /
-    softcap with outer = softcap / temperature where capped. GENERAL: a bias or a softcap is there."""
-    y = product
-    if GENERAL:
-        if biased:
-            y += tl.load(Bias + entries, mask=mask, other=0.0)
-        y *= inner
-        if capped:
-            y = outer * tanh(y)
-    else:
-        y *= inner
-    return tl.where(mask & (product != LEFT_OUT), y, float("-inf"))
-
-
-@triton.jit
-def slope_of(logits, steep, unit, capped, GENERAL: tl.constexpr):
-    """Return d logits / d product; steep = scale / temperature, unit = temperature / softcap."""
-    slope = tl.zeros_like(logits) + steep
-    if GENERAL:
-        if capped:
-            t = tl.maximum(logits * unit, -1.0)
-            slope = steep * (1 - t * t)
-    return slope
-
-
-@triton.jit
-def lane_update(y, entries, top, index, rest):
-    """Take one more entry a lane: return its largest so far, where that is, the sum of exp(y - top) over the others, whether
-    the new one is the largest, and exp(-|y - top|)."""
-    above = y > top
-    e = tl.where(y == float("-inf"), 0.0, tl.exp(-tl.abs(y - top)))
-    rest = tl.where(above, (rest + 1) * e, rest + e)
-    return tl.where(above, y, top), tl.where(above, entries, index), rest, above, e
-
-
-@triton.jit
-def over_lanes(top, index, rest):
-    """Merge the lanes: return the largest entry (the first of equals), its index, the sum over the others, which lane it is in,
-    and each lane's factor."""
-    best = tl.max(top, 0)
-    first = tl.min(tl.where(top == best, index, NO_ENTRY), 0)
-    is_mode = (top == best) & (index == first)
-    factor = tl.where(top == float("-inf"), 0.0, tl.exp(top - best))
-    return best, first, tl.sum(tl.where(is_mode, rest, factor * (1 + rest)), 0), is_mode, factor
-
-
-@triton.jit
-def merge(top, rest, other_top, other_rest):
-    """Merge two parts of a row: return top, rest, whether the other's is larger, and exp(lower - upper)."""
-    higher = other_top > top
-    upper = tl.where(higher, other_top, top)
-    lower = tl.where(higher, top, other_top)
-    gap = tl.where(lower == float("-inf"), 0.0, tl.exp(lower - upper))
-    merged = tl.where(higher, other_rest + gap * (1 + rest), rest + gap * (1 + other_rest))
-    return upper, merged, higher, gap
