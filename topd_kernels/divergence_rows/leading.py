@@ -1,8 +1,8 @@
 """The statistics of a row's full blocks, which need no mask, while every logit is finite.
 
 A program knows the largest entry so far of each side, its mode: a number, not one for each lane. What is summed is relative to
-it, so an entry costs an exponential and an addition. Each block is asked whether any of its entries rises above; only then, a few
-times a row, the mode is found again, the sums are moved to it, and the block is added up anew.
+it, so an entry costs an exponential and an addition. Each block is asked whether any of its entries rises above; only then, a
+few times a row, the mode is found again, the sums are moved to it, and the block is added up anew.
 """
 
 import triton
