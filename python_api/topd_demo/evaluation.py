@@ -12,6 +12,8 @@ from topd_demo.prompts import encode
 from topd_demo.settings import Settings
 from topd_demo.wording import Wording, wording
 
+CUT = " …"  # behind an answer that does not end by itself
+
 
 @dataclass
 class Transcript:
@@ -67,9 +69,9 @@ def _transcript(model: Any, objective: topd.OPD, models: Models, prompts: list[s
     """Let one of the models answer; the teacher judges the answer's tokens."""
     batch = _responses(model, models, prompts, settings, temperature=0.0)
     answers = [ids[response].tolist() for ids, response in zip(batch["input_ids"], batch["response_mask"], strict=True)]
-    texts = [models.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
     ends = model.generation_config.eos_token_id
     end_tokens = set(ends) if isinstance(ends, list) else {ends}
+    texts = [models.tokenizer.decode(ids, skip_special_tokens=True) + ("" if ids[-1] in end_tokens else CUT) for ids in answers]
     perplexity = objective(batch).metrics["teacher_perplexity"].item()
     samples = [[prompt, text] for prompt, text in zip(prompts, texts, strict=True)]
     return Transcript(samples, wording(answers, end_tokens, perplexity))
@@ -79,5 +81,5 @@ def _responses(model: Any, models: Models, prompts: list[str], settings: Setting
     """Let one of the models continue the held-out prompts, from the same seed every time."""
     ids, attended = encode(models.tokenizer, prompts, torch.device(settings.device))
     torch.manual_seed(settings.seed)
-    options = {"max_new_tokens": settings.held_out_tokens, "vocabulary": models.common_vocabulary, "temperature": temperature}
-    return sample_rollouts(model, ids, attended, **options)
+    options: dict[str, Any] = {"max_new_tokens": settings.held_out_tokens, "vocabulary": models.common_vocabulary}
+    return sample_rollouts(model, ids, attended, temperature=temperature, **options)

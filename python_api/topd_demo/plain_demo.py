@@ -12,7 +12,6 @@ from topd_demo.settings import Settings
 from topd_demo.summary import summarise
 from topd_demo.training import Run, Trainer
 
-
 SAMPLES = 2  # prompts whose answers the terminal shows
 
 

@@ -108,7 +108,7 @@ def _generated(count: int, seed: int, without: frozenset[str]) -> Iterator[str]:
 
 
 def _mixed(generated: Iterator[str], chat: tuple[str, ...], count: int, seed: int) -> list[str]:
-    """Take the last of every GENERATED_SHARE from the generators, the others from a chat, shuffled by the seed, over and over."""
+    """Take the last of every GENERATED_SHARE from the generators, the others from a chat, over and over, as the seed has it."""
     order = list(chat)
     random.Random(seed).shuffle(order)
     chats = itertools.cycle(order)

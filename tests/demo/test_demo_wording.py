@@ -58,7 +58,7 @@ def transcript(answer: str, worded: Wording) -> Transcript:
 
 def test_the_summary_warns_of_a_collapse_alone():
     summary = summarise([run("opd", worded(0.05, 19)), run("topd", worded(0.8, 20))], None)
-    assert summary.repeats == "Repeated 3-grams in the answers: before 50%, OPD 5%, TOPD 80%, teacher 10%"
+    assert summary.repeats == "Repeated 3-grams in the answers: before 50%, after OPD 5%, after TOPD 80%, teacher 10%"
     (warning,) = summary.warnings
     assert warning.startswith("Warning: after TOPD the answers are collapsed: 80% of their 3-grams are repeats")
     assert summarise([], None).warnings == []
@@ -67,8 +67,8 @@ def test_the_summary_warns_of_a_collapse_alone():
 def test_the_summary_puts_the_answers_beside_the_teachers():
     summary = summarise([run("opd", worded(0.05, 19))], None)
     assert summary.samples == [
-        ("first", {"before": "b1", "OPD": "opd1", "teacher": "t1"}),
-        ("second", {"before": "b2", "OPD": "opd2", "teacher": "t2"}),
+        ("first", {"before": "b1", "after OPD": "opd1", "teacher": "t1"}),
+        ("second", {"before": "b2", "after OPD": "opd2", "teacher": "t2"}),
     ]
-    assert [row[0] for row in summary.wordings[1]] == ["before", "OPD", "teacher"]
-    assert summary.wordings[1][1] == ("OPD", "5%", "80%", "19.0", "50%", "3.0")
+    assert [row[0] for row in summary.wordings[1]] == ["before", "after OPD", "teacher"]
+    assert summary.wordings[1][1] == ("after OPD", "5%", "80%", "19.0", "50%", "3.0")
