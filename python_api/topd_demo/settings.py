@@ -33,16 +33,16 @@ class Settings:
     """
 
     methods: tuple[str, ...] = DEMO_METHODS
-    steps: int = 30
-    batch: int = 4
+    steps: int = 20
+    batch: int = 8
     tokens: int = 24
     horizon: int = 16
-    learning_rate: float = 1e-4
+    learning_rate: float = 2e-4
     warmup: int = 2
     clip: float = 1.0
     evaluate_every: int = 10
     held_out: int = 12
-    held_out_tokens: int = 40
+    held_out_tokens: int = 32
     seed: int = 0
     teacher: str | None = None
     student: str | None = None
@@ -122,9 +122,10 @@ def _some_of(value: object, known: Collection[object]) -> bool:
 
 QUICK: dict[str, Any] = {"steps": 8, "evaluate_every": 4, "held_out": 8}
 # What a method that stands alone does otherwise.
-SOLVING: dict[str, Any] = {"batch": 8, "tokens": 28, "evaluate_every": 15, "held_out": 48, "held_out_tokens": 28, "warmup": 3}
+ALONE: dict[str, Any] = {"steps": 30, "evaluate_every": 15, "warmup": 3}
+SOLVING = ALONE | {"batch": 8, "tokens": 28, "held_out": 48, "held_out_tokens": 28}
 OF_METHODS: dict[str, dict[str, Any]] = {
-    "context": {"learning_rate": 3e-5, "warmup": 3, "evaluate_every": 15, "held_out": 12, "held_out_tokens": 24},
+    "context": ALONE | {"batch": 4, "tokens": 24, "learning_rate": 3e-5, "held_out": 12, "held_out_tokens": 24},
     "opsd": SOLVING | {"learning_rate": 1e-4},
     "trd": SOLVING | {"learning_rate": 2e-5},
 }

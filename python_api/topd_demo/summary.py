@@ -66,11 +66,8 @@ def _transcripts(runs: list[Run]) -> dict[str, Transcript]:
     if not runs:
         return {}
     start = runs[0].before
-    return {
-        "before": start.student,
-        **{f"after {NAMES[run.method]}": run.after.student for run in runs},
-        "teacher": start.teacher,
-    }
+    after = {f"after {NAMES[run.method]}": run.after.student for run in runs}
+    return {"before": start.student, **after, "teacher": start.teacher}
 
 
 def _samples(said: dict[str, Transcript]) -> list[tuple[str, dict[str, str]]]:

@@ -39,9 +39,9 @@ def add_to(commands: Any) -> None:
         "demo", help=HELP, description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="eight steps of each method, fewer held-out prompts")
-    parser.add_argument("--steps", type=positive, metavar="N", help="steps of each method (default 30)")
+    parser.add_argument("--steps", type=positive, metavar="N", help="steps of each method (default 20; context, trd, opsd 30)")
     parser.add_argument("--method", choices=(*DEMO_METHODS, *PAIRED_METHODS), help="one method instead of OPD and TOPD")
-    parser.add_argument("--batch", type=positive, metavar="N", help="rollouts a step (default 4; trd, opsd 8)")
+    parser.add_argument("--batch", type=positive, metavar="N", help="rollouts a step (default 8; context 4)")
     parser.add_argument("--tokens", type=positive, metavar="N", help="the most tokens of a rollout (default 24; trd, opsd 28)")
     parser.add_argument("--seed", type=seed, metavar="N", help="of prompts, rollouts and windows (default 0)")
     parser.add_argument(
