@@ -1,15 +1,16 @@
 """`topd demo` from its options to its report, on tiny random models in a folder."""
 
+import json
 import signal
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_demo import QUICK, Page, demo, dying, interrupted, metrics, tokenizer
+from tiny_demo import QUICK, Page, demo, dying, interrupted, metrics, saved, tokenizer
 
 import topd
 from topd.cli.main import main
-from topd_demo import prompts, run_folder, smollm2, training
+from topd_demo import models, prompts, run_folder, smollm2, training
 from topd_demo.display import Display, one_line
 from topd_demo.figures import NAMES
 from topd_demo.settings import Settings
@@ -91,9 +92,21 @@ def test_one_step_of_the_real_model(tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, "QUICK", {"held_out": 2, "held_out_tokens": 6, "horizon": 6, "batch": 2})
     assert main(["demo", "--quick", "--steps", "1", "--method", "topd", "--tokens", "8", "--out", str(tmp_path / "run")]) == 0
     first, step, last = metrics(tmp_path / "run")
-    assert min(first["held_out_reverse_kl"], step["opd_loss"], last["held_out_reverse_kl"]) > 1  # six layers of it babble
+    assert min(first["held_out_reverse_kl"], step["opd_loss"], last["held_out_reverse_kl"]) > 0.3  # it lacks six layers
+    assert len(json.loads((tmp_path / "run" / "config.json").read_text())["left_out"]) == models.LEFT_OUT
     assert first["held_out_reverse_kl"] != last["held_out_reverse_kl"]
     assert step["student_branches"] == step["teacher_branches"] == 1
+
+
+def test_the_student_lacks_the_least_layers_or_those_of_the_config(tmp_path, monkeypatch):
+    teacher = models._pretrained(saved(tmp_path / "teacher", 8, 0), "teacher")
+    monkeypatch.setattr(models, "_teacher", lambda _settings: (teacher, tokenizer()))
+    first = models.load(Settings())
+    assert first.left_out is not None
+    assert (len(first.left_out), len(first.student.model.layers)) == (models.LEFT_OUT, 2)
+    assert f"without layers {', '.join(map(str, first.left_out))} of 0 to 7" in first.description
+    other = models.load(Settings(left_out=(3,)))  # a run that goes on: whatever would be found now
+    assert (other.left_out, len(other.student.model.layers)) == ((3,), 7)
 
 
 def test_one_method_and_its_report(tmp_path, pair):
