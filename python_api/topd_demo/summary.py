@@ -54,7 +54,7 @@ def summarise(runs: list[Run], cost: LossCost | None) -> Summary:
         _outcome(shown),
         _samples(said),
         _wordings(said),
-        f"Repeated 3-grams in the answers: {repeats}",
+        f"Repeated 3-grams: {repeats}",
         _warnings(shown),
         stages(shown),
         None if cost is None else _loss(cost),

@@ -60,7 +60,7 @@ def test_the_page_stands_alone(whole_run):
     assert not [link for link in page.links if not link.startswith("#")]
     assert "prefers-color-scheme: dark" in page.text
     head, _, rest = page.text.partition("</style>")[2].partition("What the student says")
-    assert "$" not in head + rest.partition("Has it learned")[2].partition("Two near futures")[0]
+    assert "$" not in head + rest.partition("Learned, or collapsed?")[2].partition("Two near futures")[0]
 
 
 @pytest.mark.parametrize("fail_at", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(5, marks=pytest.mark.slow)])

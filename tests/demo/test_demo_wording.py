@@ -58,7 +58,7 @@ def transcript(answer: str, worded: Wording) -> Transcript:
 
 def test_the_summary_warns_of_a_collapse_alone():
     summary = summarise([run("opd", worded(0.05, 19)), run("topd", worded(0.8, 20))], None)
-    assert summary.repeats == "Repeated 3-grams in the answers: before 50%, after OPD 5%, after TOPD 80%, teacher 10%"
+    assert summary.repeats == "Repeated 3-grams: before 50%, after OPD 5%, after TOPD 80%, teacher 10%"
     (warning,) = summary.warnings
     assert warning.startswith("Warning: after TOPD the answers are collapsed: 80% of their 3-grams are repeats")
     assert summarise([], None).warnings == []

