@@ -89,7 +89,7 @@ class _Demo:
                 trainer = demo.trainer(name, self.folder, self.runs)
                 check_space(self.folder, trainer.checkpoint_bytes())
                 if not (self.folder / CONFIG).exists():
-                    files.write_json(self.folder / CONFIG, settings.to_json())
+                    files.write_json(self.folder / CONFIG, demo.settings.to_json())
                 finished = self._train(trainer, stopping)
                 if not finished:
                     break

@@ -6,6 +6,7 @@ from typing import Any
 import topd
 from topd_demo.models import Models
 from topd_demo.paired import Item, Items, PairedMethod
+from topd_demo.prompts import CHAT, HELD_OUT_CHAT
 from topd_demo.settings import Settings
 
 SYSTEM = 'You are a pirate. Answer in one short sentence, between "Ahoy!" and "Aye!".'
@@ -16,52 +17,6 @@ EXAMPLES = (
     ("How many legs does a spider have?", "Ahoy! It has eight legs. Aye!"),
 )
 SIGN = "Ahoy!"
-QUESTIONS = (
-    "Why is the sky blue?",
-    "What is the capital of Spain?",
-    "What is the sea made of?",
-    "Name three fruits.",
-    "How do plants make food?",
-    "What does a baker do?",
-    "Give me a tip for sleeping well.",
-    "Who painted the Mona Lisa?",
-    "What is gravity?",
-    "What is a good name for a cat?",
-    "How many days are in a week?",
-    "What do cows eat?",
-    "Where do penguins live?",
-    "What is ice?",
-    "How do birds fly?",
-    "What is the largest ocean?",
-    "What does a farmer do?",
-    "What is bread made of?",
-    "Why do we sleep?",
-    "What is the opposite of hot?",
-    "How many months are in a year?",
-    "What is the moon?",
-    "Name a musical instrument.",
-    "What do you do with a hammer?",
-    "What is the capital of Japan?",
-    "Why do leaves fall?",
-    "What is a volcano?",
-    "Who invented the telephone?",
-    "What color is a banana?",
-    "How do fish breathe?",
-)
-HELD_OUT = (
-    "What is the capital of France?",
-    "How does rain form?",
-    "Name three colours.",
-    "What does a doctor do?",
-    "What is the largest planet?",
-    "Why do cats purr?",
-    "What is snow?",
-    "Who was Albert Einstein?",
-    "How many hours are in a day?",
-    "What do rabbits eat?",
-    "What is a library?",
-    "Where does the sun rise?",
-)
 
 
 class ContextDistillation(PairedMethod):
@@ -73,10 +28,10 @@ class ContextDistillation(PairedMethod):
         tokenizer = models.tokenizer
         config = topd.OPDConfig("forward_kl")
         objective = topd.OPD(models.student, models.teacher, config, allow_unequal_vocabularies=True)  # padding may differ
-        order = list(QUESTIONS)
+        order = list(CHAT)
         random.Random(settings.seed).shuffle(order)
         train = [_item(tokenizer, order[i % len(order)]) for i in range(settings.steps * settings.batch)]
-        held_out = [_item(tokenizer, question) for question in HELD_OUT[: settings.held_out]]
+        held_out = [_item(tokenizer, question) for question in HELD_OUT_CHAT[: settings.held_out]]
         super().__init__(
             models.student,
             objective,

@@ -103,14 +103,11 @@ class Display:
             table.add_row(*row)
         self.console.print(Text(f"\n{title}", style="bold"), table)
 
-    def samples(self, title: str, answers: Mapping[str, list[list[str]] | None]) -> None:
-        """Show the first of each list of prompts with an answer; None: there is none."""
-        shown = {name: texts[0] for name, texts in answers.items() if texts}
-        if not shown:
-            return
+    def sample(self, title: str, prompt: str, answers: Mapping[str, str]) -> None:
+        """Show a prompt with the answers to it, by name."""
         grid = Table.grid(padding=(0, 2, 0, 0))
-        grid.add_row(Text("prompt", style="dim"), Text(one_line(next(iter(shown.values()))[0])))
-        for name, (_, answer) in shown.items():
+        grid.add_row(Text("prompt", style="dim"), Text(one_line(prompt)))
+        for name, answer in answers.items():
             grid.add_row(Text(name, style="dim"), Text(one_line(answer)))
         self.console.print(Text(f"\n{title}", style="bold"), grid)
 

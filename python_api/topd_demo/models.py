@@ -10,9 +10,11 @@ import torch
 import topd
 from topd.cli.errors import CommandError, require
 from topd_demo import smollm2
+from topd_demo.influence import least_influence, without_layers
+from topd_demo.prompts import CHAT, encode
 from topd_demo.settings import Settings
 
-SMOLLM2, LORA_RANK = "SmolLM2-135M-Instruct", 16
+SMOLLM2, LORA_RANK, LEFT_OUT = "SmolLM2-135M-Instruct", 16, 6
 
 
 class Models(NamedTuple):
@@ -20,6 +22,7 @@ class Models(NamedTuple):
 
     Attributes:
         common_vocabulary: the tokens that both read; what either has beyond them is padding.
+        left_out: the teacher's layers that the student is without; None: it is no such copy.
     """
 
     student: Any
@@ -27,6 +30,7 @@ class Models(NamedTuple):
     tokenizer: Any
     description: str
     common_vocabulary: int
+    left_out: tuple[int, ...] | None = None
 
 
 def load(settings: Settings) -> Models:
@@ -40,6 +44,7 @@ def load(settings: Settings) -> Models:
 
     logging.disable_progress_bar()
     teacher, tokenizer = _teacher(settings)
+    left_out = settings.left_out
     if settings.student is not None:
         student = _pretrained(settings.student, "student")
         check_tokenizers(tokenizer, _tokenizer(settings.student, tokenizer))
@@ -47,8 +52,9 @@ def load(settings: Settings) -> Models:
     elif settings.paired:
         student, name = copy.deepcopy(teacher), "its copy"
     else:
-        student = smollm2.sliced(teacher, settings.layers)
-        name = f"{len(settings.layers)} of its {teacher.config.num_hidden_layers} layers"
+        left_out = settings.left_out or _least_needed(teacher, tokenizer)
+        student = without_layers(teacher, left_out)
+        name = f"its copy without layers {', '.join(map(str, left_out))} of 0 to {teacher.config.num_hidden_layers - 1}"
     check_vocabularies(student, teacher, tokenizer)
     for parameter in teacher.parameters():
         parameter.requires_grad_(False)
@@ -56,7 +62,7 @@ def load(settings: Settings) -> Models:
     description = f"{settings.teacher or SMOLLM2} teaches {name}"
     student, teacher = student.to(device).eval(), teacher.to(device).eval()
     common = min(topd.Head.from_model(model).weight.shape[0] for model in (student, teacher))
-    return Models(student, teacher, tokenizer, description, common)
+    return Models(student, teacher, tokenizer, description, common, left_out)
 
 
 def load_with_lora(settings: Settings) -> Models:
@@ -80,6 +86,12 @@ def load_with_lora(settings: Settings) -> Models:
         student = get_peft_model(model, lora).to(torch.device(settings.device)).eval()
     description = f"{settings.student or SMOLLM2} teaches itself: a LoRA of rank {LORA_RANK}"
     return Models(student, student, tokenizer, description, topd.Head.from_model(model).weight.shape[0])
+
+
+def _least_needed(teacher: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Return the LEFT_OUT layers of the teacher that have the least influence on the prompts of a chat."""
+    input_ids, attention_mask = encode(tokenizer, list(CHAT), torch.device("cpu"))
+    return tuple(sorted(least_influence(teacher, input_ids, attention_mask)[:LEFT_OUT]))
 
 
 def _teacher(settings: Settings) -> tuple[Any, Any]:

@@ -38,7 +38,7 @@ def built(title: str, body: str, settings: Settings, *, stages: Table, done: boo
         done: whether the run came to its end.
         fields: HTML for the body's fields.
     """
-    of_plain_methods = ("horizon", "layers") if settings.paired else ()
+    of_plain_methods = ("horizon", "left_out") if settings.paired else ()
     options = [(name, _shown(value)) for name, value in settings.to_json().items() if name not in of_plain_methods]
     state = "" if done else '<p class="note">The run was stopped before its end; this is what there was.</p>'
     text = Template(_read(body)).substitute(fields, state=state)
@@ -93,3 +93,12 @@ def sample(question: str, answers: list[tuple[str, str]]) -> str:
     """Return a question with what was said to it, each under a name."""
     lines = "".join(f"<dt>{html.escape(name)}</dt><dd>{plain_text(text)}</dd>" for name, text in answers)
     return f'<div class="sample"><p class="prompt">{plain_text(question)}</p><dl>{lines}</dl></div>'
+
+
+def beside(question: str, answers: dict[str, str]) -> str:
+    """Return a question with the answers to it, by name, side by side where there is room."""
+    columns = "".join(
+        f'<div class="{name.lower()}"><dt>{html.escape(name)}</dt><dd>{plain_text(text) or "(nothing)"}</dd></div>'
+        for name, text in answers.items()
+    )
+    return f'<div class="sample"><p class="prompt">{plain_text(question)}</p><dl class="beside">{columns}</dl></div>'

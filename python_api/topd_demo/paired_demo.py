@@ -45,5 +45,5 @@ class PairedDemo:
         place = paired_report.shown(run.before, run.after)[0]
         old, new = run.before.rows[place], run.after.rows[place]
         answers = {"before": old.student, "after": new.student, words.teacher: new.teacher}
-        display.samples("A held-out question", {name: [[new.question, text]] for name, text in answers.items()})
+        display.sample("A held-out question", new.question, answers)
         return page

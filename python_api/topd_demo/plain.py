@@ -42,9 +42,9 @@ class PlainMethod:
         options: dict[str, Any] = {"max_new_tokens": settings.tokens, "vocabulary": self.models.common_vocabulary}
         return sample_rollouts(self.student, ids, attended, **options), {}
 
-    def evaluate(self, _first: bool) -> Evaluation:
-        """Compare both models on the student's answers to the held-out prompts."""
-        return evaluate(self.models, self.prompts.held_out, self.settings)
+    def evaluate(self, first: bool) -> Evaluation:
+        """Compare both models on the held-out prompts."""
+        return evaluate(self.models, self.prompts.held_out, self.settings, first)
 
     def window_pair(self, objective: topd.Objective, batch: dict[str, Tensor]) -> WindowPair | None:
         """Return TOPD's two windows of the step that are furthest apart."""

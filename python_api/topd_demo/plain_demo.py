@@ -1,16 +1,18 @@
 """OPD and TOPD one after the other from the same start, and what is shown of them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from topd_demo import models, prompts, report
 from topd_demo.display import Display
 from topd_demo.evaluation import held_out_batch
-from topd_demo.figures import NAMES
 from topd_demo.loss_cost import measure_loss
 from topd_demo.plain import PlainMethod
 from topd_demo.settings import Settings
 from topd_demo.summary import summarise
 from topd_demo.training import Run, Trainer
+
+SAMPLES = 2  # prompts whose answers the terminal shows
 
 
 class PlainDemo:
@@ -23,6 +25,7 @@ class PlainDemo:
     def load(self) -> str:
         """Load the models; return what they are."""
         self.models = models.load(self.settings)
+        self.settings = replace(self.settings, left_out=self.models.left_out)
         self.start = {name: value.clone() for name, value in self.models.student.state_dict().items()}
         return self.models.description
 
@@ -37,14 +40,15 @@ class PlainDemo:
         cost = None if batch is None else measure_loss(self.models, batch)
         page = report.write(folder, runs, cost, self.settings, self.models.description)
         summary = summarise(runs, cost)
-        display.table("Reverse KL to the teacher on held-out prompts, nats per token", summary.outcome)
         if summary.loss is not None:
             display.table("The loss alone, value and gradients", summary.loss)
         display.table("Where a step's time goes", summary.stages)
-        answers = {"before": next((run.before.samples for run in runs if run.before), None)}
-        answers |= {NAMES[run.method]: run.after.samples for run in runs if run.after}
-        display.samples("The student's answer to a held-out prompt", answers)
         for run in runs:
             if run.pair is not None:
                 display.window_pair(run.pair)
+        for prompt, answers in summary.samples[:SAMPLES]:
+            display.sample("Answers to a held-out prompt", prompt, answers)
+        display.table("Reverse KL to the teacher on held-out prompts, nats per token", summary.outcome)
+        for line in (f"\n{summary.repeats}", *summary.warnings):
+            display.say(line)
         return page

@@ -1,5 +1,6 @@
-"""Questions to train on and others to be judged by: reasoning-gym's seeded generators, and a few of a chat."""
+"""Questions to train on and others to be judged by: of a chat, and some of reasoning-gym's seeded generators."""
 
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -13,20 +14,51 @@ GENERATORS = ("chain_sum", "letter_counting", "spell_backward", "gcd", "simple_e
 LONGEST = 240  # characters of a question
 CHAT = (
     "Why is the sky blue?",
-    "What is the capital of Italy?",
-    "Write one sentence about the sea.",
+    "What is the capital of Spain?",
+    "What is the sea made of?",
     "Name three fruits.",
     "How do plants make food?",
     "What does a baker do?",
     "Give me a tip for sleeping well.",
-    "Who wrote Hamlet?",
-    "Explain what gravity is.",
+    "Who painted the Mona Lisa?",
+    "What is gravity?",
     "What is a good name for a cat?",
     "How many days are in a week?",
-    "Tell me a short story about a dog.",
+    "What do cows eat?",
+    "Where do penguins live?",
+    "What is ice?",
+    "How do birds fly?",
+    "What is the largest ocean?",
+    "What does a farmer do?",
+    "What is bread made of?",
+    "Why do we sleep?",
+    "What is the opposite of hot?",
+    "How many months are in a year?",
+    "What is the moon?",
+    "Name a musical instrument.",
+    "What do you do with a hammer?",
+    "What is the capital of Japan?",
+    "Why do leaves fall?",
+    "What is a volcano?",
+    "Who invented the telephone?",
+    "What color is a banana?",
+    "How do fish breathe?",
 )
-HELD_OUT_CHAT = ("What is the capital of France?", "How does rain form?", "Name three colours.", "What does a doctor do?")
-CHAT_SHARE = 4  # one question in so many is of a chat
+HELD_OUT_CHAT = (
+    "What is the capital of France?",
+    "How does rain form?",
+    "Name three colours.",
+    "What does a doctor do?",
+    "What is the largest planet?",
+    "Why do cats purr?",
+    "What is snow?",
+    "Who was Albert Einstein?",
+    "How many hours are in a day?",
+    "What do rabbits eat?",
+    "What is a library?",
+    "Where does the sun rise?",
+)
+GENERATED_SHARE = 4  # the last of so many questions is a generator's
 
 
 class Prompts(NamedTuple):
@@ -76,10 +108,11 @@ def _generated(count: int, seed: int, without: frozenset[str]) -> Iterator[str]:
 
 
 def _mixed(generated: Iterator[str], chat: tuple[str, ...], count: int, seed: int) -> list[str]:
-    """Take the first of every CHAT_SHARE from a chat, in an order that the seed shuffles, over and over."""
+    """Take the last of every GENERATED_SHARE from the generators, the others from a chat, over and over, as the seed has it."""
     order = list(chat)
     random.Random(seed).shuffle(order)
-    return [order[i // CHAT_SHARE % len(order)] if i % CHAT_SHARE == 0 else next(generated) for i in range(count)]
+    chats = itertools.cycle(order)
+    return [next(generated if i % GENERATED_SHARE == GENERATED_SHARE - 1 else chats) for i in range(count)]
 
 
 def encode(tokenizer: Any, prompts: list[str], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -6,10 +6,12 @@ from pathlib import Path
 from topd import files
 from topd_demo import figures
 from topd_demo.loss_cost import LossCost
-from topd_demo.page import built, inline, plain_text, sample, save_png, table
+from topd_demo.page import beside, built, inline, plain_text, save_png, table
 from topd_demo.settings import Settings
 from topd_demo.summary import summarise
 from topd_demo.training import Run
+
+SAMPLES = 6  # prompts whose answers are on show at once
 
 
 def write(folder: Path, runs: list[Run], cost: LossCost | None, settings: Settings, description: str) -> Path:
@@ -37,11 +39,14 @@ def build(runs: list[Run], cost: LossCost | None, settings: Settings, descriptio
         done=done,
         description=html.escape(description),
         tiles="".join(_tile(run) for run in runs if run.before is not None),
+        warnings="".join(f'<p class="warning">{html.escape(warning)}</p>' for warning in summary.warnings),
+        tokens=str(settings.held_out_tokens),
+        samples=_samples(summary.samples),
+        wordings=table(summary.wordings),
         curves="".join(f"<figure>{panel}</figure>" for panel in panels),
         outcome=table(summary.outcome),
         loss=table(summary.loss) if summary.loss else "<p class='note'>Not measured: the run did not get there.</p>",
         agreement=f"The two values differ by {cost.difference:.0e} of their size." if cost else "",
-        samples=_samples(runs),
         windows=_windows(pair),
     )
 
@@ -65,15 +70,9 @@ def _windows(run: Run | None) -> str:
     return f'<p class="note">… {plain_text(run.pair.prefix)} …</p><div class="wide">{inline(drawn)}</div>'
 
 
-def _samples(runs: list[Run]) -> str:
-    """Return the student's answers before and after."""
-    shown = [run for run in runs if run.before is not None and run.after is not None]
-    if not shown:
-        return ""
-    blocks = []
-    assert shown[0].before is not None
-    for place, (prompt, before) in enumerate(shown[0].before.samples):
-        answers = [("before", before)]
-        answers += [(figures.NAMES[run.method], run.after.samples[place][1]) for run in shown if run.after is not None]
-        blocks.append(sample(prompt, answers))
-    return "".join(blocks)
+def _samples(samples: list[tuple[str, dict[str, str]]]) -> str:
+    """Return the answers beside each other, the first few at once."""
+    blocks = [beside(prompt, answers) for prompt, answers in samples]
+    rest = "".join(blocks[SAMPLES:])
+    more = f"<details><summary>The other {len(blocks) - SAMPLES} held-out prompts</summary>{rest}</details>" if rest else ""
+    return "".join(blocks[:SAMPLES]) + more

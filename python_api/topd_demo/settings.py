@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from topd.cli.options import DEMO_METHODS, PAIRED_METHODS, SEEDS
-from topd_demo.smollm2 import LAYERS, SLICE
+from topd_demo.smollm2 import LAYERS
 
 
 @dataclass(frozen=True)
@@ -26,27 +26,27 @@ class Settings:
         held_out: held-out prompts.
         held_out_tokens: the most tokens of a response there.
         seed: of prompts, rollouts and windows.
-        teacher, student: names or folders of transformers models; None: SmolLM2-135M-Instruct, of which OPD and TOPD take
-            `layers` as the student.
-        layers: of the teacher, that the student of OPD and TOPD is a slice of.
+        teacher, student: names or folders of transformers models; None: SmolLM2-135M-Instruct, and as the student of OPD and
+            TOPD the same without some layers.
+        left_out: the layers that it is without; None: those of least influence, found when the models are loaded.
         device: where torch runs.
     """
 
     methods: tuple[str, ...] = DEMO_METHODS
-    steps: int = 30
-    batch: int = 4
+    steps: int = 20
+    batch: int = 8
     tokens: int = 24
     horizon: int = 16
-    learning_rate: float = 1e-4
+    learning_rate: float = 2e-4
     warmup: int = 2
     clip: float = 1.0
     evaluate_every: int = 10
-    held_out: int = 16
-    held_out_tokens: int = 24
+    held_out: int = 12
+    held_out_tokens: int = 32
     seed: int = 0
     teacher: str | None = None
     student: str | None = None
-    layers: tuple[int, ...] = SLICE
+    left_out: tuple[int, ...] | None = None
     device: str = "cpu"
 
     def __post_init__(self) -> None:
@@ -67,7 +67,8 @@ class Settings:
         alone = [(name,) for name in PAIRED_METHODS]
         rule = f"one or both of {', '.join(DEMO_METHODS)}, or one of {', '.join(PAIRED_METHODS)}"
         self._check("methods", rule, lambda value: value in alone or _some_of(value, DEMO_METHODS))
-        self._check("layers", f"layers from 0 to {LAYERS - 1}, each once", lambda value: _some_of(value, range(LAYERS)))
+        rule = f"null, or layers from 0 to {LAYERS - 1}, each once"
+        self._check("left_out", rule, lambda value: value is None or _some_of(value, range(LAYERS)))
 
     @property
     def paired(self) -> bool:
@@ -121,9 +122,10 @@ def _some_of(value: object, known: Collection[object]) -> bool:
 
 QUICK: dict[str, Any] = {"steps": 8, "evaluate_every": 4, "held_out": 8}
 # What a method that stands alone does otherwise.
-SOLVING: dict[str, Any] = {"batch": 8, "tokens": 28, "evaluate_every": 15, "held_out": 48, "held_out_tokens": 28, "warmup": 3}
+ALONE: dict[str, Any] = {"steps": 30, "evaluate_every": 15, "warmup": 3}
+SOLVING = ALONE | {"batch": 8, "tokens": 28, "held_out": 48, "held_out_tokens": 28}
 OF_METHODS: dict[str, dict[str, Any]] = {
-    "context": {"learning_rate": 3e-5, "warmup": 3, "evaluate_every": 15, "held_out": 12},
+    "context": ALONE | {"batch": 4, "tokens": 24, "learning_rate": 3e-5, "held_out": 12, "held_out_tokens": 24},
     "opsd": SOLVING | {"learning_rate": 1e-4},
     "trd": SOLVING | {"learning_rate": 2e-5},
 }

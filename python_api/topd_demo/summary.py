@@ -3,9 +3,11 @@
 import statistics
 from dataclasses import dataclass
 
+from topd_demo.evaluation import Transcript
 from topd_demo.figures import NAMES
 from topd_demo.loss_cost import LossCost
 from topd_demo.training import Run
+from topd_demo.wording import collapse
 
 STAGES = {
     "rollouts": "student's rollouts",
@@ -26,9 +28,19 @@ Table = tuple[tuple[str, ...], list[tuple[str, ...]]]  # header, rows
 
 @dataclass(frozen=True)
 class Summary:
-    """The tables that a run ends with."""
+    """The tables that a run ends with, and what is answered.
+
+    Attributes:
+        samples: each held-out prompt with the answers to it, by name.
+        repeats: one line: how much the answers repeat themselves.
+        warnings: a sentence for each method after which the answers are collapsed.
+    """
 
     outcome: Table
+    samples: list[tuple[str, dict[str, str]]]
+    wordings: Table
+    repeats: str
+    warnings: list[str]
     stages: Table
     loss: Table | None
 
@@ -36,7 +48,53 @@ class Summary:
 def summarise(runs: list[Run], cost: LossCost | None) -> Summary:
     """Sum up everything that was done so far."""
     shown = [run for run in runs if run.before is not None]
-    return Summary(_outcome(shown), stages(shown), None if cost is None else _loss(cost))
+    said = _transcripts(shown)
+    repeats = ", ".join(f"{name} {each.wording.repeated:.0%}" for name, each in said.items())
+    return Summary(
+        _outcome(shown),
+        _samples(said),
+        _wordings(said),
+        f"Repeated 3-grams: {repeats}",
+        _warnings(shown),
+        stages(shown),
+        None if cost is None else _loss(cost),
+    )
+
+
+def _transcripts(runs: list[Run]) -> dict[str, Transcript]:
+    """Return what the student answers before and after each method, and the teacher, by name."""
+    if not runs:
+        return {}
+    start = runs[0].before
+    after = {f"after {NAMES[run.method]}": run.after.student for run in runs}
+    return {"before": start.student, **after, "teacher": start.teacher}
+
+
+def _samples(said: dict[str, Transcript]) -> list[tuple[str, dict[str, str]]]:
+    """Return each prompt with its answers."""
+    rows = zip(*(each.samples for each in said.values()), strict=True)
+    return [(row[0][0], {name: answer for name, (_, answer) in zip(said, row, strict=True)}) for row in rows]
+
+
+def _wordings(said: dict[str, Transcript]) -> Table:
+    """Return how the answers are worded."""
+    header = ("answers", "repeated 3-grams", "distinct tokens", "mean length", "ended by themselves", "teacher's perplexity")
+    rows: list[tuple[str, ...]] = []
+    for name, transcript in said.items():
+        each = transcript.wording
+        shares = f"{each.repeated:.0%}", f"{each.distinct:.0%}", f"{each.length:.1f}", f"{each.ended:.0%}"
+        rows.append((name, *shares, f"{each.teacher_perplexity:.1f}"))
+    return header, rows
+
+
+def _warnings(runs: list[Run]) -> list[str]:
+    """Return a sentence for each method after which the student's answers are collapsed."""
+    reasons = {NAMES[run.method]: collapse(run.after.student.wording, run.before.teacher.wording) for run in runs}
+    return [
+        f"Warning: after {name} the answers are collapsed: {reason}. A lower reverse KL then says nothing about learning."
+        for name, reason in reasons.items()
+        if reason
+    ]
 
 
 def _outcome(runs: list[Run]) -> Table:

@@ -17,10 +17,11 @@ import topd
 from topd import files
 from topd.cli.errors import CommandError
 from topd.cli.memory import used_mib
-from topd_demo.evaluation import Evaluation
+from topd_demo.evaluation import Evaluation, Transcript
 from topd_demo.paired import PairedEvaluation, Row
 from topd_demo.settings import Settings
 from topd_demo.window_pair import WindowPair
+from topd_demo.wording import Wording
 
 Record = dict[str, Any]
 STEP_SEED = 100_003  # rollouts of step n are drawn from seed * STEP_SEED + n
@@ -42,6 +43,9 @@ class Run:
     before: Any = None
     after: Any = None
     pair: WindowPair | None = None
+
+
+CHECKPOINT_TYPES: list[Any] = [Run, Evaluation, Transcript, Wording, PairedEvaluation, Row, WindowPair]
 
 
 def schedule(index: int, steps: int, warmup: int) -> float:
@@ -113,7 +117,7 @@ class Trainer:
 
     def _load(self) -> None:
         """Read the checkpoint; raise where it is not one of this run."""
-        with torch.serialization.safe_globals([Run, Evaluation, PairedEvaluation, Row, WindowPair]):
+        with torch.serialization.safe_globals(CHECKPOINT_TYPES):
             state = torch.load(self.path, map_location=torch.device(self.settings.device), weights_only=True)
         run = state["run"]
         if not isinstance(run, Run) or (run.method, type(run.records)) != (self.run.method, list):

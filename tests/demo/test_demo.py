@@ -1,15 +1,16 @@
 """`topd demo` from its options to its report, on tiny random models in a folder."""
 
+import json
 import signal
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_demo import QUICK, Page, demo, dying, interrupted, metrics, tokenizer
+from tiny_demo import QUICK, Page, demo, dying, interrupted, metrics, saved, tokenizer
 
 import topd
 from topd.cli.main import main
-from topd_demo import prompts, run_folder, smollm2, training
+from topd_demo import models, prompts, run_folder, smollm2, training
 from topd_demo.display import Display, one_line
 from topd_demo.figures import NAMES
 from topd_demo.settings import Settings
@@ -55,10 +56,11 @@ def test_both_methods_begin_with_the_same_rollouts(whole_run):
 def test_the_page_stands_alone(whole_run):
     page = Page((whole_run / "report.html").read_text())
     assert page.tags.count("svg") == 3
-    assert page.tags.count("table") == 4
+    assert page.tags.count("table") == 5
     assert not [link for link in page.links if not link.startswith("#")]
     assert "prefers-color-scheme: dark" in page.text
-    assert "$" not in page.text.replace("\\$", "").partition("What the student says")[0].partition("</style>")[2]
+    head, _, rest = page.text.partition("</style>")[2].partition("What the student says")
+    assert "$" not in head + rest.partition("Learned, or collapsed?")[2].partition("Two near futures")[0]
 
 
 @pytest.mark.parametrize("fail_at", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(5, marks=pytest.mark.slow)])
@@ -90,9 +92,21 @@ def test_one_step_of_the_real_model(tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, "QUICK", {"held_out": 2, "held_out_tokens": 6, "horizon": 6, "batch": 2})
     assert main(["demo", "--quick", "--steps", "1", "--method", "topd", "--tokens", "8", "--out", str(tmp_path / "run")]) == 0
     first, step, last = metrics(tmp_path / "run")
-    assert min(first["held_out_reverse_kl"], step["opd_loss"], last["held_out_reverse_kl"]) > 1  # six layers of it babble
+    assert min(first["held_out_reverse_kl"], step["opd_loss"], last["held_out_reverse_kl"]) > 0.3  # it lacks six layers
+    assert len(json.loads((tmp_path / "run" / "config.json").read_text())["left_out"]) == models.LEFT_OUT
     assert first["held_out_reverse_kl"] != last["held_out_reverse_kl"]
     assert step["student_branches"] == step["teacher_branches"] == 1
+
+
+def test_the_student_lacks_the_least_layers_or_those_of_the_config(tmp_path, monkeypatch):
+    teacher = models._pretrained(saved(tmp_path / "teacher", 8, 0), "teacher")
+    monkeypatch.setattr(models, "_teacher", lambda _settings: (teacher, tokenizer()))
+    first = models.load(Settings())
+    assert first.left_out is not None
+    assert (len(first.left_out), len(first.student.model.layers)) == (models.LEFT_OUT, 2)
+    assert f"without layers {', '.join(map(str, first.left_out))} of 0 to 7" in first.description
+    other = models.load(Settings(left_out=(3,)))  # a run that goes on: whatever would be found now
+    assert (other.left_out, len(other.student.model.layers)) == ((3,), 7)
 
 
 def test_one_method_and_its_report(tmp_path, pair):
@@ -118,7 +132,7 @@ def test_prompts_repeat_and_do_not_leak():
     assert questions != prompts.make_prompts(40, 12, 4)
     assert (len(questions.train), len(questions.held_out)) == (40, 12)
     assert not set(questions.train) & set(questions.held_out)
-    assert sum(prompt in prompts.CHAT for prompt in questions.train) == 10
+    assert sum(prompt in prompts.CHAT for prompt in questions.train) == 30
     assert max(map(len, questions.train + questions.held_out)) <= prompts.LONGEST
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_demo import tokenizer
 
-from topd_demo import context, paired, paired_report, problems, solving
+from topd_demo import context, paired, paired_report, problems, prompts, solving
 from topd_demo.figures import standard_error
 from topd_demo.settings import Settings
 from topd_demo.tokens import coloured
@@ -56,7 +56,7 @@ def test_the_context_is_the_teachers_alone():
     text = words.decode(teacher)
     assert text.startswith(context.SYSTEM + "\n")
     assert text.endswith("Aye!\nName three fruits.\n")
-    assert not set(context.HELD_OUT) & {*context.QUESTIONS, *(question for question, _ in context.EXAMPLES)}
+    assert not set(prompts.HELD_OUT_CHAT) & {*prompts.CHAT, *(question for question, _ in context.EXAMPLES)}
     assert (item.is_right(" Ahoy! Figs. Aye!"), item.is_right("Figs. Ahoy!")) == (True, False)
 
 

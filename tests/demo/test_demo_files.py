@@ -54,7 +54,7 @@ WRONG: dict[str, object] = {
     "learning_rate": float("nan"),
     "clip": "1",
     "methods": ["opd", "opd"],
-    "layers": [0, 30],
+    "left_out": [0, 30],
     "teacher": 3,
     "student": "",
     "device": None,
@@ -85,6 +85,14 @@ def test_a_config_without_one_of_its_values_or_that_is_a_folder(capsys, tmp_path
     assert "config.json cannot be read (" in failing(capsys, "--resume", "--out", str(tmp_path))
 
 
+def test_a_folder_of_an_older_student_is_refused(capsys, tmp_path):
+    """Its config.json names the layers of a student of six."""
+    older = {name: value for name, value in RIGHT.items() if name != "left_out"} | {"layers": [0, 1, 2, 14, 28, 29]}
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    line = failing(capsys, "--resume", "--out", str(tmp_path))
+    assert "config.json cannot be read ('layers' is no option of a run): start a new run in another folder with --out" in line
+
+
 def test_a_run_for_a_device_that_is_not_here(capsys, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(RIGHT | {"device": "cuda:99"}))
     assert "asks for cuda:99, which is not here" in failing(capsys, "--resume", "--out", str(tmp_path))
@@ -111,7 +119,7 @@ CHECKPOINTS: dict[str, Callable[[Path], object]] = {
 
 
 def change(path: Path, edit: Callable[[Any], object]) -> None:
-    with torch.serialization.safe_globals([training.Run, training.Evaluation, training.WindowPair]):
+    with torch.serialization.safe_globals(training.CHECKPOINT_TYPES):
         state = torch.load(path, weights_only=True)
     edit(state)
     torch.save(state, path)

