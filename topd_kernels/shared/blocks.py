@@ -69,7 +69,9 @@ def default_sizes(kernel: str, family: str, itemsize: int, *, heavy: bool = Fals
         return Sizes((2048 if itemsize == 4 else 1024) * wide, 4)
     if kernel in ("statistics", "rest"):  # a lane loads 16 bytes four times a block
         return Sizes((512 if itemsize == 4 else 256) * wide, 1)
-    widest = 1024 * wide if itemsize == 4 else 512  # with more in float64 a wide wave runs out of scalar registers
+    if itemsize == 8 and wide == 2:  # with two entries a lane it runs out of scalar registers
+        return Sizes(256, 4)
+    widest = (1024 if itemsize == 4 else 512) * wide
     return Sizes(widest // 2 if heavy else widest, 4)
 
 
@@ -80,7 +82,7 @@ def default_tile(family: str, student_itemsize: int, teacher_itemsize: int, *, a
     if student_itemsize != teacher_itemsize:
         return Tile(32, 32, 32, 4 // wide if aligned else 8)
     if student_itemsize > 2:
-        return Tile(64, 32, 32 if aligned else 16, 8 // wide)
+        return Tile(64, 32, 16 * wide, 8 // wide)
     return Tile(64, 64, 64, 8) if aligned else Tile(64, 32, 32, 8)
 
 
