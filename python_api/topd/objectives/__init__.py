@@ -1,6 +1,7 @@
 """Methods, a file each: rollouts in; a loss, metrics and scores out.
 
-opd.py, trd.py, opsd.py and topd.py are the methods, topk_teacher.py OPD with a teacher known by its top-k, self_teacher.py the
+opd.py, trd.py, opsd.py and topd.py are the methods, look_ahead.py the windows of topd.py and the transport between them,
+topk_teacher.py OPD with a teacher known by its top-k, self_teacher.py the
 weights with which a model teaches itself, config.py the options. They share method.py (what is kept between steps), inputs.py
 (a checked batch: batch.py or packed.py, pairs.py, the teacher's side, and what is said of tokens), token_losses.py (what each
 token costs, from the states that rows.py pairs; top_k.py: on the teacher's k tokens alone), reduction.py (from tokens to a

@@ -3,15 +3,15 @@
     L = L_OPD + lambda * mean over divergent points of L_traj
     L_traj(t) = 1 / K_S sum_i KL(target_i || p_S(. | x, y_<t, x^S_<i)),  target_i row i of the transport plan, normalised
 
-The stages are the methods of `TOPD` below, in this order:
+The stages, in this order; those that are no methods of `TOPD` below are in look_ahead.py:
 
-    _pass          one forward of each model over the rollouts; the loss and the scores of each token
-    _candidates    the tokens whose score is high
-    _windows       both models continue from the prefix before each candidate
-    _transport     the distance between the two continuations, and the plan that moves one onto the other
-    _gate          which candidates really diverge; the others are false alarms
-    _weights       what a false alarm weighs in L_OPD
-    _guidance      L_traj: the student's window follows the plan's mixture of the teacher's tokens
+    _pass             one forward of each model over the rollouts; the loss and the scores of each token
+    _candidates       the tokens whose score is high
+    draw_windows      both models continue from the prefix before each candidate
+    compare_windows   the distance between the two continuations, and the plan that moves one onto the other
+    _gate             which candidates really diverge; the others are false alarms
+    _weights          what a false alarm weighs in L_OPD
+    _guidance         L_traj: the student's window follows the plan's mixture of the teacher's tokens
 
 Nothing is computed twice: the student's one forward with gradient fills the cache that its windows grow from and that their
 states are computed on; the teacher's one forward gives states and cache; one `linear_divergence` gives the loss and the scores
@@ -20,46 +20,33 @@ that choose the candidates, and weights that change afterwards at false alarms c
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from topd.branching.continuations import continue_from, from_rollout, given_rollout, noise_of, rollout_states
-from topd.branching.prefill import Prefill, prefill
+from topd.branching.continuations import rollout_states
+from topd.branching.prefill import prefill
 from topd.branching.replay import replay
-from topd.branching.windows import Windows, both_windows
-from topd.checks.rollouts import check_generator, end_tokens
-from topd.models.decoder import Decoder
+from topd.checks.rollouts import check_generator
 from topd.models.properties import vocabulary_of
-from topd.models.sampling import Sampling
 from topd.near_future.candidates import select_candidates
 from topd.near_future.false_alarms import false_alarm_weights
 from topd.near_future.gate import divergent
 from topd.near_future.guidance import guidance_kl
-from topd.near_future.transport import Transport, near_future_divergence
+from topd.near_future.transport import Transport
 from topd.objectives.batch import Padded, check_tokens, open_student
 from topd.objectives.config import TOPDConfig, config_of
 from topd.objectives.inputs import PaddedInputs, check_padded_inputs
+from topd.objectives.look_ahead import Pass, check_table, compare_windows, draw_windows
 from topd.objectives.method import Method
 from topd.objectives.metrics import Stages, as_metrics, diagnosed, mean_scores, near_future_metrics
 from topd.objectives.model_checks import ModelChecks
 from topd.objectives.objective import NearFuture, Objective
 from topd.objectives.reduction import check_items, reduce_tokens
-from topd.objectives.token_losses import TokenLosses, token_losses
+from topd.objectives.token_losses import token_losses
 from topd.objectives.topk_teacher import refuse_topk
 from topd.scores import TokenScores
-
-
-class _Pass(NamedTuple):
-    """Both models' pass over the rollouts, and what each response token costs."""
-
-    inputs: PaddedInputs
-    student: Decoder
-    teacher: Decoder
-    student_states: Prefill
-    teacher_states: Prefill
-    losses: TokenLosses
 
 
 class TOPD(Method):
@@ -90,7 +77,7 @@ class TOPD(Method):
         self.allow_unequal_vocabularies = allow_unequal_vocabularies
         self._checks = ModelChecks(student, teacher, allow_unequal_vocabularies)
         if isinstance(self.config.embedding, Tensor):
-            _check_table(self.config.embedding, min(vocabulary_of(student), vocabulary_of(teacher)))
+            check_table(self.config.embedding, min(vocabulary_of(student), vocabulary_of(teacher)))
 
     def __call__(
         self,
@@ -132,8 +119,8 @@ class TOPD(Method):
         tokens = self._pass(inputs, stages)
         score = score_of(tokens.losses.scores, config.score)
         positions = self._candidates(score, rollouts)
-        windows = self._windows(tokens, positions, generator, stages)
-        transport = self._transport(tokens, windows, stages)
+        windows = draw_windows(tokens, positions, config, generator, stages)
+        transport = compare_windows(tokens, windows, config, stages)
         near_future = NearFuture(windows, transport, self._gate(transport), score)
         weights = self._weights(near_future, inputs)
         opd_loss, share = reduce_tokens(tokens.losses.loss, rollouts, config.reduction, items, weights)
@@ -154,7 +141,7 @@ class TOPD(Method):
         }
         return Objective(loss, as_metrics(metrics), tokens.losses.scores, totals, near_future)
 
-    def _pass(self, inputs: PaddedInputs, stages: Stages) -> _Pass:
+    def _pass(self, inputs: PaddedInputs, stages: Stages) -> Pass:
         """Run each model once, the student with gradient, and compare them at every token; keep the caches for the windows."""
         rollouts = inputs.rollouts
         student, teacher = open_student(self.student, rollouts), rollouts.decoder("teacher", self.teacher)
@@ -167,7 +154,7 @@ class TOPD(Method):
         with stages.stage("divergence"):
             sides = (student_states.hidden, student.head), (teacher_states.hidden, teacher.head)
             losses = token_losses(*sides, inputs, self.config)
-        return _Pass(inputs, student, teacher, student_states, teacher_states, losses)
+        return Pass(inputs, student, teacher, student_states, teacher_states, losses)
 
     def _candidates(self, score: Tensor, rollouts: Padded) -> Tensor:
         """Choose the candidates, positions [m, 2], by the score [B, T] of the response tokens."""
@@ -179,47 +166,6 @@ class TOPD(Method):
             value=config.candidate_value,
             min_separation=config.min_separation,
         )
-
-    def _windows(self, tokens: _Pass, positions: Tensor, generator: torch.Generator | None, stages: Stages) -> Windows:
-        """Let both models continue from the prefix before each candidate; the student draws first."""
-        config, ends = self.config, end_tokens(None, tokens.student.model)
-        rollouts = tokens.inputs.rollouts
-        ids, attended = rollouts.input_ids, rollouts.attended
-        own, others = tokens.student.head.weight.shape[0], tokens.teacher.head.weight.shape[0]
-        table = _table(config.embedding, tokens.student, tokens.teacher)
-        noise = noise_of(config.window_noise, ids, attended, positions, generator)
-
-        def sampling(vocab: int) -> Sampling:
-            return Sampling(config.horizon, config.window_temperature, generator, ends, vocab)
-
-        with stages.stage("student_windows"):
-            if config.student_window == "rollout":
-                students = from_rollout(ids, attended, positions, config.horizon)
-                side = tokens.student, tokens.student_states
-                noise = given_rollout(noise, *side, positions, students, config.window_temperature)
-            else:
-                drawn = sampling(own if table is None else min(own, table.shape[0]))
-                students = continue_from(
-                    tokens.student, ids, attended, positions, drawn, prefix=tokens.student_states, noise=noise
-                )
-        with stages.stage("teacher_windows"):
-            drawn = sampling(min(own, others))
-            teachers = continue_from(tokens.teacher, ids, attended, positions, drawn, prefix=tokens.teacher_states, noise=noise)
-        return both_windows(positions, students, teachers)
-
-    @torch.no_grad()
-    def _transport(self, tokens: _Pass, windows: Windows, stages: Stages) -> Transport:
-        """Compare the two continuations of each candidate by optimal transport between their tokens."""
-        config = self.config
-        options: dict[str, Any] = {"cost": config.cost, "solver": config.solver, "epsilon": config.epsilon}
-        options |= {"student_lengths": windows.student_lengths, "teacher_lengths": windows.teacher_lengths}
-        table = _table(config.embedding, tokens.student, tokens.teacher)
-        with stages.stage("transport"):
-            if table is not None:
-                return near_future_divergence(windows.student_tokens, windows.teacher_tokens, table.detach(), **options)
-            students = _states_of(tokens, windows.positions, windows.student_tokens, windows.student_lengths)
-            teachers = _states_of(tokens, windows.positions, windows.teacher_tokens, windows.teacher_lengths)
-            return near_future_divergence(student_vectors=students, teacher_vectors=teachers, **options)
 
     def _gate(self, transport: Transport) -> Tensor:
         """Decide which candidates really diverge, [m] bool: those whose distance is high too."""
@@ -234,7 +180,7 @@ class TOPD(Method):
         weights = false_alarm_weights(score, positions, near_future.divergent, mask=mask, mode=mode)
         return weights if own is None else weights * own
 
-    def _guidance(self, tokens: _Pass, near_future: NearFuture, stages: Stages) -> Tensor:
+    def _guidance(self, tokens: Pass, near_future: NearFuture, stages: Stages) -> Tensor:
         """Return the mean of L_traj over the divergent points, 0 where there is none; no gradient where it weighs nothing."""
         windows, chosen = near_future.windows, near_future.divergent.nonzero()[:, 0]
         if not chosen.numel():
@@ -268,29 +214,3 @@ def score_of(scores: TokenScores, name: str) -> Tensor:
     if name == "gap":
         return scores.student_logprob - scores.teacher_logprob
     return -(scores.teacher_logprob if name == "teacher_nll" else scores.student_logprob)
-
-
-def _states_of(tokens: _Pass, positions: Tensor, window: Tensor, lengths: Tensor) -> Tensor:
-    """Return [m, K, H], the student's state on each token of a window [m, K]: the one that would predict the next."""
-    longer = torch.cat([window, torch.zeros_like(window[:, :1])], dim=1)
-    return replay(tokens.student, tokens.student_states.constant(), positions, longer, lengths + 1)[:, 1:]
-
-
-def _table(embedding: str | Tensor, student: Decoder, teacher: Decoder) -> Tensor | None:
-    """Return the embeddings that windows' tokens are looked up in; None where their states are compared."""
-    if isinstance(embedding, Tensor):
-        return embedding
-    if embedding == "student_hidden":
-        return None
-    side = student if embedding == "student" else teacher
-    weight: Tensor = side.model.get_input_embeddings().weight
-    return weight
-
-
-def _check_table(embedding: Tensor, common: int) -> None:
-    """Check that a table [V, d] has a row for each token that both models have."""
-    if embedding.shape[0] < common:
-        raise ValueError(
-            f"embedding must have a row for each of the {common:,} tokens that both models have, got {list(embedding.shape)}; "
-            'give the rest a row, or take "student" or "teacher"'
-        )
