@@ -187,7 +187,8 @@ class TOPDConfig(OPDConfig):
             it a pass over both windows. The student's windows are drawn from the tokens that have a row there.
         gate, gate_value: as rule and value of `divergent`.
         guidance_weight: >= 0, lambda.
-        false_alarms: as mode of `false_alarm_weights`; "cap" wants a score that cannot be negative, so not "gap".
+        false_alarms: as mode of `false_alarm_weights`, whose score is the token's own loss, position_clip and hard_weight
+            included: with "cap" a false alarm adds no more than the median loss of its response.
 
     Raises:
         TypeError, ValueError: an option of the wrong type or range, or two that do not go together.
@@ -235,11 +236,6 @@ class TOPDConfig(OPDConfig):
         self._refuse_topk_support("TOPD")
         real("guidance_weight", self.guidance_weight, low=0.0)
         choice("false_alarms", self.false_alarms, FALSE_ALARM_MODES)
-        if self.false_alarms == "cap" and self.score == "gap":
-            raise ValueError(
-                'false_alarms "cap" divides by the score, which must not be negative, got score "gap"; take "mask" or another '
-                "score"
-            )
 
     def _check_embedding(self) -> None:
         """Check that the embedding is a name or a table, and that the cost can use it."""

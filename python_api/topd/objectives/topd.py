@@ -122,7 +122,7 @@ class TOPD(Method):
         windows = draw_windows(tokens, positions, config, generator, stages)
         transport = compare_windows(tokens, windows, config, stages)
         near_future = NearFuture(windows, transport, self._gate(transport), score)
-        weights = self._weights(near_future, inputs)
+        weights = self._weights(tokens, near_future)
         opd_loss, share = reduce_tokens(tokens.losses.loss, rollouts, config.reduction, items, weights)
         guidance = share * self._guidance(tokens, near_future, stages)
         loss = opd_loss + config.guidance_weight * guidance if config.guidance_weight else opd_loss
@@ -171,13 +171,14 @@ class TOPD(Method):
         """Decide which candidates really diverge, [m] bool: those whose distance is high too."""
         return divergent(transport.distance, rule=self.config.gate, value=self.config.gate_value)
 
-    def _weights(self, near_future: NearFuture, inputs: PaddedInputs) -> Tensor | None:
+    def _weights(self, tokens: Pass, near_future: NearFuture) -> Tensor | None:
         """Return what each token weighs in L_OPD, [B, T], where false alarms weigh less; None: all weigh 1."""
-        mode, positions, own = self.config.false_alarms, near_future.windows.positions, inputs.token_weights
+        inputs, mode = tokens.inputs, self.config.false_alarms
+        own = inputs.token_weights
         if mode == "keep":
             return own
-        mask, score = inputs.rollouts.response, near_future.score
-        weights = false_alarm_weights(score, positions, near_future.divergent, mask=mask, mode=mode)
+        loss, positions = tokens.losses.loss.detach(), near_future.windows.positions
+        weights = false_alarm_weights(loss, positions, near_future.divergent, mask=inputs.rollouts.response, mode=mode)
         return weights if own is None else weights * own
 
     def _guidance(self, tokens: Pass, near_future: NearFuture, stages: Stages) -> Tensor:
