@@ -7,6 +7,7 @@ from typing import TypeVar, get_args
 from torch import Tensor
 
 from topd.branching.windows import STUDENT_WINDOWS, check_window_noise
+from topd.checks.rollouts import end_tokens
 from topd.checks.values import FLOATING, check_rule_value, check_temperature, check_tensor, choice, flag, positive_int, real
 from topd.divergences import JSD, DivergenceLike, ForwardKL, ReverseKL, resolve_divergence
 from topd.losses.topk_divergence import SUPPORTS
@@ -177,10 +178,12 @@ class TOPDConfig(OPDConfig):
         candidates, candidate_value, min_separation: as rule, value and min_separation of `select_candidates`; the default value
             belongs to "top_fraction".
         horizon: 1 to 128, tokens of a window.
-        student_window: "regenerate", the student continues from the prefix; "rollout", its window is the rollout itself.
+        student_window: "regenerate", the student continues from the prefix; "rollout", its window is the rollout itself, up to
+            where the response ends.
         window_temperature: >= 0, at which windows are sampled; 0 is greedy.
         window_noise: as in `sample_windows`: "independent"; "shared", of "regenerate"; "counterfactual", of "rollout", with the
             window_temperature at which the rollouts were sampled. Both want one > 0.
+        eos_token_id: an int or a list, as in `sample_windows`; None: both models' own, [] for none.
         cost, solver, epsilon: as in `near_future_divergence`.
         embedding: where tokens are compared: "student" or "teacher", that model's input embeddings; a table [V, d] with a row
             for each token that both models have; or "student_hidden", the student's states at the windows' tokens, which costs
@@ -212,6 +215,7 @@ class TOPDConfig(OPDConfig):
     gate_value: float | None = None
     guidance_weight: float = 0.1
     false_alarms: FalseAlarmMode = "keep"
+    eos_token_id: int | list[int] | None = field(default=None, kw_only=True)
     window_noise: WindowNoise = field(default="independent", kw_only=True)
 
     def __post_init__(self) -> None:
@@ -224,6 +228,7 @@ class TOPDConfig(OPDConfig):
         if positive_int("horizon", self.horizon) > MAX_WINDOW:
             raise ValueError(f"horizon must be at most {MAX_WINDOW}, the transport's longest window, got {self.horizon}")
         choice("student_window", self.student_window, STUDENT_WINDOWS)
+        end_tokens(self.eos_token_id)
         real("window_temperature", self.window_temperature, low=0.0, hint="0 is greedy")
         check_window_noise(self.window_noise, self.student_window, "window_temperature", self.window_temperature)
         choice("cost", self.cost, COSTS)

@@ -34,7 +34,7 @@ def draw_windows(
     tokens: Pass, positions: Tensor, config: TOPDConfig, generator: torch.Generator | None, stages: Stages
 ) -> Windows:
     """Let both models continue from the prefix before each position [m, 2]; the student draws first."""
-    ends = end_tokens(None, tokens.student.model)
+    ends = end_tokens(config.eos_token_id, tokens.student.model, tokens.teacher.model)
     rollouts = tokens.inputs.rollouts
     ids, attended = rollouts.input_ids, rollouts.attended
     own, others = tokens.student.head.weight.shape[0], tokens.teacher.head.weight.shape[0]
@@ -46,7 +46,7 @@ def draw_windows(
 
     with stages.stage("student_windows"):
         if config.student_window == "rollout":
-            students = from_rollout(ids, attended, positions, config.horizon)
+            students = from_rollout(ids, attended, positions, config.horizon, rollouts.response)
             side = tokens.student, tokens.student_states
             noise = given_rollout(noise, *side, positions, students, config.window_temperature)
         else:
