@@ -66,6 +66,7 @@ def refuse_positions(bad: Tensor, positions: Tensor, rule: str, remedy: str) -> 
         first = int(bad.nonzero()[0])
         raise ValueError(f"positions must {rule}, got {positions[first].tolist()} (index {first}); {remedy}")
 
+
 def refuse_repeats(entries: Tensor, positions: Tensor, remedy: str) -> None:
     """Raise where positions are not distinct, and show the first that repeats an earlier one.
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from topd.branching.continuations import rollout_states
 from topd.branching.prefill import prefill
 from topd.branching.replay import replay
+from topd.branching.windows import Windows
 from topd.checks.rollouts import check_generator
 from topd.models.properties import vocabulary_of
 from topd.near_future.candidates import select_candidates
@@ -37,6 +38,7 @@ from topd.near_future.guidance import guidance_kl
 from topd.near_future.transport import Transport
 from topd.objectives.batch import Padded, check_tokens, open_student
 from topd.objectives.config import TOPDConfig, config_of
+from topd.objectives.given_windows import check_given_windows
 from topd.objectives.inputs import PaddedInputs, check_padded_inputs
 from topd.objectives.look_ahead import Pass, check_table, compare_windows, draw_windows
 from topd.objectives.method import Method
@@ -85,6 +87,7 @@ class TOPD(Method):
         *,
         num_items: float | Tensor | None = None,
         generator: torch.Generator | None = None,
+        windows: Windows | None = None,
     ) -> Objective:
         """Return the loss of rollouts that the student sampled.
 
@@ -97,6 +100,11 @@ class TOPD(Method):
                 or with reduction "sequence" its responses. The guidance, gated in this part alone, is weighted by this part's
                 share of it. None: this batch's own.
             generator: of the models' device, for the windows; None: torch's own.
+            windows: made elsewhere, by another engine or from a file, in the place of those that are drawn here: then no
+                candidates are chosen and nothing is sampled. Their positions are distinct response tokens of this batch, in any
+                order; K is 1 to 128, also another for each model; the teacher's tokens are those that both models have. With
+                student_window "rollout" the student's tokens are the rollout's, up to the end of the response at most. All this
+                is checked on the CPU. None: windows at this batch's candidates.
 
         Returns:
             Objective with near_future. Metrics of `OPD` with its diagnostics, and guidance_loss (loss = opd_loss +
@@ -108,20 +116,20 @@ class TOPD(Method):
 
         Raises:
             TypeError, ValueError: a wrong type, shape, dtype, device or range; an unknown key; a token that one of the models
-                does not have (checked on the CPU); gradients that several processes would not exchange.
+                does not have (checked on the CPU); windows that do not fit the batch; gradients that several processes would
+                not exchange.
         """
         refuse_topk(batch, "TOPD")
         inputs, items, config = check_padded_inputs(batch), check_items(num_items), self.config
         rollouts = inputs.rollouts
         check_generator(generator)
+        if windows is not None:
+            vocabularies = vocabulary_of(self.student), vocabulary_of(self.teacher)
+            windows = check_given_windows(windows, rollouts, config, vocabularies[0], min(vocabularies))
         self._checks.before_step(self.student, self.teacher)
-        stages = Stages("window_forward", "guidance")
-        tokens = self._pass(inputs, stages)
-        score = score_of(tokens.losses.scores, config.score)
-        positions = self._candidates(score, rollouts)
-        windows = draw_windows(tokens, positions, config, generator, stages)
-        transport = compare_windows(tokens, windows, config, stages)
-        near_future = NearFuture(windows, transport, self._gate(transport), score)
+        stages = Stages("student_windows", "teacher_windows", "window_forward", "guidance")
+        tokens = self._pass(inputs, stages, draws=windows is None)
+        near_future = self._near_future(tokens, windows, generator, stages)
         weights = self._weights(tokens, near_future)
         opd_loss, share = reduce_tokens(tokens.losses.loss, rollouts, config.reduction, items, weights)
         guidance = share * self._guidance(tokens, near_future, stages)
@@ -141,8 +149,9 @@ class TOPD(Method):
         }
         return Objective(loss, as_metrics(metrics), tokens.losses.scores, totals, near_future)
 
-    def _pass(self, inputs: PaddedInputs, stages: Stages) -> Pass:
-        """Run each model once, the student with gradient, and compare them at every token; keep the caches for the windows."""
+    def _pass(self, inputs: PaddedInputs, stages: Stages, draws: bool) -> Pass:
+        """Run each model once, the student with gradient, and compare them at every token; keep the caches for the windows, the
+        teacher's where windows are drawn."""
         rollouts = inputs.rollouts
         student, teacher = open_student(self.student, rollouts), rollouts.decoder("teacher", self.teacher)
         check_tokens(rollouts, student=self.student, teacher=self.teacher)
@@ -150,11 +159,22 @@ class TOPD(Method):
         with stages.stage("student_forward"):
             student_states = prefill(student, ids, attended, cache=student.keeps_cache)
         with stages.stage("teacher_forward"), torch.no_grad():
-            teacher_states = prefill(teacher, ids, attended, cache=teacher.keeps_cache)
+            teacher_states = prefill(teacher, ids, attended, cache=draws and teacher.keeps_cache)
         with stages.stage("divergence"):
             sides = (student_states.hidden, student.head), (teacher_states.hidden, teacher.head)
             losses = token_losses(*sides, inputs, self.config)
         return Pass(inputs, student, teacher, student_states, teacher_states, losses)
+
+    def _near_future(
+        self, tokens: Pass, windows: Windows | None, generator: torch.Generator | None, stages: Stages
+    ) -> NearFuture:
+        """Look ahead at the candidates, or at the points of the windows that are given, and judge them."""
+        config, score = self.config, score_of(tokens.losses.scores, self.config.score)
+        if windows is None:
+            positions = self._candidates(score, tokens.inputs.rollouts)
+            windows = draw_windows(tokens, positions, config, generator, stages)
+        transport = compare_windows(tokens, windows, config, stages)
+        return NearFuture(windows, transport, self._gate(transport), score)
 
     def _candidates(self, score: Tensor, rollouts: Padded) -> Tensor:
         """Choose the candidates, positions [m, 2], by the score [B, T] of the response tokens."""
