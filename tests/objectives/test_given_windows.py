@@ -12,7 +12,7 @@ from topd_cases import FEW, step
 import topd
 
 ROLLOUT = {"student_window": "rollout"}
-KINDS = [{}, ROLLOUT, {"embedding": "student_hidden"}, {"false_alarms": "cap"}]
+KINDS = [{}, ROLLOUT, {"embedding": "student_hidden"}, {"false_alarms": "cap"}, {"guidance_reduction": "tokens"}]
 
 
 def given(student, teacher, windows, batch=None, **options):

@@ -34,6 +34,7 @@ DEFAULTS = {
     "false_alarms": "keep",
     "eos_token_id": None,
     "window_noise": "independent",
+    "guidance_reduction": "points",
 }
 
 
@@ -115,6 +116,7 @@ def test_good_options_are_taken(options):
         ({"gate": "threshold"}, TypeError, "gate_value must be a number, got NoneType; gate='threshold' takes a finite number"),
         ({"gate_value": 1.5}, ValueError, "gate_value must be finite and >= 0 and <= 1"),
         ({"guidance_weight": -0.1}, ValueError, "guidance_weight must be finite and >= 0"),
+        ({"guidance_reduction": "sum"}, ValueError, "guidance_reduction must be one of 'points', 'tokens', got 'sum'"),
         ({"false_alarms": "drop"}, ValueError, "false_alarms must be one of 'keep', 'cap', 'mask', got 'drop'"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",

@@ -22,6 +22,7 @@ from topd.options import (
     EmbeddingName,
     FalseAlarmMode,
     GateRule,
+    GuidanceReduction,
     Reduction,
     ScoreName,
     SelfTeacher,
@@ -35,6 +36,7 @@ Config = TypeVar("Config")
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 SCORES: tuple[str, ...] = get_args(ScoreName)
 EMBEDDINGS: tuple[str, ...] = get_args(EmbeddingName)
+GUIDANCE_REDUCTIONS: tuple[str, ...] = get_args(GuidanceReduction)
 SELF_TEACHERS: tuple[str, ...] = get_args(SelfTeacher)
 OPSD_DIVERGENCE = ForwardKL(entry_clip=0.05)
 EMA_DECAY = 0.999
@@ -190,6 +192,9 @@ class TOPDConfig(OPDConfig):
             it a pass over both windows. The student's windows are drawn from the tokens that have a row there.
         gate, gate_value: as rule and value of `divergent`.
         guidance_weight: >= 0, lambda.
+        guidance_reduction: "points", the mean of L_traj over the divergent points of a call; "tokens", each point's L_traj is
+            added to its token's loss and reduced like it: their sum over the number of response tokens, or with reduction
+            "sequence" over those of each response, then over the responses. It is additive over micro-batches.
         false_alarms: as mode of `false_alarm_weights`, whose score is the token's own loss, position_clip and hard_weight
             included: with "cap" a false alarm adds no more than the median loss of its response.
 
@@ -217,6 +222,7 @@ class TOPDConfig(OPDConfig):
     false_alarms: FalseAlarmMode = "keep"
     eos_token_id: int | list[int] | None = field(default=None, kw_only=True)
     window_noise: WindowNoise = field(default="independent", kw_only=True)
+    guidance_reduction: GuidanceReduction = field(default="points", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -240,6 +246,7 @@ class TOPDConfig(OPDConfig):
         check_rule_value("gate", self.gate, "gate_value", gate_value)
         self._refuse_topk_support("TOPD")
         real("guidance_weight", self.guidance_weight, low=0.0)
+        choice("guidance_reduction", self.guidance_reduction, GUIDANCE_REDUCTIONS)
         choice("false_alarms", self.false_alarms, FALSE_ALARM_MODES)
 
     def _check_embedding(self) -> None:

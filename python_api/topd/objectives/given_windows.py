@@ -1,6 +1,7 @@
 """Windows that were made elsewhere (another engine, a file): checked against the batch whose step takes them."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ def check_given_windows(windows: object, rollouts: Padded, config: TOPDConfig, s
     positions = check_positions(windows.positions, rollouts.attended, rollouts.response)
     if positions.device.type == "cpu":
         refuse_repeats(positions[:, 0] * rollouts.input_ids.shape[1] + positions[:, 1], positions, "leave the second one out")
-    checked = {"positions": positions}
+    checked: dict[str, Any] = {"positions": positions}
     for side, vocab in zip(SIDES, (student_vocab, common), strict=True):
         tokens, lengths = _check_side(windows, side, positions)
         _check_ids(f"windows.{side}_tokens", tokens, lengths, vocab)

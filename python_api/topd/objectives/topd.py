@@ -97,8 +97,8 @@ class TOPD(Method):
                 batch: the loss and its gradients are then 0. Optional: token_weights and verdict, as of `OPD`; the weights
                 multiply those of the false alarms, and leave the guidance alone. No other key.
             num_items: the denominator of a larger batch of which this is a part (gradient accumulation): its response tokens,
-                or with reduction "sequence" its responses. The guidance, gated in this part alone, is weighted by this part's
-                share of it. None: this batch's own.
+                or with reduction "sequence" its responses. The guidance is gated in this part alone; with guidance_reduction
+                "points" it is weighted by this part's share of num_items. None: this batch's own.
             generator: of the models' device, for the windows; None: torch's own.
             windows: made elsewhere, by another engine or from a file, in the place of those that are drawn here: then no
                 candidates are chosen and nothing is sampled. Their positions are distinct response tokens of this batch, in any
@@ -132,7 +132,7 @@ class TOPD(Method):
         near_future = self._near_future(tokens, windows, generator, stages)
         weights = self._weights(tokens, near_future)
         opd_loss, share = reduce_tokens(tokens.losses.loss, rollouts, config.reduction, items, weights)
-        guidance = share * self._guidance(tokens, near_future, stages)
+        guidance = self._guidance(tokens, near_future, share, items, stages)
         loss = opd_loss + config.guidance_weight * guidance if config.guidance_weight else opd_loss
         totals, diagnostics = diagnosed(tokens.losses, inputs, config)
         metrics: dict[str, Tensor | float] = {
@@ -201,8 +201,11 @@ class TOPD(Method):
         weights = false_alarm_weights(loss, positions, near_future.divergent, mask=inputs.rollouts.response, mode=mode)
         return weights if own is None else weights * own
 
-    def _guidance(self, tokens: Pass, near_future: NearFuture, stages: Stages) -> Tensor:
-        """Return the mean of L_traj over the divergent points, 0 where there is none; no gradient where it weighs nothing."""
+    def _guidance(
+        self, tokens: Pass, near_future: NearFuture, share: Tensor, items: float | Tensor | None, stages: Stages
+    ) -> Tensor:
+        """Return this part's guidance, L_traj reduced over the divergent points, 0 where there is none; no gradient where it
+        weighs nothing."""
         windows, chosen = near_future.windows, near_future.divergent.nonzero()[:, 0]
         if not chosen.numel():
             return tokens.losses.loss.new_zeros(())
@@ -223,7 +226,11 @@ class TOPD(Method):
                     student_lengths=lengths,
                     temperature=self.config.temperature,
                 )
-        return per_point.mean()
+        if self.config.guidance_reduction == "points":
+            return share * per_point.mean()
+        rollouts = tokens.inputs.rollouts
+        of_tokens = per_point.new_zeros(rollouts.response.shape).index_put(positions.unbind(-1), per_point)
+        return reduce_tokens(of_tokens, rollouts, self.config.reduction, items).loss
 
 
 def score_of(scores: TokenScores, name: str) -> Tensor:
