@@ -13,7 +13,7 @@ from topd.divergences import JSD, DivergenceLike, ForwardKL, ReverseKL, resolve_
 from topd.losses.topk_divergence import SUPPORTS
 from topd.near_future.candidates import CANDIDATE_RULES
 from topd.near_future.false_alarms import FALSE_ALARM_MODES
-from topd.near_future.gate import GATE_VALUES
+from topd.near_future.gate import check_gate
 from topd.near_future.transport import SOLVERS
 from topd.ops.transport.spec import COSTS, MAX_WINDOW
 from topd.options import (
@@ -241,9 +241,7 @@ class TOPDConfig(OPDConfig):
         choice("solver", self.solver, SOLVERS)
         real("epsilon", self.epsilon, low=0.0, open_low=True)
         self._check_embedding()
-        choice("gate", self.gate, tuple(GATE_VALUES))
-        gate_value = GATE_VALUES[self.gate] if self.gate_value is None else self.gate_value
-        check_rule_value("gate", self.gate, "gate_value", gate_value)
+        check_gate("gate", self.gate, "gate_value", self.gate_value)
         self._refuse_topk_support("TOPD")
         real("guidance_weight", self.guidance_weight, low=0.0)
         choice("guidance_reduction", self.guidance_reduction, GUIDANCE_REDUCTIONS)

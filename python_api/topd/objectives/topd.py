@@ -33,11 +33,12 @@ from topd.checks.rollouts import check_generator
 from topd.models.properties import vocabulary_of
 from topd.near_future.candidates import select_candidates
 from topd.near_future.false_alarms import false_alarm_weights
-from topd.near_future.gate import divergent
+from topd.near_future.gate import check_gate, goes_out
 from topd.near_future.guidance import guidance_kl
 from topd.near_future.transport import Transport
 from topd.objectives.batch import Padded, check_tokens, open_student
 from topd.objectives.config import TOPDConfig, config_of
+from topd.objectives.gating import MEMORY, Gate
 from topd.objectives.given_windows import check_given_windows
 from topd.objectives.inputs import PaddedInputs, check_padded_inputs
 from topd.objectives.look_ahead import Pass, check_table, compare_windows, draw_windows
@@ -77,6 +78,8 @@ class TOPD(Method):
                 "top-k is known serves topd.OPD"
             )
         self.allow_unequal_vocabularies = allow_unequal_vocabularies
+        self._gate_value = check_gate("gate", self.config.gate, "gate_value", self.config.gate_value)
+        self._judge = Gate(self.config.gate, self.config.gate_value)
         self._checks = ModelChecks(student, teacher, allow_unequal_vocabularies)
         if isinstance(self.config.embedding, Tensor):
             check_table(self.config.embedding, min(vocabulary_of(student), vocabulary_of(teacher)))
@@ -189,7 +192,27 @@ class TOPD(Method):
 
     def _gate(self, transport: Transport) -> Tensor:
         """Decide which candidates really diverge, [m] bool: those whose distance is high too."""
-        return divergent(transport.distance, rule=self.config.gate, value=self.config.gate_value)
+        count, value = transport.distance.numel(), self._gate_value
+        if self.config.gate == "lowest_fraction_out" and value and count and not goes_out(value, count):
+            self._checks.warn_once(
+                "gate",
+                f'gate "lowest_fraction_out" lets all {count} candidates of this call through, since {value:g} of them is less '
+                f'than one: there is no false alarm; take larger micro-batches, or gate="running_quantile", which remembers '
+                f"the last {MEMORY}",
+            )
+        return self._judge(transport.distance)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what a checkpoint must hold beside the student: with gate "running_quantile" its distances, else nothing."""
+        return self._judge.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state_dict` returned.
+
+        Raises:
+            TypeError, ValueError: the state of an objective with another gate.
+        """
+        self._judge.load_state_dict(state)
 
     def _weights(self, tokens: Pass, near_future: NearFuture) -> Tensor | None:
         """Return what each token weighs in L_OPD, [B, T], where false alarms weigh less; None: all weigh 1."""
