@@ -32,7 +32,9 @@ DEFAULTS = {
     "gate_value": None,
     "guidance_weight": 0.1,
     "false_alarms": "keep",
+    "eos_token_id": None,
     "window_noise": "independent",
+    "guidance_reduction": "points",
 }
 
 
@@ -56,6 +58,10 @@ def test_the_defaults_are_the_contracts():
         {"gate": "threshold", "gate_value": 0.4},
         {"gate": "mean_plus_std", "gate_value": -1},
         {"score": "gap", "false_alarms": "mask"},
+        {"score": "gap", "false_alarms": "cap"},
+        {"eos_token_id": 3},
+        {"eos_token_id": [3, 4]},
+        {"eos_token_id": []},
         {"window_noise": "shared", "window_temperature": 0.7},
         {"window_noise": "counterfactual", "student_window": "rollout"},
         {"score": "reverse_kl", "false_alarms": "cap", "guidance_weight": 0},
@@ -97,6 +103,8 @@ def test_good_options_are_taken(options):
             ValueError,
             "needs window_temperature > 0, got 0, which is greedy",
         ),
+        ({"eos_token_id": "</s>"}, TypeError, "eos_token_id must be an int, a list of ints or None, got '</s>'"),
+        ({"eos_token_id": [2, -1]}, ValueError, "eos_token_id must be >= 0 and an id, got -1"),
         ({"cost": "l2"}, ValueError, "cost must be one of"),
         ({"solver": "emd"}, ValueError, "solver must be one of 'sinkhorn', 'exact'"),
         ({"epsilon": 0.0}, ValueError, "epsilon must be finite and > 0"),
@@ -108,8 +116,8 @@ def test_good_options_are_taken(options):
         ({"gate": "threshold"}, TypeError, "gate_value must be a number, got NoneType; gate='threshold' takes a finite number"),
         ({"gate_value": 1.5}, ValueError, "gate_value must be finite and >= 0 and <= 1"),
         ({"guidance_weight": -0.1}, ValueError, "guidance_weight must be finite and >= 0"),
+        ({"guidance_reduction": "sum"}, ValueError, "guidance_reduction must be one of 'points', 'tokens', got 'sum'"),
         ({"false_alarms": "drop"}, ValueError, "false_alarms must be one of 'keep', 'cap', 'mask', got 'drop'"),
-        ({"false_alarms": "cap", "score": "gap"}, ValueError, 'got score "gap"; take "mask" or another score'),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )

@@ -94,8 +94,8 @@ def test_topd_multiplies_them_with_the_false_alarms(mode):
     future = objective.near_future
     weights = batch["token_weights"].nan_to_num(0.0)
     if mode != "keep":
-        mask, positions = batch["response_mask"] > 0, future.windows.positions
-        weights = weights * topd.false_alarm_weights(future.score, positions, future.divergent, mask=mask, mode=mode)
+        mask, positions, loss = batch["response_mask"] > 0, future.windows.positions, objective.scores.reverse_kl
+        weights = weights * topd.false_alarm_weights(loss, positions, future.divergent, mask=mask, mode=mode)
     expected = (objective.scores.reverse_kl * weights).sum() / batch["response_mask"].sum()
     assert_near(objective.metrics["opd_loss"], expected, 1e-6)
     assert objective.metrics["guidance_loss"] == plain.metrics["guidance_loss"]

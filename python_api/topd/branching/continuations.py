@@ -86,10 +86,21 @@ def given_rollout(
     return Noise(noise.points, Followed(student, hidden, positions, columns, rollout.tokens, rollout.lengths, temperature))
 
 
-def from_rollout(input_ids: Tensor, attended: Tensor, positions: Tensor, horizon: int) -> Continuations:
-    """Take the rollout's own next tokens: windows end at its last attended column."""
+def from_rollout(
+    input_ids: Tensor, attended: Tensor, positions: Tensor, horizon: int, response: Tensor | None = None
+) -> Continuations:
+    """Take the rollout's own next tokens: windows end at its last attended column, or where the response does.
+
+    Args:
+        response: [B, T] bool, True at every position: a window goes on to the next attended column where it is False, or to
+            the end; None: to the end.
+    """
     row, column = positions.unbind(-1)
-    left = attended.sum(-1)[row] - (attended.long().cumsum(-1)[row, column] - 1)
+    place = attended.long().cumsum(-1)
+    end = place[:, -1:] + 1
+    if response is not None:  # of each column the place of the next attended one that is no response
+        end = torch.where(attended & ~response, place, end).flip(-1).cummin(-1).values.flip(-1)
+    left = end.expand_as(place)[row, column] - place[row, column]
     lengths = left.clamp_max(horizon)
     tokens = input_ids[row.unsqueeze(-1), _rollout_columns(attended, positions, horizon, 0)]
     counted = torch.arange(horizon, device=positions.device) < lengths.unsqueeze(-1)

@@ -17,6 +17,7 @@ from topd.branching.continuations import BRANCHES, Continuations, continue_from,
 from topd.branching.prefill import prefill
 from topd.branching.replay import replay
 from topd.checks.rollouts import (
+    binary,
     check_differentiable,
     check_generator,
     check_ids,
@@ -98,6 +99,7 @@ def sample_windows(
     generator: torch.Generator | None = None,
     eos_token_id: int | list[int] | None = None,
     window_noise: WindowNoise = "independent",
+    response_mask: Tensor | None = None,
 ) -> Windows:
     """Let student and teacher each continue from the prefix before every position.
 
@@ -113,9 +115,10 @@ def sample_windows(
         horizon: K > 0, tokens of a window.
         temperature: >= 0; 0 is greedy.
         student_window: "regenerate", the student continues too; "rollout", its window is the rollout's own next tokens, up
-            to the last attended column.
+            to the last attended column, or with response_mask to where the response ends.
         generator: of the models' device; the same one in the same state gives the same windows. The student draws first.
-        eos_token_id: an int or a list, at which a window of either model ends; None: the student's generation_config's.
+        eos_token_id: an int or a list, at which every window that a model samples ends; None: those of both models'
+            generation_configs, whichever of the two says them. [] for none.
         window_noise: "independent": each model draws for itself. The others keep each model's distribution exactly, and need a
             temperature > 0. "shared", with "regenerate": both draw argmax(log p + g) with the same Gumbel noise g. Its seed is
             one number of the generator's; g depends on that, on the point (what its row says, and its place in it), the step
@@ -123,20 +126,24 @@ def sample_windows(
             rollout's tokens, so that the teacher says what it would have said with the same luck. This wants rollouts that
             were sampled at `temperature` from all tokens that both models have. A teacher that equals the student repeats the
             rollout; where that stops without an end-of-sequence token, so does the teacher's window.
+        response_mask: [B, T] bool, or integers 0 and 1, True at the tokens that the student sampled, every position among them
+            (checked on the CPU). A window of the rollout then ends before a tool's output and before the next turn. None: every
+            attended token may stand in one.
 
     Returns:
         Windows. A teacher with more tokens than the student draws from those that both have.
 
     Raises:
-        TypeError, ValueError: a wrong type, shape, dtype, device, range or option; a position that is not attended; a token
-            that one of the models does not have.
+        TypeError, ValueError: a wrong type, shape, dtype, device, range or option; a position that is not attended, or no
+            response token; a token that one of the models does not have.
 
     Source: arXiv 2606.00305: windows of 50 tokens of both models from one prefix of the student's. Decoding is our choice. The
     noise given the rollout: Maddison et al. 2014, "A* Sampling" (truncated Gumbels); Oberst and Sontag 2019, arXiv 1905.05824;
     its use here is ours, as is "shared".
     """
     ids, attended = check_rollouts(input_ids, attention_mask)
-    positions = check_positions(positions, attended)
+    response = None if response_mask is None else binary("response_mask", response_mask, ids, "input_ids")
+    positions = check_positions(positions, attended, response)
     positive_int("horizon", horizon)
     real("temperature", temperature, low=0.0)
     choice("student_window", student_window, STUDENT_WINDOWS)
@@ -144,10 +151,10 @@ def sample_windows(
     check_generator(generator, ids.device)
     student, teacher = decoder_of(student_model), decoder_of(teacher_model)
     check_ids("input_ids", ids, student=embedded_tokens(student_model), teacher=embedded_tokens(teacher_model))
-    ends, own = end_tokens(eos_token_id, student.model), student.head.weight.shape[0]
+    ends, own = end_tokens(eos_token_id, student.model, teacher.model), student.head.weight.shape[0]
     noise = noise_of(window_noise, ids, attended, positions, generator)
     if student_window == "rollout":
-        students = from_rollout(ids, attended, positions, horizon)
+        students = from_rollout(ids, attended, positions, horizon, response)
         if noise is not None:
             with torch.no_grad():
                 states = prefill(student, ids, attended, cache=False)

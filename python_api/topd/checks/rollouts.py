@@ -64,9 +64,9 @@ def check_ids(name: str, ids: Tensor, **sizes: int | None) -> None:
         )
 
 
-def check_positions(positions: object, attended: Tensor) -> Tensor:
+def check_positions(positions: object, attended: Tensor, response: Tensor | None = None) -> Tensor:
     """Check positions [m, 2] (row, column) of rollouts: on the CPU also that the column's token and the one before it are
-    attended."""
+    attended, and that it is a response token where `response` [B, T] is given."""
     checked = check_position_form(positions, attended, "input_ids")
     if checked.device.type == "cpu" and checked.numel():
         row, column = checked.unbind(-1)
@@ -75,22 +75,30 @@ def check_positions(positions: object, attended: Tensor) -> Tensor:
         refuse_positions(outside, checked, f"lie in input_ids, which is {list(attended.shape)}, from column 1 on", remedy)
         unattended = ~(attended[row, column] & attended[row, column - 1])
         refuse_positions(unattended, checked, "be attended, and the column before them too", remedy)
+        if response is not None:
+            refuse_positions(~response[row, column], checked, "be response tokens, where response_mask is True", remedy)
     return checked
 
 
-def end_tokens(eos_token_id: object, model: Any) -> list[int]:
-    """Return the end-of-sequence tokens: those given, or those of the model's generation_config; maybe none."""
-    ends = eos_token_id
-    if ends is None:
-        ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-        ends = ends.tolist() if isinstance(ends, Tensor) else ends
-    if ends is None:
-        return []
+def end_tokens(eos_token_id: object, *models: Any) -> list[int]:
+    """Return the end-of-sequence tokens: those given, or, where None, all of the models' generation_configs; maybe none."""
+    if eos_token_id is not None:
+        return _listed_ends(eos_token_id, lowest=0)
+    ends: list[int] = []
+    for model in models:
+        own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        own = own.tolist() if isinstance(own, Tensor) else own
+        ends += [each for each in _listed_ends([] if own is None else own) if each not in ends]
+    return ends
+
+
+def _listed_ends(ends: object, lowest: int | None = None) -> list[int]:
+    """Check that end-of-sequence tokens are an int or a list of ints, from `lowest` on where that is given; return the list."""
     listed: list[int] = []
     for each in ends if isinstance(ends, list | tuple) else [ends]:
         if isinstance(each, bool) or not isinstance(each, int):
             raise TypeError(f"eos_token_id must be an int, a list of ints or None, got {ends!r}")
-        if eos_token_id is not None and not 0 <= each <= LARGEST_INT:
+        if lowest is not None and not lowest <= each <= LARGEST_INT:
             raise ValueError(f"eos_token_id must be >= 0 and an id, got {each}; None for the generation_config's, [] for none")
         listed.append(each)
     return listed

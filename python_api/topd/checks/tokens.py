@@ -65,3 +65,15 @@ def refuse_positions(bad: Tensor, positions: Tensor, rule: str, remedy: str) -> 
     if bad.any():
         first = int(bad.nonzero()[0])
         raise ValueError(f"positions must {rule}, got {positions[first].tolist()} (index {first}); {remedy}")
+
+
+def refuse_repeats(entries: Tensor, positions: Tensor, remedy: str) -> None:
+    """Raise where positions are not distinct, and show the first that repeats an earlier one.
+
+    Args:
+        entries: [m] int64, a number that says where each position is.
+    """
+    ordered, order = entries.sort(stable=True)
+    repeats = order[1:][ordered[1:] == ordered[:-1]]
+    repeated = torch.zeros_like(entries, dtype=torch.bool).index_fill(0, repeats, True)
+    refuse_positions(repeated, positions, "be distinct", remedy)

@@ -127,6 +127,8 @@ class TOPDTrainer(trl.DistillationTrainer):  # type: ignore[misc]
         self._objective: OPD | TOPD | None = None
         if isinstance(self.objective_config, OPSDConfig):  # whose teacher may be the student as it is now
             self._objective_for(self.accelerator.unwrap_model(self.model), None)
+        elif getattr(self.objective_config, "gate", None) == "running_quantile":  # whose memory a checkpoint gives back
+            self._objective_for(*map(self.accelerator.unwrap_model, (self.model, self.teacher_model)))
         self.add_callback(FollowSteps(self, lambda: self._objective))
 
     def _check_columns(self) -> None:

@@ -5,7 +5,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from topd.checks.tokens import check_position_form, refuse_positions
+from topd.checks.tokens import check_position_form, refuse_positions, refuse_repeats
 from topd.checks.values import check_tensor, choice
 from topd.near_future.ranking import check_batch, rank
 from topd.options import FalseAlarmMode
@@ -26,7 +26,8 @@ def false_alarm_weights(
     """Return what each token weighs in the on-policy loss: 1, but for the false alarms, the candidates that do not diverge.
 
     Args:
-        score: [B, T] floating, or [N] with cu_seqlens, by which the candidates were selected; NaN as there.
+        score: [B, T] floating, or [N] with cu_seqlens: what each token costs, its detached loss, so that a false alarm adds no
+            more than the median. Not NaN where it counts: checked on the CPU.
         positions: [m, 2] int64 (row, column), or [m] int64 with cu_seqlens, as `select_candidates` returns them: in range, not
             masked, distinct; checked on the CPU, on a GPU the check would stall it.
         divergent: [m] bool, as `divergent` returns it.
@@ -42,8 +43,8 @@ def false_alarm_weights(
         TypeError, ValueError: a wrong type, shape, dtype, device or option; a NaN score; a position out of range, masked or
             repeated.
 
-    Source: arXiv 2606.00305: its objective keeps every token, "keep"; "cap" is its down-weighting ablation, written as a
-    weight. "mask" is our choice.
+    Source: arXiv 2606.00305: its objective keeps every token, "keep"; "cap" is its down-weighting ablation (5.1, the loss
+    itself capped at the median), written as a weight. "mask" is our choice.
     """
     choice("mode", mode, FALSE_ALARM_MODES)
     batch = check_batch(score, mask, cu_seqlens)
@@ -74,8 +75,5 @@ def _check_positions(positions: object, score: Tensor, mask: Tensor | None) -> T
         refuse_positions(outside, checked, f"lie in score, which is {list(score.shape)}", remedy)
         if mask is not None:
             refuse_positions(~mask[entries], checked, "be response tokens, where mask is True", remedy)
-        ordered, order = entries.sort(stable=True)
-        repeats = order[1:][ordered[1:] == ordered[:-1]]
-        repeated = torch.zeros_like(entries, dtype=torch.bool).index_fill(0, repeats, True)
-        refuse_positions(repeated, checked, "be distinct", remedy)
+        refuse_repeats(entries, checked, remedy)
     return entries

@@ -7,12 +7,13 @@ from typing import TypeVar, get_args
 from torch import Tensor
 
 from topd.branching.windows import STUDENT_WINDOWS, check_window_noise
+from topd.checks.rollouts import end_tokens
 from topd.checks.values import FLOATING, check_rule_value, check_temperature, check_tensor, choice, flag, positive_int, real
 from topd.divergences import JSD, DivergenceLike, ForwardKL, ReverseKL, resolve_divergence
 from topd.losses.topk_divergence import SUPPORTS
 from topd.near_future.candidates import CANDIDATE_RULES
 from topd.near_future.false_alarms import FALSE_ALARM_MODES
-from topd.near_future.gate import GATE_VALUES
+from topd.near_future.gate import check_gate
 from topd.near_future.transport import SOLVERS
 from topd.ops.transport.spec import COSTS, MAX_WINDOW
 from topd.options import (
@@ -21,6 +22,7 @@ from topd.options import (
     EmbeddingName,
     FalseAlarmMode,
     GateRule,
+    GuidanceReduction,
     Reduction,
     ScoreName,
     SelfTeacher,
@@ -34,6 +36,7 @@ Config = TypeVar("Config")
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 SCORES: tuple[str, ...] = get_args(ScoreName)
 EMBEDDINGS: tuple[str, ...] = get_args(EmbeddingName)
+GUIDANCE_REDUCTIONS: tuple[str, ...] = get_args(GuidanceReduction)
 SELF_TEACHERS: tuple[str, ...] = get_args(SelfTeacher)
 OPSD_DIVERGENCE = ForwardKL(entry_clip=0.05)
 EMA_DECAY = 0.999
@@ -177,17 +180,23 @@ class TOPDConfig(OPDConfig):
         candidates, candidate_value, min_separation: as rule, value and min_separation of `select_candidates`; the default value
             belongs to "top_fraction".
         horizon: 1 to 128, tokens of a window.
-        student_window: "regenerate", the student continues from the prefix; "rollout", its window is the rollout itself.
+        student_window: "regenerate", the student continues from the prefix; "rollout", its window is the rollout itself, up to
+            where the response ends.
         window_temperature: >= 0, at which windows are sampled; 0 is greedy.
         window_noise: as in `sample_windows`: "independent"; "shared", of "regenerate"; "counterfactual", of "rollout", with the
             window_temperature at which the rollouts were sampled. Both want one > 0.
+        eos_token_id: an int or a list, as in `sample_windows`; None: both models' own, [] for none.
         cost, solver, epsilon: as in `near_future_divergence`.
         embedding: where tokens are compared: "student" or "teacher", that model's input embeddings; a table [V, d] with a row
             for each token that both models have; or "student_hidden", the student's states at the windows' tokens, which costs
             it a pass over both windows. The student's windows are drawn from the tokens that have a row there.
         gate, gate_value: as rule and value of `divergent`.
         guidance_weight: >= 0, lambda.
-        false_alarms: as mode of `false_alarm_weights`; "cap" wants a score that cannot be negative, so not "gap".
+        guidance_reduction: "points", the mean of L_traj over the divergent points of a call; "tokens", each point's L_traj is
+            added to its token's loss and reduced like it: their sum over the number of response tokens, or with reduction
+            "sequence" over those of each response, then over the responses. It is additive over micro-batches.
+        false_alarms: as mode of `false_alarm_weights`, whose score is the token's own loss, position_clip and hard_weight
+            included: with "cap" a false alarm adds no more than the median loss of its response.
 
     Raises:
         TypeError, ValueError: an option of the wrong type or range, or two that do not go together.
@@ -211,7 +220,9 @@ class TOPDConfig(OPDConfig):
     gate_value: float | None = None
     guidance_weight: float = 0.1
     false_alarms: FalseAlarmMode = "keep"
+    eos_token_id: int | list[int] | None = field(default=None, kw_only=True)
     window_noise: WindowNoise = field(default="independent", kw_only=True)
+    guidance_reduction: GuidanceReduction = field(default="points", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -223,23 +234,18 @@ class TOPDConfig(OPDConfig):
         if positive_int("horizon", self.horizon) > MAX_WINDOW:
             raise ValueError(f"horizon must be at most {MAX_WINDOW}, the transport's longest window, got {self.horizon}")
         choice("student_window", self.student_window, STUDENT_WINDOWS)
+        end_tokens(self.eos_token_id)
         real("window_temperature", self.window_temperature, low=0.0, hint="0 is greedy")
         check_window_noise(self.window_noise, self.student_window, "window_temperature", self.window_temperature)
         choice("cost", self.cost, COSTS)
         choice("solver", self.solver, SOLVERS)
         real("epsilon", self.epsilon, low=0.0, open_low=True)
         self._check_embedding()
-        choice("gate", self.gate, tuple(GATE_VALUES))
-        gate_value = GATE_VALUES[self.gate] if self.gate_value is None else self.gate_value
-        check_rule_value("gate", self.gate, "gate_value", gate_value)
+        check_gate("gate", self.gate, "gate_value", self.gate_value)
         self._refuse_topk_support("TOPD")
         real("guidance_weight", self.guidance_weight, low=0.0)
+        choice("guidance_reduction", self.guidance_reduction, GUIDANCE_REDUCTIONS)
         choice("false_alarms", self.false_alarms, FALSE_ALARM_MODES)
-        if self.false_alarms == "cap" and self.score == "gap":
-            raise ValueError(
-                'false_alarms "cap" divides by the score, which must not be negative, got score "gap"; take "mask" or another '
-                "score"
-            )
 
     def _check_embedding(self) -> None:
         """Check that the embedding is a name or a table, and that the cost can use it."""

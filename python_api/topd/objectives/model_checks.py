@@ -36,20 +36,22 @@ class ModelChecks:
         self._looked_around |= check_synchronised(student, look_around=not self._looked_around)
         for name, model in (("student", student), ("teacher", teacher)):
             if model is not None and name not in self._said and runs_uncompiled(model):
-                self._warn(
+                self.warn_once(
                     name,
                     f"{name} is compiled as a whole, but topd runs its base model and its output layer apart, which are not "
                     "compiled: compile the base model instead, model.base_model.compile()",
                 )
         if teacher is not None and "dropout" not in self._said and has_active_dropout(teacher):
-            self._warn(
+            self.warn_once(
                 "dropout",
                 "teacher is in train mode with dropout, so that its distributions are drawn anew in every step: call "
                 "teacher.eval()",
             )
 
-    def _warn(self, key: str, message: str) -> None:
-        """Warn, and remember that this was said."""
+    def warn_once(self, key: str, message: str) -> None:
+        """Warn, unless this was said before."""
+        if key in self._said:
+            return
         self._said.add(key)
         warnings.warn(message, UserWarning, stacklevel=callers_level())
 

@@ -3,15 +3,15 @@
     L = L_OPD + lambda * mean over divergent points of L_traj
     L_traj(t) = 1 / K_S sum_i KL(target_i || p_S(. | x, y_<t, x^S_<i)),  target_i row i of the transport plan, normalised
 
-The stages are the methods of `TOPD` below, in this order:
+The stages, in this order; those that are no methods of `TOPD` below are in look_ahead.py:
 
-    _pass          one forward of each model over the rollouts; the loss and the scores of each token
-    _candidates    the tokens whose score is high
-    _windows       both models continue from the prefix before each candidate
-    _transport     the distance between the two continuations, and the plan that moves one onto the other
-    _gate          which candidates really diverge; the others are false alarms
-    _weights       what a false alarm weighs in L_OPD
-    _guidance      L_traj: the student's window follows the plan's mixture of the teacher's tokens
+    _pass             one forward of each model over the rollouts; the loss and the scores of each token
+    _candidates       the tokens whose score is high
+    draw_windows      both models continue from the prefix before each candidate
+    compare_windows   the distance between the two continuations, and the plan that moves one onto the other
+    _gate             which candidates really diverge; the others are false alarms
+    _weights          what a false alarm weighs in L_OPD
+    _guidance         L_traj: the student's window follows the plan's mixture of the teacher's tokens
 
 Nothing is computed twice: the student's one forward with gradient fills the cache that its windows grow from and that their
 states are computed on; the teacher's one forward gives states and cache; one `linear_divergence` gives the loss and the scores
@@ -20,46 +20,36 @@ that choose the candidates, and weights that change afterwards at false alarms c
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from topd.branching.continuations import continue_from, from_rollout, given_rollout, noise_of, rollout_states
-from topd.branching.prefill import Prefill, prefill
+from topd.branching.continuations import rollout_states
+from topd.branching.prefill import prefill
 from topd.branching.replay import replay
-from topd.branching.windows import Windows, both_windows
-from topd.checks.rollouts import check_generator, end_tokens
-from topd.models.decoder import Decoder
+from topd.branching.windows import Windows
+from topd.checks.rollouts import check_generator
 from topd.models.properties import vocabulary_of
-from topd.models.sampling import Sampling
 from topd.near_future.candidates import select_candidates
 from topd.near_future.false_alarms import false_alarm_weights
-from topd.near_future.gate import divergent
+from topd.near_future.gate import check_gate, goes_out
 from topd.near_future.guidance import guidance_kl
-from topd.near_future.transport import Transport, near_future_divergence
+from topd.near_future.transport import Transport
 from topd.objectives.batch import Padded, check_tokens, open_student
 from topd.objectives.config import TOPDConfig, config_of
+from topd.objectives.gating import MEMORY, Gate
+from topd.objectives.given_windows import check_given_windows
 from topd.objectives.inputs import PaddedInputs, check_padded_inputs
+from topd.objectives.look_ahead import Pass, check_table, compare_windows, draw_windows
 from topd.objectives.method import Method
 from topd.objectives.metrics import Stages, as_metrics, diagnosed, mean_scores, near_future_metrics
 from topd.objectives.model_checks import ModelChecks
 from topd.objectives.objective import NearFuture, Objective
 from topd.objectives.reduction import check_items, reduce_tokens
-from topd.objectives.token_losses import TokenLosses, token_losses
+from topd.objectives.token_losses import token_losses
 from topd.objectives.topk_teacher import refuse_topk
 from topd.scores import TokenScores
-
-
-class _Pass(NamedTuple):
-    """Both models' pass over the rollouts, and what each response token costs."""
-
-    inputs: PaddedInputs
-    student: Decoder
-    teacher: Decoder
-    student_states: Prefill
-    teacher_states: Prefill
-    losses: TokenLosses
 
 
 class TOPD(Method):
@@ -88,9 +78,11 @@ class TOPD(Method):
                 "top-k is known serves topd.OPD"
             )
         self.allow_unequal_vocabularies = allow_unequal_vocabularies
+        self._gate_value = check_gate("gate", self.config.gate, "gate_value", self.config.gate_value)
+        self._judge = Gate(self.config.gate, self.config.gate_value)
         self._checks = ModelChecks(student, teacher, allow_unequal_vocabularies)
         if isinstance(self.config.embedding, Tensor):
-            _check_table(self.config.embedding, min(vocabulary_of(student), vocabulary_of(teacher)))
+            check_table(self.config.embedding, min(vocabulary_of(student), vocabulary_of(teacher)))
 
     def __call__(
         self,
@@ -98,6 +90,7 @@ class TOPD(Method):
         *,
         num_items: float | Tensor | None = None,
         generator: torch.Generator | None = None,
+        windows: Windows | None = None,
     ) -> Objective:
         """Return the loss of rollouts that the student sampled.
 
@@ -107,9 +100,14 @@ class TOPD(Method):
                 batch: the loss and its gradients are then 0. Optional: token_weights and verdict, as of `OPD`; the weights
                 multiply those of the false alarms, and leave the guidance alone. No other key.
             num_items: the denominator of a larger batch of which this is a part (gradient accumulation): its response tokens,
-                or with reduction "sequence" its responses. The guidance, gated in this part alone, is weighted by this part's
-                share of it. None: this batch's own.
+                or with reduction "sequence" its responses. The guidance is gated in this part alone; with guidance_reduction
+                "points" it is weighted by this part's share of num_items. None: this batch's own.
             generator: of the models' device, for the windows; None: torch's own.
+            windows: made elsewhere, by another engine or from a file, in the place of those that are drawn here: then no
+                candidates are chosen and nothing is sampled. Their positions are distinct response tokens of this batch, in any
+                order; K is 1 to 128, also another for each model; the teacher's tokens are those that both models have. With
+                student_window "rollout" the student's tokens are the rollout's, up to the end of the response at most. All this
+                is checked on the CPU. None: windows at this batch's candidates.
 
         Returns:
             Objective with near_future. Metrics of `OPD` with its diagnostics, and guidance_loss (loss = opd_loss +
@@ -121,23 +119,23 @@ class TOPD(Method):
 
         Raises:
             TypeError, ValueError: a wrong type, shape, dtype, device or range; an unknown key; a token that one of the models
-                does not have (checked on the CPU); gradients that several processes would not exchange.
+                does not have (checked on the CPU); windows that do not fit the batch; gradients that several processes would
+                not exchange.
         """
         refuse_topk(batch, "TOPD")
         inputs, items, config = check_padded_inputs(batch), check_items(num_items), self.config
         rollouts = inputs.rollouts
         check_generator(generator)
+        if windows is not None:
+            vocabularies = vocabulary_of(self.student), vocabulary_of(self.teacher)
+            windows = check_given_windows(windows, rollouts, config, vocabularies[0], min(vocabularies))
         self._checks.before_step(self.student, self.teacher)
-        stages = Stages("window_forward", "guidance")
-        tokens = self._pass(inputs, stages)
-        score = score_of(tokens.losses.scores, config.score)
-        positions = self._candidates(score, rollouts)
-        windows = self._windows(tokens, positions, generator, stages)
-        transport = self._transport(tokens, windows, stages)
-        near_future = NearFuture(windows, transport, self._gate(transport), score)
-        weights = self._weights(near_future, inputs)
+        stages = Stages("student_windows", "teacher_windows", "window_forward", "guidance")
+        tokens = self._pass(inputs, stages, draws=windows is None)
+        near_future = self._near_future(tokens, windows, generator, stages)
+        weights = self._weights(tokens, near_future)
         opd_loss, share = reduce_tokens(tokens.losses.loss, rollouts, config.reduction, items, weights)
-        guidance = share * self._guidance(tokens, near_future, stages)
+        guidance = self._guidance(tokens, near_future, share, items, stages)
         loss = opd_loss + config.guidance_weight * guidance if config.guidance_weight else opd_loss
         totals, diagnostics = diagnosed(tokens.losses, inputs, config)
         metrics: dict[str, Tensor | float] = {
@@ -154,8 +152,9 @@ class TOPD(Method):
         }
         return Objective(loss, as_metrics(metrics), tokens.losses.scores, totals, near_future)
 
-    def _pass(self, inputs: PaddedInputs, stages: Stages) -> _Pass:
-        """Run each model once, the student with gradient, and compare them at every token; keep the caches for the windows."""
+    def _pass(self, inputs: PaddedInputs, stages: Stages, draws: bool) -> Pass:
+        """Run each model once, the student with gradient, and compare them at every token; keep the caches for the windows, the
+        teacher's where windows are drawn."""
         rollouts = inputs.rollouts
         student, teacher = open_student(self.student, rollouts), rollouts.decoder("teacher", self.teacher)
         check_tokens(rollouts, student=self.student, teacher=self.teacher)
@@ -163,11 +162,22 @@ class TOPD(Method):
         with stages.stage("student_forward"):
             student_states = prefill(student, ids, attended, cache=student.keeps_cache)
         with stages.stage("teacher_forward"), torch.no_grad():
-            teacher_states = prefill(teacher, ids, attended, cache=teacher.keeps_cache)
+            teacher_states = prefill(teacher, ids, attended, cache=draws and teacher.keeps_cache)
         with stages.stage("divergence"):
             sides = (student_states.hidden, student.head), (teacher_states.hidden, teacher.head)
             losses = token_losses(*sides, inputs, self.config)
-        return _Pass(inputs, student, teacher, student_states, teacher_states, losses)
+        return Pass(inputs, student, teacher, student_states, teacher_states, losses)
+
+    def _near_future(
+        self, tokens: Pass, windows: Windows | None, generator: torch.Generator | None, stages: Stages
+    ) -> NearFuture:
+        """Look ahead at the candidates, or at the points of the windows that are given, and judge them."""
+        config, score = self.config, score_of(tokens.losses.scores, self.config.score)
+        if windows is None:
+            positions = self._candidates(score, tokens.inputs.rollouts)
+            windows = draw_windows(tokens, positions, config, generator, stages)
+        transport = compare_windows(tokens, windows, config, stages)
+        return NearFuture(windows, transport, self._gate(transport), score)
 
     def _candidates(self, score: Tensor, rollouts: Padded) -> Tensor:
         """Choose the candidates, positions [m, 2], by the score [B, T] of the response tokens."""
@@ -180,62 +190,45 @@ class TOPD(Method):
             min_separation=config.min_separation,
         )
 
-    def _windows(self, tokens: _Pass, positions: Tensor, generator: torch.Generator | None, stages: Stages) -> Windows:
-        """Let both models continue from the prefix before each candidate; the student draws first."""
-        config, ends = self.config, end_tokens(None, tokens.student.model)
-        rollouts = tokens.inputs.rollouts
-        ids, attended = rollouts.input_ids, rollouts.attended
-        own, others = tokens.student.head.weight.shape[0], tokens.teacher.head.weight.shape[0]
-        table = _table(config.embedding, tokens.student, tokens.teacher)
-        noise = noise_of(config.window_noise, ids, attended, positions, generator)
-
-        def sampling(vocab: int) -> Sampling:
-            return Sampling(config.horizon, config.window_temperature, generator, ends, vocab)
-
-        with stages.stage("student_windows"):
-            if config.student_window == "rollout":
-                students = from_rollout(ids, attended, positions, config.horizon)
-                side = tokens.student, tokens.student_states
-                noise = given_rollout(noise, *side, positions, students, config.window_temperature)
-            else:
-                drawn = sampling(own if table is None else min(own, table.shape[0]))
-                students = continue_from(
-                    tokens.student, ids, attended, positions, drawn, prefix=tokens.student_states, noise=noise
-                )
-        with stages.stage("teacher_windows"):
-            drawn = sampling(min(own, others))
-            teachers = continue_from(tokens.teacher, ids, attended, positions, drawn, prefix=tokens.teacher_states, noise=noise)
-        return both_windows(positions, students, teachers)
-
-    @torch.no_grad()
-    def _transport(self, tokens: _Pass, windows: Windows, stages: Stages) -> Transport:
-        """Compare the two continuations of each candidate by optimal transport between their tokens."""
-        config = self.config
-        options: dict[str, Any] = {"cost": config.cost, "solver": config.solver, "epsilon": config.epsilon}
-        options |= {"student_lengths": windows.student_lengths, "teacher_lengths": windows.teacher_lengths}
-        table = _table(config.embedding, tokens.student, tokens.teacher)
-        with stages.stage("transport"):
-            if table is not None:
-                return near_future_divergence(windows.student_tokens, windows.teacher_tokens, table.detach(), **options)
-            students = _states_of(tokens, windows.positions, windows.student_tokens, windows.student_lengths)
-            teachers = _states_of(tokens, windows.positions, windows.teacher_tokens, windows.teacher_lengths)
-            return near_future_divergence(student_vectors=students, teacher_vectors=teachers, **options)
-
     def _gate(self, transport: Transport) -> Tensor:
         """Decide which candidates really diverge, [m] bool: those whose distance is high too."""
-        return divergent(transport.distance, rule=self.config.gate, value=self.config.gate_value)
+        count, value = transport.distance.numel(), self._gate_value
+        if self.config.gate == "lowest_fraction_out" and value and count and not goes_out(value, count):
+            self._checks.warn_once(
+                "gate",
+                f'gate "lowest_fraction_out" lets all {count} candidates of this call through, since {value:g} of them is less '
+                f'than one: there is no false alarm; take larger micro-batches, or gate="running_quantile", which remembers '
+                f"the last {MEMORY}",
+            )
+        return self._judge(transport.distance)
 
-    def _weights(self, near_future: NearFuture, inputs: PaddedInputs) -> Tensor | None:
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what a checkpoint must hold beside the student: with gate "running_quantile" its distances, else nothing."""
+        return self._judge.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state_dict` returned.
+
+        Raises:
+            TypeError, ValueError: the state of an objective with another gate.
+        """
+        self._judge.load_state_dict(state)
+
+    def _weights(self, tokens: Pass, near_future: NearFuture) -> Tensor | None:
         """Return what each token weighs in L_OPD, [B, T], where false alarms weigh less; None: all weigh 1."""
-        mode, positions, own = self.config.false_alarms, near_future.windows.positions, inputs.token_weights
+        inputs, mode = tokens.inputs, self.config.false_alarms
+        own = inputs.token_weights
         if mode == "keep":
             return own
-        mask, score = inputs.rollouts.response, near_future.score
-        weights = false_alarm_weights(score, positions, near_future.divergent, mask=mask, mode=mode)
+        loss, positions = tokens.losses.loss.detach(), near_future.windows.positions
+        weights = false_alarm_weights(loss, positions, near_future.divergent, mask=inputs.rollouts.response, mode=mode)
         return weights if own is None else weights * own
 
-    def _guidance(self, tokens: _Pass, near_future: NearFuture, stages: Stages) -> Tensor:
-        """Return the mean of L_traj over the divergent points, 0 where there is none; no gradient where it weighs nothing."""
+    def _guidance(
+        self, tokens: Pass, near_future: NearFuture, share: Tensor, items: float | Tensor | None, stages: Stages
+    ) -> Tensor:
+        """Return this part's guidance, L_traj reduced over the divergent points, 0 where there is none; no gradient where it
+        weighs nothing."""
         windows, chosen = near_future.windows, near_future.divergent.nonzero()[:, 0]
         if not chosen.numel():
             return tokens.losses.loss.new_zeros(())
@@ -256,7 +249,11 @@ class TOPD(Method):
                     student_lengths=lengths,
                     temperature=self.config.temperature,
                 )
-        return per_point.mean()
+        if self.config.guidance_reduction == "points":
+            return share * per_point.mean()
+        rollouts = tokens.inputs.rollouts
+        of_tokens = per_point.new_zeros(rollouts.response.shape).index_put(positions.unbind(-1), per_point)
+        return reduce_tokens(of_tokens, rollouts, self.config.reduction, items).loss
 
 
 def score_of(scores: TokenScores, name: str) -> Tensor:
@@ -268,29 +265,3 @@ def score_of(scores: TokenScores, name: str) -> Tensor:
     if name == "gap":
         return scores.student_logprob - scores.teacher_logprob
     return -(scores.teacher_logprob if name == "teacher_nll" else scores.student_logprob)
-
-
-def _states_of(tokens: _Pass, positions: Tensor, window: Tensor, lengths: Tensor) -> Tensor:
-    """Return [m, K, H], the student's state on each token of a window [m, K]: the one that would predict the next."""
-    longer = torch.cat([window, torch.zeros_like(window[:, :1])], dim=1)
-    return replay(tokens.student, tokens.student_states.constant(), positions, longer, lengths + 1)[:, 1:]
-
-
-def _table(embedding: str | Tensor, student: Decoder, teacher: Decoder) -> Tensor | None:
-    """Return the embeddings that windows' tokens are looked up in; None where their states are compared."""
-    if isinstance(embedding, Tensor):
-        return embedding
-    if embedding == "student_hidden":
-        return None
-    side = student if embedding == "student" else teacher
-    weight: Tensor = side.model.get_input_embeddings().weight
-    return weight
-
-
-def _check_table(embedding: Tensor, common: int) -> None:
-    """Check that a table [V, d] has a row for each token that both models have."""
-    if embedding.shape[0] < common:
-        raise ValueError(
-            f"embedding must have a row for each of the {common:,} tokens that both models have, got {list(embedding.shape)}; "
-            'give the rest a row, or take "student" or "teacher"'
-        )
