@@ -21,7 +21,8 @@ def warnings_of(objective, batch=None, calls=2):
         warnings.simplefilter("always")
         for _ in range(calls):
             objective(batch or batch_of())
-    return [(each.category, str(each.message)) for each in caught if each.filename == __file__]
+    here = [(each.category, str(each.message)) for each in caught if each.filename == __file__]
+    return [(category, message) for category, message in here if not message.startswith("gate")]  # TOPD's, of few candidates
 
 
 @METHODS

@@ -29,15 +29,16 @@ class Gate(Method):
         self._remembers = rule == "running_quantile"
         self._distances = torch.empty(0)
 
-    def __call__(self, distance: Tensor) -> Tensor:
+    def __call__(self, distance: Tensor, low_loss: Tensor | None = None) -> Tensor:
         """Tell which candidates really diverge, [m] bool.
 
         Args:
             distance: [m], of a call's candidates. Every process of torch.distributed comes here at the same time where the rule
                 remembers and gradients are enabled.
+            low_loss: [r], the distances at tokens of low loss, where the rule compares with them.
         """
         if not self._remembers:
-            return divergent(distance, rule=self.rule, value=self.value)
+            return divergent(distance, rule=self.rule, value=self.value, reference=low_loss)
         trains = torch.is_grad_enabled()  # in an evaluation nothing is remembered, and other processes are not asked
         own = of_all_processes(distance) if trains else distance
         known = torch.cat([self._distances.to(own), own])[-max(MEMORY, own.numel()) :]

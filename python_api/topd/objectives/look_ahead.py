@@ -1,5 +1,6 @@
 """What TOPD sees beyond a step's tokens: both models' windows at some positions, and the transport between them."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -56,6 +57,31 @@ def draw_windows(
         drawn = sampling(min(own, others))
         teachers = continue_from(tokens.teacher, ids, attended, positions, drawn, prefix=tokens.teacher_states, noise=noise)
     return both_windows(positions, students, teachers)
+
+
+def lowest(score: Tensor, response: Tensor, positions: Tensor) -> Tensor:
+    """Return the response tokens of the lowest score that are no candidates: in each trajectory as many as it has candidates, or
+    all there are.
+
+    Args:
+        score: [B, T]; response: [B, T] bool.
+        positions: [m, 2], the candidates.
+
+    Returns:
+        [r, 2] int64 (row, column), sorted.
+    """
+    row, column = positions.unbind(-1)
+    others = response.index_put((row, column), torch.zeros_like(row, dtype=torch.bool))
+    ranks = score.masked_fill(~others, torch.inf).argsort(dim=-1, stable=True).argsort(dim=-1)
+    counts = torch.bincount(row, minlength=score.shape[0])
+    return (others & (ranks < counts.unsqueeze(-1))).nonzero()
+
+
+def first(count: int, windows: Windows, transport: Transport) -> tuple[Windows, Transport]:
+    """Return the first so many points of windows and of the transport between them."""
+    tensors: dict[str, Any] = {name: value[:count] for name, value in vars(windows).items() if isinstance(value, Tensor)}
+    parts = transport.distance[:count], transport.plan[:count], transport.marginal_error[:count]
+    return replace(windows, **tensors), Transport(*parts)
 
 
 @torch.no_grad()

@@ -35,13 +35,12 @@ from topd.near_future.candidates import select_candidates
 from topd.near_future.false_alarms import false_alarm_weights
 from topd.near_future.gate import check_gate, goes_out
 from topd.near_future.guidance import guidance_kl
-from topd.near_future.transport import Transport
 from topd.objectives.batch import Padded, check_tokens, open_student
 from topd.objectives.config import TOPDConfig, config_of
 from topd.objectives.gating import MEMORY, Gate
 from topd.objectives.given_windows import check_given_windows
 from topd.objectives.inputs import PaddedInputs, check_padded_inputs
-from topd.objectives.look_ahead import Pass, check_table, compare_windows, draw_windows
+from topd.objectives.look_ahead import Pass, check_table, compare_windows, draw_windows, first, lowest
 from topd.objectives.method import Method
 from topd.objectives.metrics import Stages, as_metrics, diagnosed, mean_scores, near_future_metrics
 from topd.objectives.model_checks import ModelChecks
@@ -127,6 +126,11 @@ class TOPD(Method):
         rollouts = inputs.rollouts
         check_generator(generator)
         if windows is not None:
+            if config.gate == "low_loss_q3":
+                raise ValueError(
+                    'windows must be None with gate "low_loss_q3", which draws more at tokens of low loss, got windows; '
+                    "take another gate"
+                )
             vocabularies = vocabulary_of(self.student), vocabulary_of(self.teacher)
             windows = check_given_windows(windows, rollouts, config, vocabularies[0], min(vocabularies))
         self._checks.before_step(self.student, self.teacher)
@@ -173,11 +177,18 @@ class TOPD(Method):
     ) -> NearFuture:
         """Look ahead at the candidates, or at the points of the windows that are given, and judge them."""
         config, score = self.config, score_of(tokens.losses.scores, self.config.score)
+        count = None
         if windows is None:
-            positions = self._candidates(score, tokens.inputs.rollouts)
+            positions, rollouts = self._candidates(score, tokens.inputs.rollouts), tokens.inputs.rollouts
+            if config.gate == "low_loss_q3":
+                count = positions.shape[0]
+                positions = torch.cat([positions, lowest(score, rollouts.response, positions)])
             windows = draw_windows(tokens, positions, config, generator, stages)
-        transport = compare_windows(tokens, windows, config, stages)
-        return NearFuture(windows, transport, self._gate(transport), score)
+        transport, low_loss = compare_windows(tokens, windows, config, stages), None
+        if count is not None:
+            low_loss = transport.distance[count:]
+            windows, transport = first(count, windows, transport)
+        return NearFuture(windows, transport, self._gate(transport.distance, low_loss), score)
 
     def _candidates(self, score: Tensor, rollouts: Padded) -> Tensor:
         """Choose the candidates, positions [m, 2], by the score [B, T] of the response tokens."""
@@ -190,9 +201,9 @@ class TOPD(Method):
             min_separation=config.min_separation,
         )
 
-    def _gate(self, transport: Transport) -> Tensor:
+    def _gate(self, distance: Tensor, low_loss: Tensor | None) -> Tensor:
         """Decide which candidates really diverge, [m] bool: those whose distance is high too."""
-        count, value = transport.distance.numel(), self._gate_value
+        count, value = distance.numel(), self._gate_value
         if self.config.gate == "lowest_fraction_out" and value and count and not goes_out(value, count):
             self._checks.warn_once(
                 "gate",
@@ -200,7 +211,7 @@ class TOPD(Method):
                 f'than one: there is no false alarm; take larger micro-batches, or gate="running_quantile", which remembers '
                 f"the last {MEMORY}",
             )
-        return self._judge(transport.distance)
+        return self._judge(distance, low_loss)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what a checkpoint must hold beside the student: with gate "running_quantile" its distances, else nothing."""
