@@ -60,8 +60,8 @@ def draw_windows(
 
 
 def lowest(score: Tensor, response: Tensor, positions: Tensor) -> Tensor:
-    """Return the response tokens of the lowest score that are no candidates: in each trajectory as many as it has candidates, or
-    all there are.
+    """Return the response tokens of the lowest score that are no candidates: in each trajectory as many as it has candidates,
+    or all there are.
 
     Args:
         score: [B, T]; response: [B, T] bool.
