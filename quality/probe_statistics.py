@@ -1,0 +1,125 @@
+"""What a probe's points say: medians, correlations, and how well a distance tells two classes of tokens apart."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quality.probe_points import CLASSES
+
+Array = NDArray[np.float64]
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value with the bounds that hold 95 % of its resamples."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+@dataclass(frozen=True)
+class Points:
+    """The points of a probe as columns.
+
+    Attributes:
+        label: [n] int, the place of each point's class in CLASSES.
+        trajectory: [n] int, from 0 on.
+        loss: [n], the teacher's negative log-probability of the token, nats.
+        distance: the arms' distances [n, horizons].
+    """
+
+    label: NDArray[np.int64]
+    trajectory: NDArray[np.int64]
+    loss: Array
+    distance: dict[str, Array]
+
+    @classmethod
+    def of(cls, records: Sequence[dict[str, Any]]) -> "Points":
+        """Return the columns of points as a probe's file holds them."""
+        _, trajectory = np.unique([record["trajectory"] for record in records], return_inverse=True)
+        arms = records[0]["distances"]
+        return cls(
+            np.array([CLASSES.index(record["class"]) for record in records]),
+            trajectory,
+            np.array([record["teacher_nll"] for record in records]),
+            {arm: np.array([record["distances"][arm] for record in records]) for arm in arms},
+        )
+
+    def of_class(self, name: str) -> NDArray[np.bool_]:
+        """Return which points are of a class."""
+        return np.equal(self.label, CLASSES.index(name))
+
+
+def resampling(points: Points, seed: int = 0) -> Array:
+    """Return how often each trajectory counts, [RESAMPLES + 1, trajectories]: once in the first row, drawn with replacement in
+    the others. Trajectories are drawn and not points, since the points of one are alike."""
+    count = int(points.trajectory.max()) + 1
+    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+    return np.concatenate([np.ones((1, count)), drawn])
+
+
+def aucs(points: Points, distance: Array, other: str, weights: Array) -> Array:
+    """Return the area under the ROC curve of a distance [n] between high-loss tokens and another class for each row of weights:
+    how probable it is that a high-loss token is further than one of the other; equal distances count one half."""
+    first, second = points.of_class("high"), points.of_class(other)
+    difference = distance[first, None] - distance[None, second]
+    ahead = (difference > 0) + 0.5 * (difference == 0)
+    ours, others = weights[:, points.trajectory[first]], weights[:, points.trajectory[second]]
+    total = ours.sum(1) * others.sum(1)
+    return np.asarray(((ours @ ahead) * others).sum(1) / np.where(total > 0, total, np.nan))
+
+
+def interval(values: Array) -> Interval:
+    """Return the first value with the bounds of the others."""
+    low, high = np.nanquantile(values[1:], (0.025, 0.975))
+    return Interval(float(values[0]), float(low), float(high))
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What one arm says.
+
+    Attributes:
+        medians: of the distance, in each class.
+        under: the share of high-loss tokens whose distance is under the upper quartile of low-loss ones.
+        pearson, spearman: of loss and distance over all points; NaN where either is constant.
+        zero: the share of distances that are exactly 0.
+        against: AUC of high-loss tokens against random and against low-loss ones.
+        ahead: by how much either is above that of another arm, over the same resamples.
+    """
+
+    medians: dict[str, float]
+    under: float
+    pearson: float
+    spearman: float
+    zero: float
+    against: dict[str, Interval]
+    ahead: dict[str, Interval]
+
+
+def summary(points: Points, arm: str, base: str, weights: Array) -> Summary:
+    """Summarise an arm at the longest horizon, beside a base arm."""
+    from scipy import stats
+
+    distance = points.distance[arm][:, -1]
+    by_class = {name: distance[points.of_class(name)] for name in CLASSES}
+    varied = np.ptp(distance) > 0 and np.ptp(points.loss) > 0
+    areas = {other: aucs(points, distance, other, weights) for other in ("random", "low")}
+    reference = {other: aucs(points, points.distance[base][:, -1], other, weights) for other in areas}
+    return Summary(
+        {name: float(np.median(values)) for name, values in by_class.items()},
+        float((by_class["high"] < np.quantile(by_class["low"], 0.75)).mean()),
+        float(stats.pearsonr(points.loss, distance).statistic) if varied else float("nan"),
+        float(stats.spearmanr(points.loss, distance).statistic) if varied else float("nan"),
+        float((distance == 0).mean()),
+        {other: interval(values) for other, values in areas.items()},
+        {other: interval(areas[other] - reference[other]) for other in areas},
+    )

@@ -1,0 +1,84 @@
+"""quality.probe_statistics: areas by hand, intervals over trajectories, what an arm says."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from quality.probe_statistics import RESAMPLES, Interval, Points, aucs, interval, resampling, summary
+
+
+def records(high, random, low, *, arm="arm"):
+    """Return points of one class after the other; point i of each class is of trajectory i."""
+    values = {"high": high, "random": random, "low": low}
+    return [
+        {"class": name, "trajectory": 10 * place, "teacher_nll": loss, "distances": {arm: [0.0, distance]}}
+        for loss, (name, distances) in zip((3.0, 1.0, 0.1), values.items(), strict=True)
+        for place, distance in enumerate(distances)
+    ]
+
+
+def test_areas_by_hand():
+    points = Points.of(records([0.5, 0.2], [0.2, 0.1], [0.6, 0.5]))
+    once = np.ones((1, 2))
+    distance = points.distance["arm"][:, 1]
+    assert aucs(points, distance, "random", once).tolist() == [(1 + 1 + 0.5 + 1) / 4]
+    assert aucs(points, distance, "low", once).tolist() == [0.5 / 4]
+    twice = np.array([[2.0, 0.0], [0.0, 2.0]])  # the points of one trajectory alone
+    assert aucs(points, distance, "random", twice).tolist() == [1.0, 1.0]
+    assert aucs(points, distance, "low", twice).tolist() == [0.0, 0.0]
+
+
+def test_an_area_is_the_rank_sums():
+    rng = np.random.default_rng(0)
+    high, random, low = (rng.integers(0, 9, size=(40,)) / 8 + shift for shift in (0.25, 0.125, 0.0))
+    points = Points.of(records(high, random, low))
+    area = aucs(points, points.distance["arm"][:, 1], "low", np.ones((1, 40)))[0]
+    assert area == pytest.approx(stats.mannwhitneyu(high, low).statistic / 1600)
+
+
+def test_trajectories_are_drawn_with_all_their_points():
+    weights = resampling(Points.of(records([1.0] * 5, [1.0] * 5, [1.0] * 5)))
+    assert weights.shape == (RESAMPLES + 1, 5)
+    assert weights[0].tolist() == [1.0] * 5
+    assert (weights.sum(1) == 5).all()
+    assert weights[1:].std(0).min() > 0.8
+    assert np.array_equal(weights, resampling(Points.of(records([1.0] * 5, [1.0] * 5, [1.0] * 5))))
+
+
+def test_an_interval_holds_the_truth_as_often_as_it_says():
+    """Normal distances a shift apart, two points of a class in each of 40 trajectories, which share a shift of their own."""
+    rng, inside = np.random.default_rng(1), 0
+    truth = stats.norm.cdf(0.5 / math.sqrt(2 * 2))
+    for _ in range(60):
+        own = rng.normal(size=40)
+        one = []
+        for _ in range(2):
+            one += records(*(own + rng.normal(size=40) + shift for shift in (0.5, 0.0, 0.0)))
+        points = Points.of(one)
+        bounds = interval(aucs(points, points.distance["arm"][:, 1], "random", resampling(points)))
+        inside += bounds.low <= truth <= bounds.high
+    assert inside >= 52
+
+
+def test_what_an_arm_says():
+    points = Points.of(records([0.5, 0.7, 0.0, 0.9], [0.3, 0.3, 0.2, 0.4], [0.0, 0.1, 0.2, 0.6]))
+    one = summary(points, "arm", "arm", resampling(points))
+    assert one.medians == {"high": 0.6, "random": 0.3, "low": pytest.approx(0.15)}
+    assert one.under == 0.25  # 0.0 under 0.3
+    assert one.zero == 2 / 12
+    assert one.against["random"].value == 12 / 16
+    assert one.ahead["low"] == Interval(0.0, 0.0, 0.0)
+    distance = points.distance["arm"][:, 1]
+    assert one.pearson == pytest.approx(np.corrcoef(points.loss, distance)[0, 1])
+    assert one.spearman == pytest.approx(stats.spearmanr(points.loss, distance).statistic)
+    assert str(Interval(0.551, 0.4, 0.7)) == "0.55 [0.40, 0.70]"
+
+
+def test_distances_that_are_all_equal_say_nothing():
+    points = Points.of(records([0.0] * 3, [0.0] * 3, [0.0] * 3))
+    one = summary(points, "arm", "arm", resampling(points))
+    assert one.against["random"] == Interval(0.5, 0.5, 0.5)
+    assert math.isnan(one.pearson)
+    assert one.zero == 1
