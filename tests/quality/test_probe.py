@@ -84,7 +84,7 @@ def test_classes_are_the_ends_of_each_trajectory():
 
 @pytest.mark.parametrize("arm", [arm for arm in ARMS if arm != probe_windows.SELF])
 def test_an_arms_windows_are_those_of_sample_windows(pair, arm):
-    passes, positions = passes_of(pair), torch.tensor([[0, 40], [2, 41], [2, 45], [5, 38]])
+    passes, positions = passes_of(pair), torch.tensor([[0, 22], [2, 30], [2, 42], [5, 25]])
     drawn = draw(passes, positions, SETTINGS, 11)
     kind, noise = arm.split(", ")
     place = list(ARMS).index(arm)
@@ -218,7 +218,7 @@ def test_a_wrong_option_is_refused(words, capsys):
 
 
 def test_the_draws_have_seeds_of_their_own(pair):
-    passes, positions = passes_of(pair), torch.tensor([[0, 40], [1, 40], [2, 40]])
+    passes, positions = passes_of(pair), torch.tensor([[0, 30], [1, 30], [2, 30]])
     drawn, later = draw(passes, positions, SETTINGS, 0), draw(passes, positions, SETTINGS, DRAWS)
     assert not torch.equal(drawn.windows["teacher"].tokens, drawn.windows["teacher, again"].tokens)
     for name in later.seconds:
