@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from quality.probe_points import CLASSES, Settings, eligible, pick, sample_and_read, scores_of
-from quality.probe_windows import DRAWS, distances, draw
+from quality.probe_windows import DRAWS, distances, distances_again, draw, later_distances
 from topd import files
 from topd_demo.prompts import encode
 
@@ -124,12 +124,18 @@ def look(pair: Pair, settings: Settings, chunk: int) -> tuple[int, list[Record],
     tokens = int(passes.response.sum())
     if not labels:
         return tokens, [], {}
-    drawn = draw(passes, positions, settings, seed * DRAWS)
-    apart = distances(drawn, pair.student.get_input_embeddings().weight, settings.horizons)
+    again, table = len(by_class["high"]), pair.student.get_input_embeddings().weight
+    drawn = draw(passes, positions, again, settings, seed * DRAWS)
+    by_horizon = [distances(drawn, table, horizon) for horizon in settings.horizons]
+    later, once_more = later_distances(drawn, table), distances_again(drawn, table, again)
     records = []
     for place, (label, (row, column)) in enumerate(zip(labels, positions.tolist(), strict=True)):
         ids = passes.input_ids[row, : column + 1][passes.attended[row, : column + 1]]
-        windows = {name: each.tokens[place, : int(each.lengths[place])].tolist() for name, each in drawn.windows.items()}
+        windows = {
+            name: each.tokens[place, : int(each.lengths[place])].tolist()
+            for name, each in drawn.windows.items()
+            if place < len(each.lengths)
+        }
         records.append(
             {
                 "class": label,
@@ -137,7 +143,9 @@ def look(pair: Pair, settings: Settings, chunk: int) -> tuple[int, list[Record],
                 "place": int(passes.response[row, :column].sum()),
                 "prefix": ids[-1 - PREFIX : -1].tolist(),
                 **{name: value[row, column].item() for name, value in scores.items()},
-                "distances": {arm: values[place] for arm, values in apart.items()},
+                "distances": {arm: [each[arm][place] for each in by_horizon] for arm in later},
+                "later": {arm: values[place] for arm, values in later.items()},
+                "again": {arm: values[place] for arm, values in once_more.items()} if place < again else None,
                 "windows": windows,
             }
         )

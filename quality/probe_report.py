@@ -8,7 +8,7 @@ import numpy as np
 from bench.report import machine_line, markdown_table
 from quality.probe_file import Probe
 from quality.probe_points import CLASSES
-from quality.probe_statistics import Points, Summary, aucs, interval, resampling, summary
+from quality.probe_statistics import Points, Summary, aucs, interval, repeats, resampling, stays_out, summary
 from quality.probe_windows import ARMS, BASE, ROLLOUT, SELF
 
 PAPER = ("the paper (30B teaches 4B)", "0.566", "0.361", "0.315", "29.23 %", "", "", "", "")
@@ -72,11 +72,14 @@ def _signed(value: Any) -> str:
 def _by_horizon(probe: Probe, points: Points, weights: np.ndarray[Any, Any]) -> str:
     """Return the table of AUC by how many of the windows' first tokens are compared."""
     horizons = probe.settings.horizons
-    rows = [
-        [arm, *(str(interval(aucs(points, values[:, place], "random", weights))) for place in range(len(horizons)))]
-        for arm, values in points.distance.items()
-    ]
-    return markdown_table(("AUC high / random, of the first ... tokens", *map(str, horizons)), rows)
+    rows = []
+    for arm, values in points.distance.items():
+        columns = [*values.T, points.later[arm]]
+        areas = [str(interval(aucs(points, column, "random", weights))) for column in columns]
+        rows.append([arm, *areas, str(interval(repeats(points, arm, weights))), f"{stays_out(points, arm):.0%}"])
+    first = [f"AUC high / random: first {horizon}" for horizon in horizons]
+    header = ("arm", *first, f"2nd to {horizons[-1]}th", "high, drawn twice: Spearman", "out both times")
+    return markdown_table(header, rows)
 
 
 def examples(probe: Probe, tokenizer: Any, count: int) -> str:

@@ -34,23 +34,29 @@ class Points:
         trajectory: [n] int, from 0 on.
         loss: [n], the teacher's negative log-probability of the token, nats.
         distance: the arms' distances [n, horizons].
+        later: the same at the longest horizon, without the windows' first tokens [n].
+        again: the same, drawn once more, at high-loss tokens alone [high].
     """
 
     label: NDArray[np.int64]
     trajectory: NDArray[np.int64]
     loss: Array
     distance: dict[str, Array]
+    later: dict[str, Array]
+    again: dict[str, Array]
 
     @classmethod
     def of(cls, records: Sequence[dict[str, Any]]) -> "Points":
         """Return the columns of points as a probe's file holds them."""
         _, trajectory = np.unique([record["trajectory"] for record in records], return_inverse=True)
-        arms = records[0]["distances"]
+        arms, high = records[0]["distances"], [record for record in records if record["class"] == "high"]
         return cls(
             np.array([CLASSES.index(record["class"]) for record in records]),
             trajectory,
             np.array([record["teacher_nll"] for record in records]),
             {arm: np.array([record["distances"][arm] for record in records]) for arm in arms},
+            {arm: np.array([record["later"][arm] for record in records]) for arm in arms},
+            {arm: np.array([record["again"][arm] for record in high]) for arm in arms},
         )
 
     def of_class(self, name: str) -> NDArray[np.bool_]:
@@ -77,8 +83,39 @@ def aucs(points: Points, distance: Array, other: str, weights: Array) -> Array:
     return np.asarray(((ours @ ahead) * others).sum(1) / np.where(total > 0, total, np.nan))
 
 
+def repeats(points: Points, arm: str, weights: Array) -> Array:
+    """Return the rank correlation of a distance with the same drawn once more, at high-loss tokens, for each row of weights:
+    1 where a distance is the point's own, 0 where it is the draw's. NaN where a distance is constant."""
+    from scipy import stats
+
+    high = points.of_class("high")
+    ranks = [stats.rankdata(values) for values in (points.distance[arm][high, -1], points.again[arm])]
+    drawn = weights[:, points.trajectory[high]]
+    total = drawn.sum(1)
+    total = np.where(total > 0, total, np.nan)
+    first, second = (values - (drawn @ values / total)[:, None] for values in ranks)
+    covariance, *variances = (
+        (drawn * one * other).sum(1) for one, other in ((first, second), (first, first), (second, second))
+    )
+    scale = np.sqrt(variances[0] * variances[1])
+    return np.asarray(covariance / np.where(scale > 0, scale, np.nan))
+
+
+def stays_out(points: Points, arm: str, fraction: float = 0.3) -> float:
+    """Return the share of the high-loss tokens with the lowest distances, which the gate lets out, that it lets out again where
+    their windows are drawn once more; a gate that threw dice would keep `fraction`."""
+    high = points.of_class("high")
+    count = int(fraction * int(high.sum()))
+    first, second = (
+        set(np.argsort(values, kind="stable")[:count]) for values in (points.distance[arm][high, -1], points.again[arm])
+    )
+    return len(first & second) / count if count else float("nan")
+
+
 def interval(values: Array) -> Interval:
     """Return the first value with the bounds of the others."""
+    if np.isnan(values[0]):
+        return Interval(float("nan"), float("nan"), float("nan"))
     low, high = np.nanquantile(values[1:], (0.025, 0.975))
     return Interval(float(values[0]), float(low), float(high))
 

@@ -7,7 +7,8 @@
     teacher against itself     two continuations of the teacher's: what the sampling alone makes
 
 What is drawn for an arm is what `topd.sample_windows` draws with the same generator; the teacher's windows of the last arm are
-those of the first and the third.
+those of the first and the third. At high-loss tokens each arm is drawn once more, from other windows but for the rollout's: how
+far the two distances agree says how much of a distance is the point's, and how much the draw's.
 """
 
 import time
@@ -33,7 +34,15 @@ ARMS = {
     "rollout, counterfactual": (ROLLOUT, "teacher, counterfactual"),
     SELF: ("teacher, again", "teacher"),
 }
-DRAWS = 4  # seeds of a chunk
+# The same of each arm once more.
+AGAIN = {
+    BASE: ("student, shared", "teacher, again"),
+    "regenerate, shared": ("student, shared again", "teacher, shared again"),
+    "rollout, independent": (ROLLOUT, "teacher"),
+    "rollout, counterfactual": (ROLLOUT, "teacher, counterfactual again"),
+    SELF: ("teacher, shared", "teacher, shared again"),
+}
+DRAWS = 6  # seeds of a chunk
 
 
 class Drawn(NamedTuple):
@@ -44,13 +53,14 @@ class Drawn(NamedTuple):
 
 
 @torch.no_grad()
-def draw(passes: Passes, positions: Tensor, settings: Settings, seed: int) -> Drawn:
-    """Draw all windows [m, K] from positions [m, 2]; the seed and the DRAWS - 1 that follow are for these alone."""
+def draw(passes: Passes, positions: Tensor, again: int, settings: Settings, seed: int) -> Drawn:
+    """Draw all windows [m, K] from positions [m, 2], and those whose names end in "again" after a noise's from the first
+    `again` of them; the seed and the DRAWS - 1 that follow are for these alone."""
     ids, attended = passes.input_ids, passes.attended
-    rollout = from_rollout(ids, attended, positions, settings.horizon)
-    drawn = Drawn({ROLLOUT: rollout}, {})
+    drawn = Drawn({ROLLOUT: from_rollout(ids, attended, positions, settings.horizon)}, {})
+    generators = iter([torch.Generator().manual_seed(seed + place) for place in range(DRAWS)])
 
-    def go_on(name: str, generator: torch.Generator, noise: Noise | None = None) -> None:
+    def go_on(name: str, positions: Tensor, generator: torch.Generator, noise: Noise | None = None) -> None:
         """Let the model that the name begins with continue."""
         of_student = name.startswith("student")
         decoder = passes.student if of_student else passes.teacher
@@ -61,39 +71,75 @@ def draw(passes: Passes, positions: Tensor, settings: Settings, seed: int) -> Dr
         drawn.windows[name] = continue_from(decoder, ids, attended, positions, sampling, prefix=states, noise=noise)
         drawn.seconds[name] = time.perf_counter() - start
 
-    own, shared, again, counterfactual = (torch.Generator().manual_seed(seed + place) for place in range(DRAWS))
-    for name in ("student", "teacher"):
-        go_on(name, own)
-    noise = noise_of("shared", ids, attended, positions, shared)
-    for name in ("student, shared", "teacher, shared"):
-        go_on(name, shared, noise)
-    go_on("teacher, again", again)
-    noise = noise_of("counterfactual", ids, attended, positions, counterfactual)
-    noise = given_rollout(noise, passes.student, passes.student_states, positions, rollout, settings.temperature)
-    go_on("teacher, counterfactual", counterfactual, noise)
+    def share(suffix: str, positions: Tensor) -> None:
+        generator = next(generators)
+        noise = noise_of("shared", ids, attended, positions, generator)
+        for model in ("student", "teacher"):
+            go_on(f"{model}, shared{suffix}", positions, generator, noise)
+
+    def follow(suffix: str, positions: Tensor) -> None:
+        generator = next(generators)
+        noise = noise_of("counterfactual", ids, attended, positions, generator)
+        rollout = from_rollout(ids, attended, positions, settings.horizon)
+        noise = given_rollout(noise, passes.student, passes.student_states, positions, rollout, settings.temperature)
+        go_on(f"teacher, counterfactual{suffix}", positions, generator, noise)
+
+    own = next(generators)
+    for model in ("student", "teacher"):
+        go_on(model, positions, own)
+    share("", positions)
+    go_on("teacher, again", positions, next(generators))
+    follow("", positions)
+    share(" again", positions[:again])
+    follow(" again", positions[:again])
     return drawn
 
 
-def distances(drawn: Drawn, embedding: Tensor, horizons: tuple[int, ...]) -> dict[str, list[list[float]]]:
-    """Return each arm's near-future distances: for each point one at each horizon, of the windows' first so many tokens.
+def distances(drawn: Drawn, embedding: Tensor, horizon: int | None = None) -> dict[str, list[float]]:
+    """Return each arm's near-future distances, of the windows' first `horizon` tokens, or of all.
 
     They are those of TOPDConfig's defaults: cosine cost between the student's input embeddings [V, d], Sinkhorn. Windows that
-    are equal token by token are at distance 0, where the entropy of the plan would leave up to a few thousandths.
+    are equal token by token are at distance 0, where the entropy of the plan may leave a little more.
     """
-    values = {}
-    for arm, names in ARMS.items():
-        student, teacher = (drawn.windows[name] for name in names)
-        columns = [_distance(student, teacher, embedding, horizon) for horizon in horizons]
-        values[arm] = torch.stack(columns, dim=-1).tolist()
-    return values
+    cut = {name: _first(each, horizon or each.tokens.shape[1]) for name, each in drawn.windows.items()}
+    return {arm: _distance(*(cut[name] for name in names), embedding) for arm, names in ARMS.items()}
 
 
-def _distance(student: Continuations, teacher: Continuations, embedding: Tensor, horizon: int) -> Tensor:
-    """Return the distance [m] of the windows' first tokens."""
-    ours, others = (side.tokens[:, :horizon].contiguous() for side in (student, teacher))
-    lengths, other_lengths = (side.lengths.clamp_max(horizon) for side in (student, teacher))
+def later_distances(drawn: Drawn, embedding: Tensor) -> dict[str, list[float]]:
+    """Return each arm's distances without the windows' first tokens, in which high-loss tokens differ by what they are."""
+    cut = {name: _later(each) for name, each in drawn.windows.items()}
+    return {arm: _distance(*(cut[name] for name in names), embedding) for arm, names in ARMS.items()}
+
+
+def distances_again(drawn: Drawn, embedding: Tensor, again: int) -> dict[str, list[float]]:
+    """Return the distances of each arm drawn once more, at the first `again` points."""
+    cut = {
+        name: each._replace(tokens=each.tokens[:again], lengths=each.lengths[:again]) for name, each in drawn.windows.items()
+    }
+    return {arm: _distance(*(cut[name] for name in names), embedding) for arm, names in AGAIN.items()}
+
+
+def _first(windows: Continuations, horizon: int) -> Continuations:
+    """Return the windows' first tokens."""
+    return windows._replace(tokens=windows.tokens[:, :horizon].contiguous(), lengths=windows.lengths.clamp_max(horizon))
+
+
+def _later(windows: Continuations) -> Continuations:
+    """Return the windows without their first tokens; those of one token as they are."""
+    single = (windows.lengths == 1).unsqueeze(-1)
+    later = torch.where(single, windows.tokens, windows.tokens.roll(-1, 1))[:, : max(1, windows.tokens.shape[1] - 1)]
+    return windows._replace(tokens=later.contiguous(), lengths=(windows.lengths - 1).clamp_min(1))
+
+
+def _distance(student: Continuations, teacher: Continuations, embedding: Tensor) -> list[float]:
+    """Return the distance of each pair of windows."""
     transport = topd.near_future_divergence(
-        ours, others, embedding.detach(), student_lengths=lengths, teacher_lengths=other_lengths
+        student.tokens,
+        teacher.tokens,
+        embedding.detach(),
+        student_lengths=student.lengths,
+        teacher_lengths=teacher.lengths,
     )
-    equal = (ours == others).all(-1) & (lengths == other_lengths)  # tokens are 0 past the lengths
-    return transport.distance.masked_fill(equal, 0.0)
+    equal = (student.tokens == teacher.tokens).all(-1) & (student.lengths == teacher.lengths)  # 0 past the lengths
+    values: list[float] = transport.distance.masked_fill(equal, 0.0).tolist()
+    return values

@@ -14,7 +14,7 @@ from quality import probe as command
 from quality import probe_file, probe_points, probe_windows
 from quality.probe_file import Pair, Probe, fill, look, read
 from quality.probe_points import Settings, eligible, pick, sample_and_read, scores_of
-from quality.probe_windows import ARMS, DRAWS, distances, draw
+from quality.probe_windows import ARMS, DRAWS, distances, distances_again, draw, later_distances
 from topd_demo.prompts import encode
 
 SETTINGS = Settings(without=1, temperature=0.8, horizon=4, tokens=24, share=0.1, seed=3)
@@ -85,7 +85,7 @@ def test_classes_are_the_ends_of_each_trajectory():
 @pytest.mark.parametrize("arm", [arm for arm in ARMS if arm != probe_windows.SELF])
 def test_an_arms_windows_are_those_of_sample_windows(pair, arm):
     passes, positions = passes_of(pair), torch.tensor([[0, 22], [2, 30], [2, 42], [5, 25]])
-    drawn = draw(passes, positions, SETTINGS, 11)
+    drawn = draw(passes, positions, 2, SETTINGS, 11)
     kind, noise = arm.split(", ")
     place = list(ARMS).index(arm)
     windows = topd.sample_windows(
@@ -113,10 +113,9 @@ def test_an_arms_windows_are_those_of_sample_windows(pair, arm):
         student_lengths=windows.student_lengths,
         teacher_lengths=windows.teacher_lengths,
     )
-    ours = torch.tensor(distances(drawn, table, (1, 4))[arm], dtype=torch.float64)
-    torch.testing.assert_close(ours[:, 1], apart.distance.double(), rtol=0, atol=5e-3)
+    torch.testing.assert_close(torch.tensor(distances(drawn, table)[arm]), apart.distance.float(), rtol=0, atol=5e-3)
     first = (windows.student_tokens[:, 0] == windows.teacher_tokens[:, 0]).tolist()
-    assert (ours[:, 0] == 0).tolist() == first
+    assert [value == 0 for value in distances(drawn, table, 1)[arm]] == first
 
 
 def test_equal_models_are_apart_by_their_own_noise_alone(small):
@@ -219,7 +218,31 @@ def test_a_wrong_option_is_refused(words, capsys):
 
 def test_the_draws_have_seeds_of_their_own(pair):
     passes, positions = passes_of(pair), torch.tensor([[0, 30], [1, 30], [2, 30]])
-    drawn, later = draw(passes, positions, SETTINGS, 0), draw(passes, positions, SETTINGS, DRAWS)
+    drawn, later = draw(passes, positions, 2, SETTINGS, 0), draw(passes, positions, 2, SETTINGS, DRAWS)
     assert not torch.equal(drawn.windows["teacher"].tokens, drawn.windows["teacher, again"].tokens)
     for name in later.seconds:
         assert not torch.equal(drawn.windows[name].tokens, later.windows[name].tokens)
+
+
+def test_an_arm_drawn_again_shares_no_window_but_the_rollouts():
+    first, second = probe_windows.ARMS, probe_windows.AGAIN
+    assert first.keys() == second.keys()
+    for arm in first:
+        assert set(first[arm]) & set(second[arm]) <= {probe_windows.ROLLOUT}
+
+
+def test_windows_without_their_first_tokens(pair):
+    """By hand: the second window of each side is one token, and stays; the third is the same from its second token on."""
+    drawn = draw(passes_of(pair), torch.tensor([[0, 30], [1, 30], [2, 30]]), 2, SETTINGS, 0)
+    student, teacher = (drawn.windows[name] for name in ARMS["rollout, independent"])
+    student.tokens[:] = torch.tensor([[1, 2, 3, 4], [5, 0, 0, 0], [8, 7, 9, 0]])
+    teacher.tokens[:] = torch.tensor([[2, 2, 3, 5], [5, 0, 0, 0], [5, 7, 9, 0]])
+    for side in (student, teacher):
+        side.lengths[:] = torch.tensor([4, 1, 3])
+    table = pair.student.get_input_embeddings().weight.detach()
+    later = later_distances(drawn, table)["rollout, independent"]
+    expected = topd.near_future_divergence(student.tokens[:1, 1:], teacher.tokens[:1, 1:], table).distance
+    assert later == [expected.item(), 0.0, 0.0]
+    assert distances(drawn, table)["rollout, independent"][2] > 0
+    again = distances_again(drawn, table, 2)
+    assert all(len(values) == 2 for values in again.values())

@@ -6,14 +6,21 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from quality.probe_statistics import RESAMPLES, Interval, Points, aucs, interval, resampling, summary
+from quality.probe_statistics import RESAMPLES, Interval, Points, aucs, interval, repeats, resampling, stays_out, summary
 
 
-def records(high, random, low, *, arm="arm"):
+def records(high, random, low, *, arm="arm", again=None):
     """Return points of one class after the other; point i of each class is of trajectory i."""
     values = {"high": high, "random": random, "low": low}
     return [
-        {"class": name, "trajectory": 10 * place, "teacher_nll": loss, "distances": {arm: [0.0, distance]}}
+        {
+            "class": name,
+            "trajectory": 10 * place,
+            "teacher_nll": loss,
+            "distances": {arm: [0.0, distance]},
+            "later": {arm: distance},
+            "again": {arm: distance if again is None else again[place]},
+        }
         for loss, (name, distances) in zip((3.0, 1.0, 0.1), values.items(), strict=True)
         for place, distance in enumerate(distances)
     ]
@@ -82,3 +89,22 @@ def test_distances_that_are_all_equal_say_nothing():
     assert one.against["random"] == Interval(0.5, 0.5, 0.5)
     assert math.isnan(one.pearson)
     assert one.zero == 1
+
+
+def test_a_distance_that_repeats_is_told_from_one_that_does_not():
+    high = [0.1, 0.5, 0.2, 0.9, 0.4, 0.3, 0.8, 0.7, 0.6, 1.0]
+    again = [0.2, 0.1, 0.5, 0.9, 0.3, 0.4, 0.7, 0.8, 0.6, 0.7]
+    weights = np.ones((1, 10))
+    weights = np.concatenate([weights, np.eye(1, 10), [[2.0] * 5 + [0.0] * 5]])
+    points = Points.of(records(high, [0.0] * 10, [0.0] * 10, again=again))
+    values = repeats(points, "arm", weights)
+    assert values[0] == pytest.approx(stats.spearmanr(high, again).statistic)
+    assert np.isnan(values[1])  # one trajectory alone
+    ranks = stats.rankdata(high)[:5], stats.rankdata(again)[:5]
+    assert values[2] == pytest.approx(np.corrcoef(*ranks)[0, 1])
+    assert stays_out(points, "arm") == 1 / 3  # {0, 2, 5}, then {1, 0, 4}
+    same = Points.of(records(high, [0.0] * 10, [0.0] * 10))
+    assert repeats(same, "arm", weights)[0] == pytest.approx(1.0)
+    assert stays_out(same, "arm") == 1.0
+    flat = Points.of(records([0.5] * 10, [0.0] * 10, [0.0] * 10))
+    assert math.isnan(interval(repeats(flat, "arm", weights)).value)
