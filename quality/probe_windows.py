@@ -102,13 +102,13 @@ def distances(drawn: Drawn, embedding: Tensor, horizon: int | None = None) -> di
     are equal token by token are at distance 0, where the entropy of the plan may leave a little more.
     """
     cut = {name: _first(each, horizon or each.tokens.shape[1]) for name, each in drawn.windows.items()}
-    return {arm: _distance(*(cut[name] for name in names), embedding) for arm, names in ARMS.items()}
+    return _by_arm(cut, ARMS, embedding)
 
 
 def later_distances(drawn: Drawn, embedding: Tensor) -> dict[str, list[float]]:
     """Return each arm's distances without the windows' first tokens, in which high-loss tokens differ by what they are."""
     cut = {name: _later(each) for name, each in drawn.windows.items()}
-    return {arm: _distance(*(cut[name] for name in names), embedding) for arm, names in ARMS.items()}
+    return _by_arm(cut, ARMS, embedding)
 
 
 def distances_again(drawn: Drawn, embedding: Tensor, again: int) -> dict[str, list[float]]:
@@ -116,7 +116,12 @@ def distances_again(drawn: Drawn, embedding: Tensor, again: int) -> dict[str, li
     cut = {
         name: each._replace(tokens=each.tokens[:again], lengths=each.lengths[:again]) for name, each in drawn.windows.items()
     }
-    return {arm: _distance(*(cut[name] for name in names), embedding) for arm, names in AGAIN.items()}
+    return _by_arm(cut, AGAIN, embedding)
+
+
+def _by_arm(windows: dict[str, Continuations], arms: dict[str, tuple[str, str]], embedding: Tensor) -> dict[str, list[float]]:
+    """Return each arm's distances."""
+    return {arm: _distance(windows[student], windows[teacher], embedding) for arm, (student, teacher) in arms.items()}
 
 
 def _first(windows: Continuations, horizon: int) -> Continuations:
