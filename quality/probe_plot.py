@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from quality.probe_file import Probe
 from quality.probe_points import CLASSES
 from quality.probe_report import title
@@ -12,7 +14,8 @@ from topd.plots import FAINT, INK, PALETTE
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLORS = dict(zip(CLASSES, (PALETTE[0], PALETTE[1], PALETTE[2]), strict=True))
+COLORS = dict(zip(CLASSES, PALETTE[:3], strict=True))
+LABELS = {"high": "high loss", "random": "random", "low": "low loss"}
 LEAST = 1e-5  # nats: what lies below is drawn there
 
 
@@ -21,7 +24,7 @@ def scatter(probe: Probe) -> "Figure":
     from matplotlib.figure import Figure
 
     points = Points.of(probe.points)
-    figure = Figure(figsize=(13, 3.3), dpi=100, facecolor="white", layout="constrained")
+    figure = Figure(figsize=(13, 3.3), dpi=90, facecolor="white", layout="constrained")
     panels = figure.subplots(1, len(ARMS), sharex=True, sharey=True)
     loss = points.loss.clip(LEAST)
     for panel, arm in zip(panels, ARMS, strict=True):
@@ -29,8 +32,8 @@ def scatter(probe: Probe) -> "Figure":
             chosen = points.of_class(name)
             distance = points.distance[arm][chosen, -1]
             style = {"color": color, "markersize": 3, "markeredgewidth": 0, "alpha": 0.45}
-            panel.plot(loss[chosen], distance, "o", label=f"{name} loss", **style)
-            panel.axhline(float(sorted(distance)[len(distance) // 2]), color=color, linewidth=1.2)
+            panel.plot(loss[chosen], distance, "o", label=LABELS[name], **style)
+            panel.axhline(float(np.median(distance)), color=color, linewidth=1.2)
         panel.set_xscale("log")
         panel.set_title(arm, fontsize=10, loc="left", color=INK)
         panel.set_xlabel("teacher NLL of the token, nats", color=INK, fontsize=9)
