@@ -21,6 +21,7 @@ import torch
 from bench.command import INTERRUPTED, positive
 from bench.machine import cpu_facts
 from bench.report import note
+from quality.probe_distances import Points
 from quality.probe_file import Pair, fill, read
 from quality.probe_plot import scatter
 from quality.probe_points import Settings
@@ -113,11 +114,12 @@ def run(arguments: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             complete = False
         if probe.points:
-            print(tables(probe) + "\n")
+            points = Points.of(probe.points, pair.student.get_input_embeddings().weight, settings.horizons)
+            print(tables(probe, points) + "\n")
             if arguments.show > 0:
-                print(examples(probe, tokenizer, arguments.show) + "\n", flush=True)
+                print(examples(probe, points, tokenizer, arguments.show) + "\n", flush=True)
             with files.whole(arguments.out / f"{name}.png") as unfinished:
-                scatter(probe).savefig(unfinished, format="png")
+                scatter(probe, points).savefig(unfinished, format="png")
         if not complete:
             return INTERRUPTED
     return 0

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from quality.probe_points import CLASSES, Settings, eligible, pick, sample_and_read, scores_of
-from quality.probe_windows import DRAWS, distances, distances_again, draw, later_distances
+from quality.probe_windows import DRAWS, draw
 from topd import files
 from topd_demo.prompts import encode
 
@@ -124,10 +124,7 @@ def look(pair: Pair, settings: Settings, chunk: int) -> tuple[int, list[Record],
     tokens = int(passes.response.sum())
     if not labels:
         return tokens, [], {}
-    again, table = len(by_class["high"]), pair.student.get_input_embeddings().weight
-    drawn = draw(passes, positions, again, settings, seed * DRAWS)
-    by_horizon = [distances(drawn, table, horizon) for horizon in settings.horizons]
-    later, once_more = later_distances(drawn, table), distances_again(drawn, table, again)
+    drawn = draw(passes, positions, len(by_class["high"]), settings, seed * DRAWS)
     records = []
     for place, (label, (row, column)) in enumerate(zip(labels, positions.tolist(), strict=True)):
         ids = passes.input_ids[row, : column + 1][passes.attended[row, : column + 1]]
@@ -143,9 +140,6 @@ def look(pair: Pair, settings: Settings, chunk: int) -> tuple[int, list[Record],
                 "place": int(passes.response[row, :column].sum()),
                 "prefix": ids[-1 - PREFIX : -1].tolist(),
                 **{name: value[row, column].item() for name, value in scores.items()},
-                "distances": {arm: [each[arm][place] for each in by_horizon] for arm in later},
-                "later": {arm: values[place] for arm, values in later.items()},
-                "again": {arm: values[place] for arm, values in once_more.items()} if place < again else None,
                 "windows": windows,
             }
         )

@@ -4,10 +4,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from quality.probe_distances import Points
 from quality.probe_file import Probe
 from quality.probe_points import CLASSES
 from quality.probe_report import title
-from quality.probe_statistics import Points
 from quality.probe_windows import ARMS
 from topd.plots import FAINT, INK, PALETTE
 
@@ -19,11 +19,10 @@ LABELS = {"high": "high loss", "random": "random", "low": "low loss"}
 LEAST = 1e-5  # nats: what lies below is drawn there
 
 
-def scatter(probe: Probe) -> "Figure":
+def scatter(probe: Probe, points: Points) -> "Figure":
     """Draw every point, in the colour of its class, with its class' median distance as a line."""
     from matplotlib.figure import Figure
 
-    points = Points.of(probe.points)
     figure = Figure(figsize=(13, 3.3), dpi=90, facecolor="white", layout="constrained")
     panels = figure.subplots(1, len(ARMS), sharex=True, sharey=True)
     loss = points.loss.clip(LEAST)

@@ -6,13 +6,14 @@ from typing import Any
 import numpy as np
 
 from bench.report import machine_line, markdown_table
-from quality.probe_file import Probe
+from quality.probe_distances import Array, Points
+from quality.probe_file import Probe, Record
 from quality.probe_points import CLASSES
-from quality.probe_statistics import Points, Summary, aucs, interval, repeats, resampling, stays_out, summary
-from quality.probe_windows import ARMS, BASE, ROLLOUT, SELF
+from quality.probe_statistics import Summary, aucs, interval, repeats, resampling, stays_out, summary
+from quality.probe_windows import ARMS, BASE, ROLLOUT
 
 PAPER = ("the paper (30B teaches 4B)", "0.566", "0.361", "0.315", "29.23 %", "", "", "", "")
-SHOWN = ("regenerate, independent", "regenerate, shared", "rollout, counterfactual")
+SHOWN = (BASE, "regenerate, shared", "rollout, counterfactual")
 MARKS = str.maketrans({"\n": "↵", "\t": "⇥", "|": "¦", "`": "ˋ"})
 
 
@@ -22,13 +23,12 @@ def title(probe: Probe) -> str:
     return f"Student without layers {layers}, temperature {probe.settings.temperature:g}"
 
 
-def tables(probe: Probe) -> str:
+def tables(probe: Probe, points: Points) -> str:
     """Return a probe's tables, with what they were made of."""
-    points = Points.of(probe.points)
     weights = resampling(points)
     summaries = {arm: summary(points, arm, BASE, weights) for arm in ARMS}
     parts = [f"### {title(probe)}", _made_of(probe, points), _medians(summaries, probe), _areas(summaries)]
-    return "\n\n".join([*parts, _by_horizon(probe, points, weights)])
+    return "\n\n".join([*parts, _by_horizon(probe, points, weights), _drawn_twice(probe, points, weights)])
 
 
 def _made_of(probe: Probe, points: Points) -> str:
@@ -69,36 +69,47 @@ def _signed(value: Any) -> str:
     return f"{value.value:+.2f} [{value.low:+.2f}, {value.high:+.2f}]"
 
 
-def _by_horizon(probe: Probe, points: Points, weights: np.ndarray[Any, Any]) -> str:
-    """Return the table of AUC by how many of the windows' first tokens are compared."""
-    horizons = probe.settings.horizons
-    rows = []
-    for arm, values in points.distance.items():
-        columns = [*values.T, points.later[arm]]
-        areas = [str(interval(aucs(points, column, "random", weights))) for column in columns]
-        rows.append([arm, *areas, str(interval(repeats(points, arm, weights))), f"{stays_out(points, arm):.0%}"])
-    first = [f"AUC high / random: first {horizon}" for horizon in horizons]
-    header = ("arm", *first, f"2nd to {horizons[-1]}th", "high, drawn twice: Spearman", "out both times")
-    return markdown_table(header, rows)
+def _by_horizon(probe: Probe, points: Points, weights: Array) -> str:
+    """Return the table of AUC by the windows' tokens that are compared."""
+    horizons, rows = probe.settings.horizons, []
+    for arm in ARMS:
+        columns = [*points.distance[arm].T, *points.later[arm].T]
+        rows.append([arm, *(str(interval(aucs(points, column, "random", weights))) for column in columns)])
+    spans = [*(f"1 to {horizon}" for horizon in horizons), *(f"2 to {horizon}" for horizon in horizons)]
+    return markdown_table(("AUC high / random, tokens", *spans), rows)
 
 
-def examples(probe: Probe, tokenizer: Any, count: int) -> str:
+def _drawn_twice(probe: Probe, points: Points, weights: Array) -> str:
+    """Return the table of how far distances at high-loss tokens repeat where their windows are drawn once more."""
+    horizons, rows = probe.settings.horizons, []
+    for arm in ARMS:
+        places = range(len(horizons))
+        ranks = [str(interval(repeats(points, arm, place, weights))) for place in places]
+        rows.append([arm, *ranks, *(f"{stays_out(points, arm, place):.0%}" for place in places)])
+    spans = [*(f"Spearman, {horizon} tokens" for horizon in horizons), *(f"out twice, {horizon}" for horizon in horizons)]
+    return markdown_table(("high loss, drawn twice", *spans), rows)
+
+
+def examples(probe: Probe, points: Points, tokenizer: Any, count: int) -> str:
     """Return high-loss points with their windows, from the nearest to the furthest by the last of the arms shown."""
-    high = sorted((each for each in probe.points if each["class"] == "high"), key=lambda each: each["distances"][SHOWN[-1]][-1])
-    places = sorted({round(place) for place in np.linspace(0, len(high) - 1, min(count, len(high)))})
-    return "\n\n".join([f"#### High-loss points: {title(probe)}", *(_example(high[place], tokenizer) for place in places)])
+    order = np.argsort(points.distance[SHOWN[-1]][:, -1], kind="stable")
+    high = order[points.of_class("high")[order]]
+    chosen = sorted({round(place) for place in np.linspace(0, len(high) - 1, min(count, len(high)))})
+    distances = [{arm: float(points.distance[arm][place, -1]) for arm in SHOWN} for place in high[chosen]]
+    shown = [_example(probe.points[place], each, tokenizer) for place, each in zip(high[chosen], distances, strict=True)]
+    return "\n\n".join([f"#### High-loss points: {title(probe)}", *shown])
 
 
-def _example(point: dict[str, Any], tokenizer: Any) -> str:
-    """Return one point with its windows."""
+def _example(point: Record, distances: dict[str, float], tokenizer: Any) -> str:
+    """Return one point with its windows, and the distances of the arms shown."""
 
     def text(tokens: list[int]) -> str:
         return f"`{tokenizer.decode(tokens).translate(MARKS)}`"
 
     windows, rows = point["windows"], []
-    for name, tokens in windows.items():
-        arms = [arm for arm in (*SHOWN, SELF) if name == ARMS[arm][1]]
-        rows.append([name, text(tokens), ", ".join(f"{point['distances'][arm][-1]:.3f} ({arm})" for arm in arms)])
+    for arm in SHOWN:
+        for name in ARMS[arm]:
+            rows.append([name, text(windows[name]), f"{distances[arm]:.3f}" if name == ARMS[arm][1] else ""])
     token = text(windows[ROLLOUT][:1])
     first = (
         f"Trajectory {point['trajectory']}, token {point['place']}: {token}, teacher NLL {point['teacher_nll']:.2f}, student "

@@ -1,15 +1,12 @@
 """What a probe's points say: medians, correlations, and how well a distance tells two classes of tokens apart."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from quality.probe_distances import Array, Points
 from quality.probe_points import CLASSES
 
-Array = NDArray[np.float64]
 RESAMPLES = 2000
 
 
@@ -23,45 +20,6 @@ class Interval:
 
     def __str__(self) -> str:
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
-
-
-@dataclass(frozen=True)
-class Points:
-    """The points of a probe as columns.
-
-    Attributes:
-        label: [n] int, the place of each point's class in CLASSES.
-        trajectory: [n] int, from 0 on.
-        loss: [n], the teacher's negative log-probability of the token, nats.
-        distance: the arms' distances [n, horizons].
-        later: the same at the longest horizon, without the windows' first tokens [n].
-        again: the same, drawn once more, at high-loss tokens alone [high].
-    """
-
-    label: NDArray[np.int64]
-    trajectory: NDArray[np.int64]
-    loss: Array
-    distance: dict[str, Array]
-    later: dict[str, Array]
-    again: dict[str, Array]
-
-    @classmethod
-    def of(cls, records: Sequence[dict[str, Any]]) -> "Points":
-        """Return the columns of points as a probe's file holds them."""
-        _, trajectory = np.unique([record["trajectory"] for record in records], return_inverse=True)
-        arms, high = records[0]["distances"], [record for record in records if record["class"] == "high"]
-        return cls(
-            np.array([CLASSES.index(record["class"]) for record in records]),
-            trajectory,
-            np.array([record["teacher_nll"] for record in records]),
-            {arm: np.array([record["distances"][arm] for record in records]) for arm in arms},
-            {arm: np.array([record["later"][arm] for record in records]) for arm in arms},
-            {arm: np.array([record["again"][arm] for record in high]) for arm in arms},
-        )
-
-    def of_class(self, name: str) -> NDArray[np.bool_]:
-        """Return which points are of a class."""
-        return np.equal(self.label, CLASSES.index(name))
 
 
 def resampling(points: Points, seed: int = 0) -> Array:
@@ -83,13 +41,13 @@ def aucs(points: Points, distance: Array, other: str, weights: Array) -> Array:
     return np.asarray(((ours @ ahead) * others).sum(1) / np.where(total > 0, total, np.nan))
 
 
-def repeats(points: Points, arm: str, weights: Array) -> Array:
+def repeats(points: Points, arm: str, place: int, weights: Array) -> Array:
     """Return the rank correlation of a distance with the same drawn once more, at high-loss tokens, for each row of weights:
-    1 where a distance is the point's own, 0 where it is the draw's. NaN where a distance is constant."""
+    1 where a distance is the point's own, 0 where it is the draw's. NaN where a distance is constant. place: of the horizon."""
     from scipy import stats
 
     high = points.of_class("high")
-    ranks = [stats.rankdata(values) for values in (points.distance[arm][high, -1], points.again[arm])]
+    ranks = [stats.rankdata(values) for values in (points.distance[arm][high, place], points.again[arm][:, place])]
     drawn = weights[:, points.trajectory[high]]
     total = drawn.sum(1)
     total = np.where(total > 0, total, np.nan)
@@ -101,14 +59,13 @@ def repeats(points: Points, arm: str, weights: Array) -> Array:
     return np.asarray(covariance / np.where(scale > 0, scale, np.nan))
 
 
-def stays_out(points: Points, arm: str, fraction: float = 0.3) -> float:
+def stays_out(points: Points, arm: str, place: int, fraction: float = 0.3) -> float:
     """Return the share of the high-loss tokens with the lowest distances, which the gate lets out, that it lets out again where
     their windows are drawn once more; a gate that threw dice would keep `fraction`."""
     high = points.of_class("high")
     count = int(fraction * int(high.sum()))
-    first, second = (
-        set(np.argsort(values, kind="stable")[:count]) for values in (points.distance[arm][high, -1], points.again[arm])
-    )
+    both = points.distance[arm][high, place], points.again[arm][:, place]
+    first, second = (set(np.argsort(values, kind="stable")[:count]) for values in both)
     return len(first & second) / count if count else float("nan")
 
 

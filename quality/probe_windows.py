@@ -17,7 +17,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import topd
 from quality.probe_points import Passes, Settings
 from topd.branching.continuations import Continuations, continue_from, from_rollout, given_rollout, noise_of
 from topd.branching.noise import Noise
@@ -93,58 +92,3 @@ def draw(passes: Passes, positions: Tensor, again: int, settings: Settings, seed
     share(" again", positions[:again])
     follow(" again", positions[:again])
     return drawn
-
-
-def distances(drawn: Drawn, embedding: Tensor, horizon: int | None = None) -> dict[str, list[float]]:
-    """Return each arm's near-future distances, of the windows' first `horizon` tokens, or of all.
-
-    They are those of TOPDConfig's defaults: cosine cost between the student's input embeddings [V, d], Sinkhorn. Windows that
-    are equal token by token are at distance 0, where the entropy of the plan may leave a little more.
-    """
-    cut = {name: _first(each, horizon or each.tokens.shape[1]) for name, each in drawn.windows.items()}
-    return _by_arm(cut, ARMS, embedding)
-
-
-def later_distances(drawn: Drawn, embedding: Tensor) -> dict[str, list[float]]:
-    """Return each arm's distances without the windows' first tokens, in which high-loss tokens differ by what they are."""
-    cut = {name: _later(each) for name, each in drawn.windows.items()}
-    return _by_arm(cut, ARMS, embedding)
-
-
-def distances_again(drawn: Drawn, embedding: Tensor, again: int) -> dict[str, list[float]]:
-    """Return the distances of each arm drawn once more, at the first `again` points."""
-    cut = {
-        name: each._replace(tokens=each.tokens[:again], lengths=each.lengths[:again]) for name, each in drawn.windows.items()
-    }
-    return _by_arm(cut, AGAIN, embedding)
-
-
-def _by_arm(windows: dict[str, Continuations], arms: dict[str, tuple[str, str]], embedding: Tensor) -> dict[str, list[float]]:
-    """Return each arm's distances."""
-    return {arm: _distance(windows[student], windows[teacher], embedding) for arm, (student, teacher) in arms.items()}
-
-
-def _first(windows: Continuations, horizon: int) -> Continuations:
-    """Return the windows' first tokens."""
-    return windows._replace(tokens=windows.tokens[:, :horizon].contiguous(), lengths=windows.lengths.clamp_max(horizon))
-
-
-def _later(windows: Continuations) -> Continuations:
-    """Return the windows without their first tokens; those of one token as they are."""
-    single = (windows.lengths == 1).unsqueeze(-1)
-    later = torch.where(single, windows.tokens, windows.tokens.roll(-1, 1))[:, : max(1, windows.tokens.shape[1] - 1)]
-    return windows._replace(tokens=later.contiguous(), lengths=(windows.lengths - 1).clamp_min(1))
-
-
-def _distance(student: Continuations, teacher: Continuations, embedding: Tensor) -> list[float]:
-    """Return the distance of each pair of windows."""
-    transport = topd.near_future_divergence(
-        student.tokens,
-        teacher.tokens,
-        embedding.detach(),
-        student_lengths=student.lengths,
-        teacher_lengths=teacher.lengths,
-    )
-    equal = (student.tokens == teacher.tokens).all(-1) & (student.lengths == teacher.lengths)  # 0 past the lengths
-    values: list[float] = transport.distance.masked_fill(equal, 0.0).tolist()
-    return values

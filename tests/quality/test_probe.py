@@ -12,9 +12,10 @@ from tiny_models import tiny
 import topd
 from quality import probe as command
 from quality import probe_file, probe_points, probe_windows
+from quality.probe_distances import Points, distances, part
 from quality.probe_file import Pair, Probe, fill, look, read
 from quality.probe_points import Settings, eligible, pick, sample_and_read, scores_of
-from quality.probe_windows import ARMS, DRAWS, distances, distances_again, draw, later_distances
+from quality.probe_windows import ARMS, DRAWS, draw
 from topd_demo.prompts import encode
 
 SETTINGS = Settings(without=1, temperature=0.8, horizon=4, tokens=24, share=0.1, seed=3)
@@ -105,28 +106,17 @@ def test_an_arms_windows_are_those_of_sample_windows(pair, arm):
     assert torch.equal(student.lengths, windows.student_lengths)
     assert torch.equal(teacher.tokens, windows.teacher_tokens)
     assert torch.equal(teacher.lengths, windows.teacher_lengths)
-    table = pair.student.get_input_embeddings().weight
-    apart = topd.near_future_divergence(
-        windows.student_tokens,
-        windows.teacher_tokens,
-        table.detach(),
-        student_lengths=windows.student_lengths,
-        teacher_lengths=windows.teacher_lengths,
-    )
-    torch.testing.assert_close(torch.tensor(distances(drawn, table)[arm]), apart.distance.float(), rtol=0, atol=5e-3)
-    first = (windows.student_tokens[:, 0] == windows.teacher_tokens[:, 0]).tolist()
-    assert [value == 0 for value in distances(drawn, table, 1)[arm]] == first
 
 
 def test_equal_models_are_apart_by_their_own_noise_alone(small):
     teacher = model(1)
     _, records, _ = look(pair_of(copy.deepcopy(teacher), teacher), SETTINGS, 0)
-    assert records
-    for record in records:
-        for arm in ("regenerate, shared", "rollout, counterfactual"):
-            assert record["distances"][arm] == [0.0] * len(SETTINGS.horizons)
-        assert record["teacher_nll"] == pytest.approx(record["student_nll"])
-    assert any(record["distances"][probe_windows.SELF][-1] > 0.1 for record in records)
+    points = Points.of(records, teacher.get_input_embeddings().weight, SETTINGS.horizons)
+    assert points.distance[probe_windows.SELF].shape == (len(records), 3)
+    for arm in ("regenerate, shared", "rollout, counterfactual"):
+        assert not any(values[arm].any() for values in (points.distance, points.later, points.again))
+    assert (points.distance[probe_windows.SELF][:, -1] > 0.1).any()
+    assert all(record["teacher_nll"] == pytest.approx(record["student_nll"]) for record in records)
 
 
 def test_a_run_that_was_broken_off_gives_the_numbers_of_one_that_was_not(pair, small, tmp_path):
@@ -231,18 +221,17 @@ def test_an_arm_drawn_again_shares_no_window_but_the_rollouts():
         assert set(first[arm]) & set(second[arm]) <= {probe_windows.ROLLOUT}
 
 
-def test_windows_without_their_first_tokens(pair):
-    """By hand: the second window of each side is one token, and stays; the third is the same from its second token on."""
-    drawn = draw(passes_of(pair), torch.tensor([[0, 30], [1, 30], [2, 30]]), 2, SETTINGS, 0)
-    student, teacher = (drawn.windows[name] for name in ARMS["rollout, independent"])
-    student.tokens[:] = torch.tensor([[1, 2, 3, 4], [5, 0, 0, 0], [8, 7, 9, 0]])
-    teacher.tokens[:] = torch.tensor([[2, 2, 3, 5], [5, 0, 0, 0], [5, 7, 9, 0]])
-    for side in (student, teacher):
-        side.lengths[:] = torch.tensor([4, 1, 3])
-    table = pair.student.get_input_embeddings().weight.detach()
-    later = later_distances(drawn, table)["rollout, independent"]
-    expected = topd.near_future_divergence(student.tokens[:1, 1:], teacher.tokens[:1, 1:], table).distance
-    assert later == [expected.item(), 0.0, 0.0]
-    assert distances(drawn, table)["rollout, independent"][2] > 0
-    again = distances_again(drawn, table, 2)
-    assert all(len(values) == 2 for values in again.values())
+def test_distances_are_of_the_part_that_is_asked_for():
+    table = torch.randn(10, 4)
+    student, teacher = [[1, 2, 3, 4], [5], [8, 7, 9]], [[2, 2, 3, 5], [5], [5, 7, 9]]
+    assert part(student, 1, 3) == [[2, 3], [5], [7, 9]]
+
+    def distance(*windows):
+        return topd.near_future_divergence(*(torch.tensor([window]) for window in windows), table).distance.item()
+
+    whole, first, later = (distances(part(student, *ends), part(teacher, *ends), table) for ends in ((0, 4), (0, 1), (1, 4)))
+    for window, each in enumerate(whole):
+        expected = distance(student[window], teacher[window]) if window != 1 else 0.0
+        assert each == pytest.approx(expected, abs=1e-6)
+    assert first.tolist() == pytest.approx([distance([1], [2]), 0.0, distance([8], [5])], abs=1e-6)
+    assert later.tolist() == pytest.approx([distance([2, 3, 4], [2, 3, 5]), 0.0, 0.0], abs=1e-6)
