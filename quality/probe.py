@@ -28,6 +28,7 @@ from quality.probe_points import Settings
 from quality.probe_report import examples, tables, title
 from topd import files
 from topd.backends import choose_backend
+from topd.cli.errors import CommandError
 from topd_demo import smollm2
 from topd_demo.influence import least_influence, without_layers
 from topd_demo.prompts import encode, make_prompts
@@ -133,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     try:
         return run(arguments)
-    except ValueError as error:
+    except (ValueError, CommandError) as error:
         note(f"quality.probe: {error}")
         return 1
 
