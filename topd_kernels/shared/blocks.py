@@ -79,10 +79,8 @@ def default_tile(family: str, student_itemsize: int, teacher_itemsize: int, *, a
     """Return tiles of which no kernel spills on any target that `tools.binaries` knows: 16 entries of a tile to a thread, or
     fewer. `aligned`: the widths are multiples of 16; other rows are loaded entry by entry, which takes registers."""
     wide = lanes_of(family) // 32 if aligned else 1  # aligned, a lane of a wide wave loads 16 bytes
-    if student_itemsize != teacher_itemsize:
+    if student_itemsize != teacher_itemsize or student_itemsize > 2:
         return Tile(32, 32, 32, 4 // wide if aligned else 8)
-    if student_itemsize > 2:
-        return Tile(64, 32, 16 * wide, 8 // wide)
     return Tile(64, 64, 64, 8) if aligned else Tile(64, 32, 32, 8)
 
 
