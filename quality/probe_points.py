@@ -60,7 +60,7 @@ class Passes(NamedTuple):
     @property
     def ends(self) -> list[int]:
         """The tokens at which a response ends."""
-        return end_tokens(None, self.student.model)
+        return end_tokens(None, self.student.model, self.teacher.model)
 
 
 @torch.no_grad()

@@ -233,7 +233,7 @@ def test_the_trainers_page_runs_as_printed(tmp_path):
 def test_the_topd_page_runs_as_printed():
     from objective_cases import batch_of, models
 
-    whole, server = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "topd.md").read_text(), re.DOTALL)
+    whole, server, elsewhere, matched = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "topd.md").read_text(), re.DOTALL)
     student, teacher = models()
     batch = batch_of()
     names: dict[str, object] = {"student": student, "teacher": teacher, "batch": batch}
@@ -244,3 +244,15 @@ def test_the_topd_page_runs_as_printed():
     names["answers"] = [[{3: -0.5, 7: -1.5}] * int(count) for count in batch["attention_mask"].sum(-1)]
     exec(compile(server, "topd.md", "exec"), names)
     assert names["step"].metrics["teacher_topk_mass"] == pytest.approx(math.exp(-0.5) + math.exp(-1.5))
+    names |= {"positions": names["result"].near_future.windows.positions[:2], "student_ids": [[3, 4, 5], [6]], "teacher_ids": [[3, 4], [7, 8, 9]]}
+    exec(compile(elsewhere, "topd.md", "exec"), names)
+    assert names["result"].near_future.windows.teacher_lengths.tolist() == [2, 3]
+    names["batch"] = {key: torch.cat([value, value]) for key, value in batch.items()}  # enough candidates for a false alarm
+    exec(compile(matched, "topd.md", "exec"), names)
+    near, capped, weights = names["near"], names["capped"], names["matched"]
+    alarms = int((~near.divergent).sum())
+    assert alarms > 0
+    assert torch.equal(weights[weights < 1].sort().values, capped[capped < 1].sort().values)
+    row, column = near.windows.positions[near.transport.distance.argsort(descending=True)[:alarms]].unbind(-1)
+    assert ((weights < 1).nonzero().tolist()) == sorted(torch.stack([row, column], -1)[weights[row, column] < 1].tolist())
+    assert torch.isfinite(names["loss"])

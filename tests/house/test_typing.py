@@ -132,6 +132,7 @@ def test_the_checks_at_run_time_take_their_names_from_the_types() -> None:
         options.StudentWindow: windows.STUDENT_WINDOWS,
         options.WindowNoise: windows.WINDOW_NOISES,
         options.Reduction: config.REDUCTIONS,
+        options.GuidanceReduction: config.GUIDANCE_REDUCTIONS,
         options.SelfTeacher: config.SELF_TEACHERS,
         options.ScoreName: config.SCORES,
         options.EmbeddingName: config.EMBEDDINGS,

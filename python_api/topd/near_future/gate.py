@@ -17,6 +17,7 @@ GATE_VALUES: dict[str, float | None] = {
     "threshold": None,
     "mean_plus_std": 1.0,
     "running_quantile": 0.3,
+    "low_loss_q3": UPPER_QUARTILE,
 }
 # What the rules that compare with other distances compare with.
 REFERENCES = {
@@ -33,14 +34,12 @@ def check_gate(option: str, rule: object, name: str, value: float | None) -> flo
         value: None: the rule's default.
     """
     chosen = choice(option, rule, GATE_RULES)
-    if chosen != "low_loss_q3":
-        return check_rule_value(option, chosen, name, GATE_VALUES[chosen] if value is None else value)
-    if value is not None:
+    if chosen == "low_loss_q3" and value is not None:
         raise ValueError(
             f'{name} must be left out where {option} is "low_loss_q3", which is the upper quartile, got {value!r}; for another '
             f'bound take {option}="threshold"'
         )
-    return UPPER_QUARTILE
+    return check_rule_value(option, chosen, name, GATE_VALUES[chosen] if value is None else value)
 
 
 def goes_out(value: float, count: int) -> int:
