@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-CODE = ("python_api", "topd_kernels", "bench", "tools", "examples")
+CODE = ("python_api", "topd_kernels", "bench", "quality", "tools", "examples")
 SUFFIXES = (".py", ".h", ".cpp")
 
 LONG_FILES = {"tests/kernels/test_triton_logprob_rows.py", "tests/kernels/test_triton_score_tokens.py"}
