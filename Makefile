@@ -16,7 +16,7 @@ BUILT := $(VENV)/built-$(TOPD_BUILD_CPP)
 # Two workers with a thread each; the tests of threads set their own number.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: test test-all lint bench demo install-check clean
+.PHONY: test test-all lint bench quality demo install-check clean
 
 test: $(BUILT)
 	$(PYTEST) -m "not slow" $(TESTS)
@@ -35,6 +35,11 @@ bench: $(BUILT)
 	$(RUN) -m bench.numerics
 	$(RUN) -m bench.memory
 	$(RUN) -m bench.speed
+
+# Does it teach: every method on every task, eight paired seeds (an hour). QUALITY="--tasks sorting --rows opd topd --seeds 2".
+QUALITY ?=
+quality: $(BUILT)
+	OMP_NUM_THREADS=1 $(RUN) -m quality.experiment $(QUALITY)
 
 # The tests that meet transformers and TRL, under other versions of them (an hour): VERSIONS="trl==1.12.0 transformers==5.0.0".
 VERSIONS ?=

@@ -244,7 +244,11 @@ def test_the_topd_page_runs_as_printed():
     names["answers"] = [[{3: -0.5, 7: -1.5}] * int(count) for count in batch["attention_mask"].sum(-1)]
     exec(compile(server, "topd.md", "exec"), names)
     assert names["step"].metrics["teacher_topk_mass"] == pytest.approx(math.exp(-0.5) + math.exp(-1.5))
-    names |= {"positions": names["result"].near_future.windows.positions[:2], "student_ids": [[3, 4, 5], [6]], "teacher_ids": [[3, 4], [7, 8, 9]]}
+    names |= {
+        "positions": names["result"].near_future.windows.positions[:2],
+        "student_ids": [[3, 4, 5], [6]],
+        "teacher_ids": [[3, 4], [7, 8, 9]],
+    }
     exec(compile(elsewhere, "topd.md", "exec"), names)
     assert names["result"].near_future.windows.teacher_lengths.tolist() == [2, 3]
     names["batch"] = {key: torch.cat([value, value]) for key, value in batch.items()}  # enough candidates for a false alarm

@@ -1,0 +1,51 @@
+"""Curves of accuracy over steps and over compute, a band a row."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quality.methods import ROWS
+from quality.tables import BASELINE, by_row
+from quality.training import Record
+from topd.files import whole
+from topd.plots import FAINT, PALETTE
+
+AXES = {"step": "on-policy steps", "flop": "floating-point operations"}
+
+
+def draw(task: str, records: Sequence[Record], folder: Path) -> Path:
+    """Draw a task's curves: a panel a row beside OPD, means over seeds with a band of a standard error; return the file."""
+    from matplotlib.figure import Figure
+
+    rows = by_row(records)
+    others = [name for name in rows if name != BASELINE] or list(rows)
+    figure = Figure(figsize=(3.0 * len(AXES), 1.9 * len(others)), dpi=110, layout="constrained", facecolor="white")
+    panels = figure.subplots(len(others), len(AXES), squeeze=False, sharey=True)
+    for line, name in zip(panels, others, strict=True):
+        for panel, (axis, label) in zip(line, AXES.items(), strict=True):
+            if BASELINE in rows:
+                _band(panel, list(rows[BASELINE].values()), axis, FAINT, "OPD")
+            _band(panel, list(rows[name].values()), axis, PALETTE[2 if name == BASELINE else 0], ROWS[name].text)
+            panel.set_ylim(0, 1)
+            panel.grid(color="#E6E6E6", linewidth=0.6)
+            panel.tick_params(labelsize=7)
+            panel.set_xlabel(label, fontsize=7)
+        line[0].set_title(ROWS[name].text, fontsize=8, loc="left")
+    figure.suptitle(f"{task}: accuracy on held-out problems", fontsize=9)
+    path = folder / f"{task}.png"
+    with whole(path) as unfinished:
+        figure.savefig(unfinished, format="png")
+    return path
+
+
+def _band(panel: Any, runs: list[Record], axis: str, color: str, label: str) -> None:
+    """Draw the mean of some runs and the band of its standard error; steps are the same in all, operations nearly so."""
+    places = np.mean([[point[axis] for point in run["curve"]] for run in runs], axis=0)
+    values = np.array([[point["accuracy"] for point in run["curve"]] for run in runs])
+    mean = values.mean(0)
+    panel.plot(places, mean, color=color, linewidth=1.4, label=label)
+    if len(runs) > 1:
+        error = values.std(0, ddof=1) / len(runs) ** 0.5
+        panel.fill_between(places, mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
