@@ -25,8 +25,8 @@ def area(places: Sequence[float], values: Sequence[float], end: float) -> float:
 
 
 def paired_interval(differences: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
-    """Return the mean of paired differences and its bootstrap interval (percentiles of means over resampled seeds), NaN for fewer
-    than two."""
+    """Return the mean of paired differences and its bootstrap interval, percentiles of means over resampled seeds; NaN for
+    fewer than two."""
     values = np.asarray(differences, dtype=float)
     if len(values) < 2:
         return (float(values.mean()) if len(values) else math.nan), math.nan, math.nan

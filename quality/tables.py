@@ -32,8 +32,8 @@ def tables(task: str, records: Sequence[Record]) -> str:
     """Return the tables of a task: accuracy, and what the gate did."""
     plan = records[0]["plan"]
     head = (
-        f"\n{task}: {plan['steps']} on-policy steps of {plan['batch']} rollouts, {plan['problems']} held-out problems; a student's "
-        f"supervised steps end at {plan['student_enough']:.0%} right or more\n"
+        f"\n{task}: {plan['steps']} on-policy steps of {plan['batch']} rollouts, {plan['problems']} held-out problems; "
+        f"a student's supervised steps end at {plan['student_enough']:.0%} right or more\n"
     )
     return "\n".join([head, accuracy_table(records), "", gate_table(records)])
 

@@ -39,7 +39,7 @@ def test_a_row_run_twice_gives_the_same_numbers(tmp_path):
         sum(third[key] for key in ("real_divergent", "real_alarm", "surface_divergent", "surface_alarm"))
         for third in first["gate"]
     ]
-    assert counts == [12] * 3  # 3 candidates an answer, a step each
+    assert all(4 <= count <= 12 for count in counts)  # 4 answers a step, up to 3 candidates each
 
 
 def test_the_command_does_what_is_missing_and_prints_what_is_there(tmp_path, capsys, monkeypatch):

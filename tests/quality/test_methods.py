@@ -51,7 +51,8 @@ def test_the_oracle_decides_what_diverges(setting):
     near = objective_of(everywhere, student, teacher)(batch, surface, generator()).near_future
     row, column = near.windows.positions.unbind(-1)
     assert torch.equal(near.divergent, ~surface[row, column])
-    assert 0 < surface.sum() == (~near.divergent).sum() < len(row)
+    assert len(row) == batch["response_mask"].sum()
+    assert 0 < int((surface & batch["response_mask"].bool()).sum()) == int((~near.divergent).sum()) < len(row)
 
 
 def looked(loss, distance, divergent):

@@ -23,7 +23,8 @@ def test_an_interval_of_equal_differences_is_a_point():
 def test_an_interval_covers_its_mean_and_repeats():
     values = [0.1, -0.05, 0.2, 0.12, 0.0, 0.07, 0.15, -0.02]
     mean, low, high = paired_interval(values)
-    assert low < mean == pytest.approx(sum(values) / 8) < high
+    assert mean == pytest.approx(sum(values) / 8)
+    assert low < mean < high
     assert (mean, low, high) == paired_interval(values)
     assert high - low == pytest.approx(2 * 1.96 * 0.0812 / 8**0.5, rel=0.15)  # the standard error by hand
 
