@@ -29,6 +29,7 @@ from quality.probe_report import examples, tables, title
 from topd import files
 from topd.backends import choose_backend
 from topd.cli.errors import CommandError
+from topd.cli.options import seed
 from topd_demo import smollm2
 from topd_demo.influence import least_influence, without_layers
 from topd_demo.prompts import encode, make_prompts
@@ -49,14 +50,6 @@ def share(text: str) -> float:
     value = float(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {value}")
-    return value
-
-
-def seed(text: str) -> int:
-    """Read a whole number of at least 0; an argparse type."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
     return value
 
 

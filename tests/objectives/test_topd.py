@@ -6,7 +6,7 @@ from compare import assert_near
 from objective_cases import backward, batch_of, models
 from scipy.optimize import linear_sum_assignment
 from tiny_models import VOCAB, checkpoint_activations, generated, prefix
-from topd_cases import FEW, GREEDY, step
+from topd_cases import FEW, FOURTHS, GREEDY, assert_end_at_fourths, step
 
 import topd
 
@@ -83,16 +83,9 @@ def test_row_3_both_models_continue_from_the_same_prefix():
 
 def test_row_3_windows_end_at_the_students_end_of_sequence():
     student, teacher = models()
-    student.generation_config.eos_token_id = list(range(0, VOCAB, 4))
+    student.generation_config.eos_token_id = FOURTHS
     windows = step(student, teacher, batch_of()).near_future.windows
-    for tokens, lengths in (
-        (windows.student_tokens, windows.student_lengths),
-        (windows.teacher_tokens, windows.teacher_lengths),
-    ):
-        assert lengths.min() < 6
-        for window, length in zip(tokens.tolist(), lengths.tolist(), strict=True):
-            assert all(token % 4 for token in window[: length - 1])
-            assert length == 6 or window[length - 1] % 4 == 0
+    assert_end_at_fourths(windows)
 
 
 def test_row_3_the_students_window_may_be_the_rollout():

@@ -2,10 +2,7 @@
 
 import pytest
 from objective_cases import backward, batch_of, models
-from tiny_models import VOCAB
-from topd_cases import GREEDY, step
-
-FOURTHS = list(range(0, VOCAB, 4))
+from topd_cases import FOURTHS, GREEDY, assert_end_at_fourths, step
 
 
 @pytest.mark.parametrize("who", ["student", "teacher", "config"])
@@ -15,14 +12,7 @@ def test_whoever_says_an_end_token_ends_both_models_windows(who):
     if who != "config":
         {"student": student, "teacher": teacher}[who].generation_config.eos_token_id = FOURTHS
     windows = step(student, teacher, batch_of(), **GREEDY, **options).near_future.windows
-    for tokens, lengths in (
-        (windows.student_tokens, windows.student_lengths),
-        (windows.teacher_tokens, windows.teacher_lengths),
-    ):
-        assert lengths.min() < 6
-        for window, length in zip(tokens.tolist(), lengths.tolist(), strict=True):
-            assert all(token % 4 for token in window[: length - 1])
-            assert length == 6 or window[length - 1] % 4 == 0
+    assert_end_at_fourths(windows)
     student.generation_config.eos_token_id = FOURTHS
     assert (step(student, teacher, batch_of(), eos_token_id=[]).near_future.windows.student_lengths == 6).all()
 

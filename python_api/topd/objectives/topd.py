@@ -176,10 +176,10 @@ class TOPD(Method):
         self, tokens: Pass, windows: Windows | None, generator: torch.Generator | None, stages: Stages
     ) -> NearFuture:
         """Look ahead at the candidates, or at the points of the windows that are given, and judge them."""
-        config, score = self.config, score_of(tokens.losses.scores, self.config.score)
-        count = None
+        config, rollouts = self.config, tokens.inputs.rollouts
+        score, count = score_of(tokens.losses.scores, config.score), None
         if windows is None:
-            positions, rollouts = self._candidates(score, tokens.inputs.rollouts), tokens.inputs.rollouts
+            positions = self._candidates(score, rollouts)
             if config.gate == "low_loss_q3":
                 count = positions.shape[0]
                 positions = torch.cat([positions, lowest(score, rollouts.response, positions)])
