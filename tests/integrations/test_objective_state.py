@@ -119,3 +119,28 @@ def test_other_objectives_write_no_file_and_read_none(tmp_path):
         load_objective(objective, tmp_path)
     with pytest.raises(ValueError, match="got one with '"):
         load_objective(topd.OPSD(plain()), tmp_path)
+
+
+def test_the_gates_memory_goes_on_in_a_resumed_run_of_trl(tmp_path):
+    """The objective that a checkpoint reaches is the one whose steps are taken, from construction on."""
+    tiny_trl = pytest.importorskip("tiny_trl_cases")
+    from topd.integrations.trl import TOPDTrainer
+
+    given = tiny_trl.SGD | {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    few = {"candidates": "top_k", "candidate_value": 1, "horizon": 3}
+
+    def run(folder, checkpoint=None):
+        config = topd.TOPDConfig(gate="running_quantile", **few)
+        trainer = tiny_trl.trainer_of(folder, TOPDTrainer, given_arguments=given, objective_config=config)
+        built = trainer._objective
+        trainer.train(checkpoint)
+        assert trainer._objective is built
+        return built.state_dict()["distances"]
+
+    whole = run(tmp_path)
+    kept = torch.load(tmp_path / "checkpoint-2" / FILE, weights_only=True)["distances"]
+    assert 0 < len(kept) < len(whole)
+    torch.testing.assert_close(whole[: len(kept)], kept, rtol=0, atol=0)
+    resumed = run(tmp_path / "resumed", str(tmp_path / "checkpoint-2"))
+    assert len(resumed) == len(whole)
+    torch.testing.assert_close(resumed[: len(kept)], kept, rtol=0, atol=0)
