@@ -94,5 +94,6 @@ def load_tokenizer() -> Any:
 
 
 def sliced(model: Any, layers: tuple[int, ...] = SLICE) -> Any:
-    """Return a student of these layers of the model, with its embeddings and head: copies."""
-    return without_layers(model, [number for number in range(LAYERS) if number not in layers]).eval()
+    """Return a student of these layers of the model, in their order, with its embeddings and head: copies."""
+    count = len(model.base_model.layers)
+    return without_layers(model, sorted(set(range(count)) - set(layers))).eval()
