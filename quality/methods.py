@@ -17,6 +17,8 @@ Step = Callable[[Mapping[str, Tensor], Tensor, torch.Generator], topd.Objective]
 
 # What fits answers of 31 tokens, in place of defaults that are made for thousands: 3 candidates an answer, windows of 12.
 CANDIDATES, HORIZON = 0.1, 12
+# What may mend the guidance: a plan that sends each of the teacher's tokens to about one place, and fewer places.
+SHARP, SHORT = 0.01, 5
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ def _topd(**options: Any) -> topd.TOPDConfig:
 
 
 _WEIGHED = _topd(guidance_weight=0.0)
+_COUNTERFACTUAL = {"student_window": "rollout", "window_noise": "counterfactual"}
 
 ROWS = {
     row.name: row
@@ -65,7 +68,13 @@ ROWS = {
         Row("topd_1", "TOPD, lambda 1", _topd(guidance_weight=1.0)),
         Row("rollout", "TOPD, rollout windows", _topd(student_window="rollout")),
         Row("shared", "TOPD, shared noise", _topd(window_noise="shared")),
-        Row("counterfactual", "TOPD, counterfactual noise", _topd(student_window="rollout", window_noise="counterfactual")),
+        Row("counterfactual", "TOPD, counterfactual noise", _topd(**_COUNTERFACTUAL)),
+        Row("counterfactual_0.3", "TOPD, counterfactual, lambda 0.3", _topd(guidance_weight=0.3, **_COUNTERFACTUAL)),
+        Row("counterfactual_1", "TOPD, counterfactual, lambda 1", _topd(guidance_weight=1.0, **_COUNTERFACTUAL)),
+        Row("sharp", "TOPD, sharp plan", _topd(epsilon=SHARP)),
+        Row("sharp_1", "TOPD, sharp plan, lambda 1", _topd(guidance_weight=1.0, epsilon=SHARP)),
+        Row("short", "TOPD, windows of 5", _topd(horizon=SHORT)),
+        Row("short_1", "TOPD, windows of 5, lambda 1", _topd(guidance_weight=1.0, horizon=SHORT)),
         Row("oracle", "TOPD, oracle gate", _topd(), oracle=True),
         Row("oracle_1", "TOPD, oracle gate, lambda 1", _topd(guidance_weight=1.0), oracle=True),
     )

@@ -242,13 +242,17 @@ def assert_outcome(outcome: Outcome, truth: Outcome, tolerance: float) -> None:
 def assert_no_worse(value: Tensor, yardstick: Tensor, truth: Tensor, constant: float, what: str = "") -> None:
     """Check that each element is as near to the truth as eager torch's, but for the result's rounding and a small constant.
 
-    constant is in units of the largest true element; it is there because eager is exact somewhere by luck.
+    constant is in units of the largest true element; it is there because eager is exact somewhere by luck. On a GPU both round
+    the operands of the products to 16 bits where the models have them: there an element is off by luck, and the root of the
+    mean square is judged.
     """
     assert value.dtype == yardstick.dtype, f"{what}: {value.dtype} where eager has {yardstick.dtype}"
     info = torch.finfo(value.dtype)
     rounding = truth.abs() * info.eps / 2 + info.smallest_normal * info.eps
     allowed = (yardstick.double() - truth).abs() + rounding + constant * truth.abs().max()
     error = (value.double() - truth).abs()
+    if value.device.type == "cuda" and value.dtype in (torch.bfloat16, torch.float16):
+        error, allowed = (each.square().mean().sqrt() for each in (error, allowed))
     excess = (error / allowed).max().item() if truth.numel() else 0.0
     assert excess <= 1, f"{what}: an element is {excess:.3g} times as wrong as allowed"
 

@@ -16,6 +16,7 @@ from gpu_cases import (
     assert_outcome,
     fused_scores_of,
     on_device_only,
+    open_parts,
     problem_of,
     scores_of,
     upstream_of,
@@ -53,7 +54,8 @@ def check_divergence(size: Size, case: Case, number: int) -> None:
     problem, upstream = problem_of(size, compare.OPTIONS[name], dtype, divergence), upstream_of(size.rows, number)
     true = plain(problem.to(torch.float64), upstream)
     yardstick = by_topd(problem.to(torch.float32), "reference", upstream)
-    assert_outcome(by_topd(problem, "triton", upstream, workspace_bytes=size.workspace_bytes), yardstick, true, dtype)
+    outcome = by_topd(problem, "triton", upstream, workspace_bytes=size.workspace_bytes)
+    assert_outcome(outcome, yardstick, true, dtype, open_parts(problem, upstream))
 
 
 @EACH_SIZE

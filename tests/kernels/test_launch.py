@@ -63,6 +63,10 @@ def tensors_on(*devices: str) -> list[torch.Tensor]:
         return [torch.empty(3, device=device) for device in devices]
 
 
+FAKE_DEVICES = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="where there is a GPU, a fake tensor needs its own")
+
+
+@FAKE_DEVICES
 def test_a_launch_is_on_the_device_of_its_tensors_whichever_is_current(monkeypatch):
     kernel = Kernel()
     monkeypatch.setattr(torch.cuda, "device", kernel.as_current)
@@ -73,6 +77,7 @@ def test_a_launch_is_on_the_device_of_its_tensors_whichever_is_current(monkeypat
     assert kernel.current == torch.device("cuda:0")
 
 
+@FAKE_DEVICES
 def test_tensors_on_several_devices_are_refused_by_name():
     kernel = Kernel()
     out, table = tensors_on("cuda:1", "cuda:0")

@@ -111,11 +111,13 @@ def test_all_equal_logits(backend, device):
 @pytest.mark.parametrize("m", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_vocabulary_of_one_is_exactly_zero(dtype, m, backend, device):
-    """Without rounding, also where the one token is asked for several times."""
+    """Without rounding, also where the one token is asked for several times. Autograd on a GPU, the backend "reference" there,
+    takes the sum of the upstreams in two orders."""
     problem = random_problem({"bias": True}, n=5, m=m, vocab=1).to(device).to(dtype)
     outcome = by_topd(problem, backend, problem.upstream())
     assert not outcome.value.any()
-    assert not any(grad.any() for grad in outcome.grads.values() if grad is not None)
+    largest = 50 * torch.finfo(dtype).eps if device.type == "cuda" and backend == "reference" and m > 1 else 0.0
+    assert all(grad.abs().max() <= largest for grad in outcome.grads.values() if grad is not None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
