@@ -9,6 +9,7 @@ import torch
 from tools.binaries import source_of
 from topd_kernels.divergence_rows import launches as divergence_rows
 from topd_kernels.logprob_rows import launches as logprob_rows
+from topd_kernels.scaled_rows import launches as scaled_rows
 from topd_kernels.score_tokens import launches as score_tokens
 from topd_kernels.shared.launch import Launch
 from topd_kernels.transport import launches as transport
@@ -69,6 +70,13 @@ def _weighted(dtype: torch.dtype, table: torch.dtype, width: int, family: str | 
     return [*gather, *weighted_scatter.launches(vocab, out.to(table), ids, weights, family=family)]
 
 
+def _scaled(x: torch.dtype, out: torch.dtype, width: int) -> list[Launch]:
+    """Return the launch of scaled_rows on a few rows."""
+    numbers = torch.float64 if torch.float64 in (x, out) else torch.float32
+    rows = torch.empty(ROWS, width, dtype=x)
+    return scaled_rows.launches(rows.to(out), rows, torch.empty(ROWS, dtype=numbers))
+
+
 def _score_tokens(
     dtypes: tuple[torch.dtype, torch.dtype], vocabs: tuple[int, int], width: int, *, general: bool, family: str | None
 ) -> list[Launch]:
@@ -97,6 +105,8 @@ def default_launches(family: str | None = None) -> Iterator[Launch]:
         yield from _logprob_rows(single, ALIGNED, grad, entropy=entropy, general=False, family=family)
     yield from _weighted(single, single, WIDTH, family)
     yield from _weighted(single, torch.bfloat16, WIDTH, family)
+    for x, out in ((single, single), (single, torch.bfloat16), (torch.bfloat16, torch.bfloat16)):
+        yield from _scaled(x, out, WIDTH)
     for dtype in (single, torch.bfloat16):
         yield from _score_tokens((dtype, dtype), equal, WIDTH, general=False, family=family)
         for window in (50, 100):
@@ -118,6 +128,9 @@ def all_launches(family: str | None = None) -> Iterator[Launch]:
                 yield from _logprob_rows(dtype, vocab, grad, entropy=entropy, **flags)
         for table, width in itertools.product({dtype, *NARROW}, (WIDTH, WIDTH + 1)):
             yield from _weighted(dtype, table, width, family)
+            yield from _scaled(dtype, table, width)
+            yield from _scaled(table, dtype, width)
+            yield from _scaled(table, table, width)
     served = (torch.float32, *NARROW)
     for general, width in itertools.product((False, True), (WIDTH, WIDTH + 1)):
         for dtypes in itertools.product(served, served):

@@ -11,6 +11,7 @@ from topd.ops.shared.plan import GPU_BLOCK, MAX_PILE
 from topd_kernels.divergence_rows import launches as divergence_rows
 from topd_kernels.divergence_rows.statistics import statistics
 from topd_kernels.logprob_rows import launches as logprob_rows
+from topd_kernels.scaled_rows import launches as scaled_rows
 from topd_kernels.score_tokens import launches as score_tokens
 from topd_kernels.shared.launch import ROW_PROGRAMS_PER_PROCESSOR, Launch, interpreted
 from topd_kernels.transport import launches as transport
@@ -83,6 +84,13 @@ def test_declared_bytes_of_weighted_rows(dtype, width, watch):
     rows, table = torch.randn(ROWS, width), torch.randn(90, width)
     assert_declared(weighted_gather.launches(rows, table.to(dtype), ids, weights), watch)
     assert_declared(weighted_scatter.launches(table, rows.to(dtype), ids, weights), watch)
+
+
+@pytest.mark.parametrize("width", [1, 2600])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_declared_bytes_of_scaled_rows(dtype, width, watch):
+    x = torch.randn(ROWS, width)
+    assert_declared(scaled_rows.launches(x.to(dtype), x, torch.randn(ROWS)), watch)
 
 
 @pytest.mark.parametrize("cost", transport.COSTS)

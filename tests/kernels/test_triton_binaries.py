@@ -86,6 +86,7 @@ import torch
 from tools.binaries import source_of
 from topd_kernels.divergence_rows import launches as d
 from topd_kernels.logprob_rows import launches as l
+from topd_kernels.scaled_rows import launches as r
 from topd_kernels.weighted_gather import launches as g
 from topd_kernels.weighted_scatter import launches as s
 binaries = {}
@@ -101,6 +102,8 @@ for n in (1, 2, 3, 16, 17, 100, 128, 1000, 2048, 4099):
     launches += l.launches(student, None, ids, l.Spec(1.0, None, 1.0), grad, grad, True, splits=splits)[0]
     table = torch.empty(9, 1000)
     launches += g.launches(student, table, ids, weights) + s.launches(table, student, ids, weights)
+    number = torch.empty(())
+    launches += r.launches(grad, student, number.expand(n)) + r.launches(grad, student, weights[:, 0])
     for i, launch in enumerate(launches):
         binaries.setdefault((i, launch.name), set()).add((source_of(launch).hash(), launch.num_warps))
 print(sorted(set(map(len, binaries.values()))), len(binaries))
@@ -109,7 +112,7 @@ print(sorted(set(map(len, binaries.values()))), len(binaries))
 
 def test_ten_different_n_need_one_binary_of_each_kernel():
     done = python("-c", TEN_SIZES)
-    assert done.stdout == "[1] 14\n", done.stdout + done.stderr
+    assert done.stdout == "[1] 16\n", done.stdout + done.stderr
 
 
 @pytest.mark.slow

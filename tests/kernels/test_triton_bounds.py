@@ -8,6 +8,7 @@ import torch
 from topd_kernels.divergence_rows import launches as divergence_rows
 from topd_kernels.divergence_rows.statistics import statistics
 from topd_kernels.logprob_rows import launches as logprob_rows
+from topd_kernels.scaled_rows import launches as scaled_rows
 from topd_kernels.score_tokens import launches as score_tokens
 from topd_kernels.shared.launch import Launch, interpreted
 from topd_kernels.transport import launches as transport
@@ -44,6 +45,11 @@ def weighted_launches(width: int) -> list[Launch]:
     ids, weights = torch.randint(-1, 14, (ROWS, 5)), torch.randn(ROWS, 5)
     rows, table = torch.randn(ROWS, width), torch.randn(13, width)
     return weighted_gather.launches(rows, table, ids, weights) + weighted_scatter.launches(table, rows, ids, weights)
+
+
+def scaled_launches(width: int) -> list[Launch]:
+    x, scale = torch.randn(ROWS, width), torch.tensor([0.5, 0.0, -2.0])
+    return scaled_rows.launches(x.bfloat16(), x, scale) + scaled_rows.launches(x.clone(), x, scale[:1].expand(ROWS))
 
 
 def score_launches(vocabs: tuple[int, int] = (70, 81)) -> list[Launch]:
@@ -103,6 +109,11 @@ def test_weighted_rows_stay_within_their_tensors(width):
     assert total(run_watched(weighted_launches(width))).read > 0
 
 
+@pytest.mark.parametrize("width", [1, 1025])
+def test_scaled_rows_stay_within_their_tensors(width):
+    assert total(run_watched(scaled_launches(width))).written == ROWS * width * (2 + 4)
+
+
 def planted(launches: list[Launch], kernel: str, **changed: object) -> list[Launch]:
     """The launches with a wrong number given to one kernel."""
     return [
@@ -127,6 +138,7 @@ def planted(launches: list[Launch], kernel: str, **changed: object) -> list[Laun
         (panel_launches, "transport_panels", {"problems": 3}, "reads"),
         (panel_launches, "transport_panels", {"Scratch": torch.empty(1, 1, 128, 127, dtype=torch.float64)}, "writes"),
         (transport_launches, "transport", {"width": 7}, "reads"),
+        (lambda: scaled_launches(600), "scale_row", {"width": 601}, "reads"),
         (lambda: weighted_launches(600), "gather", {"width": 601}, "reads"),
         (lambda: weighted_launches(600), "scatter", {"vocab": 14}, "reads"),
     ],

@@ -10,6 +10,7 @@ from torch import Tensor
 from topd_kernels.divergence_rows import launches as divergence_rows
 from topd_kernels.divergence_rows.statistics import statistics
 from topd_kernels.logprob_rows import launches as logprob_rows
+from topd_kernels.scaled_rows import launches as scaled_rows
 from topd_kernels.shared.launch import Launch, interpreted, run_all
 from topd_kernels.transport import launches as transport
 from topd_kernels.weighted_gather import launches as weighted_gather
@@ -61,6 +62,11 @@ def scatter() -> Made:
     return weighted_scatter.launches(out, rows, IDS, WEIGHTS), [out, rows]
 
 
+def scaled() -> Made:
+    out, x = tile(0, 600, torch.bfloat16), tile(1, 600)
+    return scaled_rows.launches(out, x, torch.tensor([2.0, -1.0])), [out, x]
+
+
 def windows() -> Made:
     tables, lengths = [tile(0, 6), tile(1, 6)], torch.tensor([2])
     ids = torch.tensor([[0, 1]])
@@ -74,6 +80,7 @@ CASES: dict[str, Callable[[], Made]] = {
     "logprob_rows": logprobs,
     "weighted_gather": gather,
     "weighted_scatter": scatter,
+    "scaled_rows": scaled,
     "transport": windows,
 }
 

@@ -19,9 +19,7 @@ def gradient(dtype: torch.dtype, upstream: Tensor, hint: Tensor | None) -> tuple
     torch.manual_seed(1)
     problem = random_problem({}, topd.ReverseKL(), n=N, vocab=VOCAB).to(DEVICE).to(dtype)
     student = problem.student.leaves(("weight",))
-    value = topd.linear_divergence(
-        student.hidden, student.head(), problem.teacher.hidden, problem.teacher.head(), weights_hint=hint, backend="triton"
-    )
+    sides = student.hidden, student.head(), problem.teacher.hidden, problem.teacher.head()
     tensors: dict[int, Tensor] = {}
 
     def see(tensor: Tensor) -> None:
@@ -29,8 +27,11 @@ def gradient(dtype: torch.dtype, upstream: Tensor, hint: Tensor | None) -> tuple
             tensors[tensor.data_ptr()] = tensor  # kept, so that no other takes its place
 
     with Watch(see):
+        value = topd.linear_divergence(*sides, weights_hint=hint, backend="triton")
+    before = {student.weight.data_ptr(), *tensors}
+    with Watch(see):
         (grad,) = torch.autograd.grad(value, student.weight, upstream)
-    tensors.pop(student.weight.data_ptr(), None)
+    tensors = {pointer: tensor for pointer, tensor in tensors.items() if pointer not in before}
     return grad, [tensor.dtype for tensor in tensors.values()]
 
 
@@ -56,5 +57,6 @@ def test_beyond_the_common_vocabulary_there_is_zero(side):
     result = by_topd(problem, "triton", upstream)
     true = by_topd(problem.to(torch.float64), "reference", upstream.double())
     for name, expected in true.grads.items():
-        compare.assert_near(result.grads[name].double(), expected, 2**-7, name)
+        # Weighted hidden states, dlogits and the result have 16 bits.
+        compare.assert_near(result.grads[name].double(), expected, 3 * STORED[torch.bfloat16][0], name)
     assert not result.grads["weight"][VOCAB:].any()

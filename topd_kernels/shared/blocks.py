@@ -30,6 +30,9 @@ class Sizes(NamedTuple):
     num_warps: int
 
 
+SCALED = Sizes(1024, 4)  # of scaled_rows, on every family: no lane loads fewer than 16 bytes of float32
+
+
 class Tile(NamedTuple):
     """Rows, entries and hidden columns of a tile of the fused scores, and the warps that work on it."""
 

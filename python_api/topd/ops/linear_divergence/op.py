@@ -33,6 +33,7 @@ from topd.ops.linear_divergence.spec import (
     Outputs,
     Saved,
 )
+from topd.ops.scaled_rows.op import scaled_rows
 from topd.ops.shared.differentiable import (
     input_gradients,
     refuse_inference_tensors,
@@ -153,8 +154,7 @@ def _backward(grad_value: Tensor, *flat: Any) -> tuple[Any, ...]:
         if call.mask is not None:  # masked rows have no gradient, whatever comes
             grad_value = grad_value.masked_fill(~call.mask, 0.0)
         if needs.hidden:
-            upstream = grad_value.unsqueeze(-1)
-            hidden = (kept.u * upstream).masked_fill_(upstream == 0, 0.0).to(student.hidden.dtype)
+            hidden = scaled_rows(call.backend, kept.u, grad_value, student.hidden.dtype)
         grads = kept.grads
         if kept.dlogits.numel():
             grads = gradients_of_kept(call, kept, grad_value, needs)

@@ -46,11 +46,13 @@ class Engine:
         keeps_few_rows: the kernels leave the gradient to a product in the product's own tile, in the tile's dtype, so that
             calls of few rows may keep that tile for the backward pass (`topd.ops.shared.few_rows`).
         row_entries: a tile's row takes a multiple of so many entries.
+        scales_rows: it has a kernel for topd::scaled_rows; elsewhere that is a few operations of torch.
     """
 
     name: str
     keeps_few_rows = False
     row_entries = 1
+    scales_rows = False
 
     def kernel(self, op: str, device: torch.device) -> Kernel:
         """Return what runs topd::<op> on tensors of this device."""
@@ -130,6 +132,7 @@ class Triton(Engine):
 
     name = "triton"
     row_entries = ALIGNED_ENTRIES
+    scales_rows = True
 
     def kernel(self, op: str, device: torch.device) -> Kernel:
         return triton_launcher(op) if device.type == "cpu" else super().kernel(op, device)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import topd.ops.shared.bf16_addmm  # noqa: F401  (registers its op)
 from topd.backends import multiplies_bf16
+from topd.ops.scaled_rows.op import scaled_rows
 from topd.ops.shared.engines import Engine
 
 
@@ -69,7 +70,7 @@ class Side(NamedTuple):
         weight = self.weight[:vocab].to(engine.product_dtype(self.weight.dtype, dtype, self.weight.device))
         if weight.dtype != dtype and weight.device.type == "cpu":
             weight = _dense(weight)
-        return WidenedSide(self.hidden, weight, bias, a, b, self.scaling)
+        return WidenedSide(self.hidden, weight, bias, a, b, self.scaling, engine)
 
 
 class Needs(NamedTuple):
@@ -100,6 +101,7 @@ class WidenedSide(NamedTuple):
     a: Tensor | None
     b: Tensor | None
     scaling: float
+    engine: Engine
     grad_scale: float = 1.0
 
     def multiply(self, hidden: Tensor, tile: Tensor) -> None:
@@ -161,7 +163,7 @@ class HeadGrads(NamedTuple):
         if side is None or not engine.like_a_gpu(self.weight.device):
             return HeadGrads(*(torch.mul(c, grad, out=out) for grad, out in zip(self, self.unfilled(engine), strict=True)))
         likes = (side.weight, side.bias, side.a, side.b)
-        return HeadGrads(*(_scaled(c, total, like) for total, like in zip(self, likes, strict=True)))
+        return HeadGrads(*(_scaled(c, total, like, engine) for total, like in zip(self, likes, strict=True)))
 
     def returned(self, side: Side) -> "HeadGrads":
         """Return the sums as the gradients of the side's tensors: in their dtypes, with zeros beyond the common vocabulary."""
@@ -197,7 +199,9 @@ class HeadGrads(NamedTuple):
             addmm(self.weight, grad_logits.T, kept, beta=beta, alpha=alpha, factors=row_weights)
         weighted = hidden[:, :0]
         if not split or self.a.numel():
-            weighted = (hidden.to(row_weights.dtype) * weights).masked_fill_(weights == 0, 0.0)
+            scaled = grad_logits.dtype == torch.float16 and not normalised  # `_narrowed` will divide first
+            dtype = row_weights.dtype if split or scaled or self.a.numel() else grad_logits.dtype
+            weighted = scaled_rows(side.engine, hidden, row_weights, dtype)
 
         def summed(out: Tensor, values: Tensor, factor: float = 1.0) -> None:
             narrow, scale = _narrowed(values, grad_logits.dtype, normalised)
@@ -222,13 +226,17 @@ def _returned(total: Tensor, like: Tensor | None) -> Tensor:
     return out
 
 
-def _scaled(c: Tensor, total: Tensor, like: Tensor | None) -> Tensor:
+def _scaled(c: Tensor, total: Tensor, like: Tensor | None, engine: Engine) -> Tensor:
     """Return c total, computed in its dtype and rounded once to that of `like`, with zeros beyond the common vocabulary."""
     if like is None or total.numel() == 0:
         return total.clone()
     out = like.new_empty(like.shape)
     out[total.shape[0] :].zero_()
-    torch.mul(c, total, out=out[: total.shape[0]])
+    common = out[: total.shape[0]]
+    if engine.scales_rows and total.dim() == 2:
+        engine.kernel("scaled_rows", total.device)(common, total, c.expand(total.shape[0]))
+    else:
+        torch.mul(c, total, out=common)
     return out
 
 

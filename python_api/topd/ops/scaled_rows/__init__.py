@@ -1,0 +1,1 @@
+"""topd::scaled_rows: all of its Python."""
