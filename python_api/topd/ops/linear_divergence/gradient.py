@@ -26,8 +26,8 @@ def gradients_of_sums(call: Call, kept: Kept, grad: Tensor, *, uniform_hint: boo
     """Return exact sums under `grad` [N], which is 0 where masked; fresh tensors in the tile's dtype."""
     engine, hint = call.backend, kept.hint
     if uniform_hint and call.mask is None and grad.numel() and grad.stride(0) == 0:
-        # An expanded scalar, as sum() and mean() send it: no row deviates and the host need not wait. A row without a
-        # distribution (its hint was set to 0) still poisons the sums, as it would in eager code.
+        # An expanded scalar, as sum() sends it (mean() sends a number a row): no row deviates and the host need not wait. A row
+        # without a distribution (its hint was set to 0) still poisons the sums, as it would in eager code.
         c = grad[0]
         return kept.grads.times(torch.where((hint == 0).any() & (c != 0), torch.nan, c), engine, call.student)
     c = common_factor(grad, hint)

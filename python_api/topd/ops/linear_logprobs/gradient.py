@@ -158,8 +158,9 @@ def in_range_share(call: Call) -> Tensor:
 
 
 def uniform_factor(saved: Saved, upstreams: Upstreams) -> Tensor | None:
-    """Return c where every log-probability has one upstream, as sum() and mean() send it: no row deviates and the host need not
-    wait. A row without a distribution (`outside` is NaN) still poisons the sums, as it would in eager code."""
+    """Return c where every log-probability has one upstream, an expanded scalar as sum() sends it (mean() sends a number each):
+    no row deviates and the host need not wait. A row without a distribution (`outside` is NaN) still poisons the sums, as it
+    would in eager code."""
     g, h, o = upstreams
     call, outside = saved.call, saved.outside
     if (
