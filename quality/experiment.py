@@ -18,7 +18,7 @@ import torch
 
 from bench.command import INTERRUPTED, positive
 from bench.report import note
-from quality.figures import draw
+from quality.figures import draw, draw_differences
 from quality.methods import ROWS
 from quality.models import Schooling, schooled
 from quality.results import Results, key_of
@@ -116,10 +116,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         note("interrupted: what had ended is kept; the same command goes on from there")
         status = INTERRUPTED
-    for task, held in results.items():
-        if held.records:
-            print(tables(task, held.records))
-            note(f"curves: {draw(task, held.records, options.out)}")
+    ended = {task: held.records for task, held in results.items() if held.records}
+    for task, records in ended.items():
+        print(tables(task, records))
+        note(f"curves: {draw(task, records, options.out)}")
+    if ended:
+        note(f"differences: {draw_differences(ended, options.out / 'differences.png')}")
     return status
 
 

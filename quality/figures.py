@@ -1,16 +1,17 @@
 """Curves of accuracy over steps and over compute, a band a row."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from quality.methods import ROWS
-from quality.tables import BASELINE, by_row
+from quality.statistics import paired_interval
+from quality.tables import BASELINE, area_differences, by_row
 from quality.training import Record
 from topd.files import whole
-from topd.plots import FAINT, PALETTE
+from topd.plots import FAINT, INK, PALETTE
 
 AXES = {"step": "on-policy steps", "flop": "floating-point operations"}
 
@@ -35,6 +36,35 @@ def draw(task: str, records: Sequence[Record], folder: Path) -> Path:
         line[0].set_title(ROWS[name].text, fontsize=8, loc="left")
     figure.suptitle(f"{task}: accuracy on held-out problems", fontsize=9)
     path = folder / f"{task}.png"
+    with whole(path) as unfinished:
+        figure.savefig(unfinished, format="png")
+    return path
+
+
+def draw_differences(by_task: Mapping[str, Sequence[Record]], path: Path) -> Path:
+    """Draw each row's area over steps minus OPD's with its interval, a panel a task; return the file."""
+    from matplotlib.figure import Figure
+
+    names = [name for name in ROWS if name != BASELINE and any(name in by_row(records) for records in by_task.values())]
+    figure = Figure(
+        figsize=(3.4 + 2.3 * len(by_task), 0.6 + 0.23 * len(names)), dpi=110, layout="constrained", facecolor="white"
+    )
+    panels = figure.subplots(1, len(by_task), squeeze=False, sharey=True)[0]
+    for panel, (task, records) in zip(panels, by_task.items(), strict=True):
+        rows = by_row(records)
+        for place, name in enumerate(names):
+            mean, low, high = paired_interval(area_differences(rows.get(name, {}), rows.get(BASELINE, {})))
+            color = FAINT if not (low > 0 or high < 0) else PALETTE[1 if low > 0 else 0]
+            panel.plot([low, high], [place, place], color=color, linewidth=2, solid_capstyle="butt")
+            panel.plot([mean], [place], "o", color=color, markersize=4)
+        panel.axvline(0, color=INK, linewidth=0.8)
+        panel.set_title(task, fontsize=9)
+        panel.set_xlabel("area over steps minus OPD's", fontsize=8)
+        panel.tick_params(labelsize=8)
+        panel.locator_params(axis="x", nbins=5)
+        panel.grid(axis="x", color="#E6E6E6", linewidth=0.6)
+    panels[0].set_yticks(range(len(names)), [ROWS[name].text for name in names])
+    panels[0].invert_yaxis()
     with whole(path) as unfinished:
         figure.savefig(unfinished, format="png")
     return path

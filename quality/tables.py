@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from bench.report import markdown_table
 from quality.methods import ROWS
@@ -28,6 +28,15 @@ def areas(record: Record, axis: str, end: float) -> float:
     return area([point[axis] for point in curve], [point["accuracy"] for point in curve], end)
 
 
+def area_differences(runs: Mapping[int, Record], base: Mapping[int, Record]) -> list[float]:
+    """Return a row's areas over steps minus the baseline's, seed by seed where both ran."""
+
+    def whole(run: Record) -> float:
+        return areas(run, "step", run["curve"][-1]["step"])
+
+    return [whole(run) - whole(base[seed]) for seed, run in runs.items() if seed in base]
+
+
 def tables(task: str, records: Sequence[Record]) -> str:
     """Return the tables of a task: accuracy, and what the gate did."""
     plan = records[0]["plan"]
@@ -48,7 +57,7 @@ def accuracy_table(records: Sequence[Record]) -> str:
         paired = [seed for seed in runs if seed in base]
         ends = {seed: base[seed]["curve"][-1]["flop"] for seed in paired}
         ends = {seed: min(end, runs[seed]["curve"][-1]["flop"]) for seed, end in ends.items()}
-        over_steps = [steps[seed] - areas(base[seed], "step", base[seed]["curve"][-1]["step"]) for seed in paired]
+        over_steps = area_differences(runs, base)
         over_compute = [areas(runs[seed], "flop", ends[seed]) - areas(base[seed], "flop", ends[seed]) for seed in paired]
         ratio = [runs[seed]["curve"][-1]["flop"] / base[seed]["curve"][-1]["flop"] for seed in paired]
         lines.append(
