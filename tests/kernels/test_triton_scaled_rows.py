@@ -6,8 +6,8 @@ import pytest
 import torch
 from triton_cases import DEVICE, NEEDS_TRITON, rounded
 
-from topd.ops.scaled_rows.op import scaled_rows
 from topd.ops.shared.engines import EAGER, TRITON, Engine
+from topd.ops.shared.scaled_rows import scaled_rows
 
 pytestmark = NEEDS_TRITON
 EACH_ENGINE = pytest.mark.parametrize("engine", [EAGER, TRITON], ids=lambda engine: engine.name)

@@ -33,7 +33,6 @@ from topd.ops.linear_divergence.spec import (
     Outputs,
     Saved,
 )
-from topd.ops.scaled_rows.op import scaled_rows
 from topd.ops.shared.differentiable import (
     input_gradients,
     refuse_inference_tensors,
@@ -48,6 +47,7 @@ from topd.ops.shared.loop import chosen_rows
 from topd.ops.shared.numbers import numbers_in, numbers_of
 from topd.ops.shared.one_pass import normalised_hint
 from topd.ops.shared.op_body import define, op_body
+from topd.ops.shared.scaled_rows import scaled_rows
 from topd.ops.shared.tiles import HeadGrads, Needs
 from topd.scores import FIELDS
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 import topd.ops.shared.bf16_addmm  # noqa: F401  (registers its op)
 from topd.backends import multiplies_bf16
-from topd.ops.scaled_rows.op import scaled_rows
 from topd.ops.shared.engines import Engine
+from topd.ops.shared.scaled_rows import scaled_rows
 
 
 def mm(out: Tensor, a: Tensor, b: Tensor) -> Tensor:

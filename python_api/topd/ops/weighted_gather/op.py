@@ -9,6 +9,7 @@ from torch import Tensor
 
 from topd.ops.shared.engines import Engine, eager_kernel
 from topd.ops.shared.op_body import define
+from topd.ops.shared.scaled_rows import along_width
 
 define("topd::weighted_gather", "(Tensor(a!) out, Tensor table, Tensor ids, Tensor weights) -> ()")
 
@@ -30,11 +31,6 @@ def pieces(ids: Tensor, width: int) -> list[slice]:
 def counted(ids: Tensor, weights: Tensor, vocab: int) -> Tensor:
     """Return which entries add something."""
     return (weights != 0) & (ids >= 0) & (ids < vocab)
-
-
-def along_width(rows: Tensor) -> Tensor:
-    """Return rows whose entries lie side by side, as the kernels read them; a copy only where they do not."""
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
 def weighted_gather(engine: Engine, out: Tensor, table: Tensor, ids: Tensor, weights: Tensor) -> None:

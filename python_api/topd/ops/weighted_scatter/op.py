@@ -10,7 +10,8 @@ from torch import Tensor
 
 from topd.ops.shared.engines import Engine, eager_kernel
 from topd.ops.shared.op_body import define
-from topd.ops.weighted_gather.op import along_width, counted, pieces
+from topd.ops.shared.scaled_rows import along_width
+from topd.ops.weighted_gather.op import counted, pieces
 
 define("topd::weighted_scatter", "(Tensor(a!) out, Tensor rows, Tensor ids, Tensor weights) -> ()")
 

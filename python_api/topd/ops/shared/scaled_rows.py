@@ -10,7 +10,6 @@ from torch import Tensor
 
 from topd.ops.shared.engines import Engine
 from topd.ops.shared.op_body import define
-from topd.ops.weighted_gather.op import along_width
 
 define("topd::scaled_rows", "(Tensor(a!) out, Tensor x, Tensor scale) -> ()")
 
@@ -18,6 +17,11 @@ define("topd::scaled_rows", "(Tensor(a!) out, Tensor x, Tensor scale) -> ()")
 @torch.library.register_fake("topd::scaled_rows")
 def _fake(out: Tensor, x: Tensor, scale: Tensor) -> None:
     return None
+
+
+def along_width(rows: Tensor) -> Tensor:
+    """Return rows whose entries lie side by side, as the kernels read them; a copy only where they do not."""
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
 def scaled_rows(engine: Engine, x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

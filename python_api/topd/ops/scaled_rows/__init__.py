@@ -1,1 +1,0 @@
-"""topd::scaled_rows: all of its Python."""
