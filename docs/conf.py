@@ -23,12 +23,13 @@ myst_heading_anchors = 3  # links to headings, as on GitHub
 myst_enable_extensions = ["deflist"]
 
 default_role = "code"  # docstrings write `name`
+smartquotes = False  # quotes of "options" stay what can be copied
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 python_display_short_literal_types = True
 python_maximum_signature_line_length = 80
 napoleon_numpy_docstring = False
-napoleon_use_ivar = True  # fields of dataclasses as a list
+napoleon_custom_sections = [("Attributes", "params_style")]  # fields of dataclasses as a list, also "rows, chunks: ..."
 napoleon_use_rtype = False
 
 

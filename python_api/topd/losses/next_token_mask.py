@@ -33,7 +33,7 @@ def next_token_mask(response_mask: Tensor | None = None, *, labels: Tensor | Non
         ignore_index: of the labels.
 
     Returns:
-        [B, T] bool. The last column is False: it predicts what comes after the row. Whether the first token counts is in no
+        [B, T] bool. The last column is False, as it predicts what comes after the row. Whether the first token counts is in no
         column, since no state predicts it.
 
     Raises:
