@@ -23,7 +23,7 @@ myst_heading_anchors = 3  # links to headings, as on GitHub
 myst_enable_extensions = ["deflist"]
 
 default_role = "code"  # docstrings write `name`
-smartquotes = False  # quotes of "options" stay what can be copied
+smartquotes_action = "D"  # dashes alone: quotes of "options" stay what can be copied
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 python_display_short_literal_types = True
