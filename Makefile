@@ -57,6 +57,11 @@ triton-versions: $(BUILT)
 demo: $(BUILT)
 	@$(RUN) -m topd.cli.main demo $(DEMO)
 
+# docs/ as a site, build/docs/index.html; a warning is an error.
+.PHONY: docs
+docs: $(VENV)/installed-docs
+	$(RUN) -m sphinx -W --keep-going -q -b html docs build/docs
+
 # README's install line in fresh environments, with and without a compiler (minutes).
 install-check:
 	$(PYTHON) tests/house/install_check.py
@@ -66,6 +71,10 @@ $(VENV)/installed: requirements.txt requirements-demo.txt Makefile
 	$(PIP) $(TORCH)
 	$(PIP) --no-deps -r requirements.txt
 	$(PIP) --no-deps --no-build-isolation -r requirements-demo.txt
+	touch $@
+
+$(VENV)/installed-docs: $(VENV)/installed requirements-docs.txt
+	$(PIP) --no-deps -r requirements-docs.txt
 	touch $@
 
 # The extension is built against the torch that runs it, hence no build isolation. An editable installation is looked for after

@@ -124,7 +124,7 @@ class SkewReverseKL(Divergence):
 
 @dataclass(frozen=True)
 class TotalVariation(Divergence):
-    """1/2 sum_v |p_S - p_T|, a probability in [0, 1]."""
+    """1/2 `sum_v |p_S - p_T|`, a probability in [0, 1]."""
 
     name: str = field(default="total_variation", init=False, repr=False)
 

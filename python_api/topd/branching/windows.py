@@ -180,7 +180,7 @@ def window_hidden(student_model: Any, input_ids: Tensor, attention_mask: Tensor,
         windows: positions, student_tokens and student_lengths are read.
 
     Returns:
-        rollout_hidden [B, T, H], the state at each column, after the final norm, and window_hidden [m, K, H] in its dtype:
+        rollout_hidden [B, T, H], the state at each column, after the final norm, and window_hidden [m, K, H] in its dtype;
         [:, i] predicts window token i, so that [:, 0] is the state of the last prefix token; 0 past a window's length.
 
     Raises:

@@ -44,7 +44,7 @@ def entropy_aware_opd(
         weights_hint, workspace_bytes, backend: as in `linear_divergence`.
 
     Returns:
-        [...] float32 (float64 if an input is), nats: the cost of `linear_divergence`, and 4 matrix products more for the rows
+        [...] float32 (float64 if an input is), nats; the cost of `linear_divergence`, and 4 matrix products more for the rows
         over the threshold.
 
     Raises:

@@ -190,7 +190,7 @@ def linear_divergence(
         backend: None (by device), "reference", "eager", "cpp" or "triton"; one asked for by name never falls back.
 
     Returns:
-        [...] float32 (float64 if an input is), nats per token (total variation: a probability); with return_scores a pair
+        [...] float32 (float64 if an input is), nats per token (a probability for "total_variation"); with return_scores a pair
         of it and `TokenScores`. -inf logits mean probability 0: a row is inf where its divergence is, never NaN.
 
     Raises:

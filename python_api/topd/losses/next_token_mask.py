@@ -9,7 +9,7 @@ from topd.checks.values import check_tensor
 def next_token_mask(response_mask: Tensor | None = None, *, labels: Tensor | None = None, ignore_index: int = -100) -> Tensor:
     """Return the mask of the states: True at column t where token t + 1 counts.
 
-    A state hidden[:, t] predicts the token after its own, while masks and labels speak of the token in their own column.
+    A state hidden[:, t] predicts the token after its own, while masks and labels speak of the token in their own column::
 
         input_ids     = [[11, 12, 13, 14, 15]]
         response_mask = [[ 0,  0,  1,  1,  0]]   # 13 and 14 were sampled
@@ -19,7 +19,7 @@ def next_token_mask(response_mask: Tensor | None = None, *, labels: Tensor | Non
         input_ids.roll(-1, 1)
                      -> [[12, 13, 14, 15, 11]]   # the tokens that the states predict; the last column is never True
 
-    The mask goes with all of hidden, uncut, and with `input_ids.roll(-1, 1)` where tokens are wanted:
+    The mask goes with all of hidden, uncut, and with `input_ids.roll(-1, 1)` where tokens are wanted::
 
         hidden, head = topd.hidden_states(model, input_ids, attention_mask)
         topd.linear_divergence(hidden, head, ..., mask=topd.next_token_mask(response_mask), tokens=input_ids.roll(-1, 1))
@@ -33,7 +33,7 @@ def next_token_mask(response_mask: Tensor | None = None, *, labels: Tensor | Non
         ignore_index: of the labels.
 
     Returns:
-        [B, T] bool. The last column is False: it predicts what comes after the row. Whether the first token counts is in no
+        [B, T] bool. The last column is False, as it predicts what comes after the row. Whether the first token counts is in no
         column, since no state predicts it.
 
     Raises:

@@ -26,7 +26,7 @@ def pad_topk(answers: Sequence[Sequence[Any]], mask: Tensor | None = None, *, k:
         k: entries of a token in the result; None: as many as the longest has.
 
     Returns:
-        (logprobs, ids), with these names: log-probabilities [B, T, k] float32, nats, -inf for padding, and ids [B, T, k] int64,
+        (logprobs, ids), with these names; log-probabilities [B, T, k] float32, nats, -inf for padding, and ids [B, T, k] int64,
         0 for padding; on the device of `mask`. The order within a token is the server's.
 
     Raises:

@@ -47,7 +47,7 @@ def topk_logprobs(
         workspace_bytes: bound for the tile of logits, as in `linear_logprobs`.
 
     Returns:
-        (logprobs, ids), in the order of torch.topk, with these names: log-probabilities [..., k] float32 (float64 for
+        (logprobs, ids), in the order of torch.topk, with these names; log-probabilities [..., k] float32 (float64 for
         float64), nats, the largest first, and ids [..., k] int64.
 
     Raises:

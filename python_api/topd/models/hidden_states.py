@@ -48,7 +48,7 @@ def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor | None =
         inputs: what the forward of the base model takes besides, such as position_ids or pixel_values.
 
     Returns:
-        hidden [B, T, H] after the final norm, in the model's dtype: hidden[:, t] predicts input_ids[:, t + 1], so the last
+        hidden [B, T, H] after the final norm, in the model's dtype; hidden[:, t] predicts input_ids[:, t + 1], so the last
         column predicts what comes after the row. And the Head, which holds the live parameters; `head.detach()` is a constant.
 
     Raises:

@@ -30,8 +30,8 @@ class Transport:
         distance: [m] <P, C>, without the entropy term, in the unit of the cost.
         plan: [m, K_s, K_t], rows student positions, columns teacher positions; rows sum to 1 / student length, columns to
             1 / teacher length; 0 past the lengths.
-        marginal_error: [m] the largest |row or column sum - its marginal| that the iteration left, in units of the marginal,
-            before the plan was rounded onto its marginals; 0 for the exact solver.
+        marginal_error: [m] the largest distance of a row or column sum from its marginal that the iteration left, in units of
+            the marginal, before the plan was rounded onto its marginals; 0 for the exact solver.
     """
 
     distance: Tensor

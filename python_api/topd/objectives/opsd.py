@@ -81,7 +81,7 @@ class OPSD(OPD):
     @contextmanager
     def teaching(self) -> Iterator[Any]:
         """Make `teacher` compute with the teacher's weights meanwhile, in eval mode and without gradients, and return it; the
-        student's weights, adapters and modes come back, also after an error.
+        student's weights, adapters and modes come back, also after an error::
 
             with objective.teaching() as teacher:
                 answers = teacher.generate(**prompts)

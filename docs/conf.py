@@ -1,0 +1,44 @@
+"""Options of sphinx, for `make docs`."""
+
+import sys
+import tomllib
+from pathlib import Path
+
+from sphinx.application import Sphinx
+from sphinx.pycode import ModuleAnalyzer
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "python_api"))  # the reference is of this tree, built or not
+
+project = "topd"
+release = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+html_theme = "furo"
+html_title = f"topd {release}"
+html_show_copyright = False
+html_show_sourcelink = False
+html_copy_source = False
+
+myst_heading_anchors = 3  # links to headings, as on GitHub
+myst_enable_extensions = ["deflist"]
+
+default_role = "code"  # docstrings write `name`
+smartquotes_action = "D"  # dashes alone: quotes of "options" stay what can be copied
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+python_display_short_literal_types = True
+python_maximum_signature_line_length = 80
+napoleon_numpy_docstring = False
+napoleon_custom_sections = [("Attributes", "params_style")]  # fields of dataclasses as a list, also "rows, chunks: ..."
+napoleon_use_rtype = False
+
+
+def setup(app: Sphinx) -> None:
+    """Leave overloads out: one signature a function, the one that has all of its types."""
+    analyze = ModuleAnalyzer.analyze
+
+    def without_overloads(analyzer: ModuleAnalyzer) -> None:
+        analyze(analyzer)
+        analyzer.overloads = {}
+
+    ModuleAnalyzer.analyze = without_overloads
