@@ -8,7 +8,7 @@ import topd
 from bench.cases import Case
 from tools import account
 from tools.account import SHAPES, Seconds
-from tools.devices import Device
+from topd.costs.devices import Device
 from topd.ops.linear_divergence import op
 from topd.ops.shared.plan import ChunkPlan
 from topd_kernels import register
