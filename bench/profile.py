@@ -50,7 +50,7 @@ def predicted_mib(asked: Asked) -> float:
             Head(torch.empty(case.vocab, width, device="meta", requires_grad=own))
             for width, own in ((case.student_width, trained), (case.teacher_width, False))
         ]
-        chunks = plan(*heads, asked.n, device="cpu", workspace_bytes=case.workspace_bytes)
+        chunks = plan(heads[0], heads[1], asked.n, device="cpu", workspace_bytes=case.workspace_bytes)
         parts = memory.topd_memory(chunks, sizes)
     return memory.total(parts) / MIB
 
@@ -75,7 +75,9 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit status is 130 where nothing was measured, 1 where a worker failed."""
     words = parser().parse_args(argv)
-    rows, cells, machine, status = [], [], None, 0
+    rows: list[dict[str, Any]] = []
+    cells: list[list[str]] = []
+    machine, status = None, 0
     for asked in (Asked(peer, *shape, loss, words.head) for shape in SHAPES for loss in words.loss for peer in words.peer):
         note(" ".join(map(str, asked)))
         if (result := measured(asked)) is None:

@@ -33,7 +33,7 @@ def test_two_folders_on_a_cpu(capsys, tmp_path):
     out = capsys.readouterr().out
     assert "hidden 64 (teacher 128), fp32, frozen head, cpu" in out
     assert "time        not predicted" in out
-    assert "d weight" not in out
+    assert "d weight in float32" not in out
 
 
 @pytest.mark.parametrize(

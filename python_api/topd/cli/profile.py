@@ -134,7 +134,7 @@ def planned(
     workspace = None
     if device is not None:
         workspace = max(1, default_plan(case, device, weight_grad=trained).workspace_bytes)
-    return plan(*heads, case.n, device="cuda" if device else "cpu", workspace_bytes=workspace)
+    return plan(heads[0], heads[1], case.n, device="cuda" if device else "cpu", workspace_bytes=workspace)
 
 
 def time_of(case: Case, device: Device | None, loss: str, dtype: torch.dtype, *, trained: bool) -> dict[str, Any] | None:

@@ -4,8 +4,8 @@ One tile is N V numbers in float32. Counts of tiles follow the code line by line
 
 eager   logits in the models' dtype, widened to float32, log_softmax; both log-probabilities live until the gradients are there.
         The peak is in the divergence's backward, or in the student's matrix products where heads are wide and rows few.
-TRL     its ChunkedDivergenceFunction (trl 1.16): two buffers of min(N, 4096) x 32,768 float32; d hidden and d weight in float32.
-        Without Triton, so on a CPU, its backward has further temporaries of a buffer's size.
+TRL     its ChunkedDivergenceFunction (trl 1.16): two buffers of min(N, 4096) x 32,768 numbers, d hidden and d weight, all
+        float32. Without Triton, so on a CPU, its backward has further temporaries of a buffer's size.
 topd    what `topd.plan` returns.
 """
 

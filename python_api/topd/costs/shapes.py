@@ -58,25 +58,27 @@ def _shape(name: str, config: Any) -> ModelShape:
         raise ValueError(f"the config of {name} must be a JSON object, got {type(config).__name__}")
     text = config["text_config"] if isinstance(config.get("text_config"), dict) else {}
     read = config | text
-    sizes = []
-    for key, option in (("hidden_size", "--hidden"), ("vocab_size", "--vocab")):
-        value = read.get(key)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{key} in the config of {name} must be a positive int, got {value!r}; pass {option} instead")
-        sizes.append(value)
+    hidden, vocab = (_size(name, read, key, option) for key, option in (("hidden_size", "--hidden"), ("vocab_size", "--vocab")))
     tied = read.get("tie_word_embeddings")
     tied = tied if isinstance(tied, bool) else None
-    return ModelShape(name, *sizes, tied, _parameters(read, *sizes, tied=tied is True))
+    return ModelShape(name, hidden, vocab, tied, _parameters(read, hidden, vocab, tied=tied is True))
+
+
+def _size(name: str, config: dict[str, Any], key: str, option: str) -> int:
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{key} in the config of {name} must be a positive int, got {value!r}; pass {option} instead")
+    return value
 
 
 def _parameters(config: dict[str, Any], hidden: int, vocab: int, *, tied: bool) -> int | None:
     """Return the numbers in the matrices of a dense decoder with gated feed-forward layers; None for any other model."""
-    names = ("num_hidden_layers", "num_attention_heads", "intermediate_size")
-    layers, heads, inner = (config.get(name) for name in names)
-    experts = any("expert" in key and config[key] for key in config)
-    if experts or not all(isinstance(value, int) and value > 0 for value in (layers, heads, inner)):
+    layers, heads, inner = (config.get(key) for key in ("num_hidden_layers", "num_attention_heads", "intermediate_size"))
+    if not (isinstance(layers, int) and isinstance(heads, int) and isinstance(inner, int)) or heads < 1:
         return None
-    width = config.get("head_dim") or hidden // heads
-    pairs = config.get("num_key_value_heads") or heads
+    if any("expert" in key and value for key, value in config.items()):
+        return None
+    width: int = config.get("head_dim") or hidden // heads
+    pairs: int = config.get("num_key_value_heads") or heads
     attention = hidden * width * (2 * heads + 2 * pairs)
     return vocab * hidden * (1 if tied else 2) + layers * (attention + 3 * hidden * inner)
