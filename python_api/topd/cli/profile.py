@@ -11,11 +11,13 @@ from topd.cli.options import nonempty, positive
 from topd.costs import memory
 from topd.costs.devices import DEVICES, Device
 from topd.costs.predicted import SWEEPS, bound, predicted_time
-from topd.costs.products import default_plan
+from topd.costs.products import NARROW, default_plan, products_of
 from topd.costs.shapes import ModelShape, model_shape
 from topd.files import write_json
 from topd.head import Head
 from topd.losses.plan import Plan, plan
+from topd.ops.shared.engines import engine_of
+from topd.ops.shared.plan import default_workspace, wanted_workspace
 
 HELP = "predict memory, operations and time of a loss, from configs alone"
 DESCRIPTION = """\
@@ -133,13 +135,16 @@ def planned(
     ]
     workspace = None
     if device is not None:
-        workspace = max(1, default_plan(case, device, weight_grad=trained).workspace_bytes)
+        width = engine_of("triton").row_width(case.vocab)
+        products = products_of(case, trained) if dtype.itemsize == NARROW else None
+        wanted = wanted_workspace(case.n, width, width, products=products)
+        workspace = default_workspace("cuda", device.available_bytes, wanted=wanted)
     return plan(heads[0], heads[1], case.n, device="cuda" if device else "cpu", workspace_bytes=workspace)
 
 
 def time_of(case: Case, device: Device | None, loss: str, dtype: torch.dtype, *, trained: bool) -> dict[str, Any] | None:
     """Return the predicted milliseconds; None where the model does not know the device or the dtype."""
-    if device is None or dtype.itemsize != 2:
+    if device is None or dtype.itemsize != NARROW:
         return None
     plan = default_plan(case, device, weight_grad=trained)
     seconds = predicted_time(case, device, loss, plan, weight_grad=trained)
