@@ -5,101 +5,40 @@ Nothing here is measured on a GPU. Every launch comes after the other, nothing o
     products    flop / rate, of full tiles of 128 x 256: rows that fill no tile, and processors that wait for the last tiles
                 (a product may be split along its sum) cost as much as full ones; and what they read and write / bandwidth
     kernels     the larger of bytes / bandwidth and instructions / issue rate, of each: the bytes that a launch declares
-                (tests/kernels/test_account.py counts them), the instructions of tools/instructions.json
+                (tests/kernels/test_account.py counts them), the instructions of topd/costs/instructions.json
     d weight    read and written in float32 by every pile but the first, which writes; read and cast once more by backward
 
 The floor is the same of exactly those products, unchunked: 16-bit operands, float32 logits, d weight written in 16 bits. Left
 out on both sides: what is of the hidden states' size, what a kernel does outside its main loop, the host. Rates are those of
-tools/devices.py.
+topd/costs/devices.py.
 """
 
 import argparse
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 from bench.cases import GPU_CASES, Case
 from bench.report import markdown_table, write_json
-from tools.devices import DEVICES, Device
 from tools.instructions import divergence_launches, held, instructions_of
-from topd.ops.shared.plan import GPU_BLOCK, ChunkPlan, Products, default_workspace, plan_chunks, wanted_workspace
-from topd_kernels.shared.launch import cdiv
+from topd.costs.devices import DEVICES, Device
+from topd.costs.products import (
+    NARROW,
+    SCALE_AND_CAST,
+    Seconds,
+    default_plan,
+    product_bytes,
+    product_flop,
+)
+from topd.ops.shared.plan import ChunkPlan
 
 SHAPES = list(GPU_CASES.values())
 ROWS = (("reverse_kl", True), ("jsd", True), ("reverse_kl", False))
-TILE, NARROW = 4, 2
-# A product's tile, and how often its sum may be split.
-TILE_ROWS, TILE_COLUMNS, SPLITS = 128, 256, 8
-# Bytes that backward moves for an entry of d weight: read in float32, c d weight written in 16 bits.
-SCALE_AND_CAST = 6
 GIB = 1 << 30
-
-
-class Seconds(NamedTuple):
-    """A time by what bounds it: the products' operations, bytes through memory, instructions issued."""
-
-    products: float
-    bytes: float
-    issue: float
-
-    @property
-    def total(self) -> float:
-        """Return the whole time."""
-        return sum(self)
-
-
-def products_of(shape: Case, weight_grad: bool) -> Products:
-    """Return what the plan must know of the products."""
-    return Products(shape.student_width, shape.teacher_width, NARROW, NARROW, NARROW, weight_grad)
-
-
-def plan_of(shape: Case, workspace_bytes: int, *, weight_grad: bool) -> ChunkPlan:
-    """Return the chunks that the planner takes."""
-    products = products_of(shape, weight_grad)
-    vocabs = (shape.vocab, shape.vocab)
-    return plan_chunks(shape.n, *vocabs, workspace_bytes=workspace_bytes, products=products, block=GPU_BLOCK)
-
-
-def default_plan(shape: Case, device: Device, *, weight_grad: bool) -> ChunkPlan:
-    """Return the chunks that the planner takes where the workspace is the default."""
-    wanted = wanted_workspace(shape.n, shape.vocab, shape.vocab, products=products_of(shape, weight_grad))
-    size = default_workspace("cuda", device.available_bytes, wanted=wanted)
-    return plan_of(shape, size, weight_grad=weight_grad)
 
 
 def unchunked(shape: Case) -> ChunkPlan:
     """Return the plan of the floor: one chunk."""
     return ChunkPlan(shape.n, shape.n, 1, 0)
-
-
-def multiplied(rows: int, columns: int, processors: int) -> float:
-    """Return the entries of a product that would take as long as rows x columns, were its tiles and waves of them all full."""
-    tiles = cdiv(rows, TILE_ROWS) * cdiv(columns, TILE_COLUMNS)
-    waves = min(cdiv(tiles * split, processors) / split for split in range(1, SPLITS + 1))
-    return waves * processors * TILE_ROWS * TILE_COLUMNS
-
-
-def product_flop(shape: Case, device: Device, plan: ChunkPlan, *, weight_grad: bool) -> float:
-    """Return the floating-point operations of all products, tiles that are not full included."""
-    student, teacher, vocab, processors = shape.student_width, shape.teacher_width, shape.vocab, device.processors
-    flop = 0.0
-    for start, stop in plan.bounds():
-        flop += 2 * (student + teacher) * multiplied(stop - start, vocab, processors)
-    for pile in plan.piles():
-        rows = pile[-1][1] - pile[0][0]
-        flop += 2 * vocab * multiplied(rows, student, processors)
-        flop += 2 * rows * multiplied(vocab, student, processors) * weight_grad
-    return flop
-
-
-def product_bytes(shape: Case, plan: ChunkPlan, *, weight_grad: bool) -> float:
-    """Return the bytes of all products: logits written, dlogits read once or twice, both weights once a chunk, the student's
-    once more a pile, d weight read and written in float32 by every pile but the first, which writes."""
-    piles = len(plan.piles())
-    tiles = 2 * TILE + NARROW * (1 + weight_grad)
-    weights = NARROW * (plan.chunks * (shape.student_width + shape.teacher_width) + piles * shape.student_width)
-    weight_sums = 4 * (2 * piles - 1) * shape.student_width * weight_grad
-    return shape.vocab * (shape.n * tiles + weights + weight_sums)
 
 
 def floor(shape: Case, device: Device, *, weight_grad: bool) -> Seconds:

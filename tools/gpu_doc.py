@@ -1,4 +1,4 @@
-"""Write anew what docs/gpu.md says of binaries and predicted times, and tools/instructions.json: python -m tools.gpu_doc
+"""Write anew what docs/gpu.md says of binaries and predicted times, and topd/costs/instructions.json: python -m tools.gpu_doc
 
 Compiles the default variants for all targets (minutes), counts their instructions, predicts from them, and puts what the two
 commands print between their marks in docs/gpu.md. Exits with 1 where a binary does not fit.

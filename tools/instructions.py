@@ -1,8 +1,8 @@
 """A thread's instructions for an entry, of every kernel that goes over a vocabulary: python -m tools.instructions
 
-    python -m tools.instructions                      compile, compare with tools/instructions.json, print both
+    python -m tools.instructions                      compile, compare with topd/costs/instructions.json, print both
     python -m tools.instructions --targets sm_90      one target
-    python -m tools.instructions --write              write tools/instructions.json anew
+    python -m tools.instructions --write              write topd/costs/instructions.json anew
 
 Exits with 1 where a count is more than 2 % above the file's. The account (`python -m tools.account`) reads the file, and
 compiles nothing; `python -m tools.gpu_doc` writes it, and docs/gpu.md with it. Counts belong to a version of Triton, which the
@@ -13,7 +13,6 @@ import argparse
 import json
 import sys
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,11 +20,12 @@ import triton
 
 from bench.report import markdown_table, write_json
 from tools.binaries import TARGETS, compile_launch
+from topd.costs import predicted
 from topd_kernels.divergence_rows import launches as divergence_rows
 from topd_kernels.logprob_rows import launches as logprob_rows
 from topd_kernels.shared.launch import Launch
 
-FILE = Path(__file__).with_name("instructions.json")
+FILE = predicted.INSTRUCTIONS
 TOLERANCE = 1.02
 PARAMETERS = {"reverse_kl": 0.0, "forward_kl": float("inf"), "jsd": 0.5}
 LOGPROBS = {"logprobs": False, "logprobs with entropy": True}

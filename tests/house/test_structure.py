@@ -23,7 +23,7 @@ LAYERS = (
     ("topd.ops.shared",),
     ("topd.ops",),
     ("topd.losses",),
-    ("topd.near_future", "topd.plots", "topd.models"),
+    ("topd.near_future", "topd.plots", "topd.models", "topd.costs"),
     ("topd.branching",),
     ("topd.objectives",),
     ("topd.trd",),
@@ -42,6 +42,7 @@ KNOWS_HOSTS = (
     "topd.trd.from_model",
     "topd.cli.doctor",
     "topd.cli.refine",
+    "topd.costs.shapes",
     "topd_demo",
 )
 

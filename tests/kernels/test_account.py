@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from tools.account import GIB, SHAPES, plan_of, products_of
+from tools.account import GIB, SHAPES
 from tools.instructions import PARAMETERS, divergence_launches
+from topd.costs.products import plan_of, products_of
 from topd.ops.shared.plan import GPU_BLOCK, MAX_PILE
 from topd_kernels.divergence_rows import launches as divergence_rows
 from topd_kernels.divergence_rows.statistics import statistics

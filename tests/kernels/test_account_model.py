@@ -7,8 +7,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import topd
 from bench.cases import Case
 from tools import account
-from tools.account import SHAPES, Seconds
-from tools.devices import Device
+from tools.account import SHAPES
+from topd.costs import products
+from topd.costs.devices import Device
+from topd.costs.products import Seconds
 from topd.ops.linear_divergence import op
 from topd.ops.shared.plan import ChunkPlan
 from topd_kernels import register
@@ -37,7 +39,7 @@ SMALL = Case("small", n=512, vocab=1024, student_width=256, teacher_width=512)
     ],
 )
 def test_tiles_and_waves_that_are_not_full_cost_as_full_ones(rows, columns, processors, entries):
-    assert account.multiplied(rows, columns, processors) == entries
+    assert products.multiplied(rows, columns, processors) == entries
 
 
 def test_products_of_full_tiles_by_hand():

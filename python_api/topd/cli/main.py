@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import topd
 from topd.backends import missing_extension
-from topd.cli import demo, doctor, refine
+from topd.cli import demo, doctor, profile, refine
 from topd.cli.errors import INTERRUPTED, explained
 
 DESCRIPTION = """\
@@ -33,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
     commands = words.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
     demo.add_to(commands)
     doctor.add_to(commands)
+    profile.add_to(commands)
     refine.add_to(commands)
     for each in commands.choices.values():
         each.add_argument("--debug", action="store_true", help="show the traceback of an error")
