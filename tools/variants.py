@@ -10,7 +10,6 @@ from tools.binaries import source_of
 from topd_kernels.divergence_rows import launches as divergence_rows
 from topd_kernels.logprob_rows import launches as logprob_rows
 from topd_kernels.scaled_rows import launches as scaled_rows
-from topd_kernels.score_tokens import launches as score_tokens
 from topd_kernels.shared.launch import Launch
 from topd_kernels.transport import launches as transport
 from topd_kernels.weighted_gather import launches as weighted_gather
@@ -77,18 +76,6 @@ def _scaled(x: torch.dtype, out: torch.dtype, width: int) -> list[Launch]:
     return scaled_rows.launches(rows.to(out), rows, torch.empty(ROWS, dtype=numbers))
 
 
-def _score_tokens(
-    dtypes: tuple[torch.dtype, torch.dtype], vocabs: tuple[int, int], width: int, *, general: bool, family: str | None
-) -> list[Launch]:
-    """Return the launches of score_tokens on a few rows."""
-    softcap = 30.0 if general else None
-    sides = [
-        score_tokens.Operands(torch.empty(ROWS, width, dtype=d), torch.empty(v, width, dtype=d), None, 1.0, softcap)
-        for d, v in zip(dtypes, vocabs, strict=True)
-    ]
-    return score_tokens.launches(sides[0], sides[1], torch.zeros(ROWS, dtype=torch.int64), 1.0, family=family)[0]
-
-
 def _transport(dtype: torch.dtype, cost: str, windows: tuple[int, int], width: int) -> list[Launch]:
     """Return the launch of transport on a few problems."""
     table, lengths = torch.empty(10, width, dtype=dtype), torch.ones(ROWS, dtype=torch.int64)
@@ -108,7 +95,6 @@ def default_launches(family: str | None = None) -> Iterator[Launch]:
     for x, out in ((single, single), (single, torch.bfloat16), (torch.bfloat16, torch.bfloat16)):
         yield from _scaled(x, out, WIDTH)
     for dtype in (single, torch.bfloat16):
-        yield from _score_tokens((dtype, dtype), equal, WIDTH, general=False, family=family)
         for window in (50, 100):
             yield from _transport(dtype, "cosine", (window, window), WIDTH)
 
@@ -131,12 +117,8 @@ def all_launches(family: str | None = None) -> Iterator[Launch]:
             yield from _scaled(dtype, table, width)
             yield from _scaled(table, dtype, width)
             yield from _scaled(table, table, width)
-    served = (torch.float32, *NARROW)
-    for general, width in itertools.product((False, True), (WIDTH, WIDTH + 1)):
-        for dtypes in itertools.product(served, served):
-            for vocabs in ((ODD, ODD), (ODD, ODD + 64), (ODD + 64, ODD)):
-                yield from _score_tokens(dtypes, vocabs, width, general=general, family=family)
-    for cost, dtype, window in itertools.product(transport.COSTS, (torch.float64, *served), (10, 30, 50, 100)):
+    dtypes = (torch.float64, torch.float32, *NARROW)
+    for cost, dtype, window in itertools.product(transport.COSTS, dtypes, (10, 30, 50, 100)):
         yield from _transport(dtype, cost, (window, window), WIDTH)
 
 

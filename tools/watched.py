@@ -25,13 +25,12 @@ class OutOfBoundsError(Exception):
 @dataclass
 class Counts:
     """What a launch did: bytes read and written by the unmasked lanes, of scratch too; bytes of scratch alone; floating-point
-    operations of all lanes, those of matrix products apart."""
+    operations of all lanes."""
 
     read: int = 0
     written: int = 0
     scratch: int = 0
     flop: int = 0
-    matrix_flop: int = 0
 
 
 def _extents(launch: Launch) -> list[tuple[str, int, int]]:
@@ -63,8 +62,8 @@ def _check(name: str, verb: str, pointers: Any, mask: Any, extents: list[tuple[s
 def _watching(launch: Launch, counts: Counts) -> Iterator[None]:
     """Count what the interpreter does."""
     extents, builder = _extents(launch), interpreter_builder
-    watched = ("create_masked_load", "create_masked_store", "create_dot", "binary_op", "unary_op")
-    load, store, dot, binary, unary = (getattr(builder, name) for name in watched)
+    watched = ("create_masked_load", "create_masked_store", "binary_op", "unary_op")
+    load, store, binary, unary = (getattr(builder, name) for name in watched)
 
     def watched_load(pointers: Any, mask: Any, *rest: Any) -> Any:
         read, scratch = _check(launch.name, "reads", pointers, mask, extents)
@@ -78,10 +77,6 @@ def _watching(launch: Launch, counts: Counts) -> Iterator[None]:
         counts.scratch += scratch
         return store(pointers, value, mask, *rest)
 
-    def watched_dot(a: Any, b: Any, *rest: Any) -> Any:
-        counts.matrix_flop += 2 * a.data.size * b.data.shape[-1]
-        return dot(a, b, *rest)
-
     def counted(run: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(*arguments: Any) -> Any:
             out = run(*arguments)
@@ -91,7 +86,7 @@ def _watching(launch: Launch, counts: Counts) -> Iterator[None]:
 
         return wrapper
 
-    builder.create_masked_load, builder.create_masked_store, builder.create_dot = watched_load, watched_store, watched_dot
+    builder.create_masked_load, builder.create_masked_store = watched_load, watched_store
     builder.binary_op, builder.unary_op = counted(binary), counted(unary)
     try:
         yield

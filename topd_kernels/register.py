@@ -8,7 +8,6 @@ from topd_kernels.divergence_rows.launches import divergence_rows
 from topd_kernels.divergence_rows.statistics import statistics
 from topd_kernels.logprob_rows.launches import logprob_rows
 from topd_kernels.scaled_rows.launches import scaled_rows
-from topd_kernels.score_tokens.launches import score_tokens
 from topd_kernels.shared import launch
 from topd_kernels.transport.launches import transport
 from topd_kernels.weighted_gather.launches import weighted_gather
@@ -18,7 +17,6 @@ LAUNCHERS: dict[str, Callable[..., object]] = {
     "divergence_rows": divergence_rows,
     "logprob_rows": logprob_rows,
     "scaled_rows": scaled_rows,
-    "score_tokens": score_tokens,
     "transport": transport,
     "weighted_gather": weighted_gather,
     "weighted_scatter": weighted_scatter,

@@ -16,26 +16,18 @@ from bench.report import note
 
 ROOT = Path(__file__).parents[2]
 TESTS = Path("tests", "kernels")
-# The tests of the kernel of several products, which may fault, whatever they stand beside: in a job of their own, last.
-FUSED = "score_tokens or ten_numbers or (test_scores and fused)"
 FOLDERS = ("tests/kernels", "tests/losses", "tests/near_future", "tests/ops")
 MOST_FAILURES = 20
 OPTIONS = ("-m", "gpu", "-q", "--tb=line", "-p", "no:cacheprovider", "--continue-on-collection-errors", "--no-header")
 
 
 def all_lines(seconds: float) -> Iterator[Record]:
-    """Yield the tests at the widths of models, then all others; those that launch the fused scores left out."""
+    """Yield the tests at the widths of models, then all others."""
     first = sorted(str(path.relative_to(ROOT)) for path in (ROOT / TESTS).glob("test_gpu_*.py"))
     budget = Budget(seconds, 2)
-    safe = ["-k", f"not ({FUSED})"]
-    yield from pytest_lines("widths of models", [*first, *safe], budget.share())
+    yield from pytest_lines("widths of models", first, budget.share())
     ignored = [f"--ignore={path}" for path in first]
-    yield from pytest_lines("all others", [*FOLDERS, *ignored, *safe], budget.share())
-
-
-def score_lines(seconds: float) -> Iterator[Record]:
-    """Yield the tests of the fused scores."""
-    yield from pytest_lines("fused scores", [str(TESTS), "-k", FUSED], seconds)
+    yield from pytest_lines("all others", [*FOLDERS, *ignored], budget.share())
 
 
 def pytest_lines(what: str, arguments: Sequence[str], seconds: float) -> Iterator[Record]:

@@ -85,7 +85,7 @@ def kernel_lines(run: Run) -> Iterator[Record]:
 
 
 def _kernel_ops(run: Run) -> Iterator[kernels.Op]:
-    """Yield the ops whose kernels are timed one by one, at the first shape; the fused scores, which may fault, are not here."""
+    """Yield the ops whose kernels are timed one by one, at the first shape."""
     case = run.first_shape
     yield from kernels.tile_ops(min(CHUNK_ROWS, case.n), case.vocab, IDS, run.device, run.dtype)
     yield from kernels.weighted_ops(case, IDS, run.device, run.dtype)
@@ -94,7 +94,7 @@ def _kernel_ops(run: Run) -> Iterator[kernels.Op]:
 
 def peer_lines(run: Run) -> Iterator[Record]:
     """Yield topd beside eager code, torch.compile, TRL, Liger and POT."""
-    scores = Wanted("score_tokens", "-", lambda case, inputs, seconds: score_line(case, inputs, fused=False))
+    scores = Wanted("score_tokens", "-", lambda case, inputs, seconds: score_line(case, inputs))
     losses = [Wanted(loss, "trainable", _everyone("trainable", loss)) for loss in (*WITH_TEACHER, *WITHOUT_TEACHER)]
     shapes = [(run.shapes[0], [*losses, scores]), *((case, losses[:2]) for case in run.shapes[1:])]
     yield from _timed(shapes, run, transport=True)
@@ -144,24 +144,6 @@ def _kept(device: torch.device, rows: list[tune.TuneRow]) -> Record:
     return plain("facts", "block sizes kept", f"{path}: {', '.join(sizes) or 'none is faster than the defaults'}")
 
 
-def fused_lines(run: Run) -> Iterator[Record]:
-    """Yield the fused scores, the one kernel of several products: its time by itself, and beside the tiles."""
-    clock = DeviceClock(run.device)
-    measured = Rates.of(clock)
-    for op in kernels.score_ops(run.first_shape, run.device, run.dtype):
-        for row in kernels.kernel_rows(op, clock, KERNEL_ROUNDS, measured):
-            yield record("kernels", row)
-        del op
-    clock.release()
-    line = Wanted("score_tokens", "-", lambda case, inputs, seconds: score_line(case, inputs, fused=True))
-    yield from _timed([(run.shapes[0], [line])], run)
-
-
-def fused_tuning_lines(run: Run) -> Iterator[Record]:
-    """Yield other tiles of the fused scores."""
-    yield record("tuned", tune.tune_scores(run.first_shape, run.device, run.dtype, DeviceClock(run.device), KERNEL_ROUNDS))
-
-
 class Work(NamedTuple):
     """A job: what yields its lines, and the seconds that it has of a run that has all of them."""
 
@@ -170,18 +152,11 @@ class Work(NamedTuple):
     quick: bool = False
 
 
-def _tests(lines: Callable[[float], Iterator[Record]]) -> Callable[[Run], Iterator[Record]]:
-    return lambda run: lines(run.seconds)
-
-
 JOBS: dict[str, Work] = {
     "device": Work(device_lines, 30, quick=True),
     "losses": Work(loss_lines, 120, quick=True),
     "kernels": Work(kernel_lines, 60, quick=True),
-    "tests": Work(_tests(correctness.all_lines), 100),
+    "tests": Work(lambda run: correctness.all_lines(run.seconds), 100),
     "peers": Work(peer_lines, 90),
     "tuning": Work(tuning_lines, 50),
-    "fused scores": Work(fused_lines, 25),
-    "fused tests": Work(_tests(correctness.score_lines), 20),
-    "fused tuning": Work(fused_tuning_lines, 15),
 }

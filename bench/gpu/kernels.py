@@ -3,7 +3,7 @@
 An op's launches are first run once, in order, and what they wrote is held against float64: a wrong kernel is not timed.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.agreement import ROWS, few, of_largest, wide_logits
+from bench.agreement import ROWS, few, of_largest
 from bench.cases import Case
 from bench.gpu.clock import DeviceClock
 from bench.gpu.floors import Rates
@@ -144,32 +144,6 @@ def transport_op(m: int, window: int, width: int, device: torch.device) -> Op:
     )
 
 
-def score_ops(
-    case: Case, device: torch.device, dtype: torch.dtype, tiles: Sequence[tuple[int, int, int, int] | None] = (None,)
-) -> list[Op]:
-    """Return the fused scores, once for each tile; None is the default's."""
-    from topd_kernels.score_tokens import launches as score_tokens
-    from topd_kernels.shared.blocks import Tile
-
-    def normal(rows: int, width: int, deviation: float) -> Tensor:
-        return torch.empty(rows, width, dtype=dtype, device=device).normal_(0, deviation)
-
-    student_operands, teacher_operands = [
-        score_tokens.Operands(normal(case.n, width, 1.0), normal(case.vocab, width, width**-0.5), None, 1.0, None)
-        for width in (case.student_width, case.teacher_width)
-    ]
-    rows = few(case.n, ROWS, device)
-    student, teacher = (
-        wide_logits(side.hidden[rows], side.weight, torch.float64).log_softmax(-1)
-        for side in (student_operands, teacher_operands)
-    )
-    true = divergence_of_logprobs(student, teacher, "reverse_kl")
-    blocks = [None if tile is None else Tile(*tile) for tile in tiles]
-    calls = [score_tokens.launches(student_operands, teacher_operands, None, 1.0, blocks=tile) for tile in blocks]
-    name = f"score_tokens {case.name}, N = {case.n}"
-    return [Op(name, order, partial(_error_of, scores[1], rows, true)) for order, scores in calls]
-
-
 def label(launch: Any) -> str:
     """Return a kernel's name; which of two sweeps."""
     return f"{launch.name}{', gradient' if launch.constants.get('GRAD') else ''}"
@@ -186,5 +160,4 @@ def kernel_rows(op: Op, clock: DeviceClock, rounds: int, rates: Rates) -> Iterat
     for launch in op.launches:
         size = launch.moved_bytes
         time_ms = times_ms(interleave({"kernel": launch.run}, rounds, clock, warm_up=False)["kernel"])
-        note = "products: the bytes are not what bounds it" if launch.name.startswith("score") else ""
-        yield KernelRow(op.name, label(launch), time_ms, size, rates.byte_ms(launch), rates.issue_ms(launch), note)
+        yield KernelRow(op.name, label(launch), time_ms, size, rates.byte_ms(launch), rates.issue_ms(launch))

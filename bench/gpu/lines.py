@@ -119,11 +119,14 @@ def _line(case: Case, workload: Workload, head: str, runs: Mapping[str, Callable
     return Line(case.name, case.n, head, loss, runs, float(flop), errors, Errors(VALUE_LIMIT, limit, limit), skipped)
 
 
-def score_line(case: Case, inputs: Inputs, *, fused: bool) -> Line:
-    """Return the line of score_tokens as it is called, by tiles, beside eager code or beside the fused kernel; without
-    gradients, judged by the reverse KL."""
-    runs: dict[str, Callable[[], Any]] = {"floor": partial(floor_of_scores, inputs), "ours": partial(scores.ours, inputs)}
-    runs |= {"ours, fused": partial(scores.fused, inputs)} if fused else {"eager": partial(scores.eager, inputs)}
+def score_line(case: Case, inputs: Inputs) -> Line:
+    """Return the line of score_tokens as it is called, by tiles, beside eager code; without gradients, judged by the
+    reverse KL."""
+    runs: dict[str, Callable[[], Any]] = {
+        "floor": partial(floor_of_scores, inputs),
+        "ours": partial(scores.ours, inputs),
+        "eager": partial(scores.eager, inputs),
+    }
     truth = truth_of(Workload.of(inputs, "reverse_kl"))
 
     def errors(result: Any) -> Errors | None:

@@ -6,26 +6,22 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 if TYPE_CHECKING:
     from topd_kernels.shared.blocks import Sizes
 
-from bench.cases import Case
 from bench.gpu.clock import DeviceClock
-from bench.gpu.kernels import Op, label, score_ops
+from bench.gpu.kernels import Op, label
 from bench.timing import Spread, interleave, times_ms
 
 HEADER = ("op", "kernel", "default", "time_ms", "best", "time_ms", "default / best", "tried")
 BLOCKS, WARPS = (512, 1024, 2048, 4096), (2, 4, 8)
-SCORE_TILES = ((64, 64, 32, 4), (64, 128, 64, 4), (128, 64, 32, 8), (128, 64, 64, 4), (128, 64, 64, 8), (128, 128, 64, 8))
 # Kernels whose blocks are of the vocabulary or of the hidden width; the others' time is that of a launch.
 TUNED = ("statistics", "sweep", "rest", "gradient", "gather", "scatter", "transport", "transport_panels")
 
 
 def setting(launch: Any) -> str:
     """Return what `--tune` varies, in words."""
-    names = ("BLOCK", "BM", "BN", "BK", "PIECE")
+    names = ("BLOCK", "PIECE")
     return " ".join(
         [f"{name}={launch.constants[name]}" for name in names if name in launch.constants] + [f"warps={launch.num_warps}"]
     )
@@ -140,10 +136,3 @@ def tune(op: Op, clock: DeviceClock, rounds: int) -> Iterator[TuneRow]:
     for launch in op.launches:
         if others := alternatives(launch):
             yield tune_launch(op.name, launch, others, clock, rounds)
-
-
-def tune_scores(case: Case, device: torch.device, dtype: torch.dtype, clock: DeviceClock, rounds: int) -> TuneRow:
-    """Time the fused scores' tiles."""
-    default, *others = (op.launches[0] for op in score_ops(case, device, dtype, (None, *SCORE_TILES)))
-    name = f"score_tokens {case.name}, N = {case.n}"
-    return tune_launch(name, default, [other for other in others if setting(other) != setting(default)], clock, rounds)

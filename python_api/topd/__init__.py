@@ -7,8 +7,7 @@ import importlib.metadata
 
 import topd.ops.linear_divergence.op
 import topd.ops.linear_logprobs.op
-import topd.ops.score_tokens.op
-import topd.ops.topk_logprobs.op  # noqa: F401  (all four register their ops)
+import topd.ops.topk_logprobs.op  # noqa: F401  (all three register their ops)
 from topd.backends import Backend, backends
 from topd.branching.windows import Windows, sample_windows, window_hidden
 from topd.divergences import JSD, Divergence, ForwardKL, ReverseKL, SkewKL, SkewReverseKL, TotalVariation

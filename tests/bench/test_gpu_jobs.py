@@ -61,14 +61,10 @@ def test_peers_that_are_missing_are_skipped(run):
 
 
 @INTERPRETED
-def test_kernels_and_the_fused_ones_apart(run):
+def test_each_kernel_has_its_line(run):
     rows = rows_of(run, "kernels")
     assert not [line for line in rows if line["failed"]]
     assert {line["cells"][1] for line in rows} >= {"statistics", "sweep, gradient", "gather", "scatter", "rest"}
-    assert not [line for line in rows if line["cells"][1].startswith("score")]
-    fused = rows_of(run, "fused scores")
-    assert fused[0]["cells"][1] == "score_blocks"
-    assert fused[-1]["cells"][4] == "ours, fused"
 
 
 @INTERPRETED
@@ -123,17 +119,16 @@ def test_pytest_that_takes_too_long_says_how_far_it_came(tests_of):
     assert summary["cells"][1].startswith("stopped, its time was used up: 1 failed, 1 passed")
 
 
-def test_what_may_fault_is_tested_apart(monkeypatch):
-    """Each test is in one of the two, whatever its file."""
+def test_the_widths_of_models_come_first_and_all_others_after(monkeypatch):
     asked = []
     monkeypatch.setattr(correctness, "pytest_lines", lambda what, arguments, seconds: asked.append((what, arguments)) or [])
-    assert [*correctness.all_lines(9.0), *correctness.score_lines(9.0)] == []
+    assert [*correctness.all_lines(9.0)] == []
     words = dict(asked)
-    assert list(words) == ["widths of models", "all others", "fused scores"]
-    assert words["fused scores"][-2:] == ["-k", correctness.FUSED]
-    for what in ("widths of models", "all others"):
-        assert words[what][-2:] == ["-k", f"not ({correctness.FUSED})"]
-    assert [path for path in words["widths of models"] if path.startswith("tests/kernels/test_gpu_")]
+    assert list(words) == ["widths of models", "all others"]
+    first = words["widths of models"]
+    assert first
+    assert all(path.startswith("tests/kernels/test_gpu_") for path in first)
+    assert words["all others"] == [*correctness.FOLDERS, *(f"--ignore={path}" for path in first)]
 
 
 def test_without_pytest_its_line_says_so(monkeypatch):

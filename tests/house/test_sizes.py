@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[2]
 CODE = ("python_api", "topd_kernels", "bench", "quality", "tools", "examples")
 SUFFIXES = (".py", ".h", ".cpp")
 
-LONG_FILES = {"tests/kernels/test_triton_logprob_rows.py", "tests/kernels/test_triton_score_tokens.py"}
+LONG_FILES = {"tests/kernels/test_triton_logprob_rows.py"}
 # A Triton kernel whose parameters alone take twenty lines: a helper of its own would be called with as many.
 LONG_FUNCTIONS = {"topd_kernels/divergence_rows/kernels.py: sweep"}
 

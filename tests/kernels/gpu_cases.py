@@ -9,7 +9,6 @@ Two kinds of gradients are known less well, whoever computes them (`open_parts`)
 cancel, and the total variation's, whose sign is open where both probabilities are nearly equal.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,11 +21,6 @@ from torch import Tensor
 from triton_cases import DEVICE
 
 import topd
-from topd.ops.linear_divergence.spec import RowSpec
-from topd.ops.score_tokens.op import run_scores
-from topd.ops.shared.engines import TRITON
-from topd.ops.shared.tiles import Side
-from topd.scores import FIELDS, unpack_scores
 
 FLOAT32_CONSTANT = 5e-6
 ROUNDINGS = 4
@@ -97,21 +91,6 @@ def scores_of(problem: Problem, workspace_bytes: int | None, *, trainable: bool,
     options |= {"return_scores": True, "backend": backend, "workspace_bytes": workspace_bytes}
     _, scores = topd.linear_divergence(*sides, **options)
     return scores
-
-
-def fused_scores_of(problem: Problem) -> topd.TokenScores:
-    """Return the scores by the fused kernels, which no public function chooses; they take no adapter."""
-    student, teacher = problem.student, problem.teacher
-    rows = slice(None) if problem.mask is None else problem.mask
-    sides = [Side(model.hidden[rows], model.weight, model.bias, None, None, 1.0) for model in (student, teacher)]
-    numbers = (student.scale, student.softcap, teacher.scale, teacher.softcap, problem.temperature)
-    tokens = None if problem.tokens is None else problem.tokens[rows]
-    spec = RowSpec(*numbers, "forward_kl", math.inf, 0.0)
-    table = run_scores(TRITON.kernel("score_tokens", student.hidden.device), *sides, tokens, spec)
-    n = student.hidden.shape[0]
-    scores = table.new_zeros(len(FIELDS), n)
-    scores[:, rows] = table
-    return unpack_scores(scores, (n,), has_tokens=tokens is not None)
 
 
 def upstream_of(rows: int, number: int) -> Tensor:

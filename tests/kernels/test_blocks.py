@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("triton")
 from topd_kernels.divergence_rows import launches as divergence_rows
 from topd_kernels.shared import blocks
-from topd_kernels.shared.blocks import KERNELS, Sizes, default_sizes, default_tile, family_of, lanes_of
+from topd_kernels.shared.blocks import KERNELS, Sizes, default_sizes, family_of, lanes_of
 
 NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120")
 WIDE = ("gfx90a", "gfx942", "gfx950")
@@ -52,14 +52,6 @@ def test_each_lane_of_a_wide_wave_loads_16_bytes(kernel, itemsize, family):
         # With two entries a lane a sweep in float64 runs out of scalar registers.
         least = 8 if (kernel, itemsize) == ("sweep", 8) else 16
         assert block / (num_warps * 64) * itemsize >= least
-
-
-@pytest.mark.parametrize("itemsizes", [(2, 2), (4, 4), (2, 4)])
-def test_each_lane_of_a_wide_wave_loads_16_bytes_of_a_tile(itemsizes):
-    tile = default_tile("gfx942", *itemsizes, aligned=True)
-    for itemsize in itemsizes:
-        assert min(tile.rows, tile.entries) * tile.columns / (tile.warps * 64) * itemsize >= 16
-    assert default_tile("sm_90", 2, 2, aligned=True) == (64, 64, 64, 8)
 
 
 def test_families_are_named_as_their_targets(monkeypatch):

@@ -14,7 +14,6 @@ from gpu_cases import (
     Size,
     assert_as_good,
     assert_outcome,
-    fused_scores_of,
     on_device_only,
     open_parts,
     problem_of,
@@ -64,11 +63,9 @@ def test_values_and_gradients(number, size):
     check_divergence(size, HERE[number], number)
 
 
-def check_scores(size: Size, options: dict[str, Any], dtype: torch.dtype, *, fused: bool) -> None:
-    """fused: by the fused kernels, which take no adapter and no gradients."""
-    sides = {side: {**options.get(side, {}), "rank": 0} for side in ("student", "teacher")} if fused else {}
-    problem = problem_of(size, {**options, **sides}, dtype)
-    scores = fused_scores_of(problem) if fused else scores_of(problem, size.workspace_bytes, trainable=True)
+def check_scores(size: Size, options: dict[str, Any], dtype: torch.dtype) -> None:
+    problem = problem_of(size, options, dtype)
+    scores = scores_of(problem, size.workspace_bytes, trainable=True)
     yardstick = scores_of(problem.to(torch.float32), None, trainable=False, backend="reference")
     for name, expected in true_scores(problem).items():
         assert_as_good(getattr(scores, name), getattr(yardstick, name), expected, name)
@@ -86,9 +83,8 @@ SCORED = [
 
 @EACH_SIZE
 @pytest.mark.parametrize(("name", "dtype"), on_device_only(SCORED, 3), ids=str)
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "by tiles"])
-def test_scores(fused, name, dtype, size):
-    check_scores(size, compare.OPTIONS[name], dtype, fused=fused)
+def test_scores(name, dtype, size):
+    check_scores(size, compare.OPTIONS[name], dtype)
 
 
 def from_logits(student: Tensor, teacher: Tensor, name: str) -> Tensor:
@@ -119,23 +115,24 @@ def test_nearly_equal_sides_keep_their_digits(name, size):
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU's kernels are the dispatcher's, which has no test double")
 @pytest.mark.parametrize(
-    ("op", "check"),
+    ("result", "check"),
     [
-        ("divergence_rows", lambda: check_divergence(SIZES[0], CASES[0], 0)),
-        ("divergence_rows", lambda: check_near_equal(SIZES[0], "reverse_kl")),
-        ("score_tokens", lambda: check_scores(SIZES[0], {}, torch.float32, fused=True)),
+        (0, lambda: check_divergence(SIZES[0], CASES[0], 0)),
+        (0, lambda: check_near_equal(SIZES[0], "reverse_kl")),
+        (1, lambda: check_scores(SIZES[0], {}, torch.float32)),
     ],
+    ids=["values", "near-equal sides", "scores"],
 )
-def test_a_wrong_kernel_is_noticed(op, check, monkeypatch):
-    """A thousandth too much in its first result is more than any bound allows."""
-    right = register.LAUNCHERS[op]
+def test_a_wrong_kernel_is_noticed(result, check, monkeypatch):
+    """A thousandth too much in one of its results is more than any bound allows."""
+    right = register.LAUNCHERS["divergence_rows"]
 
     def wrong(*arguments):
         results = right(*arguments)
-        (results if isinstance(results, Tensor) else results[0]).mul_(1.001)
+        results[result].mul_(1.001)
         return results
 
     check()
-    monkeypatch.setitem(register.LAUNCHERS, op, wrong)
+    monkeypatch.setitem(register.LAUNCHERS, "divergence_rows", wrong)
     with pytest.raises(AssertionError):
         check()

@@ -15,7 +15,7 @@ import pytest
 import torch
 from binaries_made import binaries_of_more_rows
 from compare import TENSORS
-from gpu_cases import EACH_SIZE, REAL, Size, fused_scores_of, problem_of, windows_of
+from gpu_cases import EACH_SIZE, REAL, Size, problem_of, scores_of, windows_of
 from torch import Tensor
 from triton_cases import DEVICE, NEEDS_TRITON
 
@@ -43,9 +43,8 @@ def logprobs(size: Size, count: int) -> list[Tensor]:
 
 
 def scores(size: Size) -> list[Tensor]:
-    """By the fused kernels."""
     problem = problem_of(size, {"student": {"bias": True}}, torch.bfloat16)
-    table = fused_scores_of(problem)
+    table = scores_of(problem, size.workspace_bytes, trainable=False)
     return [table.forward_kl, table.reverse_kl, table.student_entropy, table.teacher_entropy, table.top1_agreement]
 
 
@@ -124,6 +123,6 @@ def test_kernels_of_triton_have_the_cache_that_is_counted():
     }
     done = subprocess.run([sys.executable, "-c", COUNTED], capture_output=True, text=True, env=environment)
     words = done.stdout.split()
-    names = {"sweep", "finish", "rest", "statistics", "constants", "gather", "scatter", "transport", "score_blocks"}
+    names = {"sweep", "finish", "rest", "statistics", "constants", "gather", "scatter", "transport"}
     assert names <= {name.rpartition(".")[2] for name in words}, done.stderr
     assert words[-2:] == ["0", "1"]

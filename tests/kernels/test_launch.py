@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from topd.scores import FIELDS
 from topd_kernels.shared import records
-from topd_kernels.shared.launch import Launch, splits_of, splits_of_rows
+from topd_kernels.shared.launch import Launch, splits_of_rows
 from topd_kernels.weighted_gather.kernels import gather
 from topd_kernels.weighted_gather.launches import launches
 
@@ -96,4 +96,3 @@ def test_programs_that_share_a_row():
     """32 programs a multiprocessor, each with four blocks at least, and 64 a row at most."""
     assert [splits_of_rows(rows, 1000, 100) for rows in (0, 1, 50, 100, 3199, 3200)] == [64, 64, 64, 32, 2, 1]
     assert [splits_of_rows(1, blocks, 100) for blocks in (0, 3, 8, 100)] == [1, 1, 2, 25]
-    assert splits_of(300, 4000, 256) == 256

@@ -9,7 +9,6 @@ from topd_kernels.divergence_rows import launches as divergence_rows
 from topd_kernels.divergence_rows.statistics import statistics
 from topd_kernels.logprob_rows import launches as logprob_rows
 from topd_kernels.scaled_rows import launches as scaled_rows
-from topd_kernels.score_tokens import launches as score_tokens
 from topd_kernels.shared.launch import Launch, interpreted
 from topd_kernels.transport import launches as transport
 from topd_kernels.weighted_gather import launches as weighted_gather
@@ -52,15 +51,6 @@ def scaled_launches(width: int) -> list[Launch]:
     return scaled_rows.launches(x.bfloat16(), x, scale) + scaled_rows.launches(x.clone(), x, scale[:1].expand(ROWS))
 
 
-def score_launches(vocabs: tuple[int, int] = (70, 81)) -> list[Launch]:
-    widths = (17, 33)
-    sides = [
-        score_tokens.Operands(torch.randn(ROWS, h), torch.randn(v, h), torch.randn(v), 1.0, None)
-        for h, v in zip(widths, vocabs, strict=True)
-    ]
-    return score_tokens.launches(*sides, torch.tensor([0, 69, -1]), 0.7, splits=2)[0]
-
-
 def transport_launches(cost: str = "cosine", windows: tuple[int, int] = (7, 5), steps: int = 20) -> list[Launch]:
     """Two problems, one with shorter windows; what stands past a length names no row of the tables."""
     tables = [torch.randn(13, 6) for _ in range(2)]
@@ -72,11 +62,6 @@ def transport_launches(cost: str = "cosine", windows: tuple[int, int] = (7, 5), 
 
 def panel_launches(cost: str = "cosine") -> list[Launch]:
     return transport_launches(cost, (70, 66), 4)
-
-
-@pytest.mark.parametrize("vocabs", [(70, 70), (70, 81), (81, 70)])
-def test_score_tokens_stays_within_its_tensors(vocabs):
-    assert total(run_watched(score_launches(vocabs))).written >= 9 * ROWS * 4
 
 
 @pytest.mark.parametrize("cost", transport.COSTS)
@@ -131,8 +116,6 @@ def planted(launches: list[Launch], kernel: str, **changed: object) -> list[Laun
         (logprob_launches, "rest", {"vocab": VOCAB + 1}, "reads"),
         (logprob_launches, "gradient", {"stride": VOCAB + 1}, "reads"),
         (logprob_launches, "at_ids", {"count": 71}, "reads"),
-        (score_launches, "score_blocks", {"vocab": 71}, "reads"),
-        (score_launches, "score_finish", {"rows": ROWS + 1}, "reads"),
         (transport_launches, "transport", {"student_window": 8}, "writes"),
         (panel_launches, "transport_panels", {"student_window": 71}, "writes"),
         (panel_launches, "transport_panels", {"problems": 3}, "reads"),

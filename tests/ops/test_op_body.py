@@ -21,7 +21,7 @@ def ops() -> list[torch._ops.OpOverload]:
 
 
 def test_every_op_is_kept_out_of_cuda_graphs():
-    assert {"linear_divergence", "linear_logprobs_backward", "topk_logprobs", "score_tokens", "transport"} <= {
+    assert {"linear_divergence", "linear_logprobs_backward", "topk_logprobs", "transport"} <= {
         op.overloadpacket.__name__ for op in ops()
     }
     assert [op for op in ops() if torch.Tag.cudagraph_unsafe not in op.tags] == []

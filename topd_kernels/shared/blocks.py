@@ -1,6 +1,6 @@
 """Block sizes and warps of the kernels, by family of devices.
 
-`default_sizes` and `default_tile` are pure functions of what a binary depends on: never of N or V. `python -m bench.gpu --tune`
+`default_sizes` is a pure function of what a binary depends on: never of N or V. `python -m bench.gpu --tune`
 may find better ones for a device and writes them to `file_of` that device, where `sizes_of` reads them once in a process:
 
     {"version": 2, "device": "NVIDIA H100 80GB HBM3", "kernels": {"sweep 4 heavy": {"block": 1024, "num_warps": 8}}}
@@ -31,15 +31,6 @@ class Sizes(NamedTuple):
 
 
 SCALED = Sizes(1024, 4)  # of scaled_rows, on every family: no lane loads fewer than 16 bytes of float32
-
-
-class Tile(NamedTuple):
-    """Rows, entries and hidden columns of a tile of the fused scores, and the warps that work on it."""
-
-    rows: int
-    entries: int
-    columns: int
-    warps: int
 
 
 def lanes_of(family: str) -> int:
@@ -76,15 +67,6 @@ def default_sizes(kernel: str, family: str, itemsize: int, *, heavy: bool = Fals
         return Sizes(256, 4)
     widest = (1024 if itemsize == 4 else 512) * wide
     return Sizes(widest // 2 if heavy else widest, 4)
-
-
-def default_tile(family: str, student_itemsize: int, teacher_itemsize: int, *, aligned: bool) -> Tile:
-    """Return tiles of which no kernel spills on any target that `tools.binaries` knows: 16 entries of a tile to a thread, or
-    fewer. `aligned`: the widths are multiples of 16; other rows are loaded entry by entry, which takes registers."""
-    wide = lanes_of(family) // 32 if aligned else 1  # aligned, a lane of a wide wave loads 16 bytes
-    if student_itemsize != teacher_itemsize or student_itemsize > 2:
-        return Tile(32, 32, 32, 4 // wide if aligned else 8)
-    return Tile(64, 64, 64, 8) if aligned else Tile(64, 32, 32, 8)
 
 
 def key_of(kernel: str, itemsize: int, *, heavy: bool = False) -> str:

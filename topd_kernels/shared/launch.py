@@ -14,7 +14,6 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 MAX_GRID_YZ = 65_535
-PROGRAMS_PER_PROCESSOR = 4
 # Of the kernels that read a row, whose programs are of one warp where they need a number of a whole row.
 ROW_PROGRAMS_PER_PROCESSOR = 32
 
@@ -34,7 +33,6 @@ class Launch:
         read_bytes, written_bytes: what its loads and stores touch, from cache or memory. Where that depends on the data: as if
             every token and id were in the vocabulary, no id came twice, no weight were 0, every window full, every logit finite
             and a row's largest entry in its first block.
-        flop: floating-point operations of its matrix products; 0 where it has none.
 
     Raises:
         TypeError: a parameter is missing or set twice, or a name is none of the kernel's parameters.
@@ -48,7 +46,6 @@ class Launch:
     registers: int | None = None
     read_bytes: int = 0
     written_bytes: int = 0
-    flop: int = 0
 
     def __post_init__(self) -> None:
         names, arguments, constants = self.kernel.arg_names, self.arguments.keys(), self.constants.keys()
@@ -124,15 +121,10 @@ def cdiv(count: int, size: int) -> int:
     return -(-count // size)
 
 
-def splits_of(wanted: int, blocks: int, most: int = 64) -> int:
-    """Return how many programs ("splits") share a row's vocabulary of so many blocks: as many as wanted, but each with four
-    blocks at least."""
-    return max(1, min(wanted, blocks // 4, most))
-
-
 def splits_of_rows(rows: int, blocks: int, multiprocessors: int) -> int:
-    """Return the splits of a kernel whose programs take a row each: enough of them to fill the device."""
-    return splits_of(cdiv(ROW_PROGRAMS_PER_PROCESSOR * multiprocessors, max(1, rows)), blocks)
+    """Return how many programs ("splits") share a row's vocabulary of so many blocks: enough of them to fill the device, but
+    each with four blocks at least, and 64 at most."""
+    return max(1, min(cdiv(ROW_PROGRAMS_PER_PROCESSOR * multiprocessors, max(1, rows)), blocks // 4, 64))
 
 
 def logit_numbers(scale: float, softcap: float | None, temperature: float) -> tuple[float, float]:

@@ -10,8 +10,6 @@ import triton.language as tl
 FAR = tl.constexpr(1e30)
 # The logit of probability 0 where differences of logits must stay finite: its exp is 0 beside any other.
 FLOOR = tl.constexpr(-FAR.value)
-# A log-ratio beyond this is that of an entry which one side forbids.
-FORBIDDEN = tl.constexpr(1e29)
 # Where both sides' logits are shifted by no further than this, their difference is taken as it is: that of near-equal numbers
 # is exact, that of shifted ones is not.
 NEAR_OFFSETS = tl.constexpr(4.0)

@@ -1,1 +1,0 @@
-"""topd::score_tokens: all of its Python."""

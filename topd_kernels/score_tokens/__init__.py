@@ -1,1 +1,0 @@
-"""topd::score_tokens for Triton."""
