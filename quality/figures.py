@@ -35,23 +35,20 @@ def draw(task: str, records: Sequence[Record], folder: Path) -> Path:
             panel.set_xlabel(label, fontsize=7)
         line[0].set_title(ROWS[name].text, fontsize=8, loc="left")
     figure.suptitle(f"{task}: accuracy on held-out problems", fontsize=9)
-    path = folder / f"{task}.png"
-    with whole(path) as unfinished:
-        figure.savefig(unfinished, format="png")
-    return path
+    return _saved(figure, folder / f"{task}.png")
 
 
 def draw_differences(by_task: Mapping[str, Sequence[Record]], path: Path) -> Path:
     """Draw each row's area over steps minus OPD's with its interval, a panel a task; return the file."""
     from matplotlib.figure import Figure
 
-    names = [name for name in ROWS if name != BASELINE and any(name in by_row(records) for records in by_task.values())]
+    rows_of = {task: by_row(records) for task, records in by_task.items()}
+    names = [name for name in ROWS if name != BASELINE and any(name in rows for rows in rows_of.values())]
     figure = Figure(
         figsize=(3.4 + 2.3 * len(by_task), 0.6 + 0.23 * len(names)), dpi=110, layout="constrained", facecolor="white"
     )
     panels = figure.subplots(1, len(by_task), squeeze=False, sharey=True)[0]
-    for panel, (task, records) in zip(panels, by_task.items(), strict=True):
-        rows = by_row(records)
+    for panel, (task, rows) in zip(panels, rows_of.items(), strict=True):
         for place, name in enumerate(names):
             mean, low, high = paired_interval(area_differences(rows.get(name, {}), rows.get(BASELINE, {})))
             color = FAINT if not (low > 0 or high < 0) else PALETTE[1 if low > 0 else 0]
@@ -65,6 +62,10 @@ def draw_differences(by_task: Mapping[str, Sequence[Record]], path: Path) -> Pat
         panel.grid(axis="x", color="#E6E6E6", linewidth=0.6)
     panels[0].set_yticks(range(len(names)), [ROWS[name].text for name in names])
     panels[0].invert_yaxis()
+    return _saved(figure, path)
+
+
+def _saved(figure: Any, path: Path) -> Path:
     with whole(path) as unfinished:
         figure.savefig(unfinished, format="png")
     return path

@@ -28,13 +28,14 @@ def areas(record: Record, axis: str, end: float) -> float:
     return area([point[axis] for point in curve], [point["accuracy"] for point in curve], end)
 
 
+def area_over_steps(record: Record) -> float:
+    """Return the mean accuracy of a whole run over its steps."""
+    return areas(record, "step", record["curve"][-1]["step"])
+
+
 def area_differences(runs: Mapping[int, Record], base: Mapping[int, Record]) -> list[float]:
     """Return a row's areas over steps minus the baseline's, seed by seed where both ran."""
-
-    def whole(run: Record) -> float:
-        return areas(run, "step", run["curve"][-1]["step"])
-
-    return [whole(run) - whole(base[seed]) for seed, run in runs.items() if seed in base]
+    return [area_over_steps(run) - area_over_steps(base[seed]) for seed, run in runs.items() if seed in base]
 
 
 def tables(task: str, records: Sequence[Record]) -> str:
@@ -53,7 +54,6 @@ def accuracy_table(records: Sequence[Record]) -> str:
     base = rows.get(BASELINE, {})
     lines = []
     for name, runs in rows.items():
-        steps = {seed: areas(run, "step", run["curve"][-1]["step"]) for seed, run in runs.items()}
         paired = [seed for seed in runs if seed in base]
         ends = {seed: base[seed]["curve"][-1]["flop"] for seed in paired}
         ends = {seed: min(end, runs[seed]["curve"][-1]["flop"]) for seed, end in ends.items()}
@@ -65,7 +65,7 @@ def accuracy_table(records: Sequence[Record]) -> str:
                 ROWS[name].text,
                 str(len(runs)),
                 *(spread([run["curve"][place]["accuracy"] for run in runs.values()]) for place in (0, -1)),
-                spread(list(steps.values())),
+                spread([area_over_steps(run) for run in runs.values()]),
                 *(["-"] * 2 if name == BASELINE else [difference(over_steps), difference(over_compute)]),
                 f"{statistics.mean(ratio):.2f}" if ratio else "-",
             ]

@@ -23,11 +23,12 @@ from tools.instructions import divergence_launches, held, instructions_of
 from topd.costs.devices import DEVICES, Device
 from topd.costs.products import (
     NARROW,
-    SCALE_AND_CAST,
     Seconds,
+    call_time,
     default_plan,
     product_bytes,
     product_flop,
+    slower_of,
 )
 from topd.ops.shared.plan import ChunkPlan
 
@@ -53,22 +54,16 @@ def floor(shape: Case, device: Device, *, weight_grad: bool) -> Seconds:
 def kernels(shape: Case, device: Device, divergence: str, rows: int) -> Seconds:
     """Return the time of the row kernels for all rows, in chunks of so many."""
     launches = divergence_launches(divergence, rows, shape.vocab, device.target)
-    by_bytes = by_issue = 0.0
-    for launch, instructions in zip(launches, instructions_of(divergence, device.target, launches), strict=True):
-        moving = launch.moved_bytes / device.bandwidth
-        issuing = instructions * rows * shape.vocab / device.issue_rate
-        by_bytes += moving if moving >= issuing else 0.0
-        by_issue += issuing if moving < issuing else 0.0
-    return Seconds(0.0, by_bytes * shape.n / rows, by_issue * shape.n / rows)
+    chunk = slower_of(
+        (launch.moved_bytes / device.bandwidth, instructions * rows * shape.vocab / device.issue_rate)
+        for launch, instructions in zip(launches, instructions_of(divergence, device.target, launches), strict=True)
+    )
+    return Seconds(0.0, chunk.bytes * shape.n / rows, chunk.issue * shape.n / rows)
 
 
 def predicted(shape: Case, device: Device, divergence: str, plan: ChunkPlan, *, weight_grad: bool) -> Seconds:
     """Return the time of linear_divergence, forward and backward, under a mean."""
-    moved = product_bytes(shape, plan, weight_grad=weight_grad)
-    moved += SCALE_AND_CAST * shape.vocab * shape.student_width * weight_grad
-    flop = product_flop(shape, device, plan, weight_grad=weight_grad)
-    _, by_bytes, by_issue = kernels(shape, device, divergence, plan.rows)
-    return Seconds(flop / device.product_flop, moved / device.bandwidth + by_bytes, by_issue)
+    return call_time(shape, device, plan, kernels(shape, device, divergence, plan.rows), weight_grad=weight_grad)
 
 
 def bound(time: Seconds, least: Seconds) -> str:

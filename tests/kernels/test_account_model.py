@@ -114,7 +114,7 @@ def test_bytes_of_scaling_and_casting_d_weight(monkeypatch):
     monkeypatch.setitem(register.LAUNCHERS, "scaled_rows", counter.launched)
     with counter:
         torch.autograd.grad(loss, weight)
-    assert counter.moved == account.SCALE_AND_CAST * weight.numel()
+    assert counter.moved == products.SCALE_AND_CAST * weight.numel()
 
 
 def test_every_line_says_its_bound_and_the_default_loss_is_near_its_floor():

@@ -15,7 +15,7 @@ from topd.costs.products import NARROW, default_plan, products_of
 from topd.costs.shapes import ModelShape, model_shape
 from topd.files import write_json
 from topd.head import Head
-from topd.losses.plan import Plan, plan
+from topd.losses.plan import GIB, TFLOP, Plan, plan
 from topd.ops.shared.engines import engine_of
 from topd.ops.shared.plan import default_workspace, wanted_workspace
 
@@ -32,7 +32,6 @@ time. No weight is loaded and no GPU is needed; nothing is measured.
 A model is a folder with a config.json, or a name on a hub that transformers
 can load the configuration of."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-GIB, TFLOP = 1 << 30, 1e12
 SHORT = {device.name.split()[0].lower(): device for device in DEVICES}
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from topd.costs.devices import Device
-from topd.costs.products import NARROW, SCALE_AND_CAST, TILE, Seconds, Shape, product_bytes, product_flop
+from topd.costs.products import NARROW, TILE, Seconds, Shape, call_time, slower_of
 from topd.ops.shared.plan import ChunkPlan
 
 INSTRUCTIONS = Path(__file__).with_name("instructions.json")
@@ -32,22 +32,17 @@ def _instructions() -> dict[str, dict[str, float]]:
 
 def kernel_time(shape: Shape, device: Device, loss: str) -> Seconds:
     """Return the time of the row kernels: of each the larger of bytes and instructions."""
-    entries, by_bytes, by_issue = shape.n * shape.vocab, 0.0, 0.0
+    entries = shape.n * shape.vocab
     counts = [count for name, count in _instructions().items() if name.startswith(f"{loss} ")]
-    for moved, count in zip(SWEEPS[loss], counts, strict=True):
-        moving, issuing = moved * entries / device.bandwidth, count[device.target] * entries / device.issue_rate
-        by_bytes += moving if moving >= issuing else 0.0
-        by_issue += issuing if moving < issuing else 0.0
-    return Seconds(0.0, by_bytes, by_issue)
+    return slower_of(
+        (moved * entries / device.bandwidth, count[device.target] * entries / device.issue_rate)
+        for moved, count in zip(SWEEPS[loss], counts, strict=True)
+    )
 
 
 def predicted_time(shape: Shape, device: Device, loss: str, plan: ChunkPlan, *, weight_grad: bool) -> Seconds:
     """Return the time of a call and its backward, 16-bit operands."""
-    moved = product_bytes(shape, plan, weight_grad=weight_grad)
-    moved += SCALE_AND_CAST * shape.vocab * shape.student_width * weight_grad
-    flop = product_flop(shape, device, plan, weight_grad=weight_grad)
-    _, by_bytes, by_issue = kernel_time(shape, device, loss)
-    return Seconds(flop / device.product_flop, moved / device.bandwidth + by_bytes, by_issue)
+    return call_time(shape, device, plan, kernel_time(shape, device, loss), weight_grad=weight_grad)
 
 
 def bound(time: Seconds) -> str:

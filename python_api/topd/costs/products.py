@@ -1,5 +1,6 @@
 """Time of linear_divergence's matrix products on a GPU, predicted; `python -m tools.account` says what the model is."""
 
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 from topd.costs.devices import Device
@@ -85,6 +86,23 @@ def product_bytes(shape: Shape, plan: ChunkPlan, *, weight_grad: bool) -> float:
     weights = NARROW * (plan.chunks * (shape.student_width + shape.teacher_width) + piles * shape.student_width)
     weight_sums = 4 * (2 * piles - 1) * shape.student_width * weight_grad
     return shape.vocab * (shape.n * tiles + weights + weight_sums)
+
+
+def slower_of(kernels: Iterable[tuple[float, float]]) -> Seconds:
+    """Return the time of kernels: of each the larger of what its bytes and what its instructions take, given in that order."""
+    by_bytes = by_issue = 0.0
+    for moving, issuing in kernels:
+        by_bytes += moving if moving >= issuing else 0.0
+        by_issue += issuing if moving < issuing else 0.0
+    return Seconds(0.0, by_bytes, by_issue)
+
+
+def call_time(shape: Shape, device: Device, plan: ChunkPlan, kernels: Seconds, *, weight_grad: bool) -> Seconds:
+    """Return the time of linear_divergence, forward and backward, under a mean, whose row kernels take `kernels`."""
+    moved = product_bytes(shape, plan, weight_grad=weight_grad)
+    moved += SCALE_AND_CAST * shape.vocab * shape.student_width * weight_grad
+    flop = product_flop(shape, device, plan, weight_grad=weight_grad)
+    return Seconds(flop / device.product_flop, moved / device.bandwidth + kernels.bytes, kernels.issue)
 
 
 def _cdiv(x: int, y: int) -> int:

@@ -199,8 +199,8 @@ class HeadGrads(NamedTuple):
             addmm(self.weight, grad_logits.T, kept, beta=beta, alpha=alpha, factors=row_weights)
         weighted = hidden[:, :0]
         if not split or self.a.numel():
-            scaled = grad_logits.dtype == torch.float16 and not normalised  # `_narrowed` will divide first
-            dtype = row_weights.dtype if split or scaled or self.a.numel() else grad_logits.dtype
+            divided = _divided(grad_logits.dtype, normalised)
+            dtype = row_weights.dtype if split or divided or self.a.numel() else grad_logits.dtype
             weighted = scaled_rows(side.engine, hidden, row_weights, dtype)
 
         def summed(out: Tensor, values: Tensor, factor: float = 1.0) -> None:
@@ -240,10 +240,15 @@ def _scaled(c: Tensor, total: Tensor, like: Tensor | None, engine: Engine) -> Te
     return out
 
 
+def _divided(dtype: torch.dtype, normalised: bool) -> bool:
+    """Tell whether values may lie beyond the range of dtype, so that `_narrowed` divides them first."""
+    return dtype == torch.float16 and not normalised
+
+
 def _narrowed(values: Tensor, dtype: torch.dtype, normalised: bool) -> tuple[Tensor, float]:
     """Return values / scale in dtype, and scale: for float16, whose range ends at 2^16 and 2^-24, the power of two of the
     largest. The host waits for it."""
-    if dtype != torch.float16 or normalised or not values.numel():
+    if not _divided(dtype, normalised) or not values.numel():
         return values.to(dtype), 1.0
     top = float(values.abs().max())
     scale = 2.0 ** math.floor(math.log2(top)) if 0 < top < math.inf else 1.0
