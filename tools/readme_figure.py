@@ -82,10 +82,10 @@ def draw(cases: list[dict[str, Any]], theme: Theme) -> "Figure":
     """Return the figure: times on the left, peak memory on the right."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 5.6), dpi=150, facecolor=theme.page or "none", layout="constrained")
+    figure = Figure(figsize=(7.6, 5.6), dpi=200, facecolor=theme.page or "none", layout="constrained")
     left, right = figure.subplots(1, 2)
-    draw_panel(left, cases, times, "Time, as a multiple of topd's (shorter is faster)", theme)
-    draw_panel(right, cases, peaks, "Peak memory, as a multiple of topd's (shorter is less)", theme)
+    draw_panel(left, cases, times, "Time, as a multiple of topd's", theme)
+    draw_panel(right, cases, peaks, "Peak memory, as a multiple of topd's", theme)
     return figure
 
 
