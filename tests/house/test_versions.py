@@ -38,6 +38,26 @@ def test_the_versions_of_triton_that_are_run_span_the_extra():
     assert "tests/kernels" in triton_versions.TESTS
 
 
+def test_the_page_of_what_is_supported_names_these_versions():
+    """What make versions and make triton-versions run, what requirements.txt pins, and what the extras allow."""
+    page = (ROOT / "docs/support.md").read_text()
+    rows = {row.split("|")[1].strip(): row for row in page.splitlines() if row.startswith("|")}
+    for package, versions in (("transformers", TRANSFORMERS), ("TRL", TRL), ("Triton", list(triton_versions.VERSIONS))):
+        assert ", ".join(versions) in rows[package]
+    pinned = dict(line.split("==") for line in (ROOT / "requirements.txt").read_text().splitlines() if "==" in line)
+    for row in ("numpy", "accelerate", "PEFT"):
+        assert f"tested: {pinned[row.lower()]}" in rows[row]
+    assert pinned["openai"] in rows["openai (for `topd refine`)"]
+    assert f"{pinned['scipy']}, {pinned['POT']}" in rows["scipy, POT (for exact transport)"]
+    assert "torch==2.13.0" in (ROOT / "Makefile").read_text()
+    assert "tested: 2.13.0" in rows["torch"]
+
+
+def test_the_citation_has_the_packages_version():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+
+
 @pytest.mark.parametrize(("failed", "spills", "verdict"), [(0, 0, 0), (1, 0, 1), (0, 2, 1)])
 def test_a_version_passes_where_its_tests_pass_and_its_binaries_fit(failed, spills, verdict, monkeypatch, capsys):
     """One line a version, whatever the first one says; the table comes last."""

@@ -36,6 +36,11 @@ def test_a_frozen_head_saves_its_product(sides, chunked):
     assert cost((hidden, student.detach(), *teacher), chunked) == 3
 
 
+def test_a_frozen_head_costs_three_whatever_the_weights(sides, chunked):
+    hidden, student, *teacher = sides
+    assert cost((hidden, student.detach(), *teacher), chunked, upstream=torch.rand(N) + 0.1) == 3
+
+
 def test_constants_cost_two(sides, chunked):
     hidden, student, *teacher = sides
     assert cost((hidden.detach(), student.detach(), *teacher), chunked) == 2
