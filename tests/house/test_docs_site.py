@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from compare import assert_near
 
 import topd
 import topd.trd
@@ -65,46 +66,4 @@ def test_the_landing_pages_snippets_run_and_agree():
         grads.append(torch.cat([parameter.grad.flatten() for parameter in student.parameters()]))
     assert losses[0] > 0
     torch.testing.assert_close(losses[1], losses[0])
-    torch.testing.assert_close(grads[1], grads[0], atol=1e-6, rtol=1e-4)
-
-
-@pytest.fixture
-def rows() -> dict[str, Any]:
-    """Return hidden states and heads of two small models, and labels of which three do not count."""
-    generator = torch.Generator().manual_seed(0)
-    student_hidden, teacher_hidden, student_weight, teacher_weight = (
-        torch.randn(shape, generator=generator) for shape in ((12, 8), (12, 6), (40, 8), (40, 6))
-    )
-    labels = torch.randint(40, (12,), generator=generator).index_fill(0, torch.arange(3), -100)
-    names = {"student_hidden": student_hidden, "teacher_hidden": teacher_hidden, "true_labels": labels}
-    return names | {"student": topd.Head(student_weight), "teacher": topd.Head(teacher_weight)}
-
-
-def liger(rows: dict[str, Any], **options: Any) -> torch.Tensor:
-    """Return Liger's loss of the same rows."""
-    module = pytest.importorskip("liger_kernel.chunked_loss.jsd_loss")
-    weights = rows["student"].weight, rows["teacher"].weight
-    tensors = rows["student_hidden"], weights[0], rows["teacher_hidden"], weights[1], rows["true_labels"]
-    return module.LigerFusedLinearJSDLoss(compiled=False, **options)(*tensors)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_the_questions_snippet_is_ligers_loss(rows, temperature):
-    (snippet,) = re.findall(r"```python\n(.*?)```", pages()["faq"], re.DOTALL)
-    names = {"topd": topd, "temperature": temperature, **rows}
-    exec(compile(snippet, "faq.md", "exec"), names)
-    torch.testing.assert_close(names["loss"], liger(rows, temperature=temperature))
-
-
-@pytest.mark.filterwarnings("ignore")  # TRL says that its experimental module may change
-@pytest.mark.parametrize(("beta", "divergence"), [(0.0, "forward_kl"), (0.3, topd.JSD(0.3)), (0.5, "jsd"), (1.0, "reverse_kl")])
-def test_beta_means_what_the_questions_say(rows, beta, divergence):
-    gkd = pytest.importorskip("trl.experimental.gkd")
-    hidden, labels = (rows["student_hidden"], rows["teacher_hidden"]), rows["true_labels"]
-    student, teacher, mask = rows["student"], rows["teacher"], labels != -100
-    options = {"divergence": divergence, "temperature": 2.0, "mask": mask}
-    ours = topd.linear_divergence(hidden[0], student, hidden[1], teacher, **options).sum() / mask.sum()
-    logits = [(states @ head.weight.T)[None] for states, head in zip(hidden, (student, teacher), strict=True)]
-    theirs = gkd.GKDTrainer.generalized_jsd_loss(*logits, labels[None], beta=beta, temperature=2.0)
-    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(ours, liger(rows, beta=beta, temperature=2.0, weight_hard_loss=0.0, weight_soft_loss=1.0))
+    assert_near(grads[1], grads[0], 1e-5)  # these float32 models are 7e-6 off themselves

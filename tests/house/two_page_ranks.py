@@ -2,7 +2,7 @@
 
 import accelerate
 import torch
-import torch.distributed.fsdp  # noqa: F401  (what the page imports is imported once, before the fork)
+import torch.distributed.fsdp
 from house.pages import DOCS, run_page
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: F401
 from two_ranks import fork
