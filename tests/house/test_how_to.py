@@ -9,6 +9,7 @@ import topd
 
 SEVERAL = "several-processes"  # runs in two processes
 NEEDS = {
+    "choose-divergence-and-temperature": ("matplotlib",),
     "lora": ("peft",),
     "migrate-from-liger": ("liger_kernel",),
     "migrate-from-trl": ("trl",),
