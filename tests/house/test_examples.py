@@ -212,22 +212,22 @@ def test_the_trd_page_runs_as_printed(tmp_path, monkeypatch):
 
 def test_the_trainers_page_runs_as_printed(tmp_path):
     """But for TRL's block, which wants a tokenizer: its script is tested above."""
-    accelerate, _ = pytest.importorskip("accelerate"), pytest.importorskip("peft")
+    pytest.importorskip("accelerate")
     from tiny_models import tiny
     from trainer_cases import arguments, prompts, rows_of
 
     import topd
 
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "trainers.md").read_text(), re.DOTALL)
+    blocks = blocks_of("trainers.md")
     names: dict[str, object] = {"topd": topd, "torch": torch, "student": tiny("llama"), "teacher": tiny("qwen3", seed=3)}
-    names |= {"prompts": prompts(), "objective": topd.OPD(names["student"], names["teacher"]), "left_padded": None}
-    names |= {"arguments": arguments(tmp_path), "dataset": rows_of(prompts()), "accelerator": accelerate.Accelerator(cpu=True)}
+    names |= {"prompts": prompts(), "left_padded": None}
+    names |= {"arguments": arguments(tmp_path), "dataset": rows_of(prompts())}
     run = [block for block in blocks if "integrations.trl" not in block]
-    assert len(run) == len(blocks) - 1 == 7
+    assert len(run) == len(blocks) - 1 == 2
     for block in run:
         exec(compile(block, "trainers.md", "exec"), names)
+    assert names["loss"] > 0
     assert names["trainer"].state.global_step == 1
-    assert names["packed"]["input_ids"].dim() == 1
 
 
 def test_the_topd_page_runs_as_printed():

@@ -59,7 +59,7 @@ TENSORS: dict[str, Refusal] = {
     "hidden dtype": (
         lambda: call(student_hidden=f32(N, H).half()),
         ValueError,
-        ["student_hidden", "student.weight", "share a dtype", "float16", "float32", "cast"],
+        ["student_hidden", "student.weight", "share a dtype", "float16", "float32", "cast", "torch.autocast"],
     ),
     "teacher dtype": (
         lambda: call(teacher_hidden=f32(N, H).double()),

@@ -105,6 +105,20 @@ def test_a_teacher_with_dropout_is_warned_of_once(method, where):
     assert "call teacher.eval()" in message
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_router_loss_that_is_left_out_is_warned_of_once(wanted):
+    """transformers adds it in the forward of the whole model; the loss here is the divergence alone."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    options = {"num_key_value_heads": 2, "num_local_experts": 4, "output_router_logits": wanted}
+    student, teacher = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **options)), models()[1]
+    warned = warnings_of(topd.OPD(student, teacher))
+    assert [category for category, _ in warned] == [UserWarning] * wanted
+    for _, message in warned:
+        assert message.startswith("student.config.output_router_logits is True")
+        assert "the loss here is without it" in message
+
+
 def test_without_a_teacher_the_student_alone_is_looked_at():
     student = tiny("llama", attention_dropout=0.1, **MILD).train()
     student.compile(backend="eager")

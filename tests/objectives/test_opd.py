@@ -185,8 +185,10 @@ def test_bad_calls_are_refused():
     for method in (topd.OPD, topd.TOPD):
         with pytest.raises(TypeError, match=r"generator must be a torch\.Generator or None, got int"):
             method(student, teacher)(batch, generator=3)
-    with pytest.raises(ValueError, match="num_items must be finite and > 0, got 0"):
+    with pytest.raises(ValueError, match=r"num_items must be finite and > 0, got 0; where a step may .* max\(num_items, 1\)"):
         objective(batch, num_items=0)
+    with pytest.raises(ValueError, match=r"num_items must be finite and > 0, got 0; where a step may .* max\(num_items, 1\)"):
+        objective(batch, num_items=torch.tensor(0))
     with pytest.raises(ValueError, match=r"num_items must be one number, got \[2\]"):
         objective(batch, num_items=torch.ones(2))
     with pytest.raises(TypeError, match=r"config must be a topd\.OPDConfig, got dict"):

@@ -29,7 +29,7 @@ def check_side(hidden_name: str, hidden: object, head_name: str, head: object) -
     if states.dtype != head.weight.dtype and not autocast_enabled(states.device):
         raise ValueError(
             f"{hidden_name} and {head_name}.weight must share a dtype, got {states.dtype} and {head.weight.dtype}; cast one of "
-            "them"
+            "them, or call this under the torch.autocast under which the model ran"
         )
 
 

@@ -39,3 +39,8 @@ def runs_uncompiled(model: Any) -> bool:
 def _is_compiled(module: Any) -> bool:
     """Return whether torch.compile(module) or module.compile() was applied."""
     return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+
+
+def adds_router_loss(model: Any) -> bool:
+    """Return whether a model's own forward adds the balancing loss of its routers, as its config says."""
+    return bool(getattr(unwrapped_model(model).config.get_text_config(), "output_router_logits", False))

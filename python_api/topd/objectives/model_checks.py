@@ -8,7 +8,7 @@ from torch import nn
 from topd.backends import callers_level
 from topd.checks.values import flag
 from topd.models.data_parallel import check_synchronised
-from topd.models.properties import runs_uncompiled, vocabulary_of
+from topd.models.properties import adds_router_loss, runs_uncompiled, vocabulary_of
 from topd.objectives.vocabularies import check_vocabularies
 
 
@@ -46,6 +46,14 @@ class ModelChecks:
                 "dropout",
                 "teacher is in train mode with dropout, so that its distributions are drawn anew in every step: call "
                 "teacher.eval()",
+            )
+
+        if "router" not in self._said and adds_router_loss(student):
+            self.warn_once(
+                "router",
+                "student.config.output_router_logits is True, but the routers' balancing loss is added in the forward of the "
+                "whole model, which topd does not call: the loss here is without it. Add it yourself, as "
+                "docs/how-to/when-not-to-use-topd.md shows, or set the option to False",
             )
 
     def warn_once(self, key: str, message: str) -> None:

@@ -68,6 +68,11 @@ def check_items(num_items: object) -> float | Tensor | None:
         if num_items.numel() != 1:
             raise ValueError(f"num_items must be one number, got {list(num_items.shape)}; sum it over the batch")
         if num_items.device.type == "cpu":
-            real("num_items", num_items.item(), low=0.0, open_low=True)
+            _positive(num_items.item())
         return keepable(num_items.reshape(()))
-    return None if num_items is None else real("num_items", num_items, low=0.0, open_low=True)
+    return None if num_items is None else _positive(num_items)
+
+
+def _positive(num_items: object) -> float:
+    hint = "where a step may have no response token, take max(num_items, 1)"
+    return real("num_items", num_items, low=0.0, open_low=True, hint=hint)
