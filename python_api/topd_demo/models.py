@@ -54,7 +54,8 @@ def load(settings: Settings) -> Models:
     else:
         left_out = settings.left_out or _least_needed(teacher, tokenizer)
         student = without_layers(teacher, left_out)
-        name = f"its copy without layers {', '.join(map(str, left_out))} of 0 to {teacher.config.num_hidden_layers - 1}"
+        layers = f"{', '.join(map(str, left_out))} of its {teacher.config.num_hidden_layers} layers (counted from 0)"
+        name = f"a copy of itself that lacks {layers}"
     check_vocabularies(student, teacher, tokenizer)
     for parameter in teacher.parameters():
         parameter.requires_grad_(False)

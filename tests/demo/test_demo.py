@@ -104,7 +104,7 @@ def test_the_student_lacks_the_least_layers_or_those_of_the_config(tmp_path, mon
     first = models.load(Settings())
     assert first.left_out is not None
     assert (len(first.left_out), len(first.student.model.layers)) == (models.LEFT_OUT, 2)
-    assert f"without layers {', '.join(map(str, first.left_out))} of 0 to 7" in first.description
+    assert f"lacks {', '.join(map(str, first.left_out))} of its 8 layers (counted from 0)" in first.description
     other = models.load(Settings(left_out=(3,)))  # a run that goes on: whatever would be found now
     assert (other.left_out, len(other.student.model.layers)) == ((3,), 7)
 
