@@ -15,7 +15,8 @@ from topd.costs.products import NARROW, default_plan, products_of
 from topd.costs.shapes import ModelShape, model_shape
 from topd.files import write_json
 from topd.head import Head
-from topd.losses.plan import GIB, TFLOP, Plan, plan
+from topd.losses.plan import TFLOP, Plan, plan
+from topd.memory import size_text
 from topd.ops.shared.engines import engine_of
 from topd.ops.shared.plan import default_workspace, wanted_workspace
 
@@ -177,16 +178,16 @@ def text(report: dict[str, Any]) -> str:
         f"{case['student_width']:,} (teacher {case['teacher_width']:,}), {case['dtype']}, {head} head, {report['device']}",
         "",
         f"chunks      {chunks['chunks']:,} of up to {chunks['rows']:,} rows, gradients of {chunks['pile']} to a product, "
-        f"workspace {_gib(chunks['workspace_bytes'])}, backend {report['backend']}",
+        f"workspace {size_text(chunks['workspace_bytes'])}, backend {report['backend']}",
         f"products    {chunks['flop'] / TFLOP:,.3g} Tflop",
         _time_line(report["time"]),
         "",
         "peak memory beyond weights and hidden states",
     ]
     for name, parts in report["memory_bytes"].items():
-        spelled = ", ".join(f"{part} {_gib(size)}" for part, size in parts.items() if size)
-        lines.append(f"  {name:<6}{_gib(memory.total(parts)):>12}  = {spelled}")
-    lines += [f"  never allocated (eager - topd): {_gib(report['never_allocated_bytes'])}", "", _fits_line(report)]
+        spelled = ", ".join(f"{part} {size_text(size)}" for part, size in parts.items() if size)
+        lines.append(f"  {name:<6}{size_text(memory.total(parts)):>12}  = {spelled}")
+    lines += [f"  never allocated (eager - topd): {size_text(report['never_allocated_bytes'])}", "", _fits_line(report)]
     return "\n".join(lines)
 
 
@@ -203,10 +204,6 @@ def _fits_line(report: dict[str, Any]) -> str:
         return "fits        not said of a CPU: its memory is not one device's"
     answers = ", ".join(f"{name} {'yes' if yes else 'NO'}" for name, yes in fit["fits"].items())
     return (
-        f"fits        {answers}; beside {_gib(fit['weights_bytes'])} of weights ({fit['weights']}) in "
-        f"{_gib(fit['memory_bytes'])}, without optimizer and activations"
+        f"fits        {answers}; beside {size_text(fit['weights_bytes'])} of weights ({fit['weights']}) in "
+        f"{size_text(fit['memory_bytes'])}, without optimizer and activations"
     )
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:,.2f} GiB"
