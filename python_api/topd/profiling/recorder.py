@@ -1,32 +1,35 @@
 """torch.profiler around a block: a trace in Chrome's format, and what its events say."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 from topd.files import whole
 
 WAITS = ("Synchronize",)  # cudaDeviceSynchronize, cudaStreamSynchronize, cudaEventSynchronize, and HIP's of these names
-# The first kind one of whose words stands in the name of an operator or a kernel is its kind.
-KINDS = {
-    "row kernels": ("topd::", "divergence", "logprob", "softmax", "sinkhorn", "transport", "statistics", "sweep", "_kernel_0d"),
-    "matrix products": ("mm", "matmul", "gemm", "linear", "nvjet", "cutlass", "xmma", "dot"),
-    "copies and casts": ("copy", "memcpy", "memset", "aten::to", "fill", "zero", "cat", "clone", "contiguous", "cast", "index"),
-}
-PRODUCTS_OF_OURS = ("addmm", "packing")  # matrix products among topd's own operators
-OTHER = "other operators"
+PRODUCTS, ROWS, COPIES, HOST = "matrix products", "row kernels", "copies and casts", "host"
+# What an operator of torch or a kernel does, by its name: the first pattern that fits, else a row kernel. Operators that only
+# make views and memory are the host's, as are those that call others.
+KINDS = (
+    (PRODUCTS, r"aten::(mm|addmm|bmm|baddbmm|matmul|linear|dot)_?$|bf16_addmm|gemm|nvjet|cutlass|xmma"),
+    (COPIES, r"aten::(copy|_to_copy|to|clone|contiguous|cat|fill|zero|zeros|index|masked_fill)_?$"),
+    (COPIES, r"(?i:memcpy|memset|copy_kernel|FillFunctor)"),
+    (
+        HOST,
+        r"aten::(empty|new_empty|slice|as_strided|view|alias|select|permute|t|transpose|unsqueeze|expand|detach|narrow)(_|$)",
+    ),
+    (HOST, r"autograd|Backward|Function|topd::(linear|topk)_|^cuda[A-Z]|^hip[A-Z]|^Activity|^Profiler|^Optimizer"),
+)
 
 
 def kind_of(name: str) -> str:
     """Return which kind of work an operator or a kernel does, by its name."""
-    lower = name.lower()
-    if lower.startswith("topd::") and any(word in lower for word in PRODUCTS_OF_OURS):
-        return "matrix products"
-    return next((kind for kind, words in KINDS.items() if any(word in lower for word in words)), OTHER)
+    return next((kind for kind, pattern in KINDS if re.search(pattern, name)), ROWS)
 
 
 class Recorder:
@@ -53,14 +56,20 @@ class Recorder:
         with whole(path) as unfinished:
             self.profiler.export_chrome_trace(str(unfinished))
 
-    def seconds_by_kind(self) -> dict[str, float]:
-        """Return the device's time of each kind of work; of a CPU the operators' own."""
-        seconds = dict.fromkeys([*KINDS, OTHER], 0.0)
+    def seconds_by_kind(self, wall: float) -> dict[str, float]:
+        """Return a time by the kind of work that it went to: on a GPU by its kernels, on a CPU by the operators' own time.
+
+        Args:
+            wall: seconds of what was recorded; what no operator or kernel accounts for is the host's.
+        """
+        seconds = dict.fromkeys((PRODUCTS, ROWS, COPIES), 0.0)
         on_gpu = self.device.type == "cuda"
         for event in self.profiler.key_averages():
-            own: Any = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-            seconds[kind_of(event.key)] += own / 1e6
-        return seconds
+            kind = kind_of(event.key)
+            if kind != HOST and (event.device_type == DeviceType.CUDA) == on_gpu:
+                own: float = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+                seconds[kind] += own / 1e6
+        return seconds | {HOST: max(0.0, wall - sum(seconds.values()))}
 
     def host_waits(self) -> dict[str, float]:
         """Return how often, and how many seconds, the host waited for the GPU; the profiler's own wait at its end counts."""
