@@ -29,5 +29,5 @@ def test_time_and_chunks_are_of_one_plan(monkeypatch):
         chunks.workspace_bytes,
     )
     bounds = plan.bounds()
-    assert max(stop - start for start, stop in bounds) == chunks.rows
+    assert max(stop - start for start, stop in bounds) <= chunks.rows
     assert len(bounds) == chunks.chunks

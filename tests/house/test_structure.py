@@ -43,6 +43,7 @@ KNOWS_HOSTS = (
     "topd.cli.doctor",
     "topd.cli.refine",
     "topd.costs.shapes",
+    "topd.profiling.contenders",
     "topd_demo",
 )
 

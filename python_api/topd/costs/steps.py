@@ -16,7 +16,8 @@ from topd.costs.shapes import ModelShape
 from topd.losses.plan import Plan
 
 METHODS = ("opd", "topd", "trd")
-CANDIDATES, HORIZON, DIVERGENT = 0.0225, 50, 0.7  # TOPD's defaults: of the tokens; tokens; of the candidates
+# TOPD's defaults: candidates among the tokens; tokens of a window; false alarms among the candidates.
+CANDIDATES, HORIZON, FALSE_ALARMS = 0.0225, 50, 0.3
 HELD = ("student's gradients", "AdamW", "divergence")
 MOMENTS = 2  # AdamW's, in float32
 PRODUCTS, WEIGHTS, CACHES, BYTES = "products", "reading weights", "reading caches", "bytes"
@@ -53,7 +54,7 @@ class Step:
     @property
     def window_tokens(self) -> int:
         """Return the student's tokens in the windows of divergent points."""
-        return max(1, round(DIVERGENT * self.candidates)) * HORIZON
+        return (self.candidates - int(FALSE_ALARMS * self.candidates)) * HORIZON
 
 
 class StageCost(NamedTuple):

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 from topd.files import whole
@@ -19,10 +18,8 @@ KINDS = (
     (PRODUCTS, r"aten::(mm|addmm|bmm|baddbmm|matmul|linear|dot)_?$|bf16_addmm|gemm|nvjet|cutlass|xmma"),
     (COPIES, r"aten::(copy|_to_copy|to|clone|contiguous|cat|fill|zero|zeros|index|masked_fill)_?$"),
     (COPIES, r"(?i:memcpy|memset|copy_kernel|FillFunctor)"),
-    (
-        HOST,
-        r"aten::(empty|new_empty|slice|as_strided|view|alias|select|permute|t|transpose|unsqueeze|expand|detach|narrow)(_|$)",
-    ),
+    (HOST, r"aten::(empty|new_empty|slice|as_strided|view|alias|select|permute|t|transpose)(_|$)"),
+    (HOST, r"aten::(unsqueeze|squeeze|expand|detach|narrow|reshape|_unsafe_view)(_|$)"),
     (HOST, r"autograd|Backward|Function|topd::(linear|topk)_|^cuda[A-Z]|^hip[A-Z]|^Activity|^Profiler|^Optimizer"),
 )
 
@@ -66,7 +63,7 @@ class Recorder:
         on_gpu = self.device.type == "cuda"
         for event in self.profiler.key_averages():
             kind = kind_of(event.key)
-            if kind != HOST and (event.device_type == DeviceType.CUDA) == on_gpu:
+            if kind != HOST and str(event.device_type).endswith("CUDA") == on_gpu:
                 own: float = event.self_device_time_total if on_gpu else event.self_cpu_time_total
                 seconds[kind] += own / 1e6
         return seconds | {HOST: max(0.0, wall - sum(seconds.values()))}
