@@ -67,7 +67,7 @@ def test_windows_are_a_forward_of_all_branches_for_each_token():
     assert windows["memory_bytes"] == 2 * 45 * 50 * 128
     assert stages["student's forward over windows"]["flop"] == 2 * 30_000 * 32 * 50
     assert stages["guidance, with its backward"]["flop"] == 2 * 3 * 32 * 50 * 64 * 1000
-    assert report_of(step_of("topd", fast, length=1))[1]["student's windows"]["bound"] == "reading weights"
+    assert report_of(step_of("topd", fast, n=100))[1]["student's windows"]["bound"] == "reading weights"
 
 
 def test_trds_teacher_reads_the_attempt_too():
@@ -81,7 +81,7 @@ def test_what_a_config_does_not_tell_is_said():
     )
     report, stages = report_of(step_of("topd", student=unknown))
     assert report["seconds"] is report["held_bytes"] is None
-    assert stages["student's forward"]["note"] == f"student: {why}"
+    assert stages["student's forward"]["note"] == "student: a mixture of experts (num_experts)"
     assert stages["teacher's forward"]["seconds"] > 0
 
 

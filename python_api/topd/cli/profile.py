@@ -156,12 +156,7 @@ def report_of(arguments: argparse.Namespace, call: LossCall) -> dict[str, Any]:
     """Return everything that is predicted, by name."""
     chunks = call.plan()
     peaks = call.peaks(chunks)
-    case: dict[str, Any] = {
-        "n": call.n,
-        "vocab": call.vocab,
-        "student_width": call.student_width,
-        "teacher_width": call.teacher_width,
-    }
+    case: dict[str, Any] = {name: getattr(call, name) for name in ("n", "vocab", "student_width", "teacher_width")}
     case |= {"loss": call.loss, "dtype": arguments.dtype, "frozen_head": arguments.frozen_head}
     report = {
         "prediction": True,

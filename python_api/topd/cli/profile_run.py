@@ -15,7 +15,7 @@ from topd.cli.errors import CommandError
 from topd.costs import memory
 from topd.costs.call import LossCall
 from topd.memory import MIB, size_text
-from topd.profiling.contenders import STEPS, installed
+from topd.profiling.contenders import WAYS, installed
 
 MEMINFO = Path("/proc/meminfo")
 NARROWEST_MARGIN = 1.15  # of the memory that is free, what a measurement must leave
@@ -49,7 +49,7 @@ def measured(call: LossCall, loss: str, device: torch.device, trace: Path | None
     """
     peaks, free = call.peaks(call.plan()), free_bytes(device)
     ways: dict[str, Any] = {}
-    for name in STEPS:
+    for name in WAYS:
         needed = NARROWEST_MARGIN * (call.input_bytes + memory.total(peaks[name]))
         reason = None if name in installed() else "not installed"
         if free is not None and needed > free:

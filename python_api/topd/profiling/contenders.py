@@ -26,11 +26,6 @@ class Tensors(NamedTuple):
     teacher_hidden: Tensor
     teacher_weight: Tensor
 
-    def gradients(self, values: Tensor) -> tuple[Tensor, ...]:
-        """Return the gradients of the mean of a value for each token."""
-        wanted = [tensor for tensor in (self.student_hidden, self.student_weight) if tensor.requires_grad]
-        return torch.autograd.grad(values.mean(), wanted)
-
 
 def random_tensors(n: int, vocab: tuple[int, int], width: tuple[int, int], dtype: torch.dtype, *, trained: bool) -> Tensors:
     """Return random tensors, made in place; vocabulary and width of the student and of the teacher."""
@@ -42,40 +37,48 @@ def random_tensors(n: int, vocab: tuple[int, int], width: tuple[int, int], dtype
     return Tensors(tensors[0], tensors[1].requires_grad_(trained), *tensors[2:])
 
 
-def topd_step(tensors: Tensors, loss: str) -> None:
-    """Compute value and gradients with topd."""
+def topd_values(tensors: Tensors, loss: str) -> tuple[Tensor, ...]:
+    """Return nats [N] by topd."""
     student, teacher = Head(tensors.student_weight), Head(tensors.teacher_weight)
-    tensors.gradients(
-        linear_divergence(tensors.student_hidden, student, tensors.teacher_hidden, teacher, divergence=DIVERGENCES[loss])
-    )
+    chosen = DIVERGENCES[loss]
+    return (linear_divergence(tensors.student_hidden, student, tensors.teacher_hidden, teacher, divergence=chosen),)
 
 
-def eager_step(tensors: Tensors, loss: str) -> None:
-    """Compute them from full logits; both log-probabilities live until the gradients are there, as in a trainer's loop."""
+def eager_values(tensors: Tensors, loss: str) -> tuple[Tensor, ...]:
+    """Return nats [N] from full logits, and both log-probabilities, which a trainer's loop keeps meanwhile."""
     common = min(len(tensors.student_weight), len(tensors.teacher_weight))
     student = F.log_softmax(F.linear(tensors.student_hidden, tensors.student_weight[:common]).float(), dim=-1)
     with torch.no_grad():
         teacher = F.log_softmax(F.linear(tensors.teacher_hidden, tensors.teacher_weight[:common]).float(), dim=-1)
-    tensors.gradients(_of_logprobs(student, teacher, loss))
+    return _of_logprobs(student, teacher, loss), student, teacher
 
 
-def trl_step(tensors: Tensors, loss: str) -> None:
-    """Compute them by TRL's chunked function, as its trainers call it."""
+def trl_values(tensors: Tensors, loss: str) -> tuple[Tensor, ...]:
+    """Return nats [N] by TRL's chunked function, as its trainers call it."""
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
     common = min(len(tensors.student_weight), len(tensors.teacher_weight))
     weights = tensors.student_weight[:common], tensors.teacher_weight[:common]
     own, others = (tensors.student_hidden, weights[0], None), (tensors.teacher_hidden, weights[1], None)
     values, _ = ChunkedDivergenceFunction.apply(*own, *others, TRL_BETA[loss], 1.0)
-    tensors.gradients(values)
+    return (values,)
 
 
-STEPS: dict[str, Callable[[Tensors, str], None]] = {"eager": eager_step, "TRL": trl_step, "topd": topd_step}
+# Each returns the values first, then what must live until the gradients are there.
+WAYS: dict[str, Callable[[Tensors, str], tuple[Tensor, ...]]] = {"eager": eager_values, "TRL": trl_values, "topd": topd_values}
+
+
+def value_and_gradients(way: str, tensors: Tensors, loss: str) -> None:
+    """Compute the values and the gradients of their mean in one of the ways."""
+    values, *kept = WAYS[way](tensors, loss)
+    wanted = [tensor for tensor in (tensors.student_hidden, tensors.student_weight) if tensor.requires_grad]
+    gradients = torch.autograd.grad(values.mean(), wanted)
+    del kept, gradients
 
 
 def installed() -> list[str]:
     """Return which of them can run here."""
-    return [name for name in STEPS if name != "TRL" or importlib.util.find_spec("trl") is not None]
+    return [name for name in WAYS if name != "TRL" or importlib.util.find_spec("trl") is not None]
 
 
 def _of_logprobs(student: Tensor, teacher: Tensor, loss: str) -> Tensor:

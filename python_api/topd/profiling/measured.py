@@ -12,7 +12,7 @@ import torch
 
 from topd.files import write_json
 from topd.memory import peak_mib
-from topd.profiling.contenders import STEPS, random_tensors
+from topd.profiling.contenders import Tensors, random_tensors, value_and_gradients
 from topd.profiling.recorder import Recorder
 
 ROUNDS = 5
@@ -25,23 +25,26 @@ def measure(asked: dict[str, Any]) -> dict[str, Any]:
     Args:
         asked: name, loss, dtype, device, n, vocab and width of both sides, trained, and trace: a path, or None.
     """
-    device, dtype, step = torch.device(asked["device"]), getattr(torch, asked["dtype"]), STEPS[asked["name"]]
+    device, dtype = torch.device(asked["device"]), getattr(torch, asked["dtype"])
 
-    def tensors(sizes: dict[str, Any]) -> Any:
+    def tensors(sizes: dict[str, Any]) -> Tensors:
         torch.manual_seed(0)
         with device:
             return random_tensors(sizes["n"], tuple(sizes["vocab"]), tuple(sizes["width"]), dtype, trained=asked["trained"])
 
-    step(tensors(TINY), asked["loss"])
+    def step(given: Tensors) -> None:
+        value_and_gradients(asked["name"], given, asked["loss"])
+
+    step(tensors(TINY))
     given = tensors(asked)
     if device.type == "cuda":  # kernels are compiled and tuned; the allocator's peak of a later call is the same
-        step(given, asked["loss"])
+        step(given)
     with peak_mib(device) as peak:
-        step(given, asked["loss"])
+        step(given)
         mib = peak()
 
     def once() -> float:
-        return seconds_of(lambda: step(given, asked["loss"]), device)
+        return seconds_of(lambda: step(given), device)
 
     report: dict[str, Any] = {"peak_mib": mib, "seconds": statistics.median(once() for _ in range(ROUNDS)), "kinds": None}
     if asked["kinds"]:
