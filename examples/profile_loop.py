@@ -14,7 +14,7 @@ import topd
 from topd.integrations.rollouts import sample_rollouts
 
 TEACHER, STUDENT, FOLDER = sys.argv[1:] or ("HuggingFaceTB/SmolLM2-360M-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct", ".")
-QUESTIONS = ("Why is the sky blue?", "Count from one to ten.")
+QUESTIONS = ("Why is the sky blue?", "Count from one to ten.", "Name three colours.", "What is two plus two?")
 
 teacher = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32)
 student = AutoModelForCausalLM.from_pretrained(STUDENT, dtype=torch.float32).train()
@@ -27,25 +27,19 @@ def rollouts_of(questions):
     chats = [[{"role": "user", "content": text}] for text in questions]
     options = {"add_generation_prompt": True, "padding": True, "return_tensors": "pt", "return_dict": True}
     prompts = tokenizer.apply_chat_template(chats, **options)
-    return sample_rollouts(student, prompts["input_ids"], prompts["attention_mask"], max_new_tokens=16)
-
-
-def step(profile=None):
-    if profile is None:
-        batch = rollouts_of(QUESTIONS)
-    else:
-        with profile.stage("rollouts, sampled"):  # a part of your own loop gets a name
-            batch = rollouts_of(QUESTIONS)
-    objective(batch).loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
+    return sample_rollouts(student, prompts["input_ids"], prompts["attention_mask"], max_new_tokens=32)
 
 
 torch.manual_seed(0)
-step()  # one step before: libraries are loaded, memory is taken
+objective(rollouts_of(QUESTIONS)).loss.backward()  # one step before: libraries are loaded, AdamW takes its memory
+optimizer.step()
 with topd.profile(objective) as profile:
     for _ in range(3):
-        step(profile)
+        optimizer.zero_grad()
+        with profile.stage("rollouts, sampled"):  # a part of your own loop gets a name
+            batch = rollouts_of(QUESTIONS)
+        objective(batch).loss.backward()
+        optimizer.step()
 print(profile)
 profile.to_json(Path(FOLDER, "profile.json"))
 profile.plot(Path(FOLDER, "profile.png"))

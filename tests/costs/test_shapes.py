@@ -81,7 +81,7 @@ def test_a_name_that_nobody_knows_says_what_to_do(monkeypatch):
         model_shape("nobody/nothing", said.append)
     assert asked == [True, False]
     assert len(said) == 1
-    assert "asking the hub, which without a network may take a minute" in said[0]
+    assert "asking the hub, which without a network takes half a minute" in said[0]
 
 
 def test_a_name_in_the_cache_asks_no_hub(monkeypatch):

@@ -16,6 +16,7 @@ from topd.costs import memory
 from topd.costs.call import LossCall
 from topd.memory import MIB, size_text
 from topd.profiling.contenders import WAYS, installed
+from topd.profiling.devices import device_words
 
 MEMINFO = Path("/proc/meminfo")
 NARROWEST_MARGIN = 1.15  # of the memory that is free, what a measurement must leave
@@ -63,8 +64,12 @@ def measured(call: LossCall, loss: str, device: torch.device, trace: Path | None
         ways[name] = _in_a_process(_asked(call, name, loss, device, trace))
     if "left_out" in ways["topd"]:
         raise CommandError(f"the measurement of topd failed: {ways['topd']['left_out']}")
-    here = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    return {"device": here, "torch": torch.__version__, "ways": ways, "trace": None if trace is None else str(trace)}
+    return {
+        "device": device_words(device),
+        "torch": torch.__version__,
+        "ways": ways,
+        "trace": None if trace is None else str(trace),
+    }
 
 
 def _asked(call: LossCall, name: str, loss: str, device: torch.device, trace: Path | None) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def _from_hub(name: str, say: Callable[[str], None]) -> Any:
         ) from None
     with suppress(OSError, ValueError):
         return AutoConfig.from_pretrained(name, local_files_only=True).to_dict()
-    say(f"{name} is not in transformers' cache: asking the hub, which without a network may take a minute (Ctrl-C stops)")
+    say(f"{name} is not in transformers' cache: asking the hub, which without a network takes half a minute (Ctrl-C stops it)")
     try:
         return AutoConfig.from_pretrained(name).to_dict()
     except (OSError, ValueError) as error:

@@ -17,6 +17,7 @@ from topd.objectives.objective import Objective
 from topd.objectives.observers import Observer
 from topd.objectives.opd import OPD
 from topd.objectives.topd import TOPD
+from topd.profiling.devices import device_words
 from topd.profiling.peaks import Peak, peak_of
 from topd.profiling.plot import save_plot
 from topd.profiling.recorder import Recorder
@@ -208,7 +209,7 @@ class Profile(Observer):
         waits, note = self._waits()
         return Report(
             objective=type(self._objective).__name__,
-            device=_device_words(self._device),
+            device=device_words(self._device),
             calls=self._calls,
             backwards=self._backwards,
             tokens=sum(tokens),
@@ -236,10 +237,3 @@ def _device_of(objective: Method) -> torch.device:
     student: Any = objective.student  # type: ignore[attr-defined]
     parameter = next(student.parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device
-
-
-def _device_words(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"{device.type}, {threads} thread{'s' * (threads > 1)}"

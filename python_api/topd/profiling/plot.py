@@ -44,7 +44,7 @@ def figure_of(report: Report) -> "Figure":
         width, of_loss = 1e3 * stage.seconds / report.calls, stage.stage in LOSS_STAGES
         part = share(stage.seconds, report.timed)
         style: dict[str, Any] = {"color": LOSS, "hatch": "//"} if of_loss else {"color": next(colors)}
-        label = f"{words_of(stage.stage)}, {width:.3g} ms, {100 * part:.1f} %"
+        label = f"{words_of(stage.stage)}, {_ms(width)} ms, {100 * part:.1f} %"
         axes.barh(0, width, left=start, height=1.0, edgecolor="white", linewidth=0.8, label=label, **style)
         if part >= LEAST_LABEL:
             box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5}
@@ -58,6 +58,11 @@ def figure_of(report: Report) -> "Figure":
     figure.text(0.03, 1 - 0.3 / figure.get_figheight(), title, va="center", fontsize=11, **LITERAL)
     figure.legend(loc="lower left", bbox_to_anchor=(0.025, 0.01), ncols=2, frameon=False, fontsize=8.5, labelcolor=INK)
     return figure
+
+
+def _ms(value: float) -> str:
+    """Return milliseconds in three figures, or whole from 100 on."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def save_plot(report: Report, path: Path) -> None:
