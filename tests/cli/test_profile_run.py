@@ -57,7 +57,7 @@ def test_a_measurement_that_fails_says_its_last_line():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", ["reverse_kl", "forward_kl", "jsd"])
+@pytest.mark.parametrize("loss", ["reverse_kl", "jsd"])
 def test_predicted_peaks_are_within_a_tenth_of_the_measured(loss, tmp_path):
     report = tmp_path / "report.json"
     words = [

@@ -87,5 +87,7 @@ def _of_logprobs(student: Tensor, teacher: Tensor, loss: str) -> Tensor:
         return (teacher.exp() * (teacher - student)).sum(-1)
     if loss == "reverse_kl":
         return (student.exp() * (student - teacher)).sum(-1)
-    mixture = torch.logaddexp(student, teacher) - math.log(2)
-    return ((teacher.exp() * (teacher - mixture)).sum(-1) + (student.exp() * (student - mixture)).sum(-1)) / 2
+    half = math.log(0.5)
+    mixture = torch.logaddexp(student + half, teacher + half)
+    teacher_part = (teacher.exp() * (teacher - mixture)).sum(-1)
+    return 0.5 * teacher_part + 0.5 * (student.exp() * (student - mixture)).sum(-1)
