@@ -106,8 +106,17 @@ def measured(tokens: int, rounds: int) -> dict[str, Any]:
         for way, each in steps.items()
     }
     peaks = {way: max((mib for _, mib in each if mib is not None), default=None) for way, each in steps.items()}
+    whole_steps = {way: [sum(seconds.values()) for seconds, _ in each] for way, each in steps.items()}
+    ranges = {way: (min(each), max(each)) for way, each in whole_steps.items()}
     count = int(batch["response_mask"].sum())
-    return {"seconds": median, "peak_mib": peaks, "tokens": count, "rows": len(QUESTIONS), "sampling": sampling}
+    return {
+        "seconds": median,
+        "range": ranges,
+        "peak_mib": peaks,
+        "tokens": count,
+        "rows": len(QUESTIONS),
+        "sampling": sampling,
+    }
 
 
 def share(seconds: dict[str, float]) -> float:
@@ -121,13 +130,18 @@ def table(result: dict[str, Any]) -> str:
         f"SmolLM2-135M teacher, 6-layer student, {result['rows']} rollouts, {result['tokens']:,} response tokens, float32, "
         f"{torch.get_num_threads()} thread(s), torch {torch.__version__}; sampling them took {result['sampling']:.1f} s",
         "",
-        f"| seconds | {' | '.join(STAGES)} | step | loss's share | peak, MiB |",
+        f"| seconds | {' | '.join(STAGES)} | step (its range) | loss's share | peak, MiB |",
         "| --- |" + " ---: |" * (len(STAGES) + 3),
     ]
     for way, seconds in result["seconds"].items():
         cells = [f"{seconds[stage]:.2f}" for stage in STAGES]
         peak = result["peak_mib"][way]
-        cells += [f"{sum(seconds.values()):.2f}", f"{100 * share(seconds):.0f} %", "-" if peak is None else f"{peak:,.0f}"]
+        least, most = result["range"][way]
+        cells += [
+            f"{sum(seconds.values()):.2f} ({least:.2f} to {most:.2f})",
+            f"{100 * share(seconds):.0f} %",
+            "-" if peak is None else f"{peak:,.0f}",
+        ]
         lines.append(f"| {way} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -17,10 +17,10 @@ def test_the_share_is_that_of_the_loss_and_its_backward():
 def test_table_and_picture(tmp_path):
     pytest.importorskip("matplotlib")
     result = {"seconds": {"eager": SECONDS, "topd": SECONDS | {"loss": 0.5}}, "peak_mib": {"eager": 1234.5, "topd": None}}
-    result |= {"tokens": 1024, "rows": 8, "sampling": 9.0}
+    result |= {"range": {"eager": (5.5, 7.0), "topd": (4.5, 6.0)}, "tokens": 1024, "rows": 8, "sampling": 9.0}
     lines = step_share.table(result).splitlines()
-    assert lines[-2] == "| eager | 2.00 | 0.50 | 1.50 | 0.50 | 1.00 | 0.50 | 6.00 | 33 % | 1,234 |"
-    assert lines[-1].endswith("| 5.00 | 20 % | - |")
+    assert lines[-2] == "| eager | 2.00 | 0.50 | 1.50 | 0.50 | 1.00 | 0.50 | 6.00 (5.50 to 7.00) | 33 % | 1,234 |"
+    assert lines[-1].endswith("| 5.00 (4.50 to 6.00) | 20 % | - |")
     step_share.draw(result, tmp_path / "share.png")
     assert (tmp_path / "share.png").read_bytes().startswith(b"\x89PNG")
 

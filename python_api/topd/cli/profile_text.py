@@ -7,8 +7,8 @@ from topd.losses.plan import TFLOP
 from topd.memory import size_text
 
 LEFT_OUT = (
-    "not in the table: rollouts and, for trd, the teacher's refinement (made before the step), attention's own products (they "
-    "grow with the length), norms, launches from the host"
+    "  not in the table: rollouts and, for trd, the teacher's refinement (made before the step),",
+    "  attention's own products (they grow with the length), norms, launches from the host",
 )
 
 
@@ -61,8 +61,8 @@ def _step_lines(report: dict[str, Any]) -> list[str]:
     step, case = report["step"], report["case"]
     lines = [f"a step of {step['method']}, PREDICTED: {case['n']:,} tokens, the teacher reads {step['teacher_tokens']:,}"]
     if step["candidates"]:
-        lines[0] += (
-            f", {step['candidates']:,} candidates with windows of {step['horizon']} tokens by both models, trajectories of "
+        lines.append(
+            f"  {step['candidates']:,} candidates with windows of {step['horizon']} tokens by both models, trajectories of "
             f"{step['length']:,} tokens"
         )
     width = max(len(stage["name"]) for stage in step["stages"])
@@ -78,7 +78,7 @@ def _step_lines(report: dict[str, Any]) -> list[str]:
         lines.append(f"  held at once: {_held(step)}, and activations")
     if not step["checkpointing"]:
         lines.append("  activations depend on the model's code: not predicted; --checkpointing counts what is kept then")
-    return [*lines, f"  {LEFT_OUT}"]
+    return [*lines, *LEFT_OUT]
 
 
 def _held(step: dict[str, Any]) -> str:
