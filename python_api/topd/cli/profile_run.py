@@ -115,7 +115,7 @@ def text(report: dict[str, Any]) -> str:
     """Return what was measured beside what was predicted."""
     here = report["measured"]
     lines = [
-        f"MEASURED on {here['device']}, torch {here['torch']}, each in a fresh process (value and gradients; medians of 5)",
+        f"MEASURED on {here['device']}, torch {here['torch']}, each in a fresh process, medians of 5 calls",
         f"  {'':<6}  {'peak, MiB':>10}  {'predicted':>10}  {'ratio':>6}  {'time, ms':>10}  {'predicted':>10}",
     ]
     time = report["time"]

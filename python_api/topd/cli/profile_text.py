@@ -17,11 +17,11 @@ def text(report: dict[str, Any]) -> str:
     case, chunks = report["case"], report["plan"]
     head = "trained" if not case["frozen_head"] else "frozen"
     lines = [
-        f"PREDICTION, nothing was measured: {case['loss']} of {case['n']:,} tokens, vocabulary {case['vocab']:,}, hidden "
-        f"{case['student_width']:,} (teacher {case['teacher_width']:,}), {case['dtype']}, {head} head, {report['device']}",
+        f"PREDICTION, nothing was measured: {case['loss']} of {case['n']:,} tokens, vocabulary {case['vocab']:,},",
+        f"hidden {case['student_width']:,} (teacher {case['teacher_width']:,}), {case['dtype']}, {head} head, {report['device']}",
         "",
-        f"chunks      {chunks['chunks']:,} of up to {chunks['rows']:,} rows, gradients of {chunks['pile']} to a product, "
-        f"workspace {size_text(chunks['workspace_bytes'])}, backend {report['backend']}",
+        f"chunks      {chunks['chunks']:,} of up to {chunks['rows']:,} rows, gradients of {chunks['pile']} to a product",
+        f"workspace   {size_text(chunks['workspace_bytes'])}, backend {report['backend']}",
         f"products    {chunks['flop'] / TFLOP:,.3g} Tflop",
         _time_line(report["time"]),
         "",
@@ -51,8 +51,8 @@ def _fits_line(report: dict[str, Any]) -> str:
         return "fits        not said of a CPU: its memory is not one device's"
     answers = ", ".join(f"{name} {'yes' if yes else 'NO'}" for name, yes in fit["fits"].items())
     return (
-        f"fits        {answers}; beside {size_text(fit['weights_bytes'])} of weights ({fit['weights']}) in "
-        f"{size_text(fit['memory_bytes'])}, without optimizer and activations"
+        f"fits        {answers}; in {size_text(fit['memory_bytes'])}, without optimizer and activations,\n"
+        f"            beside {size_text(fit['weights_bytes'])} of weights ({fit['weights']})"
     )
 
 
@@ -75,16 +75,16 @@ def _step_lines(report: dict[str, Any]) -> list[str]:
     else:
         lines.append("  no sum: a stage's time is not predicted")
     if step["held_bytes"]:
-        lines.append(f"  held at once: {_held(step)}, and activations")
+        lines += _held(step["held_bytes"])
     if not step["checkpointing"]:
         lines.append("  activations depend on the model's code: not predicted; --checkpointing counts what is kept then")
     return [*lines, *LEFT_OUT]
 
 
-def _held(step: dict[str, Any]) -> str:
+def _held(sizes: dict[str, int]) -> list[str]:
     """Return what stands beside each other when the divergence is computed and its gradients are there."""
-    parts = " + ".join(f"{name} {size_text(size)}" for name, size in step["held_bytes"].items())
-    return f"{parts} = {size_text(sum(step['held_bytes'].values()))}"
+    parts = " + ".join(f"{name} {size_text(size)}" for name, size in sizes.items())
+    return [f"  held at once, beside activations: {size_text(sum(sizes.values()))}", f"    = {parts}"]
 
 
 def _stage_cells(stage: dict[str, Any], width: int) -> str:
@@ -105,12 +105,12 @@ def _rank_lines(report: dict[str, Any]) -> list[str]:
         f"  vocabulary   {rank['vocab']:,} entries",
         f"  weights      student {size_text(rank['student_weight_bytes'])}, teacher {size_text(rank['teacher_weight_bytes'])}",
         f"  tiles        {size_text(rank['tile_bytes'])}: {rank['chunks']:,} chunks of up to {rank['rows']:,} rows",
-        f"  gradients    d weight {size_text(rank['grad_weight_bytes'])} in float32, complete without an exchange; d hidden "
-        f"{size_text(rank['grad_hidden_bytes'])} in float32, summed over the ranks",
+        f"  d weight     {size_text(rank['grad_weight_bytes'])} in float32, complete without an exchange",
+        f"  d hidden     {size_text(rank['grad_hidden_bytes'])} in float32, summed over the ranks",
         f"  peak         {size_text(rank['peak_bytes'])} beyond weights and hidden states",
         f"  products     {rank['flop'] / TFLOP:,.3g} Tflop",
-        f"  {_time_line(rank['time'])}, without the exchange".replace("time        ", "time         "),
-        f"  exchange     {statistics:,} B of statistics (top, rest) and {hidden:,} B of d hidden a row: "
-        f"{size_text(n * (statistics + hidden))} for {n:,} rows",
+        f"  {_time_line(rank['time'])}".replace("time        ", "time         "),
+        f"  exchange     {statistics:,} B of statistics (top, rest) and {hidden:,} B of d hidden a row,",
+        f"               {size_text(n * (statistics + hidden))} for {n:,} rows; its time is not in the line above",
     ]
     return lines + [f"  {rank['note']}"] * bool(rank["note"])

@@ -226,7 +226,8 @@ class Profile(Observer):
 
     def _waits(self) -> tuple[dict[str, float] | None, str]:
         if self._device.type != "cuda":
-            return None, "none: on a CPU the host itself computes"
+            at_cpu = self._device.type == "cpu"
+            return None, "none: on a CPU the host itself computes" if at_cpu else "not counted: CUDA's and ROCm's alone are"
         if self._recorder is None:
             return None, "not counted: pass trace=FILE, and torch.profiler records them"
         return self._recorder.host_waits(), "of the whole block, with the one by which the profiler ends"

@@ -25,7 +25,7 @@ class Peak(Protocol):
 class HostPeak:
     """The high-water mark of this process, which the beginning resets."""
 
-    source = "resident memory of this process at its high-water mark, beyond what was resident when the block began"
+    source = "resident memory of this process at its peak, beyond the block's beginning"
 
     def __init__(self) -> None:
         self._baseline = settled_mib()
@@ -44,7 +44,7 @@ class HostPeak:
 class CudaPeak:
     """The CUDA allocator's peak, which the beginning and the end of each stage reset."""
 
-    source = "memory allocated by torch on the GPU, beyond what was allocated when the block began"
+    source = "allocated by torch on the GPU, beyond the block's beginning"
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._stages = device, dict[str, float]()

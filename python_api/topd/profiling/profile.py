@@ -26,8 +26,8 @@ def profile(objective: OPD | TOPD, *, trace: str | Path | None = None) -> Profil
     do; `profile.stage(name)` gives a part of your loop a name. Only backward passes that begin at the objective's loss, or go
     through it, are parted. Run one step before the block, so that libraries are loaded and kernels compiled.
 
-    On a GPU times are of CUDA events on the stream of the student's device, read when the block ends, so nothing waits for the
-    GPU before. A stage's time is then what passes on the GPU from its beginning to its end, its waiting for the host too.
+    On a GPU (CUDA, ROCm) times are of events on the stream of the student's device, read when the block ends: nothing waits for
+    the GPU before. A stage's time is then what passes on the GPU from its beginning to its end, its waiting for the host too.
     Peak memory is torch's allocator's, whose statistics this resets; on a CPU it is the high-water mark of this process, which
     this resets too (Linux). The objective tells `topd.profile` what it does; no module and nothing of torch is patched.
 

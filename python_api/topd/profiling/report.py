@@ -99,8 +99,8 @@ class Report:
             f"loss          {100 * self.loss_share:.1f} % of the time ({', '.join(_loss_stages(self))})",
             f"peak memory   {_mib(self.peak_mib)}: {self.peak_source}",
             f"host waits    {_waits(self)}",
-            f"no logits     {size_text(self.logits_bytes)} of float32 logits were never allocated, "
-            f"{size_text(self.largest_logits_bytes)} of them in the largest call",
+            f"no logits     {size_text(self.logits_bytes)} of float32 logits never allocated, "
+            f"{size_text(self.largest_logits_bytes)} in the largest call",
         ]
         return "\n".join(lines + [f"trace         {self.trace}"] * (self.trace is not None))
 

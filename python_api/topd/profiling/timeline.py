@@ -40,6 +40,14 @@ class HostClock:
         pass
 
 
+class WaitingClock(HostClock):
+    """The host's clock, read when the accelerator has done what it was given: each stage's end waits for it."""
+
+    def now(self) -> float:
+        torch.accelerator.synchronize()
+        return super().now()
+
+
 class CudaClock:
     """Events on the stream that is current where a stamp is taken. Nothing waits for the device before `wait`."""
 
@@ -62,8 +70,10 @@ class CudaClock:
 
 
 def clock_of(device: torch.device) -> Clock:
-    """Return the clock of a device: of a GPU its events, of anything else the host's."""
-    return CudaClock(device) if device.type == "cuda" else HostClock()
+    """Return the clock of a device: of CUDA and ROCm their events, of a CPU the host's, of others one that waits for them."""
+    if device.type == "cuda":
+        return CudaClock(device)
+    return HostClock() if device.type == "cpu" else WaitingClock()
 
 
 @dataclass
