@@ -15,10 +15,10 @@ LEFT_OUT = (
 def text(report: dict[str, Any]) -> str:
     """Return the report for a reader."""
     case, chunks = report["case"], report["plan"]
-    head = "trained" if not case["frozen_head"] else "frozen"
+    head = "frozen head" if case["frozen_head"] else "trained head"
     lines = [
         f"PREDICTION, nothing was measured: {case['loss']} of {case['n']:,} tokens, vocabulary {case['vocab']:,},",
-        f"hidden {case['student_width']:,} (teacher {case['teacher_width']:,}), {case['dtype']}, {head} head, {report['device']}",
+        f"hidden {case['student_width']:,} (teacher {case['teacher_width']:,}), {case['dtype']}, {head}, {report['device']}",
         "",
         f"chunks      {chunks['chunks']:,} of up to {chunks['rows']:,} rows, gradients of {chunks['pile']} to a product",
         f"workspace   {size_text(chunks['workspace_bytes'])}, backend {report['backend']}",
