@@ -1,6 +1,6 @@
 """The high-water mark of this process's resident memory. Linux only."""
 
-from topd.cli.memory import resident_mib, settled_mib
+from topd.memory import resident_mib, settled_mib
 
 
 def high_water_mib() -> float:

@@ -36,6 +36,8 @@ from topd.objectives.opsd import OPSD
 from topd.objectives.pairs import pair
 from topd.objectives.topd import TOPD
 from topd.objectives.trd import TRD
+from topd.profiling.block import Profile
+from topd.profiling.profile import profile
 from topd.scores import TokenScores
 
 __all__ = [
@@ -54,6 +56,7 @@ __all__ = [
     "OPSDConfig",
     "Objective",
     "Plan",
+    "Profile",
     "ReverseKL",
     "SkewKL",
     "SkewReverseKL",
@@ -76,6 +79,7 @@ __all__ = [
     "pad_topk",
     "pair",
     "plan",
+    "profile",
     "sample_windows",
     "sampled_kl",
     "score_tokens",

@@ -28,7 +28,7 @@ MAX_LABEL, COLUMN = 14, 0.0753  # columns; inches, the width of a 9 pt monospace
 VISIBLE = {" ": "␣", "\n": "↵", "\t": "⇥"}
 
 
-def _figure(width: float, height: float, **options: Any) -> "Figure":
+def new_figure(width: float, height: float, **options: Any) -> "Figure":
     """Return an empty figure of so many inches."""
     try:
         from matplotlib.figure import Figure
@@ -61,7 +61,7 @@ def plot_distance_distribution(groups: Mapping[str, Tensor], *, title: str | Non
     low, high = (end.item() for end in torch.cat(list(values.values())).aminmax())
     margin = 0.03 * (high - low) or 0.1 * abs(high) or 0.5
     limits = {"xlim": (low - margin, high + margin)}
-    figure = _figure(7.0, 0.7 + 0.95 * len(values) + 0.25 * len(heading.splitlines()), layout="constrained")
+    figure = new_figure(7.0, 0.7 + 0.95 * len(values) + 0.25 * len(heading.splitlines()), layout="constrained")
     panels = figure.subplots(len(values), 1, sharex=True, squeeze=False, subplot_kw=limits)[:, 0]
     for place, (panel, (name, value)) in enumerate(zip(panels, values.items(), strict=True)):
         _draw_group(panel, value, high - low or margin, PALETTE[place % len(PALETTE)])
@@ -215,7 +215,7 @@ def _draw_pair(plan: Tensor, students: list[str], teachers: list[str], heading: 
     lower = 0.72 + below
     upper = lower + min(2.6, max(1.3, 0.2 * width))
     heading = textwrap.fill(heading, int((width - 0.4) / 0.095))
-    figure = _figure(width, height := upper + above + 0.4 + 0.22 * len(heading.splitlines()))
+    figure = new_figure(width, height := upper + above + 0.4 + 0.22 * len(heading.splitlines()))
     axes: Any = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, height))
     axes.set_axis_off()
     axes.text(0.15, height - 0.12, heading, va="top", fontsize=12, **LITERAL)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import topd
-from topd.cli.memory import peak_mib
+from topd.memory import peak_mib
 from topd_demo.models import Models
 
 ROUNDS = 3

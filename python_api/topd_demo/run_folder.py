@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from topd.cli.errors import CommandError
-from topd.cli.memory import MIB
 from topd.cli.options import DEMO_METHODS, PAIRED_METHODS
+from topd.memory import MIB
 from topd_demo.settings import OF_METHODS, QUICK, Settings
 
 DEFAULT_FOLDER, CONFIG = "topd-demo", "config.json"

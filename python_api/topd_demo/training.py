@@ -16,7 +16,7 @@ from torch import Tensor
 import topd
 from topd import files
 from topd.cli.errors import CommandError
-from topd.cli.memory import used_mib
+from topd.memory import used_mib
 from topd_demo.evaluation import Evaluation, Transcript
 from topd_demo.paired import PairedEvaluation, Row
 from topd_demo.settings import Settings

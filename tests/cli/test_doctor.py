@@ -7,8 +7,9 @@ import sys
 import pytest
 
 import topd
+from topd import memory
 from topd.backends import missing_extension
-from topd.cli import doctor, memory
+from topd.cli import doctor
 from topd.cli.main import main, parser
 
 

@@ -7,7 +7,7 @@ import pytest
 
 FOLDER = Path(__file__).parents[2] / "python_api" / "topd_demo"
 PUBLIC = {"topd", "topd.plots", "topd.integrations.rollouts", "topd.trd"}
-OF_THE_COMMANDS = {"topd.cli", "topd.cli.errors", "topd.cli.memory", "topd.cli.options"}
+OF_THE_COMMANDS = {"topd.cli", "topd.cli.errors", "topd.cli.options", "topd.memory"}
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.name)

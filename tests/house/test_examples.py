@@ -69,6 +69,15 @@ def lines(monkeypatch, capsys, teacher, pair):
     return run
 
 
+def test_a_loop_is_profiled(tmp_path, lines):
+    pytest.importorskip("matplotlib")
+    output = lines("profile_loop.py", str(tmp_path))
+    assert output[0].startswith("profile of OPD on cpu")
+    stages = {line.split("  ")[0] for line in output}
+    assert {"rollouts, sampled", "teacher's forward", "student's forward", "divergence", "student's backward"} <= stages
+    assert {path.name for path in tmp_path.iterdir()} == {"profile.json", "profile.png"}
+
+
 def test_from_a_prompt_to_the_loss_in_under_sixty_lines(tmp_path, lines):
     pytest.importorskip("matplotlib")
     assert len((ROOT / "examples" / "topd_step.py").read_text().splitlines()) < 60

@@ -17,7 +17,7 @@ FOLDERS = {"topd": PACKAGE, "topd_demo": ROOT / "python_api" / "topd_demo", "top
 
 # From the ground up. A module imports modules of its own line and of the lines below; the longest prefix that fits decides.
 LAYERS = (
-    ("topd.options", "topd.checks", "topd.logits", "topd.files"),
+    ("topd.options", "topd.checks", "topd.logits", "topd.files", "topd.memory"),
     ("topd.models.output_layer", "topd.models.head_from_model", "topd.models.verify_head"),
     ("topd.products", "topd.head", "topd.divergences", "topd.scores", "topd.backends"),
     ("topd.ops.shared",),
@@ -26,10 +26,10 @@ LAYERS = (
     ("topd.near_future", "topd.plots", "topd.models", "topd.costs"),
     ("topd.branching",),
     ("topd.objectives",),
-    ("topd.trd",),
+    ("topd.trd", "topd.profiling"),
     ("topd.integrations",),
     ("topd",),
-    ("topd.cli.errors", "topd.cli.memory", "topd.cli.options"),
+    ("topd.cli.errors", "topd.cli.options"),
     ("topd_demo",),
     ("topd.cli",),
 )
@@ -43,6 +43,7 @@ KNOWS_HOSTS = (
     "topd.cli.doctor",
     "topd.cli.refine",
     "topd.costs.shapes",
+    "topd.profiling.contenders",
     "topd_demo",
 )
 

@@ -14,8 +14,8 @@ import torch
 
 import topd
 from topd.backends import missing_extension
-from topd.cli.memory import resident_mib, total_mib
 from topd.divergences import BY_NAME
+from topd.memory import resident_mib, total_mib
 from topd.options import BackendName
 
 HELP = "print what is installed and check that it computes what it should (seconds)"

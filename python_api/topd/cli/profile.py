@@ -1,25 +1,26 @@
-"""`topd profile`: what a loss will cost, predicted from configurations alone."""
+"""`topd profile`: what a loss, or a step of a method, will cost: predicted from configurations alone, and measured by --run."""
 
 import argparse
+import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from topd.cli import profile_run
 from topd.cli.errors import CommandError
 from topd.cli.options import nonempty, positive
+from topd.cli.profile_text import text
 from topd.costs import memory
+from topd.costs.call import LossCall
 from topd.costs.devices import DEVICES, Device
-from topd.costs.predicted import SWEEPS, bound, predicted_time
-from topd.costs.products import NARROW, default_plan, products_of
+from topd.costs.predicted import SWEEPS
 from topd.costs.shapes import ModelShape, model_shape
+from topd.costs.sharded import rank_share
+from topd.costs.steps import METHODS, Step, step_report
 from topd.files import write_json
-from topd.head import Head
-from topd.losses.plan import GIB, TFLOP, Plan, plan
-from topd.ops.shared.engines import engine_of
-from topd.ops.shared.plan import default_workspace, wanted_workspace
 
-HELP = "predict memory, operations and time of a loss, from configs alone"
+HELP = "predict memory, operations and time of a loss or a step from configs alone; --run measures the loss here"
 DESCRIPTION = """\
 Predicts what a divergence and its gradients cost: the chunks that topd takes,
 the peak memory of eager torch, TRL's chunked loss and topd beyond weights and
@@ -29,46 +30,78 @@ time. No weight is loaded and no GPU is needed; nothing is measured.
   topd profile --student Qwen/Qwen3-8B --teacher Qwen/Qwen3-14B --device h100
   topd profile --hidden 4096 --teacher-hidden 5120 --vocab 151936
 
+--method adds a table of a whole training step: both models' passes, the loss,
+TOPD's windows, the optimizer. --tp N adds what each of N ranks would hold and
+exchange if the heads were sharded over the vocabulary: a prediction of the
+loss alone. --run measures the loss on the device at hand, on random hidden
+states and heads of the same shape, and sets it beside the prediction.
+
+  topd profile --student ./student --teacher ./teacher --method topd
+  topd profile --run --hidden 576 --vocab 49152 --tokens 1024 --dtype fp32
+
 A model is a folder with a config.json, or a name on a hub that transformers
 can load the configuration of."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHORT = {device.name.split()[0].lower(): device for device in DEVICES}
 
 
-class Case(NamedTuple):
-    """The shape of a call, as the model of the products' time wants it."""
-
-    n: int
-    vocab: int
-    student_width: int
-    teacher_width: int
-
-
 def add_to(commands: Any) -> None:
     """Add the subcommand to those of argparse."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = commands.add_parser("profile", help=HELP, description=DESCRIPTION, formatter_class=raw)
-    parser.add_argument("--student", type=nonempty, metavar="MODEL", help="a folder with config.json, or a name on a hub")
-    parser.add_argument("--teacher", type=nonempty, metavar="MODEL", help="the same of the teacher")
-    parser.add_argument("--hidden", type=positive, metavar="N", help="the student's hidden width, in place of models")
-    parser.add_argument("--teacher-hidden", type=positive, metavar="N", help="the teacher's (default: the student's)")
-    parser.add_argument("--vocab", type=positive, metavar="N", help="entries of both vocabularies, in place of models")
-    parser.add_argument("--tokens", type=positive, metavar="N", default=8192, help="tokens of a step (default 8192)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of weights and hidden states (default bf16)")
-    parser.add_argument("--loss", choices=SWEEPS, default="reverse_kl", help="default reverse_kl")
-    parser.add_argument("--frozen-head", action="store_true", help="the student's head is not trained")
-    parser.add_argument("--device", choices=(*SHORT, "cpu"), default="h100", help="default h100")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything there")
+    add = parser.add_argument
+    add("--student", type=nonempty, metavar="MODEL", help="a folder with config.json, or a name on a hub")
+    add("--teacher", type=nonempty, metavar="MODEL", help="the same of the teacher")
+    add("--hidden", type=positive, metavar="N", help="the student's hidden width, in place of models")
+    add("--teacher-hidden", type=positive, metavar="N", help="the teacher's (default: the student's)")
+    add("--vocab", type=positive, metavar="N", help="entries of both vocabularies, in place of models")
+    add("--tokens", type=positive, metavar="N", default=8192, help="tokens of a step (default 8192)")
+    add("--dtype", choices=DTYPES, default="bf16", help="of weights and hidden states (default bf16)")
+    add("--loss", choices=SWEEPS, help="default reverse_kl; with --method trd forward_kl")
+    add("--frozen-head", action="store_true", help="the student's head is not trained")
+    add("--device", choices=(*SHORT, "cpu"), help="of the prediction (default h100; with --run the device at hand)")
+    add("--method", choices=METHODS, help="predict a whole step of this method")
+    add("--length", type=positive, metavar="N", help="tokens of a trajectory, for --method topd (default 1024)")
+    add("--teacher-tokens", type=positive, metavar="N", help="that the teacher reads (default: --tokens; trd: twice as many)")
+    add("--checkpointing", action="store_true", help="the student's activations are computed again in the backward pass")
+    add("--tp", type=positive, metavar="N", help="heads sharded over the vocabulary among N ranks: predicts the loss's memory, "
+        "products and exchange on one rank")  # fmt: skip
+    add("--run", action="store_true", dest="measure", help="also measure the loss here: topd, eager, and TRL if installed")
+    add("--trace", type=Path, metavar="FILE", help="with --run: torch.profiler's trace of topd, in Chrome's format")
+    add("--json", type=Path, metavar="FILE", help="also write everything there")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the prediction."""
-    report = report_of(arguments)
-    print(text(report))
+    """Print the prediction, and what was measured where that is asked for."""
+    check(arguments)
+    device = profile_run.device_here() if arguments.measure else None
+    call = call_of(arguments, device)
+    report = report_of(arguments, call)
+    print(text(report), flush=True)
+    if device is not None:
+        report["measured"] = profile_run.measured(call, arguments.loss, device, arguments.trace)
+        print("\n" + profile_run.text(report), flush=True)
     if arguments.json:
         write_json(arguments.json, report)
     return 0
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Refuse options that do not go together, and fill in what follows from others."""
+    if arguments.trace and not arguments.measure:
+        raise CommandError("--trace must stand beside --run, which it records: add --run, or leave --trace out")
+    if arguments.tp and arguments.measure:
+        raise CommandError("--tp must not stand beside --run: it predicts several ranks, and --run measures one process")
+    for name in ("length", "teacher_tokens", "checkpointing"):
+        if getattr(arguments, name) and not arguments.method:
+            raise CommandError(f"--{name.replace('_', '-')} must stand beside --method, whose step it describes")
+    if arguments.length and arguments.method != "topd":
+        raise CommandError(f"--length must stand beside --method topd, whose windows read so much, got {arguments.method}")
+    for path in (arguments.trace, arguments.json):
+        if path and not path.parent.is_dir():
+            raise CommandError(f"{path.parent} must be a folder, to write {path.name} into, and is none: make it first")
+    arguments.loss = arguments.loss or ("forward_kl" if arguments.method == "trd" else "reverse_kl")
 
 
 def sides(arguments: argparse.Namespace) -> tuple[ModelShape, ModelShape]:
@@ -87,7 +120,7 @@ def sides(arguments: argparse.Namespace) -> tuple[ModelShape, ModelShape]:
             missing = "--teacher" if arguments.student else "--student"
             raise CommandError(f"{missing} must be given too: a folder with config.json, or a name on a hub")
         try:
-            return model_shape(arguments.student), model_shape(arguments.teacher)
+            return model_shape(arguments.student, _say), model_shape(arguments.teacher, _say)
         except ValueError as error:
             raise CommandError(str(error)) from error
     if arguments.hidden is None or arguments.vocab is None:
@@ -96,117 +129,71 @@ def sides(arguments: argparse.Namespace) -> tuple[ModelShape, ModelShape]:
     return ModelShape("student", arguments.hidden, arguments.vocab), ModelShape("teacher", teacher, arguments.vocab)
 
 
-def report_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return everything that is printed, by name."""
+def call_of(arguments: argparse.Namespace, here: torch.device | None) -> LossCall:
+    """Return the call that is asked for; `here`: the device of --run."""
     student, teacher = sides(arguments)
+    named: Device | None
+    if arguments.device:
+        named = SHORT.get(arguments.device)
+    elif here is None:
+        named = SHORT["h100"]
+    else:
+        named = None if here.type == "cpu" else known_gpu(here)
     dtype, trained = DTYPES[arguments.dtype], not arguments.frozen_head
-    vocab, device = min(student.vocab, teacher.vocab), SHORT.get(arguments.device)
-    case = Case(arguments.tokens, vocab, student.hidden, teacher.hidden)
-    chunks = planned(student, teacher, case, dtype, device, trained=trained)
-    sizes = memory.Sizes(case.n, vocab, student.hidden, dtype.itemsize, trained)
-    peaks = {
-        "eager": memory.eager_memory(sizes, arguments.loss),
-        "TRL": memory.trl_memory(sizes, arguments.loss, kernels=device is not None),
-        "topd": memory.topd_memory(chunks, sizes),
-    }
-    return {
+    return LossCall(student, teacher, arguments.tokens, dtype, arguments.loss, trained, named)
+
+
+def known_gpu(here: torch.device) -> Device:
+    """Return what is known of the GPU at hand."""
+    name = torch.cuda.get_device_name(here)
+    known = next((device for short, device in SHORT.items() if short in name.lower()), None)
+    if known is None:
+        raise CommandError(f"--device must say for which GPU to predict, since {name} is not known: one of {', '.join(SHORT)}")
+    return known
+
+
+def report_of(arguments: argparse.Namespace, call: LossCall) -> dict[str, Any]:
+    """Return everything that is predicted, by name."""
+    chunks = call.plan()
+    peaks = call.peaks(chunks)
+    case: dict[str, Any] = {name: getattr(call, name) for name in ("n", "vocab", "student_width", "teacher_width")}
+    case |= {"loss": call.loss, "dtype": arguments.dtype, "frozen_head": arguments.frozen_head}
+    report = {
         "prediction": True,
-        "student": student._asdict(),
-        "teacher": teacher._asdict(),
-        "case": case._asdict() | {"loss": arguments.loss, "dtype": arguments.dtype, "frozen_head": arguments.frozen_head},
+        "student": call.student._asdict(),
+        "teacher": call.teacher._asdict(),
+        "case": case,
         "plan": {name: getattr(chunks, name) for name in ("rows", "chunks", "pile", "workspace_bytes", "peak_bytes", "flop")},
         "backend": chunks.backend,
         "memory_bytes": peaks,
         "never_allocated_bytes": memory.total(peaks["eager"]) - memory.total(peaks["topd"]),
-        "device": device.name if device else "cpu",
-        "time": time_of(case, device, arguments.loss, dtype, trained=trained),
-        "fits": fits(student, teacher, dtype, device, peaks),
+        "device": call.device.name if call.device else "cpu",
+        "time": call.time(chunks),
+        "fits": fits(call, peaks),
     }
+    if arguments.method:
+        length = arguments.length or 1024
+        step = Step(arguments.method, call, length, arguments.teacher_tokens, arguments.checkpointing)
+        report["step"] = step_report(step, chunks)
+    if arguments.tp:
+        report["tp"] = rank_share(call, arguments.tp)
+    return report
 
 
-def planned(
-    student: ModelShape, teacher: ModelShape, case: Case, dtype: torch.dtype, device: Device | None, *, trained: bool
-) -> Plan:
-    """Return topd's plan at the default workspace of the device."""
-    heads = [
-        Head(torch.empty(side.vocab, side.hidden, dtype=dtype, device="meta", requires_grad=own))
-        for side, own in ((student, trained), (teacher, False))
-    ]
-    workspace = None
-    if device is not None:
-        width = engine_of("triton").row_width(case.vocab)
-        products = products_of(case, trained) if dtype.itemsize == NARROW else None
-        wanted = wanted_workspace(case.n, width, width, products=products)
-        workspace = default_workspace("cuda", device.available_bytes, wanted=wanted)
-    return plan(heads[0], heads[1], case.n, device="cuda" if device else "cpu", workspace_bytes=workspace)
-
-
-def time_of(case: Case, device: Device | None, loss: str, dtype: torch.dtype, *, trained: bool) -> dict[str, Any] | None:
-    """Return the predicted milliseconds; None where the model does not know the device or the dtype."""
-    if device is None or dtype.itemsize != NARROW:
-        return None
-    plan = default_plan(case, device, weight_grad=trained)
-    seconds = predicted_time(case, device, loss, plan, weight_grad=trained)
-    parts = {f"{name}_ms": part * 1e3 for name, part in seconds._asdict().items()}
-    return parts | {"total_ms": seconds.total * 1e3, "bound": bound(seconds)}
-
-
-def fits(
-    student: ModelShape, teacher: ModelShape, dtype: torch.dtype, device: Device | None, peaks: dict[str, dict[str, int]]
-) -> dict[str, Any] | None:
+def fits(call: LossCall, peaks: dict[str, dict[str, int]]) -> dict[str, Any] | None:
     """Return for each way whether its peak fits beside the weights, as far as they are known; None on a CPU."""
-    if device is None:
+    if call.device is None:
         return None
-    known = student.parameters is not None and teacher.parameters is not None
-    weights = sum(dtype.itemsize * (side.parameters or side.hidden * side.vocab) for side in (student, teacher))
-    free = device.memory_bytes - weights
+    both = (call.student, call.teacher)
+    weights = sum(call.dtype.itemsize * (side.parameters or side.hidden * side.vocab) for side in both)
+    free = call.device.memory_bytes - weights
     return {
         "weights_bytes": weights,
-        "weights": "all" if known else "where a model is not known its head alone",
-        "memory_bytes": device.memory_bytes,
+        "weights": "all" if all(side.parameters for side in both) else "where a model is not known its head alone",
+        "memory_bytes": call.device.memory_bytes,
         "fits": {name: memory.total(parts) <= free for name, parts in peaks.items()},
     }
 
 
-def text(report: dict[str, Any]) -> str:
-    """Return the report for a reader."""
-    case, chunks = report["case"], report["plan"]
-    head = "trained" if not case["frozen_head"] else "frozen"
-    lines = [
-        f"PREDICTION, nothing was measured: {case['loss']} of {case['n']:,} tokens, vocabulary {case['vocab']:,}, hidden "
-        f"{case['student_width']:,} (teacher {case['teacher_width']:,}), {case['dtype']}, {head} head, {report['device']}",
-        "",
-        f"chunks      {chunks['chunks']:,} of up to {chunks['rows']:,} rows, gradients of {chunks['pile']} to a product, "
-        f"workspace {_gib(chunks['workspace_bytes'])}, backend {report['backend']}",
-        f"products    {chunks['flop'] / TFLOP:,.3g} Tflop",
-        _time_line(report["time"]),
-        "",
-        "peak memory beyond weights and hidden states",
-    ]
-    for name, parts in report["memory_bytes"].items():
-        spelled = ", ".join(f"{part} {_gib(size)}" for part, size in parts.items() if size)
-        lines.append(f"  {name:<6}{_gib(memory.total(parts)):>12}  = {spelled}")
-    lines += [f"  never allocated (eager - topd): {_gib(report['never_allocated_bytes'])}", "", _fits_line(report)]
-    return "\n".join(lines)
-
-
-def _time_line(time: dict[str, Any] | None) -> str:
-    if time is None:
-        return "time        not predicted: the model knows GPUs and 16-bit operands alone"
-    parts = ", ".join(f"{name} {time[f'{name}_ms']:.1f}" for name in ("products", "bytes", "issue"))
-    return f"time        {time['total_ms']:.1f} ms with topd ({parts}); bound by {time['bound']}"
-
-
-def _fits_line(report: dict[str, Any]) -> str:
-    fit = report["fits"]
-    if fit is None:
-        return "fits        not said of a CPU: its memory is not one device's"
-    answers = ", ".join(f"{name} {'yes' if yes else 'NO'}" for name, yes in fit["fits"].items())
-    return (
-        f"fits        {answers}; beside {_gib(fit['weights_bytes'])} of weights ({fit['weights']}) in "
-        f"{_gib(fit['memory_bytes'])}, without optimizer and activations"
-    )
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:,.2f} GiB"
+def _say(line: str) -> None:
+    print(f"topd profile: {line}", file=sys.stderr, flush=True)

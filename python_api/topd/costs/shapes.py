@@ -1,23 +1,41 @@
 """Widths, vocabulary and the size of the head of a model, read from its configuration; no weight is loaded."""
 
 import json
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 
 class ModelShape(NamedTuple):
-    """What a loss must know of a model. `tied`: the head's weight is the embedding too, None: the config does not say.
-    `parameters`: how many numbers its weights have, about, None: unknown."""
+    """What is known of a model's sizes.
+
+    Attributes:
+        name, hidden, vocab: what a loss must know.
+        tied: the head's weight is the embedding too; None: the config does not say.
+        parameters: how many numbers its weights have, about; None: unknown, and `unknown` says why.
+        layers: of the decoder; None: unknown, as are the next two then.
+        body: numbers in the layers' matrices.
+        cached: numbers that a token has in a cache of keys and values.
+    """
 
     name: str
     hidden: int
     vocab: int
     tied: bool | None = None
     parameters: int | None = None
+    layers: int | None = None
+    body: int | None = None
+    cached: int | None = None
+    unknown: str = ""
 
 
-def model_shape(name: str) -> ModelShape:
+def model_shape(name: str, say: Callable[[str], None] = lambda line: None) -> ModelShape:
     """Return the shape of a folder's config.json, or of a model on a hub whose configuration transformers can load.
+
+    Args:
+        name: a path, or a name on a hub.
+        say: is told, in a line, before a hub is asked.
 
     Raises:
         ValueError: there is none, or it lacks a number; the message says what to do.
@@ -32,11 +50,14 @@ def model_shape(name: str) -> ModelShape:
         except ValueError as error:
             raise ValueError(f"{path} must be JSON, and is not ({error}); save it anew") from None
     else:
-        config = _from_hub(name)
+        config = _from_hub(name, say)
     return _shape(name, config)
 
 
-def _from_hub(name: str) -> Any:
+def _from_hub(name: str, say: Callable[[str], None]) -> Any:
+    """Return the configuration from transformers' cache, else from the hub.
+
+    `say` is told before the network is asked."""
     try:
         from transformers import AutoConfig
     except ImportError:
@@ -44,6 +65,9 @@ def _from_hub(name: str) -> Any:
             f"{name!r} is no folder, and names on a hub need transformers: install it, or pass a folder with config.json, "
             "or --hidden and --vocab"
         ) from None
+    with suppress(OSError, ValueError):
+        return AutoConfig.from_pretrained(name, local_files_only=True).to_dict()
+    say(f"{name} is not in transformers' cache: asking the hub, which without a network takes half a minute (Ctrl-C stops it)")
     try:
         return AutoConfig.from_pretrained(name).to_dict()
     except (OSError, ValueError) as error:
@@ -61,7 +85,17 @@ def _shape(name: str, config: Any) -> ModelShape:
     hidden, vocab = (_size(name, read, key, option) for key, option in (("hidden_size", "--hidden"), ("vocab_size", "--vocab")))
     tied = read.get("tie_word_embeddings")
     tied = tied if isinstance(tied, bool) else None
-    return ModelShape(name, hidden, vocab, tied, _parameters(read, hidden, vocab, tied=tied is True))
+    shape = ModelShape(name, hidden, vocab, tied)
+    unknown = _unknown(read)
+    if unknown:
+        return shape._replace(unknown=unknown)
+    layers, heads = read["num_hidden_layers"], read["num_attention_heads"]
+    width: int = read.get("head_dim") or hidden // heads
+    pairs: int = read.get("num_key_value_heads") or heads
+    attention = hidden * width * (2 * heads + 2 * pairs)
+    body = layers * (attention + 3 * hidden * read["intermediate_size"])
+    parameters = body + vocab * hidden * (1 if tied else 2)
+    return shape._replace(parameters=parameters, layers=layers, body=body, cached=2 * layers * pairs * width)
 
 
 def _size(name: str, config: dict[str, Any], key: str, option: str) -> int:
@@ -71,14 +105,11 @@ def _size(name: str, config: dict[str, Any], key: str, option: str) -> int:
     return value
 
 
-def _parameters(config: dict[str, Any], hidden: int, vocab: int, *, tied: bool) -> int | None:
-    """Return the numbers in the matrices of a dense decoder with gated feed-forward layers; None for any other model."""
-    layers, heads, inner = (config.get(key) for key in ("num_hidden_layers", "num_attention_heads", "intermediate_size"))
-    if not (isinstance(layers, int) and isinstance(heads, int) and isinstance(inner, int)) or heads < 1:
-        return None
-    if any("expert" in key and value for key, value in config.items()):
-        return None
-    width: int = config.get("head_dim") or hidden // heads
-    pairs: int = config.get("num_key_value_heads") or heads
-    attention = hidden * width * (2 * heads + 2 * pairs)
-    return vocab * hidden * (1 if tied else 2) + layers * (attention + 3 * hidden * inner)
+def _unknown(config: dict[str, Any]) -> str:
+    """Return why the numbers in a model's matrices are not known; empty for a dense decoder with gated feed-forward layers."""
+    experts = next((key for key, value in config.items() if "expert" in key and value), None)
+    if experts:
+        return f"a mixture of experts ({experts} in its config)"
+    needed = ("num_hidden_layers", "num_attention_heads", "intermediate_size")
+    missing = next((key for key in needed if not isinstance(config.get(key), int) or config[key] < 1), None)
+    return f"no {missing} in its config" if missing else ""

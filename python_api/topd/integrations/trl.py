@@ -145,6 +145,13 @@ class TOPDTrainer(trl.DistillationTrainer):  # type: ignore[misc]
         load_resumed(self._objective, self, resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *arguments, **options)
 
+    @property
+    def objective(self) -> OPD | TOPD:
+        """Return the objective whose loss is trained, as `topd.profile` takes it."""
+        unwrap, teacher = self.accelerator.unwrap_model, self.teacher_model
+        own = isinstance(self.objective_config, OPSDConfig)
+        return self._objective_for(unwrap(self.model), None if teacher is None or own else unwrap(teacher))
+
     def _objective_for(self, student: Any, teacher: Any) -> OPD | TOPD:
         """Return the objective of these models, the same one for as long as they and the configuration are the same."""
         config, last = self.objective_config, self._objective

@@ -12,6 +12,7 @@ from topd.divergences import ReverseKL
 from topd.head import Head
 from topd.losses.linear_divergence import spec_of
 from topd.losses.operands import cast, needs, op_side
+from topd.memory import size_text
 from topd.ops.linear_divergence.loop import plan_of
 from topd.ops.linear_divergence.op import outline
 from topd.ops.linear_divergence.spec import Call, Inputs, Outputs
@@ -20,7 +21,7 @@ from topd.ops.shared.engines import engine_of
 from topd.ops.shared.plan import ChunkPlan
 from topd.ops.shared.tiles import HeadGrads, Needs
 
-GIB, TFLOP = 1 << 30, 1e12
+TFLOP = 1e12
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,10 @@ class Plan:
                 f"linear_divergence of {self.tokens:,} tokens, vocabulary {self.vocab:,}, on {self.device}, backend "
                 f'"{self.backend}", products in {product}',
                 f"chunks      {self.chunks:,} of up to {self.rows:,} rows{pile}",
-                f"workspace   {_gib(self.workspace_bytes)}{unknown}",
-                f"kept        {_gib(self.kept_bytes)} from forward to backward",
-                f"gradients   {_gib(self.grad_bytes)}",
-                f"peak        about {_gib(self.peak_bytes)} beyond the inputs",
+                f"workspace   {size_text(self.workspace_bytes)}{unknown}",
+                f"kept        {size_text(self.kept_bytes)} from forward to backward",
+                f"gradients   {size_text(self.grad_bytes)}",
+                f"peak        about {size_text(self.peak_bytes)} beyond the inputs",
                 f"products    {self.flop / TFLOP:,.3g} Tflop",
             )
         )
@@ -212,7 +213,3 @@ def _bytes_of(tensors: Any) -> int:
     if isinstance(tensors, Tensor):
         return tensors.numel() * tensors.itemsize
     return sum(map(_bytes_of, tensors))
-
-
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / GIB:,.2f} GiB" if nbytes >= GIB else f"{nbytes / (1 << 20):,.2f} MiB"

@@ -1,13 +1,40 @@
 """What every method has beside its loss: a place in a training loop, and a state in its checkpoints."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 
+from topd.objectives.observers import NOBODY, Observer
+
 
 class Method:
-    """An objective that keeps nothing between steps; one that does says so itself."""
+    """An objective that keeps nothing between steps; one that does says so itself.
+
+    Attributes:
+        observer: who is told of this objective's calls.
+    """
+
+    observer: Observer = NOBODY
+
+    @contextmanager
+    def observed(self, observer: Observer) -> Iterator[None]:
+        """Tell an observer of the calls of this objective meanwhile; afterwards nobody, also after an error.
+
+        Raises:
+            ValueError: another one is told already.
+        """
+        if self.observer is not NOBODY:
+            raise ValueError(
+                f"objective must not be observed twice at a time, and this {type(self).__name__} is already inside a "
+                "topd.profile block; leave that block first"
+            )
+        self.observer = observer
+        try:
+            yield
+        finally:
+            self.observer = NOBODY
 
     def after_step(self) -> None:
         """Take note of an optimizer step: call it after each step that the optimizer took. Trainers of topd do so."""

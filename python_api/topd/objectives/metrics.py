@@ -13,6 +13,7 @@ from topd.objectives.config import OPDConfig
 from topd.objectives.diagnostics import Measured, Totals, diagnostics_of, totals_of
 from topd.objectives.inputs import Inputs
 from topd.objectives.objective import NearFuture
+from topd.objectives.observers import NOBODY, Observer
 from topd.objectives.token_losses import TokenLosses
 from topd.scores import TokenScores
 
@@ -20,14 +21,19 @@ from topd.scores import TokenScores
 class Stages:
     """Wall time of the stages, in seconds; on a GPU that of the host. Those named here stand at 0 where they do not run."""
 
-    def __init__(self, *names: str) -> None:
+    def __init__(self, *names: str, observer: Observer = NOBODY) -> None:
         self.seconds = {f"seconds_{name}": 0.0 for name in names}
+        self.observer = observer
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time what runs in this block."""
         start = time.perf_counter()
-        yield
+        self.observer.stage_begins(name)
+        try:
+            yield
+        finally:
+            self.observer.stage_ends(name)
         self.seconds[f"seconds_{name}"] = time.perf_counter() - start
 
 

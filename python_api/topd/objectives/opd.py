@@ -22,6 +22,7 @@ from topd.objectives.method import Method
 from topd.objectives.metrics import Stages, as_metrics, diagnosed, mean_scores
 from topd.objectives.model_checks import ModelChecks
 from topd.objectives.objective import Objective
+from topd.objectives.observers import observable
 from topd.objectives.pairs import demand_pairs, has_pairs
 from topd.objectives.reduction import check_items, reduce_tokens
 from topd.objectives.token_losses import TokenLosses, token_losses
@@ -67,6 +68,7 @@ class OPD(Method):
         self.allow_unequal_vocabularies = allow_unequal_vocabularies
         self._checks = ModelChecks(student, teacher, allow_unequal_vocabularies)
 
+    @observable
     def __call__(
         self,
         batch: Mapping[str, Tensor],
@@ -119,7 +121,7 @@ class OPD(Method):
                 not whole, or whose responses are others.
         """
         check_generator(generator)
-        items, stages = check_items(num_items), Stages()
+        items, stages = check_items(num_items), Stages(observer=self.observer)
         if self.teacher is None:
             return self._from_topk(batch, items, stages)
         refuse_topk(batch, type(self).__name__)
@@ -132,6 +134,7 @@ class OPD(Method):
             teacher_states = self._teacher_states(inputs.teacher_batch)
         with stages.stage("student_forward"):
             student_states = inputs.rollouts.hidden(student), student.head
+        self.observer.tensor("student_hidden", student_states[0])
         with stages.stage("divergence"):
             losses = token_losses(student_states, teacher_states, inputs, self.config)
         return self._objective(inputs, losses, items, stages, mean_scores(losses.scores, inputs.rollouts.response))

@@ -45,6 +45,7 @@ from topd.objectives.method import Method
 from topd.objectives.metrics import Stages, as_metrics, diagnosed, mean_scores, near_future_metrics
 from topd.objectives.model_checks import ModelChecks
 from topd.objectives.objective import NearFuture, Objective
+from topd.objectives.observers import observable
 from topd.objectives.reduction import check_items, reduce_tokens
 from topd.objectives.token_losses import token_losses
 from topd.objectives.topk_teacher import refuse_topk
@@ -83,6 +84,7 @@ class TOPD(Method):
         if isinstance(self.config.embedding, Tensor):
             check_table(self.config.embedding, min(vocabulary_of(student), vocabulary_of(teacher)))
 
+    @observable
     def __call__(
         self,
         batch: Mapping[str, Tensor],
@@ -134,7 +136,7 @@ class TOPD(Method):
             vocabularies = vocabulary_of(self.student), vocabulary_of(self.teacher)
             windows = check_given_windows(windows, rollouts, config, vocabularies[0], min(vocabularies))
         self._checks.before_step(self.student, self.teacher)
-        stages = Stages("student_windows", "teacher_windows", "window_forward", "guidance")
+        stages = Stages("student_windows", "teacher_windows", "window_forward", "guidance", observer=self.observer)
         tokens = self._pass(inputs, stages, draws=windows is None)
         near_future = self._near_future(tokens, windows, generator, stages)
         weights = self._weights(tokens, near_future)
@@ -165,11 +167,13 @@ class TOPD(Method):
         ids, attended = rollouts.input_ids, rollouts.attended
         with stages.stage("student_forward"):
             student_states = prefill(student, ids, attended, cache=student.keeps_cache)
+        self.observer.tensor("student_hidden", student_states.hidden)
         with stages.stage("teacher_forward"), torch.no_grad():
             teacher_states = prefill(teacher, ids, attended, cache=draws and teacher.keeps_cache)
         with stages.stage("divergence"):
             sides = (student_states.hidden, student.head), (teacher_states.hidden, teacher.head)
             losses = token_losses(*sides, inputs, self.config)
+        self.observer.tensor("token_losses", losses.loss)
         return Pass(inputs, student, teacher, student_states, teacher_states, losses)
 
     def _near_future(
@@ -251,6 +255,7 @@ class TOPD(Method):
                     hidden = rollout_states(states, positions, lengths, student_tokens.shape[1])
                 else:
                     hidden = replay(tokens.student, states, positions, student_tokens, lengths)
+            self.observer.tensor("window_hidden", hidden)
             with stages.stage("guidance"):
                 per_point = guidance_kl(
                     hidden,

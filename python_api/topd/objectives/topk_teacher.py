@@ -127,6 +127,7 @@ def topk_losses(student_model: Any, inputs: Inputs, topk: TopK, config: OPDConfi
     check_tokens(batch, student=student_model)
     with stages.stage("student_forward"):
         hidden = batch.hidden(student)
+    stages.observer.tensor("student_hidden", hidden)
     with stages.stage("divergence"):
         return compare_topk(hidden, student.head, inputs, topk, config)
 

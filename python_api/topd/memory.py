@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-MIB = 1 << 20
+MIB, GIB = 1 << 20, 1 << 30
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -64,3 +64,8 @@ def settled_mib() -> float | None:
         return None
     resident, high = resident_mib(), resident_mib("VmHWM")
     return None if resident is None or high is None or high - resident > 1 else resident
+
+
+def size_text(nbytes: float) -> str:
+    """Return bytes for a reader, in MiB, or in GiB from 1 GiB on."""
+    return f"{nbytes / GIB:,.2f} GiB" if nbytes >= GIB else f"{nbytes / MIB:,.2f} MiB"

@@ -1,0 +1,1 @@
+"""What a training loop spends: time by stage, memory, waits, of the calls of an objective inside a block."""
