@@ -6,6 +6,7 @@ from pages import DOCS, run_page
 # What each page needs beside transformers.
 NEEDS: dict[str, tuple[str, ...]] = {
     "a-first-loss": (),
+    "profile-before-you-train": (),
     "your-own-rollouts": (),
 }
 
