@@ -1,14 +1,18 @@
 """Run the code of a documentation page as its reader does: every python block, in order, in one namespace.
 
 A `text` block right behind a python block is what that block prints, or the error in which it ends ("ValueError: ..."). Words
-must be the same; a number may be off by one in its last printed digit. "..." stands for anything. Bash blocks are not run.
+must be the same; a number may be off by one in its last printed digit. "..." stands for anything. Of bash blocks those run that
+are one `topd` command with a text block behind them.
 """
 
 import contextlib
 import io
 import re
+import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from topd.cli.main import main
 
 DOCS = Path(__file__).parents[2] / "docs"
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -17,22 +21,24 @@ NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?(?![\w])")
 
 
 class Block(NamedTuple):
-    """A block of code of a page, and the text block behind it."""
+    """A block of code of a page, and the text block behind it. `command`: it is a `topd` command, else python."""
 
     code: str
     line: int
     text: str | None
+    command: bool = False
 
 
 def blocks_of(page: Path) -> list[Block]:
-    """Return a page's python blocks in order."""
+    """Return a page's python blocks, and its commands with a text block behind them, in order."""
     source, blocks = page.read_text(), list[Block]()
     fences = list(FENCE.finditer(source))
     for place, fence in enumerate(fences):
-        if fence[1] == "python":
-            behind = fences[place + 1] if place + 1 < len(fences) else None
-            text = behind[2] if behind is not None and behind[1] == "text" else None
-            blocks.append(Block(fence[2], source.count("\n", 0, fence.start(2)), text))
+        behind = fences[place + 1] if place + 1 < len(fences) else None
+        text = behind[2] if behind is not None and behind[1] == "text" else None
+        command = fence[1] == "bash" and text is not None and fence[2].startswith("topd ")
+        if fence[1] == "python" or command:
+            blocks.append(Block(fence[2], source.count("\n", 0, fence.start(2)), text, command))
     return blocks
 
 
@@ -41,12 +47,14 @@ def run_page(page: Path) -> dict[str, Any]:
     names: dict[str, Any] = {"__name__": "__main__"}
     for block in blocks_of(page):
         place = f"{page.name}, line {block.line}"
-        code = compile("\n" * block.line + block.code, str(page), "exec")
         raises = block.text is not None and ERROR.match(block.text) is not None
         raised, printed = "nothing", io.StringIO()
         with contextlib.redirect_stdout(printed):
             try:
-                exec(code, names)
+                if block.command:
+                    assert main(shlex.split(block.code)[1:]) == 0, place
+                else:
+                    exec(compile("\n" * block.line + block.code, str(page), "exec"), names)
             except Exception as error:
                 if not raises:
                     raise
