@@ -32,9 +32,9 @@ lint: $(VENV)/installed
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h')
 
 bench: $(BUILT)
-	$(RUN) -m bench.numerics
-	$(RUN) -m bench.memory
-	$(RUN) -m bench.speed
+	$(RUN) -m topd_bench.numerics
+	$(RUN) -m topd_bench.memory
+	$(RUN) -m topd_bench.speed
 
 # Does it teach: every method on every task, eight paired seeds (an hour). QUALITY="--tasks sorting --rows opd topd --seeds 2".
 QUALITY ?=

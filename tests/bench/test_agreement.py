@@ -5,10 +5,18 @@ import math
 import pytest
 import torch
 
-from bench.agreement import DisagreementError, Errors, few_weight_gradients, is_wrong, measure_errors, refuse_wrong, truth_of
-from bench.cases import Case, make_inputs
-from bench.losses import LOSSES, Gradients, Workload
-from bench.peers import differentiable
+from topd_bench.agreement import (
+    DisagreementError,
+    Errors,
+    few_weight_gradients,
+    is_wrong,
+    measure_errors,
+    refuse_wrong,
+    truth_of,
+)
+from topd_bench.cases import Case, make_inputs
+from topd_bench.losses import LOSSES, Gradients, Workload
+from topd_bench.peers import differentiable
 
 CASE = Case("small", n=3, vocab=40, student_width=8, teacher_width=6)
 SMALL = Errors(1e-5, 1e-5, 1e-5)

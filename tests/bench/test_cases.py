@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench.cases import zipf_ids
+from topd_bench.cases import zipf_ids
 
 
 def test_ids_follow_zipfs_law():

@@ -1,4 +1,4 @@
-"""The jobs of `python -m bench.gpu` on tiny shapes, in Triton's interpreter, and its run of pytest on a file of its own."""
+"""The jobs of `python -m topd_bench.gpu` on tiny shapes, in Triton's interpreter, and its run of pytest on a file."""
 
 import importlib.util
 import json
@@ -8,8 +8,8 @@ import pytest
 import torch
 from gpu_bench import CASE, CPU, INTERPRETED
 
-from bench.gpu import clock, correctness, jobs, lines, rates, times, tune
-from bench.gpu.jobs import JOBS, Run
+from topd_bench.gpu import clock, correctness, jobs, lines, rates, times, tune
+from topd_bench.gpu.jobs import JOBS, Run
 from topd_kernels.shared import blocks
 
 

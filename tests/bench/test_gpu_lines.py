@@ -1,4 +1,4 @@
-"""The lines of `python -m bench.gpu`: shapes, contenders, and that what is wrong is not timed. The clock takes wall time."""
+"""The lines of `python -m topd_bench.gpu`: shapes, contenders, and that what is wrong is not timed. The clock: wall time."""
 
 import importlib.util
 from dataclasses import replace
@@ -7,10 +7,10 @@ import pytest
 import torch
 from gpu_bench import CASE, CPU, INTERPRETED
 
-from bench.agreement import Errors, is_wrong
-from bench.cases import GPU_CASES, make_inputs
-from bench.gpu import lines, times
-from bench.gpu.clock import Budget, DeviceClock, FreshClock
+from topd_bench.agreement import Errors, is_wrong
+from topd_bench.cases import GPU_CASES, make_inputs
+from topd_bench.gpu import lines, times
+from topd_bench.gpu.clock import Budget, DeviceClock, FreshClock
 
 
 def test_shapes_are_the_models():

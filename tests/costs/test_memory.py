@@ -2,9 +2,9 @@
 
 import pytest
 
-from bench.profile import Asked, measured, predicted_mib
 from topd.costs import memory
 from topd.ops.shared.plan import MIB
+from topd_bench.profile import Asked, measured, predicted_mib
 
 SIZES = memory.Sizes(n=1024, vocab=65_536, width=512, itemsize=4, weight_grad=True)  # a tile is 256 MiB
 
