@@ -34,6 +34,12 @@ class Case:
         products = self.gemm_count(trainable_head=trainable_head, teacher=False)
         return 2 * self.n * self.vocab * (products * self.student_width + teacher * self.teacher_width)
 
+    def least_bytes(self, *, trainable_head: bool, teacher: bool = True, itemsize: int = 4) -> int:
+        """Return the bytes that any program moves: it reads hidden states and weights once and writes each gradient once."""
+        student = self.n * self.student_width, self.vocab * self.student_width
+        read = sum(student) + teacher * (self.n + self.vocab) * self.teacher_width
+        return itemsize * (read + student[0] + trainable_head * student[1])
+
 
 CASES = {
     case.name: case

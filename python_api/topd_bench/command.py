@@ -1,7 +1,6 @@
-"""What the commands share: their parsers, types of options, and exit statuses."""
+"""What the commands share: a type of options, and an exit status."""
 
 import argparse
-from pathlib import Path
 
 INTERRUPTED = 130
 
@@ -12,16 +11,3 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
-
-
-def parser_of(name: str, doc: str | None, counts: dict[str, tuple[int, str]] | None = None) -> argparse.ArgumentParser:
-    """Return the parser of `python -m topd_bench.<name>`, described by the first line of its module's docstring.
-
-    Args:
-        counts: options that are positive integers: the default and a word on each.
-    """
-    parser = argparse.ArgumentParser(prog=f"python -m topd_bench.{name}", description=(doc or "").partition("\n")[0])
-    for option, (default, text) in (counts or {}).items():
-        parser.add_argument(f"--{option}", type=positive, default=default, help=f"{text} (default {default})")
-    parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="also write everything there")
-    return parser

@@ -1,4 +1,4 @@
-"""Digits of a KL near student = teacher: `python -m topd_bench.numerics`.
+"""The case `numerics`: digits of a KL near student = teacher.
 
 float32 logits, V = 151,936 by default; the teacher's are the student's plus noise so small that the KL is 1e-3 to 1e-8.
 Truth is fp64 on the same float32 logits, as a sum of non-negative terms p (expm1(-d) + d), d = log p - log q. Beside
@@ -6,9 +6,7 @@ topd stand the usual formula sum p (log p - log q) and TRL's function. topd and 
 matrix as hidden states, and the logits' transpose as the weight.
 """
 
-import argparse
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 import torch
@@ -18,16 +16,18 @@ import topd
 from topd.backends import choose_backend
 from topd.divergences import BY_NAME
 from topd.options import BackendName
-from topd_bench.command import INTERRUPTED, parser_of, positive
 from topd_bench.losses import divergence_of_logprobs
-from topd_bench.machine import cpu_facts
 from topd_bench.peers import trl
-from topd_bench.report import machine_line, markdown_table, note, scientific, write_json
+from topd_bench.peers.peer import not_installed
+from topd_bench.records import now_record, plain_record, row_record
+from topd_bench.report import note, scientific
+from topd_bench.request import Request
+from topd_bench.runner import Record
 from topd_bench.timing import Spread
 
 DIVERGENCES = ("reverse_kl", "forward_kl")
 TARGETS = (1e-3, 1e-5, 1e-7, 1e-8)
-HEADER = ("divergence", "true KL", "formula", "median relative error", "max relative error", "negative", "exactly 0")
+HEADER = ("divergence", "true KL", "formula", "median relative error", "max relative error", "negative", "exactly 0", "note")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class NumericsRow:
         """Return its cells under HEADER."""
         error = (scientific(self.error.median), scientific(self.error.high))
         shares = (f"{self.negative_share:.0%}", f"{self.zero_share:.0%}")
-        return [self.divergence, scientific(self.true_kl.median), self.formula, *error, *shares]
+        return [self.divergence, scientific(self.true_kl.median), self.formula, *error, *shares, ""]
 
 
 def make_logits(rows: int, vocab: int, kl: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -93,54 +93,32 @@ def trl_rows(student: Tensor, teacher: Tensor, divergence: str) -> Tensor:
 Formula = Callable[[Tensor, Tensor, str], Tensor]
 
 
-def measure(rows: int, vocab: int, divergences: Sequence[str], seed: int, backend: BackendName) -> list[NumericsRow]:
-    """Measure every divergence, target and formula."""
+def formulas_of(request: Request) -> tuple[dict[str, Formula], dict[str, str]]:
+    """Return the formulas by their peers' names, and why others are missing."""
+    backend = choose_backend(request.backend, torch.device("cpu"))
     formulas: dict[str, Formula] = {"ours": lambda s, t, name: our_rows(s, t, name, backend), "usual": usual_rows}
-    if trl.installed():
-        formulas["trl"] = trl_rows
-    lines = []
-    for divergence in divergences:
-        generator = torch.Generator().manual_seed(seed)
-        for target in TARGETS:
-            note(f"{divergence} at {target:g}")
-            student, teacher = make_logits(rows, vocab, target, generator)
-            true = true_kl(student, teacher, divergence)
-            for name, formula in formulas.items():
-                value = formula(student, teacher, divergence)
-                error = Spread.of(((value - true).abs() / true).tolist())
-                negative, zero = (float(matches.float().mean()) for matches in (value < 0, value == 0))
-                lines.append(NumericsRow(divergence, target, Spread.of(true.tolist()), name, error, negative, zero))
-    return lines
+    missing = {"trl": why} if (why := not_installed("trl", "trl")) else {}
+    formulas |= {} if missing else {"trl": trl_rows}
+    return {n: f for n, f in formulas.items() if request.takes(n)}, {n: why for n, why in missing.items() if request.takes(n)}
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
-    parser = parser_of("numerics", __doc__, {"rows": (32, "rows a target")})
-    parser.add_argument("--vocab", type=positive, default=151936)
-    parser.add_argument("--divergence", nargs="+", choices=DIVERGENCES, default=list(DIVERGENCES))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--backend", choices=("eager", "cpp"), default=None, help="topd's backend (default: by device)")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; the exit status is 130 after an interrupt."""
-    arguments = parser().parse_args(argv)
-    backend = choose_backend(arguments.backend, torch.device("cpu"))
-    try:
-        with torch.no_grad():
-            rows = measure(arguments.rows, arguments.vocab, arguments.divergence, arguments.seed, backend)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    facts = cpu_facts(backend, "inherited")
-    print(f"\n### numerics, V = {arguments.vocab}, {arguments.rows} rows\n")
-    print(machine_line(facts) + "\n")
-    print(markdown_table(HEADER, [row.cells() for row in rows]))
-    if arguments.json is not None:
-        report = {"benchmark": "numerics", "vocab": arguments.vocab, "machine": facts}
-        write_json(arguments.json, report | {"rows": [asdict(row) for row in rows]})
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+@torch.no_grad()
+def work(request: Request) -> Iterator[Record]:
+    """Yield a row for every target and formula of one divergence."""
+    rows, vocab, divergence = request.setting("rows"), request.setting("vocab"), request.loss
+    heading = f"numerics: {rows} rows, V {vocab:,}, float32 logits"
+    formulas, missing = formulas_of(request)
+    generator = torch.Generator().manual_seed(request.setting("seed"))
+    for target in TARGETS:
+        note(f"numerics: {divergence} at {target:g}")
+        student, teacher = make_logits(rows, vocab, target, generator)
+        true = true_kl(student, teacher, divergence)
+        for name, formula in formulas.items():
+            yield now_record(name)
+            value = formula(student, teacher, divergence)
+            error = Spread.of(((value - true).abs() / true).tolist())
+            negative, zero = (float(matches.float().mean()) for matches in (value < 0, value == 0))
+            row = NumericsRow(divergence, target, Spread.of(true.tolist()), name, error, negative, zero)
+            yield row_record(heading, HEADER, row.cells(), asdict(row))
+    for name, why in missing.items():
+        yield plain_record(heading, HEADER, [divergence, "-", name, *["-"] * 4, why])

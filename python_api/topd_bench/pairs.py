@@ -1,4 +1,4 @@
-"""What a teacher's prompt of its own costs: time and memory of a step on pairs, beside plain OPD: `python -m topd_bench.pairs`.
+"""The case `pairs`: what a teacher's prompt of its own costs, in time and memory of a step on pairs, beside plain OPD.
 
 Teacher SmolLM2-135M, student 6 of its layers with the shared embeddings and head, all trained, float32; reverse KL, value and
 backward pass on the same response tokens (drawn at random: the work does not depend on them). Contenders take turns: OPD where
@@ -8,9 +8,7 @@ ratios are medians with the smallest and the largest. Peak memory is the high-wa
 resident.
 """
 
-import argparse
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -18,16 +16,16 @@ import torch
 from torch import Tensor
 
 import topd
-from topd.backends import choose_backend
-from topd_bench.command import INTERRUPTED, parser_of
 from topd_bench.cpu.clock import WallClock
 from topd_bench.cpu.high_water import high_water_mib, settle
-from topd_bench.machine import cpu_facts
-from topd_bench.report import machine_line, markdown_table, note, write_json
+from topd_bench.records import plain_record, word_record
+from topd_bench.report import note
+from topd_bench.request import Request
+from topd_bench.runner import Record
 from topd_bench.timing import Sample, ratio, times_ms, whole_rounds
 from topd_demo import smollm2
 
-HEADER = ("step", "time_ms", "time / expected", "peak_mib", "peak / OPD's")
+HEADER = ("step", "time_ms", "time / expected", "peak_mib", "peak / OPD's", "note")
 OPD, EQUAL, LONGER = "OPD", "pairs, one prompt", "pairs, a longer prompt for the teacher"
 PASS, LONGER_PASS = "the teacher's pass", "the teacher's pass, longer prompt"
 STEPS = (OPD, EQUAL, LONGER)
@@ -91,45 +89,20 @@ def table(samples: dict[str, list[Sample]], peaks: dict[str, float]) -> list[lis
     return rows
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
-    counts = {
-        "rows": (2, "responses"),
-        "prompt": (16, "tokens of the prompt"),
-        "longer": (256, "tokens of the teacher's longer prompt"),
-        "response": (256, "tokens of a response"),
-        "rounds": (7, "timed rounds"),
-    }
-    return parser_of("pairs", __doc__, counts)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; the exit status is 130 after an interrupt, 1 where the model is not installed."""
-    arguments = parser().parse_args(argv)
-    if smollm2.missing():
-        note(f"topd_bench.pairs: {smollm2.missing()}")
-        return 1
-    if arguments.longer < arguments.prompt:
-        parser().error(f"--longer must be at least --prompt, got {arguments.longer} and {arguments.prompt}")
-    facts = cpu_facts(choose_backend(None, torch.device("cpu")))
+def work(request: Request) -> Iterator[Record]:
+    """Yield a row for every step and pass."""
+    rows, prompt, longer, response = (request.setting(name) for name in ("rows", "prompt", "longer", "response"))
+    heading = f"pairs: {rows} responses of {response} tokens, prompts of {prompt} and {longer}, float32"
+    if why := smollm2.missing():
+        yield word_record(heading, HEADER, "SmolLM2-135M", why, failed=True)
+        return
     teacher = smollm2.load_model()
-    lengths = (arguments.prompt, arguments.longer, arguments.response)
-    runs = contenders(smollm2.sliced(teacher), teacher, arguments.rows, lengths)
-    try:
-        peaks = peaks_mib(runs)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    samples, complete = whole_rounds(runs, arguments.rounds, WallClock(), note, warm_up=False)
-    if not samples[OPD]:
-        return INTERRUPTED
-    rows = table(samples, peaks)
-    shape = f"{arguments.rows} responses of {arguments.response} tokens, prompts of {arguments.prompt} and {arguments.longer}"
-    print(f"\n### pairs, {shape}, float32{'' if complete else ' (incomplete)'}\n\n{machine_line(facts)}\n")
-    print(markdown_table(HEADER, rows), flush=True)
-    if arguments.json is not None:
-        write_json(arguments.json, {"benchmark": "pairs", "machine": facts, "header": HEADER, "rows": rows})
-    return 0 if complete else INTERRUPTED
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    runs = contenders(smollm2.sliced(teacher), teacher, rows, (prompt, longer, response))
+    peaks = peaks_mib(runs)
+    samples, complete = whole_rounds(runs, request.rounds, WallClock(), lambda text: note(f"pairs: {text}"), warm_up=False)
+    if rounds := len(samples[OPD]):
+        counted = "" if complete else f"interrupted: {rounds} of {request.rounds} rounds"
+        for cells in table(samples, peaks):
+            yield plain_record(heading, HEADER, [*cells, counted])
+    if not complete:
+        raise KeyboardInterrupt

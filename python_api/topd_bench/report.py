@@ -1,7 +1,9 @@
 """Markdown tables, and JSON that is either whole or absent."""
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from topd.files import write_json as write_json
 
@@ -29,3 +31,12 @@ def machine_line(machine: Mapping[str, object]) -> str:
 def scientific(value: float | None) -> str:
     """Return two digits, or a dash for what was not measured."""
     return "-" if value is None else f"{value:.1e}"
+
+
+def strict(value: Any) -> Any:
+    """Return a value as JSON knows it: numbers that are none as words."""
+    if isinstance(value, dict):
+        return {key: strict(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(each) for each in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

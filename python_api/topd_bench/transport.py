@@ -1,66 +1,55 @@
-"""Time of Sinkhorn over many window pairs beside POT: `python -m topd_bench.transport`.
+"""The case `transport`: time of Sinkhorn over many window pairs, beside POT.
 
-m pairs of K x K tokens, embeddings [V, d], cosine cost, plans at epsilon and tolerance as asked (`peers/transport.py` has the
+m pairs of K x K tokens, embeddings [V, d], cosine cost, plans at epsilon and tolerance as asked (peers/transport.py has the
 contenders, and what each means by the tolerance). Contenders take turns, after an untimed round.
 """
 
-import argparse
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator
 
-import torch
-
-from topd.backends import choose_backend
-from topd_bench.command import INTERRUPTED, parser_of
 from topd_bench.cpu.clock import WallClock
-from topd_bench.machine import cpu_facts
+from topd_bench.limits import Guarded, first_call, limit_memory
+from topd_bench.peers.peer import not_installed
 from topd_bench.peers.transport import contenders, make_pairs
-from topd_bench.report import machine_line, markdown_table, note, scientific, write_json
-from topd_bench.timing import interleave, ratio, times_ms
+from topd_bench.records import now_record, plain_record, word_record
+from topd_bench.report import note, scientific
+from topd_bench.request import Request
+from topd_bench.runner import Record
+from topd_bench.timing import ratio, times_ms, whole_rounds
 
-HEADER = ("contender", "time_ms", "contender/topd", "largest row error, K x", "mean distance")
-
-
-def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
-    counts = {
-        "m": (218, "window pairs"),
-        "window": (50, "tokens of a window"),
-        "width": (576, "embedding width"),
-        "rounds": (5, "timed rounds"),
-    }
-    parser = parser_of("transport", __doc__, counts)
-    parser.add_argument("--epsilon", type=float, default=0.05)
-    parser.add_argument("--tolerance", type=float, default=1e-4)
-    return parser
+HEADER = ("peer", "time_ms", "time / topd", "largest row error, K x", "mean distance", "note")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; the exit status is 130 after an interrupt."""
-    arguments = parser().parse_args(argv)
-    pairs = make_pairs(arguments.m, arguments.window, arguments.width)
-    runs = contenders(pairs, arguments.epsilon, arguments.tolerance)
-    if len(runs) == 1:
-        note("POT is not installed: topd alone")
-    solutions = {name: run() for name, run in runs.items()}
-    try:
-        samples = interleave(runs, arguments.rounds, WallClock(), note)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    facts = cpu_facts(choose_backend(None, torch.device("cpu")))
-    rows = []
-    for name, each in samples.items():
-        against = str(ratio(each, samples["topd"])) if name != "topd" else "1"
+def work(request: Request) -> Iterator[Record]:
+    """Yield a row for every solver."""
+    m, window, width = (request.setting(name) for name in ("windows", "window", "width"))
+    epsilon, tolerance = request.settings["epsilon"], request.settings["tolerance"]
+    heading = f"transport: {m} pairs of {window} x {window}, d {width}, cosine, epsilon {epsilon:g}, tolerance {tolerance:g}"
+    pairs = make_pairs(m, window, width)
+    every = contenders(pairs, epsilon, tolerance)
+    limit_gib = limit_memory(request.limit_gib)
+    runs, solutions = {}, {}
+    for name, run in every.items():
+        if not request.takes("ours" if name == "topd" else "pot"):
+            continue
+        yield now_record(name)
+        note(f"transport: {name}")
+        call = first_call(run, limit_gib)
+        if call.why:
+            yield word_record(heading, HEADER, name, call.why, failed=name == "topd")
+        else:
+            runs[name], solutions[name] = Guarded(run, limit_gib), call.result
+    if len(every) == 1 and request.takes("pot"):
+        yield word_record(heading, HEADER, "pot", not_installed("ot", "POT"))
+    samples, complete = whole_rounds(runs, request.rounds, WallClock(), lambda text: note(f"transport: {text}"))
+    for name, taken in samples.items():
+        if runs[name].why or not taken:
+            yield word_record(
+                heading, HEADER, name, runs[name].why or "interrupted before a whole round", failed=name == "topd"
+            )
+            continue
+        against = str(ratio(taken, samples["topd"])) if "topd" in samples else "-"
         error, distance = scientific(solutions[name].row_error), float(solutions[name].distance.mean())
-        rows.append([name, str(times_ms(each)), against, error, f"{distance:.5f}"])
-    windows = f"{arguments.m} pairs of {arguments.window} x {arguments.window}, d = {arguments.width}"
-    shape = f"{windows}, cosine, epsilon {arguments.epsilon:g}"
-    print(f"\n### transport, {shape}, tolerance {arguments.tolerance:g}\n\n{machine_line(facts)}\n")
-    print(markdown_table(HEADER, rows), flush=True)
-    if arguments.json is not None:
-        write_json(arguments.json, {"benchmark": "transport", "machine": facts, "header": HEADER, "rows": rows})
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        counted = "" if complete else f"interrupted: {len(taken)} of {request.rounds} rounds"
+        yield plain_record(heading, HEADER, [name, str(times_ms(taken)), against, error, f"{distance:.5f}", counted])
+    if not complete:
+        raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""Time and memory of windows by branching, beside `model.generate`: `python -m topd_bench.windows`.
+"""The case `windows`: time and memory of windows by branching, beside `model.generate`.
 
 One rollout of SmolLM2-135M, sampled by itself, and windows from random columns of it, greedy and without an end-of-sequence
 token, so that everybody makes the same number of tokens. Contenders: topd's branching, its one pass over the rollout counted;
@@ -9,9 +9,7 @@ of one `generate` call per prefix token by token (rounding decides between logit
 measured: the teacher, 30 layers, and a student of 6 of them.
 """
 
-import argparse
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,16 +17,16 @@ import torch
 from torch import Tensor
 
 import topd
-from topd.backends import choose_backend
-from topd_bench.command import INTERRUPTED, parser_of
 from topd_bench.cpu.clock import WallClock
 from topd_bench.cpu.high_water import high_water_mib, settle
-from topd_bench.machine import cpu_facts
-from topd_bench.report import machine_line, markdown_table, note, write_json
+from topd_bench.records import plain_record, word_record
+from topd_bench.report import note
+from topd_bench.request import Request
+from topd_bench.runner import Record
 from topd_bench.timing import Sample, Spread, ratio, whole_rounds
 from topd_demo import smollm2
 
-HEADER = ("model", "way", "time_s", "time / branches", "peak_mib", "windows equal")
+HEADER = ("model", "way", "time_s", "time / branches", "peak_mib", "windows equal", "note")
 NOWHERE = 49152  # an end-of-sequence token that is never drawn
 
 
@@ -89,66 +87,45 @@ def contenders(model: Any, ids: Tensor, columns: Tensor, horizon: int) -> dict[s
 
 def rows_of(name: str, runs: dict[str, Watched], samples: dict[str, list[Sample]]) -> list[list[str]]:
     """Return the lines of one model."""
-    reference = runs["generate, one prefix a call"].tokens
+    one_by_one = runs.get("generate, one prefix a call")
+    reference = None if one_by_one is None else one_by_one.tokens
     rows = []
     for way, run in runs.items():
         assert run.tokens is not None
-        assert reference is not None
-        equal = int((run.tokens == reference).all(-1).sum())
-        against = "1" if way == "branches" else str(ratio(samples[way], samples["branches"]))
+        equal = "-"
+        if reference is not None:
+            equal = f"{int((run.tokens == reference).all(-1).sum())} of {len(reference)}"
+        against = str(ratio(samples[way], samples["branches"])) if "branches" in samples else "-"
         seconds = str(Spread.of([each.time_ms / 1e3 for each in samples[way]]))
-        rows.append([name, way, seconds, against, f"{run.peak_mib:.0f}", f"{equal} of {len(reference)}"])
+        rows.append([name, way, seconds, against, f"{run.peak_mib:.0f}", equal])
     return rows
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
-    counts = {
-        "windows": (32, "windows"),
-        "horizon": (50, "tokens of a window"),
-        "tokens": (512, "tokens of the rollout"),
-        "rounds": (3, "timed rounds"),
-    }
-    parser = parser_of("windows", __doc__, counts)
-    parser.add_argument("--model", nargs="+", choices=("teacher", "student"), default=["teacher", "student"])
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; the exit status is 130 after an interrupt, 1 where the model is not installed."""
-    arguments = parser().parse_args(argv)
-    if smollm2.missing():
-        note(f"topd_bench.windows: {smollm2.missing()}")
-        return 1
-    facts = cpu_facts(choose_backend(None, torch.device("cpu")))
+def work(request: Request) -> Iterator[Record]:
+    """Yield the rows of both models."""
+    count, horizon, tokens = (request.setting(name) for name in ("windows", "horizon", "tokens"))
+    heading = f"windows: {count} of {horizon} tokens on a rollout of {tokens}, greedy, float32"
+    if why := smollm2.missing():
+        yield word_record(heading, HEADER, "SmolLM2-135M", why, failed=True)
+        return
     teacher = smollm2.load_model()
-    ids = rollout(teacher, arguments.tokens)
+    ids = rollout(teacher, tokens)
     generator = torch.Generator().manual_seed(1)
-    columns = (torch.randperm(arguments.tokens - 1, generator=generator)[: arguments.windows] + 1).sort().values
-    rows: list[list[str]] = []
-    complete = True
-    for name in arguments.model:
-        model = teacher if name == "teacher" else smollm2.sliced(teacher)
-        label = f"{name}, {model.config.num_hidden_layers} layers"
+    columns = (torch.randperm(tokens - 1, generator=generator)[:count] + 1).sort().values
+    for model in (teacher, smollm2.sliced(teacher)):
+        label = f"{model.config.num_hidden_layers} layers"
         for warm_up in contenders(model, ids[:, :8], torch.tensor([3, 5]), 2).values():
             warm_up()
-        runs = contenders(model, ids, columns, arguments.horizon)
+        ways = contenders(model, ids, columns, horizon)
+        runs = {name: run for name, run in ways.items() if request.takes("ours" if name == "branches" else "generate")}
 
         def progress(text: str, label: str = label) -> None:
-            note(f"{label}: {text}")
+            note(f"windows, {label}: {text}")
 
-        samples, complete = whole_rounds(runs, arguments.rounds, WallClock(), progress, warm_up=False)
-        if samples["branches"]:
-            rows += rows_of(label, runs, samples)
+        samples, complete = whole_rounds(runs, request.rounds, WallClock(), progress, warm_up=False)
+        if all(samples.values()):
+            counted = "" if complete else f"interrupted: {len(next(iter(samples.values())))} of {request.rounds} rounds"
+            for cells in rows_of(label, runs, samples):
+                yield plain_record(heading, HEADER, [*cells, counted])
         if not complete:
-            break
-    shape = f"{arguments.windows} windows of {arguments.horizon} tokens on a rollout of {arguments.tokens}"
-    print(f"\n### windows, {shape}, greedy, float32{'' if complete else ' (incomplete)'}\n\n{machine_line(facts)}\n")
-    print(markdown_table(HEADER, rows), flush=True)
-    if arguments.json is not None:
-        write_json(arguments.json, {"benchmark": "windows", "machine": facts, "header": HEADER, "rows": rows})
-    return 0 if complete else INTERRUPTED
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+            raise KeyboardInterrupt

@@ -14,10 +14,10 @@ from topd_bench.gpu import command
 from topd_bench.gpu.jobs import JOBS
 from topd_bench.gpu.kernels import KernelRow
 from topd_bench.gpu.report import Report, plain, record
-from topd_bench.gpu.runner import Runner
 from topd_bench.gpu.times import TimeRow
 from topd_bench.gpu.tune import TuneRow
 from topd_bench.machine import gpu_facts
+from topd_bench.runner import Runner
 from topd_bench.timing import Spread
 
 ROOT = Path(__file__).parents[2]

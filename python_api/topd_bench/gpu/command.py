@@ -15,8 +15,6 @@ after Ctrl-C, 143 after SIGTERM.
 """
 
 import argparse
-import json
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -27,12 +25,12 @@ import torch
 
 import topd
 from topd_bench.cases import GPU_CASES
-from topd_bench.command import INTERRUPTED, parser_of, positive
+from topd_bench.command import INTERRUPTED, positive
 from topd_bench.gpu.jobs import JOBS, Run
 from topd_bench.gpu.lines import TOKENS
-from topd_bench.gpu.report import Report, strict
-from topd_bench.gpu.runner import Job, Runner
+from topd_bench.gpu.report import Report
 from topd_bench.report import note
+from topd_bench.runner import Job, Runner, speak
 
 NO_GPU = "no GPU: torch sees no CUDA or ROCm device on this machine; nothing was timed"
 NO_DEVICE = 2
@@ -42,8 +40,9 @@ TUNING = ("device", "tuning")
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    counts = {"rounds": (7, "timed rounds a line, at most")}
-    parser = parser_of("gpu", __doc__, counts)
+    parser = argparse.ArgumentParser(prog="python -m topd_bench.gpu", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--rounds", type=positive, default=7, help="timed rounds a line, at most (default 7)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every line there (default gpu.jsonl)")
     help_text = f"tokens; fewer where memory is short (default {TOKENS}, with --quick {QUICK_TOKENS})"
     parser.set_defaults(json=Path("gpu.jsonl"))
     parser.add_argument("--n", type=positive, default=None, help=help_text)
@@ -91,13 +90,9 @@ def refusal() -> str | None:
 
 def run_job(arguments: argparse.Namespace) -> int:
     """Measure one job, in this process: its lines go to stdout as JSON, whatever else prints there to stderr."""
-    lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
     run = run_of(arguments, torch.device("cuda", torch.cuda.current_device()))
     try:
-        for line in JOBS[arguments.job].lines(run):
-            lines.write(json.dumps(strict(line)) + "\n")
-            lines.flush()
+        speak(JOBS[arguments.job].lines(run))
     except KeyboardInterrupt:
         return INTERRUPTED
     return 0

@@ -11,8 +11,8 @@ from pathlib import Path
 from topd_bench.gpu.clock import Budget
 from topd_bench.gpu.lines import NOT_INSTALLED
 from topd_bench.gpu.report import plain
-from topd_bench.gpu.runner import Record
 from topd_bench.report import note
+from topd_bench.runner import Record
 
 ROOT = Path(__file__).parents[3]
 TESTS = Path("tests", "kernels")

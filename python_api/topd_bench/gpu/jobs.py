@@ -14,9 +14,9 @@ from topd_bench.gpu.clock import Budget, DeviceClock, FreshClock
 from topd_bench.gpu.floors import Rates
 from topd_bench.gpu.lines import Line, fitted, loss_line, own_line, score_line, transport_line
 from topd_bench.gpu.report import plain, record
-from topd_bench.gpu.runner import Record
 from topd_bench.gpu.times import Wanted, all_rows, measure
 from topd_bench.machine import gpu_facts
+from topd_bench.runner import Record
 
 IDS, TRANSPORT = 50, (218, 50, 2560)
 CHUNK_ROWS, KERNEL_ROUNDS = 1024, 9

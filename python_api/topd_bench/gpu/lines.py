@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from topd_bench.agreement import Errors, few_weight_gradients, of_largest, truth_of
+from topd_bench.agreement import Errors, of_largest, truth_of, whole_truth
 from topd_bench.cases import Case, Inputs
 from topd_bench.losses import Gradients, Workload
-from topd_bench.peers import LIBRARIES, differentiable, gradients_of, ours, scores, transport
+from topd_bench.peers import PEERS, differentiable, ours, scores, transport
 from topd_bench.peers.floor import floor, floor_of_scores
 
 TOKENS = 8192
@@ -80,8 +80,8 @@ def own_line(case: Case, inputs: Inputs, head: str, loss: str) -> Line:
     small = Workload.of(replace(inputs, workspace_bytes=SMALL_WORKSPACE), loss)
     runs: dict[str, Callable[[], Any]] = {
         "floor": partial(floor, inputs, loss),
-        "ours": gradients_of(partial(ours.loss, workload, "triton"), workload),
-        f"ours, {SMALL_WORKSPACE >> 20} MiB": gradients_of(partial(ours.loss, small, "triton"), small),
+        "ours": ours.PEER.contender(workload, "triton"),
+        f"ours, {SMALL_WORKSPACE >> 20} MiB": ours.PEER.contender(small, "triton"),
     }
     return _line(case, workload, head, runs, {})
 
@@ -90,11 +90,11 @@ def loss_line(case: Case, inputs: Inputs, head: str, loss: str, *, compiled: boo
     """Return the line of one loss of one shape, with everyone in it."""
     workload = _workload(inputs, head, loss)
     runs: dict[str, Callable[[], Any]] = {"floor": partial(floor, inputs, loss)}
-    runs |= differentiable(workload, "triton", compiled=compiled)
+    names = [name for name in PEERS if compiled or name != "torch.compile"]
+    contenders, refusals = differentiable(workload, "triton", names)
+    runs |= contenders
     skipped = {} if compiled else {"torch.compile": "skipped: no time left to compile"}
-    for name, library in LIBRARIES.items():
-        if name not in runs:
-            skipped[name] = "skipped: it does not know this loss" if library.installed() else NOT_INSTALLED
+    skipped |= {name: f"skipped: {why}" for name, why in refusals.items()}
     return _line(case, workload, head, runs, skipped)
 
 
@@ -107,10 +107,7 @@ def _line(case: Case, workload: Workload, head: str, runs: Mapping[str, Callable
     """Return the line of a loss with these contenders, judged by what is known of it."""
     inputs, loss = workload.inputs, workload.loss
     flop = case.gemm_flop(trainable_head=head == "trainable", teacher=workload.has_teacher)
-    truth = truth_of(workload)
-    if inputs.trainable_head:
-        entries, weight = few_weight_gradients(workload)
-        truth = replace(truth, entries=entries, weight=weight)
+    truth = whole_truth(workload)
 
     def errors(result: Any) -> Errors | None:
         return truth.errors(result) if isinstance(result, Gradients) else None

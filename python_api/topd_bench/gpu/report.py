@@ -1,12 +1,12 @@
 """The lines of `python -m topd_bench.gpu`, as they come: printed as Markdown tables that grow, written as JSON, a line each."""
 
 import json
-import math
 from pathlib import Path
 from typing import IO, Any
 
 from topd_bench.gpu import kernels, rates, times, tune
-from topd_bench.gpu.runner import Record
+from topd_bench.report import strict
+from topd_bench.runner import Record
 
 HEADERS = {
     "facts": ("fact", "value"),
@@ -27,15 +27,6 @@ def record(table: str, row: Any) -> Record:
 def plain(table: str, *cells: str, failed: bool = False) -> Record:
     """Return the line of a table of words."""
     return {"table": table, "cells": list(cells), "row": dict(zip(HEADERS[table], cells, strict=True)), "failed": failed}
-
-
-def strict(value: Any) -> Any:
-    """Return a value as JSON knows it: numbers that are none as words."""
-    if isinstance(value, dict):
-        return {key: strict(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [strict(each) for each in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Report:

@@ -1,12 +1,12 @@
 """Eager code as it is usually written: full logits in the models' dtype, widened to float32, log_softmax, the usual formula."""
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from topd.options import BackendName
 from topd_bench.losses import (
     Gradients,
     Targets,
@@ -16,6 +16,7 @@ from topd_bench.losses import (
     gradients_of_mean,
     has_teacher,
 )
+from topd_bench.peers.peer import Differentiable, Peer
 
 
 def gradients(workload: Workload) -> Gradients:
@@ -30,16 +31,10 @@ def gradients(workload: Workload) -> Gradients:
     return gradients_of_mean(divergence_of_logprobs(student, teacher, workload.loss), workload.inputs)
 
 
-def compiled(workload: Workload) -> Callable[[], Tensor]:
-    """Return what computes the same loss [N] under torch.compile, not compiled yet."""
-    torch.compiler.reset()  # after eight variants torch would run eager code in silence
-    function: Callable[..., Tensor] = torch.compile(_loss, dynamic=False)
-    return partial(function, workload.loss, *workload.sides, *workload.targets)
-
-
-def _loss(
+def loss_of(
     loss: str, hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, ids: Tensor, probs: Tensor
 ) -> Tensor:
+    """Return nats [N]."""
     if not has_teacher(loss):
         return _cross_entropy(hidden, weight, ids, probs)
     with torch.no_grad():
@@ -56,3 +51,11 @@ def _cross_entropy(hidden: Tensor, weight: Tensor, ids: Tensor, probs: Tensor) -
     if ids.shape[1] == 1:
         return F.cross_entropy(F.linear(hidden, weight).float(), ids[:, 0], reduction="none")
     return cross_entropy_of_logprobs(_logprobs(hidden, weight), Targets(ids, probs))
+
+
+def contender(workload: Workload, backend: BackendName | None) -> Differentiable:
+    """Return what takes a step."""
+    return partial(gradients, workload)
+
+
+PEER = Peer(contender)

@@ -6,6 +6,7 @@ import topd
 from topd.divergences import BY_NAME
 from topd.options import BackendName
 from topd_bench.losses import Workload
+from topd_bench.peers.peer import of_loss
 
 
 def loss(workload: Workload, backend: BackendName | None) -> Tensor:
@@ -28,3 +29,6 @@ def loss(workload: Workload, backend: BackendName | None) -> Tensor:
     logprobs = topd.linear_logprobs(student_hidden, student, ids, workspace_bytes=workspace_bytes, backend=backend)
     assert isinstance(logprobs, Tensor)
     return -(probs * logprobs).sum(-1)
+
+
+PEER = of_loss(loss)

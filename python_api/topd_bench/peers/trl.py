@@ -1,26 +1,24 @@
 """TRL 1.16's chunked divergence and chunked log-probabilities, as its trainers call them; on a CPU their fallback in torch."""
 
-import importlib.util
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from topd.options import BackendName
 from topd_bench.losses import JSD_BETA, Workload
+from topd_bench.peers.peer import UNKNOWN, not_installed, of_loss
 
 BETA = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": JSD_BETA}  # its name of a divergence, with our mixture between the two
 
 
-def offers(workload: Workload) -> bool:
-    return installed() and (workload.has_teacher or workload.one_token)
+def refusal(workload: Workload) -> str:
+    known = workload.has_teacher or workload.one_token
+    return not_installed("trl", "trl") if known else UNKNOWN
 
 
-def installed() -> bool:
-    return importlib.util.find_spec("trl") is not None
-
-
-def loss(workload: Workload) -> Tensor:
+def loss(workload: Workload, backend: BackendName | None) -> Tensor:
     """Return nats [N]."""
     student_hidden, student_weight, teacher_hidden, teacher_weight = workload.sides
     if workload.has_teacher:
@@ -55,3 +53,6 @@ def _logprobs() -> tuple[Any, int]:
     from trl.trainer import utils
 
     return ChunkedLogProbFunction, utils._CHUNKED_LOGPROB_CHUNK_SIZE
+
+
+PEER = of_loss(loss, refusal)

@@ -1,4 +1,4 @@
-"""TOPD's step beside OPD's on the same rollouts, by stage: `python -m topd_bench.objectives`.
+"""The case `step`: TOPD's step beside OPD's on the same rollouts, by stage.
 
 Teacher SmolLM2-135M, student 6 of its layers with the shared embeddings and head, all trained, float32. The student samples the
 rollouts from short prompts, which is timed too. A step is the objective and its backward pass; both count one pass of the
@@ -7,11 +7,9 @@ guidance on the divergent ones. The two take turns; ratios are medians of the ro
 The paper counts its 1.41 over training with the rollouts' generation: the last line counts ours so.
 """
 
-import argparse
 import statistics
-import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,15 +17,15 @@ import torch
 from torch import Tensor
 
 import topd
-from topd.backends import choose_backend
-from topd_bench.command import INTERRUPTED, parser_of
 from topd_bench.cpu.clock import WallClock
-from topd_bench.machine import cpu_facts
-from topd_bench.report import machine_line, markdown_table, note, write_json
+from topd_bench.records import plain_record, word_record
+from topd_bench.report import note
+from topd_bench.request import Request
+from topd_bench.runner import Record
 from topd_bench.timing import Contender, Sample, ratio, times_ms, whole_rounds
 from topd_demo import smollm2
 
-HEADER = ("stage", "OPD, s", "TOPD, s")
+HEADER = ("stage", "OPD, s", "TOPD, s", "note")
 STAGES = (
     "student_forward",
     "teacher_forward",
@@ -114,44 +112,25 @@ def table(opd: Sequence[Stages], both: Sequence[Stages], samples: Mapping[str, S
     return rows
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
-    counts = {
-        "rollouts": (2, "rollouts of a batch"),
-        "tokens": (512, "tokens of a rollout, prompt included"),
-        "horizon": (50, "tokens of a window"),
-        "rounds": (3, "timed rounds"),
-    }
-    return parser_of("objectives", __doc__, counts)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; the exit status is 130 after an interrupt, 1 where the model is not installed."""
-    arguments = parser().parse_args(argv)
-    if smollm2.missing():
-        note(f"topd_bench.objectives: {smollm2.missing()}")
-        return 1
-    facts = cpu_facts(choose_backend(None, torch.device("cpu")))
+def work(request: Request) -> Iterator[Record]:
+    """Yield a row for every stage."""
+    count, tokens, horizon = (request.setting(name) for name in ("rollouts", "tokens", "horizon"))
+    heading = f"step: {count} rollouts of {tokens} tokens, K = {horizon}, float32"
+    if why := smollm2.missing():
+        yield word_record(heading, HEADER, "SmolLM2-135M", why, failed=True)
+        return
     teacher = smollm2.load_model()
     student = smollm2.sliced(teacher)
-    rollouts = Rollouts(student, arguments.rollouts, arguments.tokens)
+    rollouts = Rollouts(student, count, tokens)
     opd = Step(topd.OPD(student, teacher), rollouts)
-    both = Step(topd.TOPD(student, teacher, topd.TOPDConfig(horizon=arguments.horizon)), rollouts)
+    both = Step(topd.TOPD(student, teacher, topd.TOPDConfig(horizon=horizon)), rollouts)
     runs: dict[str, Contender] = {"rollouts": rollouts, "OPD": opd, "TOPD": both}
-    samples, _ = whole_rounds(runs, arguments.rounds, WallClock(), note)
-    rounds = len(samples["OPD"])
-    if not rounds:
-        return INTERRUPTED
-    counted = slice(1, 1 + rounds)  # without the warm-up, and what an interrupt broke off
-    rows = table(opd.stages[counted], both.stages[counted], samples)
-    counts = ", ".join(f"{both.stages[rounds][name]:.0f} {text}" for name, text in COUNTS.items())
-    shape = f"{arguments.rollouts} rollouts of {arguments.tokens} tokens, K = {arguments.horizon}"
-    print(f"\n### objectives, {shape}: {counts}\n\n{machine_line(facts)}, rounds {rounds}\n")
-    print(markdown_table(HEADER, rows), flush=True)
-    if arguments.json is not None:
-        write_json(arguments.json, {"benchmark": "objectives", "machine": facts, "header": HEADER, "rows": rows})
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    samples, complete = whole_rounds(runs, request.rounds, WallClock(), lambda text: note(f"step: {text}"))
+    if rounds := len(samples["OPD"]):
+        counted = slice(1, 1 + rounds)  # without the warm-up, and what an interrupt broke off
+        for cells in table(opd.stages[counted], both.stages[counted], samples):
+            yield plain_record(heading, HEADER, [*cells, ""])
+        for name, text in COUNTS.items():
+            yield plain_record(heading, HEADER, [text, "-", f"{both.stages[rounds][name]:.0f}", "a count"])
+    if not complete:
+        raise KeyboardInterrupt

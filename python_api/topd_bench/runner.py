@@ -13,9 +13,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
+
+from topd_bench.report import strict
 
 Record = dict[str, Any]
 Sink = Callable[[str, Record], None]
@@ -27,11 +29,13 @@ USED_UP = "its time was used up"
 
 
 class Job(NamedTuple):
-    """A name, a command, to which `--seconds` is added, and its part of the run's time, in units that all jobs share."""
+    """A name, a command, to which `--seconds` is added, its part of the run's time, in units that all jobs share, and its
+    environment (None: this process's)."""
 
     name: str
     command: Sequence[str]
     weight: float
+    environment: Mapping[str, str] | None = None
 
 
 class Runner:
@@ -97,6 +101,7 @@ class Runner:
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
+            env=job.environment,
             start_new_session=True,
         )
         last_words = [""]
@@ -137,6 +142,15 @@ class Runner:
                 self._hand_on(job, record)
             elif text.strip():
                 sys.stderr.write(text.rstrip() + "\n")  # in one call: two threads write there
+
+
+def speak(records: Iterable[Record]) -> None:
+    """Write records as a job does, from inside it: each a line on stdout at once; whatever else prints there goes to stderr."""
+    lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    for record in records:
+        lines.write(json.dumps(strict(record)) + "\n")
+        lines.flush()
 
 
 def _read(stream: Any, put: Callable[[str | None], None]) -> None:
