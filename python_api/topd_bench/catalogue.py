@@ -13,6 +13,11 @@ SWEEPS = {
 }
 
 
+def name_of(peer: str) -> str:
+    """Return how a peer is called in tables."""
+    return "topd" if peer == "ours" else peer
+
+
 class Benchmark(NamedTuple):
     """A case.
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 from topd_bench.agreement import Errors, Truth, is_wrong, limits_of, whole_truth
 from topd_bench.cases import Case, make_inputs
+from topd_bench.catalogue import name_of
 from topd_bench.cpu.clock import WallClock
 from topd_bench.limits import Guarded, first_call, limit_memory
 from topd_bench.losses import Workload
@@ -68,7 +69,7 @@ class LossRow:
         errors = [scientific(error) for error in (self.value_error, self.hidden_error, self.weight_error)]
         faults = "-" if self.page_faults is None else f"{self.page_faults:.0f}"
         time = "-" if self.time_ms is None else f"{self.time_ms.median:.1f}"
-        return [self.loss, self.head, self.peer, time, *ratios, rate, *errors, faults, self.note]
+        return [self.loss, self.head, name_of(self.peer), time, *ratios, rate, *errors, faults, self.note]
 
     def record(self) -> Record:
         """Return the line that a job sends; it is a failure where topd was to be timed and was not."""

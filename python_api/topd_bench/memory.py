@@ -21,6 +21,7 @@ import torch
 
 from topd.ops.shared.plan import MIB, default_workspace
 from topd_bench.cases import CASES, Case, Inputs, make_inputs
+from topd_bench.catalogue import name_of
 from topd_bench.cpu.high_water import high_water_mib, settle
 from topd_bench.limits import first_call, limit_memory
 from topd_bench.losses import Workload, has_teacher
@@ -56,7 +57,7 @@ class MemoryRow:
         """Return its cells under HEADER."""
         sizes = (self.peak_mib, self.gradients_mib, self.beyond_mib, self.budget_mib)
         numbers = ["-" if size is None else f"{size:.0f}" for size in sizes]
-        return [self.peer, self.head, str(self.shape.n), str(self.shape.vocab), self.loss, *numbers, self.note]
+        return [name_of(self.peer), self.head, str(self.shape.n), str(self.shape.vocab), self.loss, *numbers, self.note]
 
     def record(self) -> Record:
         """Return the line that a job sends; it is a failure where topd passed its budget or was not measured."""

@@ -16,6 +16,7 @@ import topd
 from topd.backends import choose_backend
 from topd.divergences import BY_NAME
 from topd.options import BackendName
+from topd_bench.catalogue import name_of
 from topd_bench.losses import divergence_of_logprobs
 from topd_bench.peers import trl
 from topd_bench.peers.peer import not_installed
@@ -46,7 +47,7 @@ class NumericsRow:
         """Return its cells under HEADER."""
         error = (scientific(self.error.median), scientific(self.error.high))
         shares = (f"{self.negative_share:.0%}", f"{self.zero_share:.0%}")
-        return [self.divergence, scientific(self.true_kl.median), self.formula, *error, *shares, ""]
+        return [self.divergence, scientific(self.true_kl.median), name_of(self.formula), *error, *shares, ""]
 
 
 def make_logits(rows: int, vocab: int, kl: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -121,4 +122,4 @@ def work(request: Request) -> Iterator[Record]:
             row = NumericsRow(divergence, target, Spread.of(true.tolist()), name, error, negative, zero)
             yield row_record(heading, HEADER, row.cells(), asdict(row))
     for name, why in missing.items():
-        yield plain_record(heading, HEADER, [divergence, "-", name, *["-"] * 4, why])
+        yield plain_record(heading, HEADER, [divergence, "-", name_of(name), *["-"] * 4, why])

@@ -164,7 +164,7 @@ def _draw_bar(panel: Any, row: Mapping[str, Any], height: float, *, memory: bool
         ratio = row["ratios"]["floor"]
         length, reach = ratio["median"], ratio["high"]
         panel.hlines(height, ratio["low"], ratio["high"], color=INK, linewidth=1.2, zorder=3)
-        text = f"{length:.2f}   {value:,.0f} ms"
+        text = f"{length:.2f}   {value:,.0f} ms" if value >= 100 else f"{length:.2f}   {value:.3g} ms"
     panel.barh(height, length, height=0.8, color=COLORS.get(row["peer"], INK), zorder=2)
     panel.annotate(text, (reach, height), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9.5, color=INK)
 

@@ -11,6 +11,7 @@ from topd.costs import memory
 from topd.head import Head
 from topd.losses.plan import plan
 from topd.ops.shared.plan import MIB
+from topd_bench.catalogue import name_of
 from topd_bench.memory import MemoryRow, measured
 from topd_bench.records import MEASURED, now_record, plain_record
 from topd_bench.request import Request
@@ -42,7 +43,7 @@ def work(request: Request) -> Iterator[Record]:
     """Yield the row of one peer."""
     (peer,) = request.peers or ()
     case = request.sizes
-    place = [peer, case.name, f"{case.n}", f"{case.vocab}", f"{case.student_width}", request.loss, request.head]
+    place = [name_of(peer), case.name, f"{case.n}", f"{case.vocab}", f"{case.student_width}", request.loss, request.head]
     yield now_record(peer)
     row = MemoryRow("profile", case, request.dtype, request.head, request.loss, peer)
     row = measured(row, request) if peer not in request.skip else row

@@ -143,10 +143,5 @@ def _died(request: Request, why: str) -> Record:
     """Return the row of a job whose process died outside of any peer's call."""
     peers = ", ".join(request.peers or ())
     header = ("job", "peers", "note")
-    return row_record(
-        "jobs that died",
-        header,
-        [request.place(), peers, why],
-        {"job": request.place(), "note": why, "status": FAILED},
-        failed=True,
-    )
+    row = {"job": request.place(), "peers": peers, "note": why, "status": FAILED}
+    return row_record("jobs that died", header, [request.place(), peers, why], row, failed=True)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from topd_bench.catalogue import name_of
 from topd_bench.records import MEASURED
 from topd_bench.request import Request
 
@@ -59,11 +60,18 @@ def log_slope(line: Line) -> float:
     return slope([math.log(size) for size in line.sizes], [math.log(max(value, 1e-9)) for value in line.values])
 
 
+def named(line: Line) -> tuple[str, str, str]:
+    """Return loss, head and peer as tables have them."""
+    return line.loss, line.head, name_of(line.peer)
+
+
 def slope_rows(lines: Sequence[Line], axis: str, *, memory: bool) -> tuple[list[str], list[list[str]]]:
     """Return the head and the rows of the table of slopes."""
     word = "N" if axis == "tokens" else "V"
     if not memory:
-        cells = [[*line[:3], str(len(line.sizes)), f"{log_slope(line):.3f}"] for line in lines if line.peer not in FLOORS[1:]]
+        cells = [
+            [*named(line), str(len(line.sizes)), f"{log_slope(line):.3f}"] for line in lines if line.peer not in FLOORS[1:]
+        ]
         return [name.format(word) for name in TIME_HEADER], cells
     unit = "row" if axis == "tokens" else "entry"
     slopes = {line[:3]: slope(line.sizes, line.values) for line in lines}
@@ -71,7 +79,7 @@ def slope_rows(lines: Sequence[Line], axis: str, *, memory: bool) -> tuple[list[
     for line in lines:
         eager = slopes.get((line.loss, line.head, "eager"))
         share = f"{slopes[line[:3]] / eager:.1%}" if eager else "-"
-        cells.append([*line[:3], str(len(line.sizes)), f"{slopes[line[:3]]:.6f}", share])
+        cells.append([*named(line), str(len(line.sizes)), f"{slopes[line[:3]]:.6f}", share])
     return [name.format(unit) for name in MEMORY_HEADER], cells
 
 

@@ -43,9 +43,8 @@ def work(request: Request) -> Iterator[Record]:
     samples, complete = whole_rounds(runs, request.rounds, WallClock(), lambda text: note(f"transport: {text}"))
     for name, taken in samples.items():
         if runs[name].why or not taken:
-            yield word_record(
-                heading, HEADER, name, runs[name].why or "interrupted before a whole round", failed=name == "topd"
-            )
+            why = runs[name].why or "interrupted before a whole round"
+            yield word_record(heading, HEADER, name, why, failed=name == "topd")
             continue
         against = str(ratio(taken, samples["topd"])) if "topd" in samples else "-"
         error, distance = scientific(solutions[name].row_error), float(solutions[name].distance.mean())
