@@ -9,7 +9,6 @@ from topd_bench.records import MEASURED
 from topd_bench.request import Request
 
 TIME, MEMORY = "time_ms", "beyond_mib"
-FLOORS = ("floor", "warm_floor")
 GIVES_UP = ("out of memory", "a call takes", "a call would take", "the process died")
 TIME_HEADER = ("loss", "head", "peer", "sizes", "slope: d log time / d log {}")
 MEMORY_HEADER = ("loss", "head", "peer", "sizes", "MiB beyond gradients, per {}", "share of eager's")
@@ -69,9 +68,8 @@ def slope_rows(lines: Sequence[Line], axis: str, *, memory: bool) -> tuple[list[
     """Return the head and the rows of the table of slopes."""
     word = "N" if axis == "tokens" else "V"
     if not memory:
-        cells = [
-            [*named(line), str(len(line.sizes)), f"{log_slope(line):.3f}"] for line in lines if line.peer not in FLOORS[1:]
-        ]
+        shown = [line for line in lines if line.peer != "warm_floor"]
+        cells = [[*named(line), str(len(line.sizes)), f"{log_slope(line):.3f}"] for line in shown]
         return [name.format(word) for name in TIME_HEADER], cells
     unit = "row" if axis == "tokens" else "entry"
     slopes = {line[:3]: slope(line.sizes, line.values) for line in lines}

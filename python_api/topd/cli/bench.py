@@ -123,6 +123,9 @@ def run_bench(arguments: argparse.Namespace) -> int:
     try:
         check(options)
         check_path(arguments.plot, options.case)
+        for option, path in (("--plot", arguments.plot), ("--json", arguments.json)):
+            if path is not None and not path.absolute().parent.is_dir():
+                raise ValueError(f"{option} must be in a folder that is there, and {path.absolute().parent} is none")
     except ValueError as error:
         raise CommandError(str(error)) from error
     session = Session(options, arguments.json)
