@@ -11,7 +11,7 @@ from topd.files import whole
 from topd.plots import FAINT, INK
 from topd_bench.catalogue import CASES
 from topd_bench.records import MEASURED
-from topd_bench.sweep import Line, lines_of, log_slope, value_of
+from topd_bench.sweep import Line, lines_of, log_slope, upper_slope, value_of
 
 ENDINGS = (".png", ".svg", ".pdf")
 NAMES = {"ours": "topd", "floor": "bare products", "trl": "TRL", "liger": "Liger", "cce": "ml-cross-entropy"}
@@ -74,6 +74,8 @@ def name_of(peer: str) -> str:
 
 def sweep_figure(rows: Rows, axis: str, *, memory: bool) -> Any:
     """Draw every system's line, with its name and slope in the legend; a panel for each loss and head."""
+    from matplotlib.ticker import LogLocator
+
     lines = lines_of(rows, axis)
     groups = list(dict.fromkeys((line.loss, line.head) for line in lines))
     figure = _figure(0.6 + 3.9 * len(groups))
@@ -81,13 +83,14 @@ def sweep_figure(rows: Rows, axis: str, *, memory: bool) -> Any:
     for panel, group in zip(panels, groups, strict=True):
         members = [line for line in lines if (line.loss, line.head) == group]
         for line in sorted(members, key=lambda line: -line.values[-1] / line.sizes[-1]):
-            _draw_line(panel, line)
+            _draw_line(panel, line, _growth(line, axis, memory=memory))
         sizes = sorted({size for line in members for size in line.sizes})
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
         panel.set_xticks(sizes, [f"{size:,}" for size in sizes], fontsize=10)
-        panel.minorticks_off()
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panel.yaxis.set_major_formatter(lambda value, place: f"{value:,.10g}")
+        panel.minorticks_off()
         panel.tick_params(axis="y", labelsize=10)
         panel.grid(color=GRID, linewidth=0.8)
         panel.set_axisbelow(True)
@@ -99,9 +102,18 @@ def sweep_figure(rows: Rows, axis: str, *, memory: bool) -> Any:
     return figure
 
 
-def _draw_line(panel: Any, line: Line) -> None:
+def _growth(line: Line, axis: str, *, memory: bool) -> str:
+    """Return how a line grows, for the legend."""
+    if len(line.sizes) < 2:
+        return ""
+    if not memory:
+        return f"\nslope {log_slope(line):.2f}"
+    unit = "1,000 tokens" if axis == "tokens" else "1,000 entries"
+    return f"\n{1000 * upper_slope(line):,.0f} MiB per {unit}"
+
+
+def _draw_line(panel: Any, line: Line, growth: str) -> None:
     floor, ours = line.peer == "floor", line.peer == "ours"
-    slope = f"\nslope {log_slope(line):.2f}" if len(line.sizes) > 1 else ""
     panel.plot(
         line.sizes,
         line.values,
@@ -110,7 +122,7 @@ def _draw_line(panel: Any, line: Line) -> None:
         linestyle="--" if floor else "-",
         linewidth=2.6 if ours else 1.7,
         color=COLORS.get(line.peer, INK),
-        label=name_of(line.peer) + slope,
+        label=name_of(line.peer) + growth,
         zorder=3 if ours else 2,
     )
 

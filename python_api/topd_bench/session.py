@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from topd_bench.command import INTERRUPTED
 from topd_bench.cpu.environment import child_environment
 from topd_bench.plans import Options, requests_of
 from topd_bench.records import FACTS, FAILED, NOW, ROWS, row_record
@@ -53,7 +52,7 @@ class Session:
         print(self.text(), flush=True)
         if self.runner.signal is not None:
             note("interrupted: what was measured until then is above" + (f" and in {self.path}" if self.path else ""))
-            return INTERRUPTED
+            return 128 + self.runner.signal
         return int(self.failed)
 
     def _run(self, request: Request) -> None:

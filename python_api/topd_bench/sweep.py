@@ -11,7 +11,7 @@ from topd_bench.request import Request
 TIME, MEMORY = "time_ms", "beyond_mib"
 GIVES_UP = ("out of memory", "a call takes", "a call would take", "the process died")
 TIME_HEADER = ("loss", "head", "peer", "sizes", "slope: d log time / d log {}")
-MEMORY_HEADER = ("loss", "head", "peer", "sizes", "MiB beyond gradients, per {}", "share of eager's")
+MEMORY_HEADER = ("loss", "head", "peer", "sizes from", "sizes", "MiB beyond gradients, per {}", "share of eager's")
 
 
 class Line(NamedTuple):
@@ -59,6 +59,18 @@ def log_slope(line: Line) -> float:
     return slope([math.log(size) for size in line.sizes], [math.log(max(value, 1e-9)) for value in line.values])
 
 
+def upper_half(line: Line) -> Line:
+    """Return the larger half of a line's points: below, a call is smaller than what chunked losses keep to work in."""
+    start = (len(line.sizes) - 1) // 2
+    return line._replace(sizes=line.sizes[start:], values=line.values[start:])
+
+
+def upper_slope(line: Line) -> float:
+    """Return the MiB with each row or entry, over the larger half of the sizes."""
+    upper = upper_half(line)
+    return slope(upper.sizes, upper.values)
+
+
 def named(line: Line) -> tuple[str, str, str]:
     """Return loss, head and peer as tables have them."""
     return line.loss, line.head, name_of(line.peer)
@@ -72,12 +84,13 @@ def slope_rows(lines: Sequence[Line], axis: str, *, memory: bool) -> tuple[list[
         cells = [[*named(line), str(len(line.sizes)), f"{log_slope(line):.3f}"] for line in shown]
         return [name.format(word) for name in TIME_HEADER], cells
     unit = "row" if axis == "tokens" else "entry"
-    slopes = {line[:3]: slope(line.sizes, line.values) for line in lines}
+    slopes = {line[:3]: upper_slope(line) for line in lines}
     cells = []
     for line in lines:
         eager = slopes.get((line.loss, line.head, "eager"))
         share = f"{slopes[line[:3]] / eager:.1%}" if eager else "-"
-        cells.append([*named(line), str(len(line.sizes)), f"{slopes[line[:3]]:.6f}", share])
+        upper = upper_half(line)
+        cells.append([*named(line), f"{upper.sizes[0]:,}", str(len(upper.sizes)), f"{slopes[line[:3]]:.6f}", share])
     return [name.format(unit) for name in MEMORY_HEADER], cells
 
 

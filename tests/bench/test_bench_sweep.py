@@ -40,14 +40,17 @@ def test_a_time_that_doubles_with_its_size_has_slope_1_and_a_root_one_half():
 
 
 def test_memory_is_told_per_row_and_as_a_share_of_eagers():
-    """eager takes 1.5 MiB a row, topd 0.015 beside 400 that stay: 1 % of eager's."""
+    """eager takes 1.5 MiB a row, topd 0.015 beside 400 that stay: 1 % of eager's. Fitted to the larger half of the sizes."""
     pairs = {"eager": lambda n: 1.5 * n, "ours": lambda n: 400 + 0.015 * n}
     rows = [memory_row(peer, n, mib(n)) for n in SIZES for peer, mib in pairs.items()]
     header, cells = slope_rows(lines_of(rows, "tokens"), "tokens", memory=True)
     assert header[-2:] == ["MiB beyond gradients, per row", "share of eager's"]
-    assert cells == [["jsd", "frozen", "eager", "3", "1.500000", "100.0%"], ["jsd", "frozen", "topd", "3", "0.015000", "1.0%"]]
-    _, alone = slope_rows([Line("jsd", "frozen", "ours", SIZES, (1.0, 1.0, 1.0))], "tokens", memory=True)
-    assert alone == [["jsd", "frozen", "topd", "3", "0.000000", "-"]]
+    assert cells == [
+        ["jsd", "frozen", "eager", "512", "2", "1.500000", "100.0%"],
+        ["jsd", "frozen", "topd", "512", "2", "0.015000", "1.0%"],
+    ]
+    _, alone = slope_rows([Line("jsd", "frozen", "ours", SIZES, (0.5, 1.0, 1.0))], "tokens", memory=True)
+    assert alone == [["jsd", "frozen", "topd", "512", "2", "0.000000", "-"]]
 
 
 @pytest.mark.parametrize("sweep", ["tokens", None])
