@@ -1,6 +1,6 @@
 """`pytest bench`: the cases of `topd bench` as tests of pytest-benchmark, for its --benchmark-save and --benchmark-compare.
 
-They are not among the tests of `make test`. Options choose what runs; a peer that cannot compute a loss is skipped with its reason.
+They are not among the tests of `make test`. A peer that cannot compute a loss is skipped with its reason.
 """
 
 import pytest

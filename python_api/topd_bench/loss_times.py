@@ -110,12 +110,12 @@ def work(request: Request) -> Iterator[Record]:
     yield now_record("")
     floors = {"floor": lambda: floor(inputs, request.loss), "warm_floor": lambda: warm_floor(inputs, request.loss)}
     for name in FLOORS:
-        made = first_call(floors[name], limit_gib)
-        if made.why:
-            rows[name] = replace(rows[name], status=FAILED, note=made.why)
+        built = first_call(floors[name], limit_gib)
+        if built.why:
+            rows[name] = replace(rows[name], status=FAILED, note=built.why)
         else:
-            runs[name] = Guarded(floors["floor"] if name == "floor" else made.result, limit_gib)
-        del made
+            runs[name] = Guarded(floors["floor"] if name == "floor" else built.result, limit_gib)
+        del built
     yield from (row.record() for row in _timed(rows, runs, request, warm_up=seconds < LONG_ROUND_SECONDS))
 
 

@@ -23,6 +23,9 @@ OPTIONS = ("-m", "gpu", "-q", "--tb=line", "-p", "no:cacheprovider", "--continue
 
 def all_lines(seconds: float) -> Iterator[Record]:
     """Yield the tests at the widths of models, then all others."""
+    if not (ROOT / TESTS).is_dir():
+        yield plain("tests", "all", "skipped: the tests are in a clone of the repository, not in the package")
+        return
     first = sorted(str(path.relative_to(ROOT)) for path in (ROOT / TESTS).glob("test_gpu_*.py"))
     budget = Budget(seconds, 2)
     yield from pytest_lines("widths of models", first, budget.share())
@@ -32,9 +35,6 @@ def all_lines(seconds: float) -> Iterator[Record]:
 
 def pytest_lines(what: str, arguments: Sequence[str], seconds: float) -> Iterator[Record]:
     """Yield the tests that failed, and a last line on how many passed; as many as ran where the time is used up."""
-    if not (ROOT / TESTS).is_dir():
-        yield plain("tests", what, "skipped: the tests are in a clone of the repository, not in the package")
-        return
     if importlib.util.find_spec("pytest") is None:
         yield plain("tests", what, NOT_INSTALLED)
         return
