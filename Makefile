@@ -14,9 +14,9 @@ DEMO ?=
 BUILT := $(VENV)/built-$(TOPD_BUILD_CPP)
 
 # Two workers with a thread each; the tests of threads set their own number.
-PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -p no:benchmark
 
-.PHONY: test test-all lint bench quality demo install-check clean
+.PHONY: test test-all lint bench bench-smoke quality demo install-check clean
 
 test: $(BUILT)
 	$(PYTEST) -m "not slow" $(TESTS)
@@ -31,10 +31,19 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h')
 
+# The tables and pictures of the documentation, into build/bench (hours): CASES="numerics transport".
+BENCH := $(RUN) -m topd.cli.main bench
+CASES ?= divergence logprobs memory numerics guidance transport windows step pairs profile
 bench: $(BUILT)
-	$(RUN) -m bench.numerics
-	$(RUN) -m bench.memory
-	$(RUN) -m bench.speed
+	mkdir -p build/bench
+	for case in $(CASES); do $(BENCH) --case $$case --json build/bench/$$case.json || exit 1; done
+	for case in divergence memory; do for sweep in tokens vocab; do \
+	  $(BENCH) --case $$case --sweep $$sweep --json build/bench/$$case-$$sweep.json --plot build/bench/$$case-$$sweep.png \
+	    || exit 1; done; done
+
+# A few ratios of topd bench below twice their bounds (90 s).
+bench-smoke: $(BUILT)
+	$(RUN) -m tools.bench_smoke
 
 # Does it teach: every method on every task, eight paired seeds (an hour). QUALITY="--tasks sorting --rows opd topd --seeds 2".
 QUALITY ?=

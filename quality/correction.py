@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 
 import topd
-from bench.command import positive
-from bench.report import markdown_table, note
 from quality.generation import answer, rollouts
 from quality.methods import CANDIDATES, HORIZON
 from quality.models import schooled
@@ -22,6 +20,8 @@ from quality.settings import SETTINGS
 from quality.tables import spread
 from quality.tasks import TASKS
 from quality.training import PROMPTS, ROLLOUTS, WINDOWS, stream
+from topd_bench.command import positive
+from topd_bench.report import markdown_table, note
 
 UPDATES, DRAWS, ROWS = 5, 4, 64
 Batch = dict[str, Tensor]

@@ -16,8 +16,6 @@ from pathlib import Path
 
 import torch
 
-from bench.command import INTERRUPTED, positive
-from bench.report import note
 from quality.figures import draw, draw_differences
 from quality.methods import ROWS
 from quality.models import Schooling, schooled
@@ -26,6 +24,8 @@ from quality.settings import SETTINGS
 from quality.tables import tables
 from quality.tasks import TASKS
 from quality.training import Job, Record, run
+from topd_bench.command import INTERRUPTED, positive
+from topd_bench.report import note
 
 SEEDS = 8
 

@@ -18,9 +18,6 @@ from typing import Any
 
 import torch
 
-from bench.command import INTERRUPTED, positive
-from bench.machine import cpu_facts
-from bench.report import note
 from quality.probe_distances import Points
 from quality.probe_file import Pair, fill, read
 from quality.probe_plot import scatter
@@ -30,6 +27,9 @@ from topd import files
 from topd.backends import choose_backend
 from topd.cli.errors import CommandError
 from topd.cli.options import seed
+from topd_bench.command import INTERRUPTED, positive
+from topd_bench.machine import cpu_facts
+from topd_bench.report import note
 from topd_demo import smollm2
 from topd_demo.influence import least_influence, without_layers
 from topd_demo.prompts import encode, make_prompts

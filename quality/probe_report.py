@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from bench.report import machine_line, markdown_table
 from quality.probe_distances import Array, Points
 from quality.probe_file import Probe, Record
 from quality.probe_points import CLASSES
 from quality.probe_statistics import Summary, aucs, interval, repeats, resampling, stays_out, summary
 from quality.probe_windows import ARMS, BASE, ROLLOUT
+from topd_bench.report import machine_line, markdown_table
 
 PAPER = ("the paper (30B teaches 4B)", "0.566", "0.361", "0.315", "29.23 %", "", "", "", "")
 SHOWN = (BASE, "regenerate, shared", "rollout, counterfactual")

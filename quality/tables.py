@@ -4,10 +4,10 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from bench.report import markdown_table
 from quality.methods import ROWS
 from quality.statistics import area, paired_interval
 from quality.training import Record
+from topd_bench.report import markdown_table
 
 BASELINE = "opd"
 COUNTS = ("real_divergent", "real_alarm", "surface_divergent", "surface_alarm")

@@ -1,5 +1,5 @@
 """Verify the Triton kernels without a GPU, and topd under other versions of its hosts. Nothing here is installed with topd, and
-nothing here measures a time: that is bench/.
+nothing here measures a time: that is topd_bench.
 
     python -m tools.aot       compile the kernels for devices that are not here; registers, stack, spills, shared memory
                               (variants.py lists what a launcher can choose, binaries.py compiles and reads the binary)

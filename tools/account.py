@@ -17,8 +17,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from bench.cases import GPU_CASES, Case
-from bench.report import markdown_table, write_json
 from tools.instructions import divergence_launches, held, instructions_of
 from topd.costs.devices import DEVICES, Device
 from topd.costs.products import (
@@ -31,6 +29,8 @@ from topd.costs.products import (
     slower_of,
 )
 from topd.ops.shared.plan import ChunkPlan
+from topd_bench.cases import GPU_CASES, Case
+from topd_bench.report import markdown_table, write_json
 
 SHAPES = list(GPU_CASES.values())
 ROWS = (("reverse_kl", True), ("jsd", True), ("reverse_kl", False))

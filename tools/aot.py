@@ -20,9 +20,9 @@ from pathlib import Path
 
 import triton
 
-from bench.report import markdown_table, note, write_json
 from tools.binaries import TARGETS, Binary, compile_launch
 from tools.variants import all_launches, default_launches, distinct
+from topd_bench.report import markdown_table, note, write_json
 from topd_kernels.shared.launch import Launch
 
 

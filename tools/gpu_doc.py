@@ -9,9 +9,9 @@ from pathlib import Path
 
 import triton
 
-from bench.report import note
 from tools import account, aot, instructions
 from tools.binaries import TARGETS
+from topd_bench.report import note
 
 DOCS = Path(__file__).parents[1] / "docs" / "gpu.md"
 END = "<!-- end -->\n"

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 import triton
 
-from bench.report import markdown_table, write_json
 from tools.binaries import TARGETS, compile_launch
 from topd.costs import predicted
+from topd_bench.report import markdown_table, write_json
 from topd_kernels.divergence_rows import launches as divergence_rows
 from topd_kernels.logprob_rows import launches as logprob_rows
 from topd_kernels.shared.launch import Launch

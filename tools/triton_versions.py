@@ -15,8 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench.report import markdown_table
 from tools.versions import environment, verdict
+from topd_bench.report import markdown_table
 
 # What an environment needs beside a version. Triton 3.6's interpreter reads an array of one entry as a number: numpy lets it
 # up to 2.3.

@@ -1,11 +1,11 @@
-"""What the tests of `python -m bench.gpu` share."""
+"""What the tests of `python -m topd_bench.gpu` share."""
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from bench.cases import Case
+from topd_bench.cases import Case
 from topd_kernels import register
 
 CPU = torch.device("cpu")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench.cases import zipf_ids
+from topd_bench.cases import Case, zipf_ids
 
 
 def test_ids_follow_zipfs_law():
@@ -19,3 +19,12 @@ def test_ids_follow_zipfs_law():
 def test_a_small_vocabulary(vocab):
     ids = zipf_ids(100, vocab, 3, torch.Generator().manual_seed(0))
     assert set(ids.unique().tolist()) == set(range(vocab))
+
+
+def test_a_shape_declares_its_flop_and_bytes():
+    """N 2, V 10, H 3 and 5. Products: 2 * 2 * 10 * (3 * 3 + 5) flop. Read: 6 + 10 states, 30 + 50 weights; written: 6 + 30."""
+    case = Case("by hand", n=2, vocab=10, student_width=3, teacher_width=5)
+    assert case.gemm_flop(trainable_head=True) == 560
+    assert case.gemm_flop(trainable_head=False, teacher=False) == 2 * 2 * 10 * 2 * 3
+    assert case.least_bytes(trainable_head=True) == 4 * (96 + 36)
+    assert case.least_bytes(trainable_head=False, teacher=False, itemsize=2) == 2 * (36 + 6)

@@ -1,4 +1,4 @@
-"""The launches that `python -m bench.gpu` times one by one, and `--tune`."""
+"""The launches that `python -m topd_bench.gpu` times one by one, and `--tune`."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,10 +7,10 @@ import pytest
 import torch
 from gpu_bench import CASE, CPU, INTERPRETED
 
-from bench.gpu import floors, kernels, tune
-from bench.gpu.clock import DeviceClock
-from bench.gpu.floors import Rates
-from bench.timing import Spread
+from topd_bench.gpu import floors, kernels, tune
+from topd_bench.gpu.clock import DeviceClock
+from topd_bench.gpu.floors import Rates
+from topd_bench.timing import Spread
 from topd_kernels.shared.launch import run_all
 
 

@@ -1,4 +1,4 @@
-"""The lines of `python -m bench.gpu`: shapes, contenders, and that what is wrong is not timed. The clock takes wall time."""
+"""The lines of `python -m topd_bench.gpu`: shapes, contenders, and that what is wrong is not timed. The clock: wall time."""
 
 import importlib.util
 from dataclasses import replace
@@ -7,10 +7,11 @@ import pytest
 import torch
 from gpu_bench import CASE, CPU, INTERPRETED
 
-from bench.agreement import Errors, is_wrong
-from bench.cases import GPU_CASES, make_inputs
-from bench.gpu import lines, times
-from bench.gpu.clock import Budget, DeviceClock, FreshClock
+from topd_bench.agreement import Errors, is_wrong
+from topd_bench.cases import GPU_CASES, make_inputs
+from topd_bench.gpu import lines, times
+from topd_bench.gpu.clock import Budget, DeviceClock, FreshClock
+from topd_bench.peers.peer import UNKNOWN
 
 
 def test_shapes_are_the_models():
@@ -91,8 +92,9 @@ def test_a_real_line_is_right(loss, head, monkeypatch):
     assert set(line.runs) == {"floor", "ours", "eager"}
     assert line.skipped == {
         "torch.compile": "skipped: no time left to compile",
-        "trl": "skipped: not installed",
-        "liger": "skipped: not installed",
+        "cce": "skipped: needs a GPU" if loss == "logprobs_1" else f"skipped: {UNKNOWN}",
+        "trl": f"skipped: {'not installed: pip install trl' if loss == 'reverse_kl' else UNKNOWN}",
+        "liger": f"skipped: {'not installed: pip install liger-kernel' if loss == 'reverse_kl' else UNKNOWN}",
     }
     products = 2 * 2 * 40 * ((3 if head == "trainable" else 2) * 8 + (6 if loss == "reverse_kl" else 0))
     assert line.flop == products

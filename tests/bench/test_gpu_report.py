@@ -1,4 +1,4 @@
-"""What `python -m bench.gpu` prints and writes, how it ends, and that it says in one line that there is no GPU."""
+"""What `python -m topd_bench.gpu` prints and writes, how it ends, and that it says in one line that there is no GPU."""
 
 import json
 import os
@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 from gpu_bench import CPU
 
-from bench.gpu import command
-from bench.gpu.jobs import JOBS
-from bench.gpu.kernels import KernelRow
-from bench.gpu.report import Report, plain, record
-from bench.gpu.runner import Runner
-from bench.gpu.times import TimeRow
-from bench.gpu.tune import TuneRow
-from bench.machine import gpu_facts
-from bench.timing import Spread
+from topd_bench.gpu import command
+from topd_bench.gpu.jobs import JOBS
+from topd_bench.gpu.kernels import KernelRow
+from topd_bench.gpu.report import Report, plain, record
+from topd_bench.gpu.times import TimeRow
+from topd_bench.gpu.tune import TuneRow
+from topd_bench.machine import gpu_facts
+from topd_bench.runner import Runner
+from topd_bench.timing import Spread
 
 ROOT = Path(__file__).parents[2]
 SPREAD = Spread(2.0, 1.0, 3.0)
@@ -27,7 +27,7 @@ SPREAD = Spread(2.0, 1.0, 3.0)
 def test_says_that_there_is_no_gpu(tmp_path):
     hidden = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "PYTHONPATH": "python_api:."}
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | hidden
-    line = [sys.executable, "-m", "bench.gpu", "--quick", "--json", str(tmp_path / "gpu.jsonl")]
+    line = [sys.executable, "-m", "topd_bench.gpu", "--quick", "--json", str(tmp_path / "gpu.jsonl")]
     done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 2
     assert done.stderr == "no GPU: torch sees no CUDA or ROCm device on this machine; nothing was timed\n"
@@ -93,7 +93,7 @@ def test_main_prints_writes_and_exits(failed, ended, status, monkeypatch, tmp_pa
     path = tmp_path / "gpu.jsonl"
     assert command.main(["--json", str(path), "--n", "64"]) == status
     assert [job.name for job in ran] == list(JOBS)
-    assert list(ran[0].command[1:]) == ["-m", "bench.gpu", "--json", str(path), "--n", "64", "--job", "device"]
+    assert list(ran[0].command[1:]) == ["-m", "topd_bench.gpu", "--json", str(path), "--n", "64", "--job", "device"]
     how = "complete" if ended is None else f"broken off: {signal.Signals(ended).name}"
     assert capsys.readouterr().out.endswith(f"\n{how}, 0 s, wrong or failed: {int(failed)}\n")
     written = [json.loads(line) for line in path.read_text().splitlines()]
@@ -104,8 +104,8 @@ def test_main_prints_writes_and_exits(failed, ended, status, monkeypatch, tmp_pa
 
 JOB = """
 import os, sys, torch
-from bench.gpu import command, jobs
-from bench.gpu.report import plain
+from topd_bench.gpu import command, jobs
+from topd_bench.gpu.report import plain
 def lines(run):
     print("a library prints")
     os.system("echo its child too")

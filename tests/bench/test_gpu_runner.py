@@ -1,4 +1,4 @@
-"""The runner of `python -m bench.gpu` with stand-in jobs: order, deadline, signals, lines as they come, deaths of processes."""
+"""The runner of `python -m topd_bench.gpu` with stand-in jobs: order, deadline, signals, lines as they come, deaths."""
 
 import json
 import signal
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.gpu.runner import Job, Runner
+from topd_bench.runner import Job, Runner
 
 ROOT = Path(__file__).parents[2]
 SAY = """
@@ -78,7 +78,7 @@ except KeyboardInterrupt:
 
 
 def test_a_job_that_hears_nothing_is_killed(monkeypatch):
-    monkeypatch.setattr("bench.gpu.runner.ENDING_SECONDS", 0.3)
+    monkeypatch.setattr("topd_bench.runner.ENDING_SECONDS", 0.3)
     _, told = run(job("a", "signal.signal(signal.SIGINT, signal.SIG_IGN); say('1'); time.sleep(60)"), seconds=1.5)
     assert told == [("a", "1"), ("a", "stopped: its time was used up")]
 
@@ -90,7 +90,7 @@ def test_a_job_for_which_no_time_is_left_is_named():
 
 DRIVER = """
 import json, sys
-from bench.gpu.runner import Job, Runner
+from topd_bench.runner import Job, Runner
 lines = [sys.executable, "-c", '''
 import json, sys, time
 for i in range(1000):

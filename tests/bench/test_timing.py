@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from bench.cpu.clock import WallClock
-from bench.timing import Sample, Spread, interleave, ratio, take_turns, times_ms
+from topd_bench.cpu.clock import WallClock
+from topd_bench.timing import Sample, Spread, interleave, ratio, take_turns, times_ms
 
 
 class Counting:
@@ -68,7 +68,7 @@ def test_wall_time_is_that_of_the_call():
 
 def test_clocks_know_no_contender():
     code = (
-        "import sys, bench.timing, bench.cpu.clock, bench.gpu.clock\n"
-        "print([name for name in sys.modules if name.split('.')[0] in ('topd', 'trl') or name.startswith('bench.peers')])\n"
+        "import sys, topd_bench.timing, topd_bench.cpu.clock, topd_bench.gpu.clock\n"
+        "print([name for name in sys.modules if name.split('.')[0] in ('topd', 'trl') or 'peers' in name])\n"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

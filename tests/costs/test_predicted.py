@@ -2,10 +2,10 @@
 
 import pytest
 
-from bench.cases import GPU_CASES, Case
 from topd.costs import predicted
 from topd.costs.devices import DEVICES, Device
 from topd.costs.products import Seconds, default_plan
+from topd_bench.cases import GPU_CASES, Case
 
 SMALL = Case("small", n=512, vocab=1024, student_width=256, teacher_width=512)
 

@@ -13,7 +13,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "python_api" / "topd"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-FOLDERS = {"topd": PACKAGE, "topd_demo": ROOT / "python_api" / "topd_demo", "topd_kernels": ROOT / "topd_kernels"}
+FOLDERS = {"topd": PACKAGE, "topd_kernels": ROOT / "topd_kernels"} | {
+    name: ROOT / "python_api" / name for name in ("topd_bench", "topd_demo")
+}
 
 # From the ground up. A module imports modules of its own line and of the lines below; the longest prefix that fits decides.
 LAYERS = (
@@ -31,6 +33,7 @@ LAYERS = (
     ("topd",),
     ("topd.cli.errors", "topd.cli.options"),
     ("topd_demo",),
+    ("topd_bench",),
     ("topd.cli",),
 )
 HOSTS = {"transformers", "trl", "peft", "accelerate"}
@@ -44,6 +47,7 @@ KNOWS_HOSTS = (
     "topd.cli.refine",
     "topd.costs.shapes",
     "topd.profiling.contenders",
+    "topd_bench",
     "topd_demo",
 )
 

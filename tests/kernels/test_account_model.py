@@ -5,7 +5,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import topd
-from bench.cases import Case
 from tools import account
 from tools.account import SHAPES
 from topd.costs import products
@@ -13,6 +12,7 @@ from topd.costs.devices import Device
 from topd.costs.products import Seconds
 from topd.ops.linear_divergence import op
 from topd.ops.shared.plan import ChunkPlan
+from topd_bench.cases import Case
 from topd_kernels import register
 from topd_kernels.divergence_rows.statistics import statistics
 from topd_kernels.shared.launch import interpreted

@@ -116,7 +116,7 @@ def test_a_file_goes_before_the_family(tmp_path, monkeypatch):
     ],
 )
 def test_a_file_with_anything_else_is_refused(tmp_path, changes, rule):
-    with pytest.raises(ValueError, match=f"{rule}.*; remove it, and python -m bench.gpu --tune writes another"):
+    with pytest.raises(ValueError, match=f"{rule}.*; remove it, and python -m topd_bench.gpu --tune writes another"):
         blocks.read(written(tmp_path / "blocks.json", **changes), NAME)
 
 

@@ -1,6 +1,6 @@
 """Block sizes and warps of the kernels, by family of devices.
 
-`default_sizes` is a pure function of what a binary depends on: never of N or V. `python -m bench.gpu --tune`
+`default_sizes` is a pure function of what a binary depends on: never of N or V. `python -m topd_bench.gpu --tune`
 may find better ones for a device and writes them to `file_of` that device, where `sizes_of` reads them once in a process:
 
     {"version": 2, "device": "NVIDIA H100 80GB HBM3", "kernels": {"sweep 4 heavy": {"block": 1024, "num_warps": 8}}}
@@ -97,7 +97,7 @@ def read(path: Path, name: str) -> dict[str, Sizes]:
     """
 
     def refuse(rule: str) -> ValueError:
-        return ValueError(f"{path} must {rule}; remove it, and python -m bench.gpu --tune writes another")
+        return ValueError(f"{path} must {rule}; remove it, and python -m topd_bench.gpu --tune writes another")
 
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

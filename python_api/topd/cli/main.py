@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import topd
 from topd.backends import missing_extension
-from topd.cli import demo, doctor, profile, refine
+from topd.cli import bench, demo, doctor, profile, refine
 from topd.cli.errors import INTERRUPTED, explained
 
 DESCRIPTION = """\
@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
     words = _Parser(prog="topd", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("--version", action="version", version=f"topd {topd.__version__}")
     commands = words.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
+    bench.add_to(commands)
     demo.add_to(commands)
     doctor.add_to(commands)
     profile.add_to(commands)

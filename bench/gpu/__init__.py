@@ -1,1 +1,0 @@
-"""`python -m bench.gpu`: times of everything on a GPU. What is right there is said by `pytest -m gpu`."""

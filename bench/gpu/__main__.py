@@ -1,5 +1,0 @@
-import sys
-
-from bench.gpu.command import main
-
-sys.exit(main())
