@@ -22,9 +22,11 @@ from topd.integrations.rollouts import sample_rollouts
 from topd.memory import peak_mib
 from topd.plots import INK, LITERAL, PALETTE, new_figure
 from topd.profiling.contenders import WAYS, Tensors, installed
+from topd.profiling.devices import device_words
 from topd.profiling.timeline import HostClock, Timeline
 from topd_demo import smollm2
 
+CPU = torch.device("cpu")
 PICTURE = Path(__file__).parents[1] / "step-share.png"
 NOWHERE = 49_152  # a token that the model does not have ends no response: each has its full length
 QUESTIONS = (
@@ -63,7 +65,7 @@ class Trainer:
         """Take a step; return seconds by stage, and the peak in MiB."""
         self.optimizer.zero_grad(set_to_none=True)
         timeline = Timeline(HostClock())
-        with peak_mib(torch.device("cpu")) as peak:
+        with peak_mib(CPU) as peak:
             timeline.switch("teacher's forward")
             inputs = batch["input_ids"], batch["attention_mask"]
             with torch.no_grad():
@@ -128,7 +130,7 @@ def table(result: dict[str, Any]) -> str:
     """Return the table that the page shows."""
     lines = [
         f"SmolLM2-135M teacher, 6-layer student, {result['rows']} rollouts, {result['tokens']:,} response tokens, float32, "
-        f"{torch.get_num_threads()} thread(s), torch {torch.__version__}; sampling them took {result['sampling']:.1f} s",
+        f"{device_words(CPU)}, torch {torch.__version__}; sampling them took {result['sampling']:.1f} s",
         "",
         f"| seconds | {' | '.join(STAGES)} | step (its range) | loss's share | peak, MiB |",
         "| --- |" + " ---: |" * (len(STAGES) + 3),

@@ -206,6 +206,25 @@ def test_every_method_is_observed():
         assert profile.report.objective == type(objective).__name__
 
 
+def test_a_teacher_known_by_its_top_k_has_no_forward_and_no_logits():
+    from topk_teacher_cases import with_topk
+
+    student, teacher = models()
+    objective, batch = topd.OPD(student, None, topd.OPDConfig("forward_kl")), with_topk(batch_of(), teacher)
+    with topd.profile(objective) as profile:
+        train(objective, batch, steps=1)
+    assert {stage.stage for stage in profile.report.stages} == {"student_forward", "divergence", "objective", "rest"} | BACKWARD
+    assert profile.report.logits_bytes == 4 * profile.report.tokens * VOCAB
+
+
+def test_a_student_that_is_not_trained_has_no_backward(opd):
+    opd.student.requires_grad_(False)
+    with topd.profile(opd) as profile:
+        opd(batch_of())
+    assert (profile.report.calls, profile.report.backwards) == (1, 0)
+    assert {stage.stage for stage in profile.report.stages} == FORWARD | {"objective", "rest"}
+
+
 def test_times_and_memory_are_those_of_the_device(device, tmp_path):
     student, teacher = (model.to(device) for model in models())
     objective = topd.OPD(student, teacher)
