@@ -56,6 +56,13 @@ def test_percentiles_are_within_one_percent():
         assert metrics[name] == pytest.approx(true, rel=0.0101)
 
 
+@pytest.mark.parametrize("value", [4.797, 1.0, 1e-5, -0.31])
+def test_no_percentile_exceeds_the_largest_divergence(value):
+    """Its bin's middle may: a log that shows kl_p99 above kl_max is read as a mistake."""
+    metrics = metrics_of([value] * 3)
+    assert [metrics[name] <= metrics["kl_max"] == value for name in ("kl_p50", "kl_p95", "kl_p99")] == [True] * 3
+
+
 def test_negative_tiny_and_infinite_divergences_have_a_percentile():
     assert metrics_of([-1.0, -0.5, 2.0])["kl_p50"] == pytest.approx(-0.5, rel=0.0101)
     assert metrics_of([0.0, 1e-12, 3.0])["kl_p50"] == 0.0

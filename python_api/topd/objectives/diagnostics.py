@@ -138,6 +138,7 @@ class Totals:
         distance = (index - ZERO).abs()
         size = LOWEST * ((distance - 0.5) * STEP).exp()
         value = torch.where(index > ZERO, size, -size).masked_fill(distance == 0, 0.0)
+        value = torch.where(value > self.largest, self.largest, value)  # the middle of a bin may lie above all that is in it
         return value.masked_fill(index == INFINITE, torch.inf).masked_fill(below[-1] == 0, torch.nan)
 
 
