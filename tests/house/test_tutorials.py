@@ -1,24 +1,5 @@
 """The tutorials run as they are printed, top to bottom, and what they show is what comes."""
 
-<<<<<<< HEAD
-import pytest
-from pages import DOCS, run_page
-
-# What each page needs beside transformers.
-NEEDS: dict[str, tuple[str, ...]] = {
-    "a-first-loss": (),
-    "profile-before-you-train": (),
-    "your-own-rollouts": (),
-}
-
-
-@pytest.mark.parametrize("page", NEEDS)
-def test_the_page_runs_as_printed(page, tmp_path, monkeypatch):
-    for module in ("transformers", *NEEDS[page]):
-        pytest.importorskip(module)
-    monkeypatch.chdir(tmp_path)
-    run_page(DOCS / "tutorials" / f"{page}.md")
-=======
 import re
 
 import pytest
@@ -31,8 +12,11 @@ from topd.integrations.rollouts import sample_rollouts
 
 # A tutorial, and the packages that it needs.
 PAGES = {
+    "a-first-loss": ("transformers",),
     "opd-with-trl": ("trl", "datasets", "peft"),
+    "profile-before-you-train": ("transformers",),
     "teacher-behind-a-server": ("transformers",),
+    "your-own-rollouts": ("transformers",),
 }
 QUESTIONS = (
     "Why is the sky blue?",
@@ -77,4 +61,3 @@ def test_what_the_topk_of_a_trained_teacher_costs(capsys):
     table = re.search(r"SmolLM2.*?```text\n(.*?)```", page.read_text(), re.DOTALL)
     assert table is not None
     assert_same_text(capsys.readouterr().out, table[1], page.name)
->>>>>>> tut-a
