@@ -1,8 +1,8 @@
 """`make bench-smoke`: does `topd bench` work here, and is no ratio far beyond what it should be.
 
 A few lines of `topd bench` with few rounds. Each ratio has a bound in bench_bounds.json, generous for a busy machine; beyond
-twice the bound the command fails. Ratios are medians of interleaved rounds, so that a load on the machine falls on both sides.
-A line that fails is measured again with more rounds, twice, before it counts.
+twice the bound the command fails. Ratios are medians of interleaved rounds, so that a load on the machine falls on both sides;
+a line that fails is measured again with more rounds, twice, before it counts.
 """
 
 import json

@@ -49,6 +49,19 @@ def test_memory_grows_by_processes_of_their_own(tmp_path, capfd):
     assert "| topd | frozen | 64 " in capfd.readouterr().out
 
 
+def test_the_same_cases_run_under_pytest_benchmark(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    chosen = ("-k", "reverse_kl-frozen and (floor or ours or cce)", "--shape", "tiny", "--timed-rounds", "2")
+    options = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--benchmark-json={tmp_path / 'out.json'}")
+    command = [sys.executable, "-m", "pytest", "bench/test_losses.py", *chosen, *options]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stdout
+    assert "2 passed, 1 skipped" in run.stdout
+    results = {each["params"]["peer"]: each for each in json.loads((tmp_path / "out.json").read_text())["benchmarks"]}
+    assert {peer: each["stats"]["rounds"] for peer, each in results.items()} == {"floor": 2, "ours": 2}
+    assert results["ours"]["extra_info"]["value error"] < 1e-5
+
+
 @pytest.mark.parametrize(
     ("case", "settings"),
     [
