@@ -23,7 +23,7 @@ class Benchmark(NamedTuple):
 
     Attributes:
         measures: one sentence.
-        takes: how long it takes with its defaults on two cores.
+        takes: an estimate of how long it takes with its defaults on two cores.
         module: of topd_bench, whose `work(request)` yields the rows.
         peers: who can take part.
         losses: what --loss may be; the first `loss_defaults` of them run by default. Empty: the case has no loss.

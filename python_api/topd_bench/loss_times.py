@@ -23,10 +23,9 @@ from topd_bench.request import DTYPES, Request
 from topd_bench.runner import Record
 from topd_bench.timing import Contender, Sample, Spread, ratio, times_ms, whole_rounds
 
-FLOORS = ("floor", "warm_floor")
 HEADER = (
-    "loss", "head", "peer", "time_ms", "/ floor", "/ topd", "Gflop/s", "value error", "d hidden error", "d weight error",
-    "page faults", "note",
+    "N", "V", "loss", "head", "peer", "time_ms", "/ floor", "/ topd", "Gflop/s", "value error", "d hidden error",
+    "d weight error", "page faults", "note",
 )  # fmt: skip
 LONG_ROUND_SECONDS = 20.0  # a round that takes longer is not run only to be warm
 
@@ -69,13 +68,14 @@ class LossRow:
         errors = [scientific(error) for error in (self.value_error, self.hidden_error, self.weight_error)]
         faults = "-" if self.page_faults is None else f"{self.page_faults:.0f}"
         time = "-" if self.time_ms is None else f"{self.time_ms.median:.1f}"
-        return [self.loss, self.head, name_of(self.peer), time, *ratios, rate, *errors, faults, self.note]
+        place = [f"{self.shape.n:,}", f"{self.shape.vocab:,}", self.loss, self.head, name_of(self.peer)]
+        return [*place, time, *ratios, rate, *errors, faults, self.note]
 
     def record(self) -> Record:
         """Return the line that a job sends; it is a failure where topd was to be timed and was not."""
         shape = self.shape
-        sizes = f"N {shape.n:,}, V {shape.vocab:,}, H {shape.student_width:,} (teacher {shape.teacher_width:,})"
-        heading = f"{self.case}, {shape.name}: {sizes}, {self.dtype}, malloc {self.malloc}"
+        widths = f"H {shape.student_width:,} (teacher {shape.teacher_width:,})"
+        heading = f"{self.case}, {shape.name}: {widths}, {self.dtype}, malloc {self.malloc}"
         failed = self.peer == "ours" and self.status in (FAILED, WRONG)
         return row_record(heading, HEADER, self.cells(), asdict(self), failed=failed)
 
@@ -94,7 +94,10 @@ def work(request: Request) -> Iterator[Record]:
     names = [name for name in PEERS if request.peers is None or name in request.peers]
     contenders, refusals = differentiable(workload, request.backend, [name for name in names if name not in request.skip])
     reasons = request.skip | refusals
-    rows = {name: LossRow(*about, name, flop, least) for name in (*FLOORS, *names)}
+    floors = {"floor": lambda: floor(inputs, request.loss), "warm_floor": lambda: warm_floor(inputs, request.loss)}
+    if not request.warm_floor:
+        del floors["warm_floor"]
+    rows = {name: LossRow(*about, name, flop, least) for name in (*floors, *names)}
     runs: dict[str, Guarded] = {}
     seconds = 0.0
     for name in names:
@@ -108,8 +111,7 @@ def work(request: Request) -> Iterator[Record]:
             runs[name] = Guarded(contenders[name], limit_gib)
             seconds += taken
     yield now_record("")
-    floors = {"floor": lambda: floor(inputs, request.loss), "warm_floor": lambda: warm_floor(inputs, request.loss)}
-    for name in FLOORS:
+    for name in floors:
         built = first_call(floors[name], limit_gib)
         if built.why:
             rows[name] = replace(rows[name], status=FAILED, note=built.why)

@@ -135,6 +135,7 @@ def requests_of(options: Options) -> list[Request]:
         settings=dict(benchmark.settings) | options.settings,
         limit_seconds=options.limit_seconds,
         limit_gib=options.limit_gib,
+        warm_floor=options.sweep is None,
         peers=options.names,
     )
     count = 1 if options.sweep else benchmark.loss_defaults

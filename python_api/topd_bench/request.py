@@ -24,6 +24,7 @@ class Request:
         peers: who takes part; None: everyone that the case knows.
         skip: why a peer is left out of this job, by its name.
         limit_seconds: a peer whose call takes longer is not timed.
+        warm_floor: whether the products into buffers that stay are timed too; the buffers are as large as all logits.
         limit_gib: what a job may allocate; None: four fifths of what is free when it starts.
     """
 
@@ -40,6 +41,7 @@ class Request:
     settings: dict[str, float] = field(default_factory=dict)
     limit_seconds: float = LIMIT_SECONDS
     limit_gib: float | None = None
+    warm_floor: bool = True
 
     @property
     def sizes(self) -> Case:

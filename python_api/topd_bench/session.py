@@ -16,6 +16,7 @@ from topd_bench.sweep import Growth, lines_of, slope_rows
 
 WORKER = (sys.executable, "-m", "topd_bench.worker")
 NO_END = 1e8  # seconds
+MOST_DECLARED = 6  # lines whose products are written out above a table; the file has all of them
 
 
 class Session:
@@ -133,9 +134,12 @@ def _floor_line(rows: Sequence[Record]) -> str:
     declared = {}
     for row in (record["row"] for record in rows):
         if "gemm_flop" in row:
-            declared[row["loss"], row["head"]] = row["gemm_flop"] / 1e9, row["least_bytes"] / 1e6
-    words = [f"{loss} {head} {flop:,.0f} Gflop, {size:,.0f} MB" for (loss, head), (flop, size) in declared.items()]
-    return f"Matrix products, and the least that is read and written: {'; '.join(words)}.\n\n" if words else ""
+            place = f"N {row['shape']['n']:,}, {row['loss']}, {row['head']} head"
+            declared[place] = f"{row['gemm_flop'] / 1e9:,.1f} Gflop, {row['least_bytes'] / 1e6:,.1f} MB"
+    words = [f"{place} {size}" for place, size in declared.items()]
+    if not words or len(words) > MOST_DECLARED:
+        return ""
+    return f"Matrix products, and the least that is read and written: {'; '.join(words)}.\n\n"
 
 
 def _died(request: Request, why: str) -> Record:

@@ -22,11 +22,11 @@ def test_the_command_prints_a_table_and_writes_json_and_a_picture(tmp_path):
     words = [*TINY, "--peers", "ours", "eager", *(str(word) for pair in files.items() for word in pair)]
     run = subprocess.run([sys.executable, "-m", "topd.cli.main", *words], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr
-    assert "### divergence, tiny: N 64, V 1,003, H 48 (teacher 64), float32, malloc default\n" in run.stdout
-    rows = [line.split("|")[1:4] for line in run.stdout.splitlines() if line.startswith("| reverse_kl")]
+    assert "### divergence, tiny: H 48 (teacher 64), float32, malloc default\n" in run.stdout
+    rows = [line.split("|")[1:6] for line in run.stdout.splitlines() if "| reverse_kl" in line]
     peers = ["floor", "warm_floor", "topd", "eager"]
     assert [[cell.strip() for cell in row] for row in rows] == [
-        ["reverse_kl", head, peer] for head in ("trainable", "frozen") for peer in peers
+        ["64", "1,003", "reverse_kl", head, peer] for head in ("trainable", "frozen") for peer in peers
     ]
     assert "round 2/2" in run.stderr
     report = json.loads(files["--json"].read_text())
@@ -47,6 +47,19 @@ def test_memory_grows_by_processes_of_their_own(tmp_path, capfd):
     ]
     assert all(row["beyond_mib"] == row["peak_mib"] - row["gradients_mib"] <= row["budget_mib"] for row in rows)
     assert "| topd | frozen | 64 " in capfd.readouterr().out
+
+
+def test_the_same_cases_run_under_pytest_benchmark(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    chosen = ("-k", "reverse_kl-frozen and (floor or ours or cce)", "--shape", "tiny", "--timed-rounds", "2")
+    options = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--benchmark-json={tmp_path / 'out.json'}")
+    command = [sys.executable, "-m", "pytest", "bench/test_losses.py", *chosen, *options]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stdout
+    assert "2 passed, 1 skipped" in run.stdout
+    results = {each["params"]["peer"]: each for each in json.loads((tmp_path / "out.json").read_text())["benchmarks"]}
+    assert {peer: each["stats"]["rounds"] for peer, each in results.items()} == {"floor": 2, "ours": 2}
+    assert results["ours"]["extra_info"]["value error"] < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -144,6 +157,7 @@ def test_jobs_are_what_was_asked_for():
     assert [(job.sizes.vocab, job.sizes.n) for job in sweep] == [(32_768 << k, SHAPES["smollm2"].n) for k in range(4)]
     assert {(job.loss, job.head, job.malloc, job.rounds) for job in sweep} == {("reverse_kl", "trainable", "default", 3)}
     tokens = requests_of(Options("divergence", sweep="tokens"))
+    assert not any(job.warm_floor for job in tokens)
     assert [job.sizes.n for job in tokens] == [256 << k for k in range(7)]
 
 

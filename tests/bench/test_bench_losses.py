@@ -45,7 +45,7 @@ def test_each_measured_peer_has_times_ratios_and_its_error_against_float64(loss,
     eager = [row["samples_ms"] for row in (rows["eager"], rows["ours"])]
     ratios = sorted(above / below for above, below in zip(*eager, strict=True))
     assert rows["eager"]["ratios"]["ours"] == {"median": ratios[1], "low": ratios[0], "high": ratios[2]}
-    assert rows["ours"]["cells"][2] == "topd"
+    assert rows["ours"]["cells"][:5] == ["5", "40", loss, "trainable", "topd"]
 
 
 def test_a_missing_library_is_a_row_with_the_line_that_installs_it(monkeypatch):
@@ -111,6 +111,11 @@ def test_a_peer_that_fails_once_it_is_timed_is_a_row_and_the_rounds_go_on(monkey
     assert rows["trl"]["note"] == "out of memory: it may have 3.0 GiB"
     assert len(calls) == 3
     assert len(rows["ours"]["samples_ms"]) == 4
+
+
+def test_a_sweep_does_without_the_buffers_of_the_warm_floor():
+    request = Request("divergence", SHAPE, "jsd", rounds=1, peers=("ours",), backend="eager", warm_floor=False)
+    assert list(rows_of(request)) == ["floor", "ours"]
 
 
 def test_a_peer_that_is_too_slow_is_not_timed():

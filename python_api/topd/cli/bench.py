@@ -20,7 +20,7 @@ says "wrong", not a time. Peers take turns, and a ratio is the median of the
 rounds' own ratios, with the smallest and the largest in brackets. Memory is
 measured in a fresh process each. (On a GPU: python -m topd_bench.gpu.)
 
-cases, and how long they take with their defaults on two cores:
+cases, and an estimate of how long they take on two cores:
 """
 EPILOG = """\
 examples:
