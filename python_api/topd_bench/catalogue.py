@@ -137,7 +137,7 @@ CASES: dict[str, Benchmark] = {
         "5 minutes",
         "step",
         ("ours",),
-        settings={"rollouts": 2, "tokens": 512, "horizon": 50},
+        settings={"rollouts": 2, "tokens": 512, "horizon": 50, "rollout_windows": 0},
         rounds=3,
         needs=MODEL,
     ),

@@ -3,7 +3,8 @@
 Teacher SmolLM2-135M, student 6 of its layers with the shared embeddings and head, all trained, float32. The student samples the
 rollouts from short prompts, which is timed too. A step is the objective and its backward pass; both count one pass of the
 teacher over the rollouts. TOPD's options are the method's: 2.25 % of the response tokens are candidates, 50 tokens a window,
-guidance on the divergent ones. The two take turns; ratios are medians of the rounds' own, with the smallest and the largest.
+guidance on the divergent ones. `--set horizon=10 rollout_windows=1` takes shorter windows, and the rollout itself in place of
+windows that the student generates. The two take turns; ratios are medians of the rounds' own, with the smallest and the largest.
 The paper counts its 1.41 over training with the rollouts' generation: the last line counts ours so.
 """
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 import topd
+from topd.options import StudentWindow
 from topd_bench.cpu.clock import WallClock
 from topd_bench.records import plain_record, word_record
 from topd_bench.report import note
@@ -115,7 +117,8 @@ def table(opd: Sequence[Stages], both: Sequence[Stages], samples: Mapping[str, S
 def work(request: Request) -> Iterator[Record]:
     """Yield a row for every stage."""
     count, tokens, horizon = (request.setting(name) for name in ("rollouts", "tokens", "horizon"))
-    heading = f"step: {count} rollouts of {tokens} tokens, K = {horizon}, float32"
+    kind: StudentWindow = "rollout" if request.setting("rollout_windows") else "regenerate"
+    heading = f"step: {count} rollouts of {tokens} tokens, K = {horizon}, student_window {kind}, float32"
     if why := smollm2.missing():
         yield word_record(heading, HEADER, "SmolLM2-135M", why, failed=True)
         return
@@ -123,7 +126,7 @@ def work(request: Request) -> Iterator[Record]:
     student = smollm2.sliced(teacher)
     rollouts = Rollouts(student, count, tokens)
     opd = Step(topd.OPD(student, teacher), rollouts)
-    both = Step(topd.TOPD(student, teacher, topd.TOPDConfig(horizon=horizon)), rollouts)
+    both = Step(topd.TOPD(student, teacher, topd.TOPDConfig(horizon=horizon, student_window=kind)), rollouts)
     runs: dict[str, Contender] = {"rollouts": rollouts, "OPD": opd, "TOPD": both}
     samples, complete = whole_rounds(runs, request.rounds, WallClock(), lambda text: note(f"step: {text}"))
     if rounds := len(samples["OPD"]):
