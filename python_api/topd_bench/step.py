@@ -4,8 +4,8 @@ Teacher SmolLM2-135M, student 6 of its layers with the shared embeddings and hea
 rollouts from short prompts, which is timed too. A step is the objective and its backward pass; both count one pass of the
 teacher over the rollouts. TOPD's options are the method's: 2.25 % of the response tokens are candidates, 50 tokens a window,
 guidance on the divergent ones. `--set horizon=10 rollout_windows=1` takes shorter windows, and the rollout itself in place of
-windows that the student generates. The two take turns; ratios are medians of the rounds' own, with the smallest and the largest.
-The paper counts its 1.41 over training with the rollouts' generation: the last line counts ours so.
+windows that the student generates. The two take turns; ratios are medians of the rounds' own, with the smallest and the
+largest. The paper counts its 1.41 over training with the rollouts' generation: the last line counts ours so.
 """
 
 import statistics
