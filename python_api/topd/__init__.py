@@ -37,6 +37,7 @@ from topd.objectives.pairs import pair
 from topd.objectives.topd import TOPD
 from topd.objectives.trd import TRD
 from topd.scores import TokenScores
+from topd.vocab_shard import VocabShard
 
 __all__ = [
     "JSD",
@@ -62,6 +63,7 @@ __all__ = [
     "TokenScores",
     "TotalVariation",
     "Transport",
+    "VocabShard",
     "Windows",
     "backends",
     "divergent",
