@@ -1,4 +1,4 @@
-"""Two processes that work together over gloo: `start` runs a script in a process of its own, which calls `fork`.
+"""A few processes that work together over gloo: `start` runs a script in a process of its own, which calls `fork`.
 
 A script's imports take longer than its work: they run once, before the fork.
 """
@@ -17,21 +17,28 @@ import torch
 TESTS = Path(__file__).parent
 
 
-def start(script: str, folder: Path, timeout: float) -> list[dict[str, Any]]:
-    """Run a script below this folder; return what it saved for each rank in `folder`."""
+def start(script: str, folder: Path, timeout: float, ranks: int = 2) -> list[dict[str, Any]]:
+    """Run a script below this folder in so many processes; return what it saved for each rank in `folder`."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     folders = os.pathsep.join(str(path) for path in (TESTS.parent / "python_api", TESTS, TESTS.parent))
-    environment = os.environ | {"PYTHONPATH": folders, "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    environment = os.environ | {
+        "PYTHONPATH": folders,
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(ranks),
+    }
     subprocess.run([sys.executable, str(TESTS / script), str(folder)], env=environment, check=True, timeout=timeout)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
 
 
 def fork(work: Callable[[int], dict[str, Any]]) -> None:
     """Save what work(rank) returns in the folder that the command names; exit with 1 where a rank fails."""
     context = multiprocessing.get_context("fork")
-    running = [context.Process(target=_run, args=(work, rank, Path(sys.argv[1]))) for rank in range(2)]
+    running = [
+        context.Process(target=_run, args=(work, rank, Path(sys.argv[1]))) for rank in range(int(os.environ["WORLD_SIZE"]))
+    ]
     for process in running:
         process.start()
     for process in running:
@@ -40,7 +47,7 @@ def fork(work: Callable[[int], dict[str, Any]]) -> None:
 
 
 def _run(work: Callable[[int], dict[str, Any]], rank: int, folder: Path) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
     torch.manual_seed(0)
     torch.save(work(rank), folder / f"{rank}.pt")

@@ -39,6 +39,7 @@ from topd.objectives.trd import TRD
 from topd.profiling.block import Profile
 from topd.profiling.profile import profile
 from topd.scores import TokenScores
+from topd.vocab_shard import VocabShard
 
 __all__ = [
     "JSD",
@@ -65,6 +66,7 @@ __all__ = [
     "TokenScores",
     "TotalVariation",
     "Transport",
+    "VocabShard",
     "Windows",
     "backends",
     "divergent",

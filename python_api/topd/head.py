@@ -5,7 +5,7 @@
 without a softcap, no tanh. The adapter's product b·a, a full [V, H] matrix, is never formed.
 """
 
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from topd.checks.values import FLOATING, check_tensor, flag, real
 from topd.logits import shape_logits
 from topd.models.head_from_model import head_from_model
 from topd.models.verify_head import verify_head
+from topd.ops.shared.collectives import exchanged_rows, outcomes
+from topd.vocab_shard import Bounds, VocabShard, gap_in, is_dtensor, local_of, shard_of_dtensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,14 +53,17 @@ class Head:
     """A language model's output layer; holds tensors, copies none.
 
     Args:
-        weight: [V, H] float32, float64, bfloat16 or float16.
+        weight: [V, H] float32, float64, bfloat16 or float16. A DTensor with one Shard(0) and Replicate on every other dimension
+            of its mesh becomes this process's rows, and `shard` says which.
         bias: [V], dtype of `weight`, or None. An entry of -inf (with no softcap) gives the token probability 0.
         scale: multiplies weight, bias and adapter together (Cohere's logit_scale, 1 / Granite's logits_scaling).
         softcap: None, or c > 0 for c * tanh(x / c) (Gemma's final_logit_softcapping).
         adapter: a LowRank, or None.
+        shard: None, or the VocabShard that says of which tokens weight, bias and adapter.b hold the rows; adapter.a is the same
+            on every rank.
 
     Raises:
-        TypeError, ValueError: a wrong type, shape, dtype, device or range, named in the message.
+        TypeError, ValueError: a wrong type, shape, dtype, device, range or placement, named in the message.
     """
 
     weight: Tensor
@@ -67,6 +72,7 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
     adapter: LowRank | None = None
+    shard: VocabShard | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.weight, torch.nn.Module):
@@ -74,10 +80,14 @@ class Head:
                 f"Head.weight must be a torch.Tensor, got the module {type(self.weight).__name__}; use "
                 "topd.Head.from_model(model), which also reads bias, scale, softcap and adapter, or pass its weight"
             )
+        self._localise()
         weight = check_tensor("Head.weight", self.weight, dtype=FLOATING)
-        if weight.dim() != 2 or weight.numel() == 0:
+        if self.shard is not None and not isinstance(self.shard, VocabShard):
+            raise TypeError(f"Head.shard must be a topd.VocabShard or None, got {type(self.shard).__name__}")
+        if weight.dim() != 2 or weight.shape[1] == 0 or (weight.shape[0] == 0 and self.shard is None):
             raise ValueError(
-                f"Head.weight must be [V, H] with V, H >= 1, got {list(weight.shape)}; gather a sharded head before the call"
+                f"Head.weight must be [V, H] with V, H >= 1, got {list(weight.shape)}; gather a sharded head before the call, "
+                "or say with shard=topd.VocabShard(...) which rows it holds"
             )
         vocab, width = weight.shape
         device = (weight.device, "Head.weight")
@@ -99,21 +109,91 @@ class Head:
             check_tensor("Head.adapter.b", b, shape=((vocab, b.shape[1]), "[V, r], V as in Head.weight"))
             check_tensor("Head.adapter", a, device=device)
 
+    def _localise(self) -> None:
+        """Replace DTensors by this process's part of them, and note which part that is."""
+        weight, adapter = self.weight, self.adapter
+        parts = [] if not isinstance(adapter, LowRank) else [adapter.a, adapter.b]
+        if not any(is_dtensor(value) for value in (weight, self.bias, *parts)):
+            return
+        local: dict[str, Any] = {"bias": local_of("Head.bias", self.bias, weight)}
+        if isinstance(adapter, LowRank):
+            a = local_of("Head.adapter.a", adapter.a, weight, split=False)
+            local["adapter"] = LowRank(a, local_of("Head.adapter.b", adapter.b, weight), adapter.scaling)
+        if is_dtensor(weight):
+            if self.shard is not None:
+                raise ValueError(
+                    "Head.shard must be None where Head.weight is a DTensor, which says itself which rows are here"
+                )
+            local |= {"shard": shard_of_dtensor("Head.weight", weight), "weight": local_of("Head.weight", weight, weight)}
+        for name, value in local.items():
+            object.__setattr__(self, name, value)
+
     def detach(self) -> "Head":
         """Return the same head as a constant: it shares storage and requires no grad. For a model that teaches itself."""
         adapter = self.adapter
         if adapter is not None:
             adapter = LowRank(adapter.a.detach(), adapter.b.detach(), adapter.scaling)
         bias = None if self.bias is None else self.bias.detach()
-        return Head(self.weight.detach(), bias, scale=self.scale, softcap=self.softcap, adapter=adapter)
+        return replace(self, weight=self.weight.detach(), bias=bias, adapter=adapter)
 
     def first(self, vocab: int) -> "Head":
-        """Return the head of the first `vocab` tokens: views, no copies."""
+        """Return the head of the first `vocab` tokens that it holds: views, no copies."""
         adapter = self.adapter
         if adapter is not None:
             adapter = LowRank(adapter.a, adapter.b[:vocab], adapter.scaling)
         bias = None if self.bias is None else self.bias[:vocab]
-        return Head(self.weight[:vocab], bias, scale=self.scale, softcap=self.softcap, adapter=adapter)
+        return replace(self, weight=self.weight[:vocab], bias=bias, adapter=adapter)
+
+    def bounds(self) -> Bounds:
+        """Return which tokens of the vocabulary it holds, padding left out."""
+        if self.shard is None:
+            return Bounds(0, self.weight.shape[0])
+        start = min(self.shard.start, self.shard.vocab)
+        return Bounds(start, start + self.shard.held(self.weight.shape[0]))
+
+    def resharded(self, *, like: "Head") -> "Head":
+        """Return the same head with its rows where another one has the rows of these tokens: once, before training.
+
+        For a teacher whose vocabulary is cut elsewhere than the student's (151,936 beside 152,064). Each rank receives the rows
+        from `like`'s first token to that of the next rank, the last rank all that remain. Collective: every rank of the group
+        calls it.
+
+        Args:
+            like: the head whose bounds are taken, over the same group.
+
+        Returns:
+            A Head of new tensors that require no grad.
+
+        Raises:
+            TypeError, ValueError: a head that is not sharded, another group, a head that requires grad, or ranks whose rows
+                leave a gap; the last on all ranks.
+        """
+        if not isinstance(like, Head):
+            raise TypeError(f"like must be a topd.Head, got {type(like).__name__}")
+        if self.shard is None or like.shard is None or self.shard.group != like.shard.group:
+            raise ValueError(
+                "resharded takes two heads that are sharded over one group; make both with shard=topd.VocabShard(...)"
+            )
+        if grad := [name for name, value in self.tensors().items() if value.requires_grad]:
+            raise ValueError(f"resharded moves constants, got a head whose {grad[0]} requires grad; call head.detach() first")
+        group, vocab, mine = self.shard.group, self.shard.vocab, self.bounds()
+        each = outcomes(group, [*mine, min(like.shard.start, vocab)], self.weight.device)
+        held = [Bounds(start, stop) for start, stop, _ in each]
+        starts = [start for *_, start in each]
+        wanted = [Bounds(*pair) for pair in zip(starts, [*starts[1:], vocab], strict=True)]
+        if gap := gap_in(held, vocab) or gap_in(wanted, vocab):
+            raise ValueError(f"the ranks of a sharded head must hold its {vocab} tokens in their order, got a gap: {gap}")
+        own = wanted[group.rank()]
+        sent, received = [mine.shared(other) for other in wanted], [own.shared(other) for other in held]
+        weight, bias, adapter = (self.weight, self.bias, self.adapter)
+
+        def moved(rows: Tensor) -> Tensor:
+            return exchanged_rows(group, rows[: mine.stop - mine.start], sent, received)
+
+        if adapter is not None:
+            adapter = LowRank(adapter.a, moved(adapter.b), adapter.scaling)
+        shard = VocabShard(group, own.start, vocab)
+        return replace(self, weight=moved(weight), bias=None if bias is None else moved(bias), adapter=adapter, shard=shard)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors that it holds, by the name of their field."""
@@ -125,7 +205,8 @@ class Head:
         return tensors
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return the full logits [..., V] of hidden [..., H], in eager torch: for reading and testing, not for training.
+        """Return the full logits [..., V] of hidden [..., H], in eager torch: for reading and testing, not for training. Of a
+        sharded head those of the rows that are here, padding included.
 
         float16 and bfloat16 are computed in float32, as the ops compute them.
         """

@@ -6,7 +6,6 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from topd.backends import choose_backend
 from topd.checks.values import (
     FLOATING,
     check_range,
@@ -21,6 +20,7 @@ from topd.checks.values import (
 from topd.divergences import Divergence, DivergenceLike, resolve_divergence
 from topd.head import Head
 from topd.losses.operands import autocast, check_head_range, check_side, kept_side, needs, op_side, softcap_of
+from topd.losses.sharding import backend_of, checked_together, shard_of
 from topd.ops.linear_divergence import full_logits
 from topd.ops.linear_divergence import op as linear_divergence_op
 from topd.ops.linear_divergence.spec import Call, RowSpec
@@ -46,8 +46,8 @@ def _refuse_teacher_grad(teacher_hidden: Tensor, teacher: Head) -> None:
 
 def _check_pair(student_hidden: Tensor, student: Head, teacher_hidden: Tensor, teacher: Head) -> None:
     """Check that each side's hidden states go with its head, and both sides with each other."""
-    check_side("student_hidden", student_hidden, "student", student)
-    check_side("teacher_hidden", teacher_hidden, "teacher", teacher)
+    check_side("student_hidden", student_hidden, "student", student, may_be_sharded=True)
+    check_side("teacher_hidden", teacher_hidden, "teacher", teacher, may_be_sharded=True)
     shape = ((*student_hidden.shape[:-1], teacher_hidden.shape[-1]), "the leading shape of student_hidden")
     check_tensor("teacher_hidden", teacher_hidden, shape=shape, device=(student_hidden.device, "student_hidden"))
     _refuse_teacher_grad(teacher_hidden, teacher)
@@ -174,6 +174,8 @@ def linear_divergence(
         student: Head; weight, bias and adapter are differentiated where they require grad.
         teacher_hidden: [..., H_t], the same leading shape, dtype of `teacher.weight`; constant.
         teacher: Head; constant. Vocabularies that differ are compared on their first min(V_s, V_t) entries.
+            Both heads may be sharded over one group of processes: then all ranks make the same call on the same hidden states,
+            and get the same value, the whole d student_hidden and d adapter.a, and the other gradients of their own rows.
         divergence: a name, a `topd` divergence or a mapping of its name and parameters, e.g. "reverse_kl", topd.JSD(0.3),
             {"name": "jsd", "beta": 0.3}, topd.ForwardKL(entry_clip=0.05).
         temperature: > 0; both sides' logits are divided by it, after the softcap; no factor temperature².
@@ -187,7 +189,8 @@ def linear_divergence(
         return_scores: also return `TokenScores`.
         workspace_bytes: bound for the tiles of logits; None: 512 MiB on a CPU, 256 where it multiplies bfloat16; on a GPU what
             chunks of 4,096 rows need, within the largest power of two in a quarter of the memory that is available.
-        backend: None (by device), "reference", "eager", "cpp" or "triton"; one asked for by name never falls back.
+        backend: None (by device), "reference", "eager", "cpp" or "triton"; one asked for by name never falls back. Sharded
+            heads run on "eager".
 
     Returns:
         [...] float32 (float64 if an input is), nats per token (a probability for "total_variation"); with return_scores a pair
@@ -199,31 +202,36 @@ def linear_divergence(
 
     Source: reverse KL: arXiv 2606.00305 (OPD); forward KL: arXiv 2606.08432, eq. 6; entry clip: arXiv 2601.18734.
     """
-    chosen = resolve_divergence(divergence)
-    _check_pair(student_hidden, student, teacher_hidden, teacher)
-    _check_options(temperature, hard_weight, tokens, return_scores, workspace_bytes)
-    heads = (*student.tensors().values(), *teacher.tensors().values())
-    no_forward_mode("linear_divergence", (student_hidden, teacher_hidden, *heads))
-    student_hidden, student = kept_side("student_hidden", student_hidden, "student", student)
-    teacher_hidden, teacher = kept_side("teacher_hidden", teacher_hidden, "teacher", teacher)
-    shape = tuple(student_hidden.shape[:-1])
-    like = (student_hidden, "student_hidden")
-    flat_mask = None if mask is None else per_token("mask", mask, torch.bool, *like)
-    flat_tokens = None if tokens is None else per_token("tokens", tokens, torch.int64, *like)
-    hint = None if weights_hint is None else per_token("weights_hint", weights_hint, FLOATING, *like).detach()
-    name = choose_backend(backend, student_hidden.device)
+    with checked_together(student, teacher) as pact:
+        chosen = resolve_divergence(divergence)
+        _check_pair(student_hidden, student, teacher_hidden, teacher)
+        _check_options(temperature, hard_weight, tokens, return_scores, workspace_bytes)
+        heads = (*student.tensors().values(), *teacher.tensors().values())
+        no_forward_mode("linear_divergence", (student_hidden, teacher_hidden, *heads))
+        student_hidden, student = kept_side("student_hidden", student_hidden, "student", student)
+        teacher_hidden, teacher = kept_side("teacher_hidden", teacher_hidden, "teacher", teacher)
+        shape = tuple(student_hidden.shape[:-1])
+        like = (student_hidden, "student_hidden")
+        flat_mask = None if mask is None else per_token("mask", mask, torch.bool, *like)
+        flat_tokens = None if tokens is None else per_token("tokens", tokens, torch.int64, *like)
+        hint = None if weights_hint is None else per_token("weights_hint", weights_hint, FLOATING, *like).detach()
+        shard = shard_of(student)
+        name = backend_of(backend, student_hidden.device, shard)
 
-    student_hidden, student = autocast(student_hidden.reshape(-1, student_hidden.shape[-1]), student)
-    teacher_hidden, teacher = autocast(teacher_hidden.reshape(-1, teacher_hidden.shape[-1]), teacher)
-    dtype = torch.promote_types(torch.promote_types(student_hidden.dtype, teacher_hidden.dtype), torch.float32)
-    _check_numbers(student, teacher, temperature, chosen, hard_weight, dtype)
-    spec = spec_of(student, teacher, temperature, chosen, hard_weight)
+        student_hidden, student = autocast(student_hidden.reshape(-1, student_hidden.shape[-1]), student)
+        teacher_hidden, teacher = autocast(teacher_hidden.reshape(-1, teacher_hidden.shape[-1]), teacher)
+        dtype = torch.promote_types(torch.promote_types(student_hidden.dtype, teacher_hidden.dtype), torch.float32)
+        _check_numbers(student, teacher, temperature, chosen, hard_weight, dtype)
+        spec = spec_of(student, teacher, temperature, chosen, hard_weight)
+        if pact is not None:
+            options = (spec, return_scores, hint is None, teacher_hidden.dtype)
+            pact.sign(student_hidden, student, teacher, options, flat_tokens, flat_mask)
     if name == "reference":
         sides = (student_hidden, student, teacher_hidden, teacher)
         value, scores = full_logits.linear_divergence(*sides, flat_mask, flat_tokens, spec)
     else:
         both = op_side(student_hidden, student), op_side(teacher_hidden, teacher)
-        operands = Call(*both, flat_mask, flat_tokens, spec, workspace_bytes, engine_of(name))
+        operands = Call(*both, flat_mask, flat_tokens, spec, workspace_bytes, engine_of(name), shard=shard)
         wanted = needs(student_hidden, student)
         value, scores = linear_divergence_op.linear_divergence(operands, hint, wanted, scores=return_scores)
     value = value.reshape(shape)

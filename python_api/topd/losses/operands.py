@@ -1,5 +1,7 @@
 """What turns hidden states and a Head into operands of an op: checks, casts as autocast makes them, the op's arguments."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -18,9 +20,20 @@ def check_head(name: str, value: object) -> Head:
     return value
 
 
-def check_side(hidden_name: str, hidden: object, head_name: str, head: object) -> None:
+def refuse_shard(name: str, head: Head) -> None:
+    """Refuse a sharded head where a call takes none."""
+    if head.shard is not None:
+        raise ValueError(
+            f"{name} must hold the whole vocabulary in this call, got a shard of {head.shard.vocab} tokens; "
+            "topd.linear_divergence and topd.score_tokens take sharded heads, for all others gather the rows of all ranks first"
+        )
+
+
+def check_side(hidden_name: str, hidden: object, head_name: str, head: object, *, may_be_sharded: bool = False) -> None:
     """Check that hidden states [..., H] go with a head."""
     head = check_head(head_name, head)
+    if not may_be_sharded:
+        refuse_shard(head_name, head)
     states = check_tensor(hidden_name, hidden, dtype=FLOATING)
     width = head.weight.shape[1]
     if states.dim() < 1 or states.shape[-1] != width:
@@ -68,7 +81,7 @@ def cast(hidden: Tensor, head: Head, dtype: torch.dtype) -> tuple[Tensor, Head]:
     adapter = head.adapter
     if adapter is not None:
         adapter = LowRank(adapter.a.to(dtype), adapter.b.to(dtype), adapter.scaling)
-    return hidden.to(dtype), Head(head.weight.to(dtype), bias, scale=head.scale, softcap=head.softcap, adapter=adapter)
+    return hidden.to(dtype), replace(head, weight=head.weight.to(dtype), bias=bias, adapter=adapter)
 
 
 def kept_side(hidden_name: str, hidden: Tensor, head_name: str, head: Head) -> tuple[Tensor, Head]:
@@ -83,11 +96,13 @@ def kept_side(hidden_name: str, hidden: Tensor, head_name: str, head: Head) -> t
     adapter = head.adapter
     if adapter is not None:
         adapter = LowRank(tensors["adapter.a"], tensors["adapter.b"], adapter.scaling)
-    return hidden, Head(tensors["weight"], tensors.get("bias"), scale=head.scale, softcap=head.softcap, adapter=adapter)
+    return hidden, replace(head, weight=tensors["weight"], bias=tensors.get("bias"), adapter=adapter)
 
 
 def op_side(hidden: Tensor, head: Head) -> Side:
-    """Return the operands that an op takes for one model."""
+    """Return the operands that an op takes for one model; of a sharded head those of the rows that count."""
+    if head.shard is not None and (rows := head.shard.held(head.weight.shape[0])) < head.weight.shape[0]:
+        head = head.first(rows)
     low_rank = (None, None, 0.0) if head.adapter is None else (head.adapter.a, head.adapter.b, float(head.adapter.scaling))
     return Side(hidden, head.weight, head.bias, *low_rank)
 

@@ -11,7 +11,7 @@ from topd.checks.values import FLOATING, LARGEST_INT, check_workspace
 from topd.divergences import ReverseKL
 from topd.head import Head
 from topd.losses.linear_divergence import spec_of
-from topd.losses.operands import cast, needs, op_side
+from topd.losses.operands import cast, needs, op_side, refuse_shard
 from topd.memory import size_text
 from topd.ops.linear_divergence.loop import plan_of
 from topd.ops.linear_divergence.op import outline
@@ -171,6 +171,7 @@ def _flop(call: Call, needed: Needs) -> int:
 
 def _head(name: str, value: object) -> Head:
     if isinstance(value, Head):
+        refuse_shard(name, value)
         return value
     if isinstance(value, nn.Module):
         return Head.from_model(value, verify=False)

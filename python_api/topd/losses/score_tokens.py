@@ -23,7 +23,8 @@ def score_tokens(
     """Return both KLs, entropies, log-probabilities, agreement and lost mass of each token, in one pass without gradients.
 
     Args:
-        student_hidden, student, teacher_hidden, teacher: as in `linear_divergence`; all are detached here.
+        student_hidden, student, teacher_hidden, teacher: as in `linear_divergence`, also sharded; all are detached
+            here.
         tokens: [...] int64, the sampled tokens, or None: then the two log-probabilities are None.
         mask: [...] bool; False rows are 0 and False.
         temperature: > 0; governs every score.

@@ -22,9 +22,11 @@ from torch import Tensor
 
 from topd.logits import shape_logits
 from topd.ops.linear_divergence.spec import ROWS_INPUTS, Rows, RowsInputs, RowsOutputs, RowSpec
+from topd.ops.linear_divergence.statistics import Side, Sums, statistics
 from topd.ops.shared.engines import eager_kernel
 from topd.ops.shared.float16_scale import scaled_into
 from topd.ops.shared.row_math import Distribution, distribution, kl_terms, log_ratio, mixture
+from topd.ops.shared.shard import WHOLE, Shard
 from topd.scores import FIELDS
 
 
@@ -36,10 +38,38 @@ class Pair(NamedTuple):
     d: Tensor
 
 
-def _centred(p: Tensor, a: Tensor, student: Distribution) -> Tensor:
-    """Return p (A - sum p A) with A taken relative to the student's most likely entry; entries with p_S = 0 count nothing."""
-    a = (a - a.gather(-1, student.mode)).masked_fill(student.logits.isneginf(), 0.0)
-    return p * (a - (p * a).sum(-1, keepdim=True))
+class Terms(NamedTuple):
+    """What the sweep over some rows makes of a divergence: its value's sum [C], A [C, V] and the sum E [C, 1], from which the
+    gradient to the logits is made. `reference` [C, 1]: what A was relative to; the gradient is factor p_S (A - E) where it is
+    given, else A - p_S E, or A where E is None."""
+
+    value: Tensor
+    a: Tensor
+    mean: Tensor | None = None
+    reference: Tensor | None = None
+    factor: float = 1.0
+
+    def gradient(self, p_student: Tensor, sums: Sums) -> Tensor:
+        """Return the gradient to the logits, with the sums over all ranks."""
+        if sums.mean is None:
+            return self.a
+        if self.reference is None:
+            return self.a - p_student * sums.mean
+        grad = self.factor * (p_student * (self.a - sums.mean))
+        return torch.where(sums.value.isinf().unsqueeze(-1), 0.0, grad)
+
+
+def _centred(value: Tensor, a: Tensor, student: Distribution, factor: float = 1.0) -> Terms:
+    """Return the terms of factor p_S (A - E) with A taken relative to the student's most likely entry here; entries with
+    p_S = 0 count nothing."""
+    absent = student.logits.isneginf()
+    if not a.shape[-1]:
+        nothing = torch.zeros_like(student.top)
+        return Terms(value, a, nothing, nothing, factor)
+    reference = a.gather(-1, student.mode)
+    a = (a - reference).masked_fill(absent, 0.0)
+    mean = (student.probabilities * a).sum(-1, keepdim=True)
+    return Terms(value, a, mean, reference.masked_fill(absent.gather(-1, student.mode), 0.0), factor)
 
 
 def _student_minus_teacher(p_teacher: Tensor, p_student: Tensor, d: Tensor) -> Tensor:
@@ -47,62 +77,52 @@ def _student_minus_teacher(p_teacher: Tensor, p_student: Tensor, d: Tensor) -> T
     return torch.where(d.abs() <= 1, p_teacher * torch.expm1(-d), p_student - p_teacher)
 
 
-ValueAndGrad = tuple[Tensor, Tensor]
-
-
-def _forward_kl(pair: Pair, clip: float) -> ValueAndGrad:
-    """Return value and gradient. With a clip, U = {e <= clip}, e = p_T d: sum of min(e, clip); p_S sum_U p_T - p_T 1_U."""
+def _forward_kl(pair: Pair, clip: float) -> Terms:
+    """With a clip, U = {e <= clip}, e = p_T d: sum of min(e, clip); p_S sum_U p_T - p_T 1_U."""
     p_teacher, p_student, d = pair.teacher.probabilities, pair.student.probabilities, pair.d
     terms, gap = kl_terms(p_teacher, p_student, d), _student_minus_teacher(p_teacher, p_student, d)
     if clip == float("inf"):
-        return terms.sum(-1), gap
+        return Terms(terms.sum(-1), gap)
     e = (p_teacher * d).masked_fill(d == -torch.inf, 0.0).masked_fill(d == torch.inf, torch.inf)
     clipped = e > clip
     terms = torch.where(clipped, gap + clip, terms)
-    grad = torch.where(clipped, p_student, gap)
-    return terms.sum(-1), grad - p_student * (p_teacher * clipped).sum(-1, keepdim=True)
+    return Terms(terms.sum(-1), torch.where(clipped, p_student, gap), (p_teacher * clipped).sum(-1, keepdim=True))
 
 
-def _reverse_kl(pair: Pair, parameter: float) -> ValueAndGrad:
+def _reverse_kl(pair: Pair, parameter: float) -> Terms:
     p_teacher, p_student, d = pair.teacher.probabilities, pair.student.probabilities, pair.d
-    return _none_where_infinite(kl_terms(p_student, p_teacher, -d).sum(-1), _centred(p_student, -d, pair.student))
+    return _centred(kl_terms(p_student, p_teacher, -d).sum(-1), -d, pair.student)
 
 
-def _jsd(pair: Pair, beta: float) -> ValueAndGrad:
+def _jsd(pair: Pair, beta: float) -> Terms:
     p_teacher, p_student, d = pair.teacher.probabilities, pair.student.probabilities, pair.d
     mix = mixture(p_teacher, p_student, d, beta)
     terms = beta * kl_terms(p_teacher, mix.m, mix.teacher_d)
     value = (terms + (1 - beta) * kl_terms(p_student, mix.m, mix.student_d)).sum(-1)
-    return _none_where_infinite(value, (1 - beta) * _centred(p_student, mix.student_d, pair.student))
+    return _centred(value, mix.student_d, pair.student, 1 - beta)
 
 
-def _skew_kl(pair: Pair, alpha: float) -> ValueAndGrad:
+def _skew_kl(pair: Pair, alpha: float) -> Terms:
     p_teacher, p_student, d = pair.teacher.probabilities, pair.student.probabilities, pair.d
     mix = mixture(p_teacher, p_student, d, alpha)
     value = kl_terms(p_teacher, mix.m, mix.teacher_d).sum(-1)
-    return _none_where_infinite(value, -(1 - alpha) * _centred(p_student, mix.teacher_excess, pair.student))
+    return _centred(value, mix.teacher_excess, pair.student, -(1 - alpha))
 
 
-def _skew_reverse_kl(pair: Pair, alpha: float) -> ValueAndGrad:
+def _skew_reverse_kl(pair: Pair, alpha: float) -> Terms:
     p_teacher, p_student, d = pair.teacher.probabilities, pair.student.probabilities, pair.d
     mix = mixture(p_teacher, p_student, d, 1.0 - alpha)
     value = kl_terms(p_student, mix.m, mix.student_d).sum(-1)
-    return _none_where_infinite(value, _centred(p_student, mix.student_d - alpha * mix.student_excess, pair.student))
+    return _centred(value, mix.student_d - alpha * mix.student_excess, pair.student)
 
 
-def _total_variation(pair: Pair, parameter: float) -> ValueAndGrad:
-    p_student = pair.student.probabilities
-    gap = _student_minus_teacher(pair.teacher.probabilities, p_student, pair.d)
-    return 0.5 * gap.abs().sum(-1), 0.5 * _centred(p_student, gap.sign(), pair.student)
-
-
-def _none_where_infinite(value: Tensor, grad: Tensor) -> ValueAndGrad:
-    """Return both, the gradient of a row 0 where its value is inf."""
-    return value, torch.where(value.isinf().unsqueeze(-1), 0.0, grad)
+def _total_variation(pair: Pair, parameter: float) -> Terms:
+    gap = _student_minus_teacher(pair.teacher.probabilities, pair.student.probabilities, pair.d)
+    return _centred(0.5 * gap.abs().sum(-1), gap.sign(), pair.student, 0.5)
 
 
 # Each from both sides and the divergence's parameter.
-DIVERGENCES: dict[str, Callable[[Pair, float], ValueAndGrad]] = {
+DIVERGENCES: dict[str, Callable[[Pair, float], Terms]] = {
     "forward_kl": _forward_kl,
     "reverse_kl": _reverse_kl,
     "jsd": _jsd,
@@ -112,13 +132,32 @@ DIVERGENCES: dict[str, Callable[[Pair, float], ValueAndGrad]] = {
 }
 
 
-def _lost_mass(logits: Tensor, common: Distribution) -> Tensor:
+def _side(logits: Tensor, vocab: int, tokens: Tensor | None, inputs: RowsInputs, shard: Shard) -> Side:
+    """Return what is known of a side's rows from its own logits [C, V], of which the first `vocab` are compared.
+
+    A token outside the vocabulary (only a GPU, which does not check, lets one come here) has the logit -inf.
+    """
+    token = beyond = None
+    if tokens is not None:
+        token = logits.new_full(tokens.shape, -torch.inf)
+        if vocab:
+            inside = (tokens >= 0) & (tokens < vocab)
+            token = logits.gather(-1, tokens.clamp(0, vocab - 1).unsqueeze(-1))[..., 0].masked_fill(~inside, -torch.inf)
+    if inputs.scores and (shard.split or logits.shape[-1] > vocab):
+        beyond = logits[..., vocab:].logsumexp(-1)
+    return Side(distribution(logits[..., :vocab]), token, beyond)
+
+
+def _lost_mass(side: Side) -> Tensor:
     """Return the probability [C] beyond the common vocabulary."""
-    vocab = common.logits.shape[-1]
-    if logits.shape[-1] == vocab:
-        return torch.zeros_like(common.top[..., 0])
-    lse = (common.top + common.log_rest)[..., 0]
-    return torch.sigmoid(logits[..., vocab:].logsumexp(-1) - lse)
+    top, log_rest = side.common.top[..., 0], side.common.log_rest[..., 0]
+    return torch.zeros_like(top) if side.beyond is None else torch.sigmoid(side.beyond - (top + log_rest)).to(top.dtype)
+
+
+def _token_logprob(side: Side) -> Tensor:
+    """Return log p(tokens) [C]; 0 without tokens."""
+    top, log_rest = side.common.top[..., 0], side.common.log_rest[..., 0]
+    return torch.zeros_like(top) if side.token is None else ((side.token - top) - log_rest).to(top.dtype)
 
 
 def _entropy(side: Distribution) -> Tensor:
@@ -126,17 +165,11 @@ def _entropy(side: Distribution) -> Tensor:
     return -(side.probabilities * logprobs).masked_fill(logprobs == -torch.inf, 0.0).sum(-1)
 
 
-def token_logprob(side: Distribution, tokens: Tensor) -> Tensor:
-    """Return log p(tokens) [C]; -inf for a token outside the vocabulary (only a GPU, which does not check, lets one come
-    here)."""
-    vocab = side.logits.shape[-1]
-    logprobs = side.logprobs.gather(-1, tokens.clamp(0, vocab - 1).unsqueeze(-1))[..., 0]
-    return logprobs.masked_fill((tokens < 0) | (tokens >= vocab), -torch.inf)
-
-
 def _cross_entropy_grad(student: Distribution, tokens: Tensor, logprob: Tensor) -> Tensor:
     """Return p_S - onehot(token) [C, V], the token's own entry as expm1(log p)."""
     p = student.probabilities
+    if not p.shape[-1]:
+        return p
     index = tokens.clamp(0, p.shape[-1] - 1).unsqueeze(-1)
     outside = ((tokens < 0) | (tokens >= p.shape[-1])).unsqueeze(-1)
     return p.scatter(-1, index, torch.where(outside, p.gather(-1, index), logprob.unsqueeze(-1).expm1()))
@@ -163,7 +196,7 @@ def divergence_rows(
         grad, scores: what to compute beside the value.
     """
     inputs = RowsInputs(student_product, teacher_product, student_bias, teacher_bias, tokens, spec, grad, scores)
-    rows = _common_rows(inputs)
+    rows = _common_rows(inputs, WHOLE)
     if rows.grad_logits is None:
         return rows
     padded = torch.zeros_like(student_product)
@@ -173,18 +206,25 @@ def divergence_rows(
 
 @eager_kernel("divergence_rows")
 def _kernel(*flat: Any) -> RowsOutputs:
-    inputs = ROWS_INPUTS.unpack(*flat)
-    rows = _common_rows(inputs)
-    if rows.grad_logits is not None:
-        tile, vocab = inputs.student_product if inputs.grad_tile is None else inputs.grad_tile, rows.grad_logits.shape[-1]
-        scaled_into(tile[:, :vocab], rows.grad_logits, inputs.grad_scale)
-        tile[:, vocab:] = 0.0
+    rows = rows_in_tiles(ROWS_INPUTS.unpack(*flat), WHOLE)
     return RowsOutputs(rows.value, rows.scores, rows.finite)
 
 
-def _common_rows(inputs: RowsInputs) -> Rows:
-    """Return the rows with the gradient over the common vocabulary alone."""
-    spec, tokens = inputs.spec, inputs.tokens
+def rows_in_tiles(inputs: RowsInputs, shard: Shard) -> Rows:
+    """Return what topd::divergence_rows does, of rows whose vocabulary may be split; the gradient is in one of the tiles."""
+    rows = _common_rows(inputs, shard)
+    if rows.grad_logits is None:
+        return rows
+    tile, vocab = inputs.student_product if inputs.grad_tile is None else inputs.grad_tile, rows.grad_logits.shape[-1]
+    scaled_into(tile[:, :vocab], rows.grad_logits, inputs.grad_scale)
+    tile[:, vocab:] = 0.0
+    return rows._replace(grad_logits=tile)
+
+
+def _common_rows(inputs: RowsInputs, shard: Shard) -> Rows:
+    """Return the rows with the gradient over the common vocabulary alone: statistics, sweep, sums, gradient
+    (`topd.ops.linear_divergence.statistics`)."""
+    spec, tokens = inputs.spec, None if inputs.tokens is None else shard.local(inputs.tokens)
     student_full = shape_logits(
         inputs.student_product, inputs.student_bias, spec.student_scale, spec.student_softcap, spec.temperature
     )
@@ -192,46 +232,49 @@ def _common_rows(inputs: RowsInputs) -> Rows:
         inputs.teacher_product, inputs.teacher_bias, spec.teacher_scale, spec.teacher_softcap, spec.temperature
     )
     vocab = min(student_full.shape[-1], teacher_full.shape[-1])
-    student, teacher = distribution(student_full[..., :vocab]), distribution(teacher_full[..., :vocab])
+    own, other = (_side(logits, vocab, tokens, inputs, shard) for logits in (student_full, teacher_full))
+    known = statistics(own, other, shard)
+    teacher, student = known.teacher.common, known.student.common
     pair = Pair(teacher, student, log_ratio(teacher, student))
     finite = (student.exists & teacher.exists)[..., 0]
-    value, grad_logits = DIVERGENCES[spec.divergence](pair, spec.parameter)
 
-    student_logprob = teacher_logprob = torch.zeros_like(value)
-    if tokens is not None:
-        student_logprob, teacher_logprob = token_logprob(student, tokens), token_logprob(teacher, tokens)
-        if spec.hard_weight:
-            value = value - spec.hard_weight * student_logprob
-            grad_logits = grad_logits + spec.hard_weight * _cross_entropy_grad(student, tokens, student_logprob)
+    terms = DIVERGENCES[spec.divergence](pair, spec.parameter)
+    scored = _scored_sums(pair) if inputs.scores else {}
+    sums = Sums(terms.value, scored, terms.mean, terms.reference).over(shard, known.parts)
 
+    value, student_logprob = sums.value, _token_logprob(known.student)
+    if spec.hard_weight and tokens is not None:
+        value = value - spec.hard_weight * student_logprob
     scores = value.new_empty((0, *value.shape))
     if inputs.scores:
-        known = {
+        columns = sums.scores | {
             "student_logprob": student_logprob,
-            "teacher_logprob": teacher_logprob,
-            "student_lost_mass": _lost_mass(student_full, student),
-            "teacher_lost_mass": _lost_mass(teacher_full, teacher),
+            "teacher_logprob": _token_logprob(known.teacher),
+            "top1_agreement": known.agree.to(value.dtype),
+            "student_lost_mass": _lost_mass(known.student),
+            "teacher_lost_mass": _lost_mass(known.teacher),
         }
-        scores = _scores(pair, known).masked_fill(~finite, torch.nan)
+        scores = torch.stack([columns[name] for name in FIELDS]).masked_fill(~finite, torch.nan)
     value = value.masked_fill(~finite, torch.nan)
     if not inputs.grad:
         return Rows(value, scores, finite, None)
+    grad_logits = terms.gradient(student.probabilities, sums)
+    if spec.hard_weight and tokens is not None:
+        grad_logits = grad_logits + spec.hard_weight * _cross_entropy_grad(student, tokens, student_logprob)
     grad_logits = _through_shape(grad_logits, student, spec).masked_fill(~finite.unsqueeze(-1), 0.0)
     return Rows(value, scores, finite, grad_logits)
 
 
-def _scores(pair: Pair, known: dict[str, Tensor]) -> Tensor:
-    """Return the scores [9, C] from both distributions and the scores that are known already."""
+def _scored_sums(pair: Pair) -> dict[str, Tensor]:
+    """Return the scores that are sums over the vocabulary, each [C]."""
     teacher, student, d = pair
     p_teacher, p_student = teacher.probabilities, student.probabilities
-    columns = known | {
+    return {
         "forward_kl": kl_terms(p_teacher, p_student, d).sum(-1),
         "reverse_kl": kl_terms(p_student, p_teacher, -d).sum(-1),
         "student_entropy": _entropy(student),
         "teacher_entropy": _entropy(teacher),
-        "top1_agreement": (student.mode == teacher.mode)[..., 0].to(d.dtype),
     }
-    return torch.stack([columns[name] for name in FIELDS])
 
 
 def _through_shape(grad_logits: Tensor, student: Distribution, spec: RowSpec) -> Tensor:

@@ -22,8 +22,11 @@ def gradients_of_kept(call: Call, kept: Kept, grad: Tensor, needs: Needs) -> Hea
     return gradients_of_few(call.student, dlogits, hidden, weights, needs, call.dtype, call.backend)
 
 
-def gradients_of_sums(call: Call, kept: Kept, grad: Tensor, *, uniform_hint: bool) -> HeadGrads:
-    """Return exact sums under `grad` [N], which is 0 where masked; fresh tensors in the tile's dtype."""
+def gradients_of_sums(call: Call, kept: Kept, grad: Tensor, needs: Needs, *, uniform_hint: bool) -> HeadGrads:
+    """Return exact sums under `grad` [N], which is 0 where masked; fresh tensors in the tile's dtype.
+
+    Over the ranks of a sharded head rows are computed again together: those that deviate on any rank.
+    """
     engine, hint = call.backend, kept.hint
     if uniform_hint and call.mask is None and grad.numel() and grad.stride(0) == 0:
         # An expanded scalar, as sum() sends it (mean() sends a number a row): no row deviates and the host need not wait. A row
@@ -34,15 +37,30 @@ def gradients_of_sums(call: Call, kept: Kept, grad: Tensor, *, uniform_hint: boo
     expected = c * hint
     deviates, alive = (grad - expected).abs() <= 4 * torch.finfo(grad.dtype).eps * expected.abs(), grad != 0
     deviates.logical_not_()
+    deviates, alive = call.shard.union(deviates, alive)
     weight = call.student.weight
     narrow = engine.grad_dtype(weight.dtype, call.dtype, weight.device) != call.dtype
     rows = (c, hint, grad, deviates, alive)
-    correct = correction(kept.grads, call.student, kept.u, *rows, engine, narrow=narrow, jumps=call.spec.jumps, complete=True)
-    loop = Loop(call, correct.rows, grad=True, weight_grad=bool(kept.grads.weight.numel()), scores=False)
+    correct = correction(
+        kept.grads,
+        call.student,
+        kept.u,
+        *rows,
+        engine,
+        narrow=narrow,
+        jumps=call.spec.jumps,
+        complete=True,
+        shard=call.shard,
+    )
+    if not correct.rows.numel():
+        return correct.grads
+    loop = Loop(call, correct.rows, grad=True, weight_grad=needs.weight, scores=False)
     for chunk in loop:
         if (gradients := chunk.gradients) is None:
             continue
         through_adapter = loop.student.through_adapter(gradients.grad_logits)
+        if needs.adapter and through_adapter is not None:
+            through_adapter = call.shard.summed(through_adapter)
         first = correct.anew and gradients.first
         sums = (loop.student, gradients.grad_logits, through_adapter, gradients.hidden)
         for alpha, weights in correct.terms:

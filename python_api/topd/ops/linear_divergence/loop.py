@@ -69,6 +69,7 @@ def plan_of(
         itemsize=call.dtype.itemsize,
         temporaries=engine.temporaries(EAGER_TEMPORARIES),
         products=products,
+        shard=call.shard,
     )
 
 
@@ -130,6 +131,7 @@ class Loop:
                     chunk.grad_tile,
                     self.student.grad_scale,
                 ),
+                call.shard,
             )
             finite.append(rows.finite)
             gradients = None

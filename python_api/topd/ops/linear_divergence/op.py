@@ -112,9 +112,10 @@ def _computed(call: Call, inputs: Inputs) -> Outputs:
     outputs = _empty(inputs, keeps=keeps, engine=call.backend)
     value, scores, (u, grads, hint, dlogits) = outputs.value, outputs.scores, outputs.kept
     chosen = chosen_rows(call.mask)
-    if call.tokens is not None:
+    if call.tokens is not None and not call.shard.split:  # else the public function has checked them
         in_vocabulary("tokens", call.tokens if chosen is None else call.tokens[chosen], call.vocab, COMMON_VOCABULARY)
-    if grads.wanted:
+    shard, summed = call.shard, needs.head and not keeps  # also on a rank whose shard is empty, which has no sums
+    if summed:
         hint = normalised_hint(inputs.weights_hint, call.mask, value)
         outputs = outputs._replace(kept=outputs.kept._replace(hint=hint))
     grad = any(needs)
@@ -133,12 +134,14 @@ def _computed(call: Call, inputs: Inputs) -> Outputs:
         index, finite = gradients.row_index, gradients.finite
         through_adapter = loop.student.through_adapter(gradients.grad_logits)
         if needs.hidden and isinstance(index, slice):
-            loop.student.hidden_grad(gradients.grad_logits, through_adapter, finite, out=u[index])
+            shard.summed(loop.student.hidden_grad(gradients.grad_logits, through_adapter, finite, out=u[index]))
         elif needs.hidden:
-            u[index] = loop.student.hidden_grad(gradients.grad_logits, through_adapter, finite)
+            u[index] = shard.summed(loop.student.hidden_grad(gradients.grad_logits, through_adapter, finite))
         if keeps:
             hint[index] = finite.to(hint.dtype)
-        if grads.wanted:
+        if summed:
+            if needs.adapter and through_adapter is not None:  # d a is whole on every rank
+                through_adapter = shard.summed(through_adapter)
             weights = hint[index].masked_fill(~finite, 0.0)
             hint[index] = weights
             sums = (loop.student, gradients.grad_logits, through_adapter, gradients.hidden, weights)
@@ -158,9 +161,9 @@ def _backward(grad_value: Tensor, *flat: Any) -> tuple[Any, ...]:
         grads = kept.grads
         if kept.dlogits.numel():
             grads = gradients_of_kept(call, kept, grad_value, needs)
-        elif grads.wanted:
-            grads = gradients_of_sums(call, kept, grad_value, uniform_hint=uniform_hint)
-        return GRADIENTS.pack(Gradients(hidden, grads.returned(student)))
+        elif needs.head:
+            grads = gradients_of_sums(call, kept, grad_value, needs, uniform_hint=uniform_hint)
+        return GRADIENTS.pack(Gradients(hidden, grads.returned(student, needs)))
 
 
 for _op, _implementation in (("linear_divergence", _forward), ("linear_divergence_backward", _backward)):

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import topd.ops.linear_divergence.eager  # noqa: F401  (registers what the backend "eager" runs)
+from topd.ops.linear_divergence.eager import rows_in_tiles  # which registers what the backend "eager" runs
 from topd.ops.linear_divergence.spec import ROWS_INPUTS, ROWS_OUTPUTS, Rows, RowsInputs
 from topd.ops.shared.engines import Engine
 from topd.ops.shared.op_body import define
+from topd.ops.shared.shard import Shard
 from topd.scores import FIELDS
 
 define("topd::divergence_rows", f"({ROWS_INPUTS.schema}) -> ({ROWS_OUTPUTS.schema})")
@@ -32,8 +33,11 @@ def _fake(*flat: Any) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def run_rows(engine: Engine, inputs: RowsInputs) -> Rows:
-    """Return one chunk's results; the gradient lives in one of the inputs' tiles."""
+def run_rows(engine: Engine, inputs: RowsInputs, shard: Shard) -> Rows:
+    """Return one chunk's results; the gradient lives in one of the inputs' tiles. Rows of a vocabulary that is split are eager
+    torch's on every engine: no compiled kernel stops between its two sweeps."""
+    if shard.split:
+        return rows_in_tiles(inputs, shard)
     kernel = engine.kernel("divergence_rows", inputs.student_product.device)
     value, scores, finite = kernel(*ROWS_INPUTS.pack(inputs))
     tile = inputs.student_product if inputs.grad_tile is None else inputs.grad_tile

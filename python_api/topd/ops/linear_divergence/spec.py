@@ -10,6 +10,7 @@ from torch import Tensor
 from topd.ops.shared.engines import Engine
 from topd.ops.shared.fields import PREFIXED, WRITTEN, Table
 from topd.ops.shared.float16_scale import scale_within
+from topd.ops.shared.shard import WHOLE, Shard
 from topd.ops.shared.tiles import HeadGrads, Needs, Side
 
 COMMON_VOCABULARY = "the vocabulary that both heads share"
@@ -108,7 +109,7 @@ class RowsOutputs(NamedTuple):
 
 class Call(NamedTuple):
     """What the public function, forward and backward share. hidden [N, H], mask [N] bool, tokens [N] int64; `numbers`: what
-    `topd.ops.shared.numbers` packed, or None."""
+    `topd.ops.shared.numbers` packed, or None; `shard`: of which part of the vocabulary both sides' heads hold the rows."""
 
     student: Annotated[Side, PREFIXED]
     teacher: Annotated[Side, PREFIXED]
@@ -118,6 +119,7 @@ class Call(NamedTuple):
     workspace_bytes: int | None
     backend: Engine
     numbers: Tensor | None = None
+    shard: Shard = WHOLE
 
     @property
     def dtype(self) -> torch.dtype:
@@ -127,7 +129,7 @@ class Call(NamedTuple):
 
     @property
     def vocab(self) -> int:
-        """The width of the common vocabulary."""
+        """The width of the common vocabulary, of the part of it that is here."""
         return min(self.student.weight.shape[0], self.teacher.weight.shape[0])
 
 

@@ -187,7 +187,7 @@ def _backward(
             if needs.head:
                 grads = gradients_of_sums(inputs, upstreams, upstream)
             add_ids(call, upstream, grads, hidden)
-        return GRADIENTS.pack(Gradients(hidden.to(call.side.hidden.dtype), grads.returned(call.side)))
+        return GRADIENTS.pack(Gradients(hidden.to(call.side.hidden.dtype), grads.returned(call.side, needs)))
 
 
 for _op, _implementation in (("linear_logprobs", _forward), ("linear_logprobs_backward", _backward)):

@@ -4,7 +4,7 @@ class Inputs(NamedTuple):
     student: Annotated[Side, PREFIXED]  # a record in the record: student_hidden, student_weight, ...
     spec: RowSpec  # the same, its fields by their own names
     tile: Annotated[Tensor, WRITTEN]  # the op writes to it
-    backend: Engine  # goes as its name
+    backend: Engine  # goes as its name, and so does a Shard
 
 TABLE = Table(Inputs)
 torch.library.define("topd::op", f"({TABLE.schema}) -> Tensor")
@@ -19,10 +19,13 @@ from typing import Annotated, Any, Generic, NamedTuple, TypeVar, get_args, get_o
 from torch import Tensor
 
 from topd.ops.shared.engines import Engine, engine_of
+from topd.ops.shared.shard import Shard, shard_of
 
 PREFIXED, WRITTEN = "prefixed", "written"
 R = TypeVar("R", bound=tuple[Any, ...])
-_TYPES = {Tensor: "Tensor", float: "float", int: "int", bool: "bool", str: "str", Engine: "str"}
+_TYPES = {Tensor: "Tensor", float: "float", int: "int", bool: "bool", str: "str", Engine: "str", Shard: "str"}
+# What goes as its name, and the function that makes it of the name again.
+_BY_NAME: dict[type, Callable[[str], Any]] = {Engine: engine_of, Shard: shard_of}
 
 
 class _Leaf(NamedTuple):
@@ -46,13 +49,13 @@ class _Leaf(NamedTuple):
         """Return the expression of what travels."""
         if grouped and self.kind is float and self.optional:
             return f"(INFINITY if {self.read} is None else {self.read})"
-        return f"{self.read}.name" if self.kind is Engine else self.read
+        return f"{self.read}.name" if self.kind in _BY_NAME else self.read
 
     def unpacked(self, *, grouped: bool) -> str:
         """Return the expression of the field from what travelled."""
         if grouped and self.kind is float and self.optional:
             return f"(None if {self.name} == INFINITY else {self.name})"
-        return f"engine_of({self.name})" if self.kind is Engine else self.name
+        return f"{_BY_NAME[self.kind].__name__}({self.name})" if self.kind in _BY_NAME else self.name
 
 
 class _Record(NamedTuple):
@@ -117,7 +120,7 @@ class Table(Generic[R]):
     None is infinite there: these are softcaps, and an infinite one caps nothing.
 
     Args:
-        record: a NamedTuple of tensors, numbers, flags, strings, an Engine, and such records.
+        record: a NamedTuple of tensors, numbers, flags, strings, an Engine, a Shard, and such records.
         grouped: whether fields travel in that order and grouping; else each is an argument, in the order of the record.
         prefix: what stands before all names.
     """
@@ -127,7 +130,7 @@ class Table(Generic[R]):
         leaves = tree.leaves()
         tensors, others, lists = leaves, [], {}
         if grouped:
-            tensors, others = _of(leaves, Tensor), _of(leaves, int, str, Engine)
+            tensors, others = _of(leaves, Tensor), _of(leaves, int, str, *_BY_NAME)
             lists = {"floats": _of(leaves, float), "flags": _of(leaves, bool)}
             lists = {name: members for name, members in lists.items() if members}
         singles, letters = [*tensors, *others], iter("abcdefgh")
@@ -147,7 +150,7 @@ class Table(Generic[R]):
             f"    return {tree.built(grouped=grouped)}",
         ]
         functions: dict[str, Any] = {_name(each): each for each in tree.types()}
-        functions |= {"INFINITY": float("inf"), "engine_of": engine_of}
+        functions |= {"INFINITY": float("inf"), **{each.__name__: each for each in _BY_NAME.values()}}
         exec("\n".join(source), functions)
         self.pack: Callable[[R], tuple[Any, ...]] = functions["pack"]
         self.split: Callable[[R], tuple[list[Any], list[Any]]] = functions["split"]

@@ -21,6 +21,7 @@ from topd.ops.shared.plan import (
     plan_chunks,
     wanted_workspace,
 )
+from topd.ops.shared.shard import WHOLE, Shard
 from topd.ops.shared.tiles import WidenedSide
 
 
@@ -34,13 +35,19 @@ def plan_rows(
     itemsize: int,
     temporaries: int,
     products: Products | None = None,
+    shard: Shard = WHOLE,
 ) -> ChunkPlan:
     """Return the plan of n rows on a device; `multiplied`: the dtype in which the first side is multiplied, `workspace_bytes`:
-    None for the default. The rest is as in `topd.ops.shared.plan.plan_chunks`."""
+    None for the default. The rest is as in `topd.ops.shared.plan.plan_chunks`.
+
+    All ranks of a shard's group get one plan, that of the widest shard in the smallest workspace of the group: with two plans
+    one rank would wait for chunks that another does not have.
+    """
     tiles: dict[str, Any] = {"itemsize": itemsize, "temporaries": temporaries, "products": products}
     if workspace_bytes is None:
         workspace_bytes = workspace(device, multiplied, wanted_workspace(n, *vocabs, **tiles))
-    return plan_chunks(n, *vocabs, workspace_bytes=workspace_bytes, block=engine.row_block(device), **tiles)
+    widths, workspace_bytes = shard.agreed(n, vocabs, workspace_bytes, device)
+    return plan_chunks(n, *widths, workspace_bytes=workspace_bytes, block=engine.row_block(device), **tiles)
 
 
 def workspace(device: torch.device, multiplied: torch.dtype, wanted: int) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from topd.ops.shared.engines import Engine
+from topd.ops.shared.shard import WHOLE, Shard
 from topd.ops.shared.tiles import HeadGrads, Side
 
 
@@ -56,6 +57,7 @@ def correction(
     narrow: bool = False,
     jumps: bool = False,
     complete: bool = False,
+    shard: Shard = WHOLE,
 ) -> Correction:
     """Return what it takes to go from sums under `hinted` to c times them with the rows of `redo` exact.
 
@@ -71,6 +73,7 @@ def correction(
         jumps: the gradient to the logits jumps where two numbers are equal. A row computed again among other rows has other
             rounding, may fall on the other side, and could not be taken away: then rows are only ever added.
         complete: where no row deviates, nothing else will be added to the sums (`HeadGrads.times`).
+        shard: all ranks decide alike: where one starts anew, all do.
     """
     # The host waits here for a count; on a GPU that costs microseconds, and spares the matrix products of the rows that obey.
     rows = redo.nonzero()[:, 0]
@@ -83,6 +86,9 @@ def correction(
         anew = bool(expected[rows].any())
     elif not anew:
         anew = _cancels(_sizes(side, saved), u, expected, weights, rows, living)
+    if shard.split:
+        (anew_somewhere,) = shard.union(rows.new_full((1,), anew))
+        anew = bool(anew_somewhere)
     if anew:
         return Correction(saved.unfilled(engine), living, [(1.0, weights)], True)
     terms = [(-c.item(), hinted), (1.0, weights)] if narrow else [(1.0, weights - expected)]

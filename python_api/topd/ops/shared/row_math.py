@@ -16,7 +16,8 @@ from torch import Tensor
 
 
 class Distribution(NamedTuple):
-    """One side's softmax over the common vocabulary, kept apart from its offset `top`, the logit at `mode`."""
+    """One side's softmax over the common vocabulary, kept apart from its offset `top`, the logit at `mode`. Over the ranks of a
+    sharded head `rest` is a double, and `mode` the most likely entry that is here."""
 
     logits: Tensor
     top: Tensor
@@ -33,14 +34,17 @@ class Distribution(NamedTuple):
 
     @property
     def probabilities(self) -> Tensor:
-        return (self.logits - self.top).exp() / (1 + self.rest)
+        return (self.logits - self.top).exp() / (1 + self.rest).to(self.logits.dtype)
 
     @property
     def logprobs(self) -> Tensor:
-        return (self.logits - self.top) - self.log_rest
+        return (self.logits - self.top) - self.log_rest.to(self.logits.dtype)
 
 
 def distribution(logits: Tensor) -> Distribution:
+    if logits.shape[-1] == 0:  # a rank of a sharded head may hold nothing
+        nothing = logits.new_full((*logits.shape[:-1], 1), -torch.inf)
+        return Distribution(logits, nothing, torch.zeros_like(nothing, dtype=torch.int64), torch.zeros_like(nothing))
     mode = logits.argmax(-1, keepdim=True)
     top = logits.gather(-1, mode)
     rest = (logits - top).exp().scatter(-1, mode, 0.0).sum(-1, keepdim=True)
@@ -54,7 +58,11 @@ def log_ratio(teacher: Distribution, student: Distribution) -> Tensor:
     near = shift.abs() <= 4
     teacher_logits = teacher.logits - teacher.top.masked_fill(near, 0.0)
     student_logits = student.logits - student.top.masked_fill(near, 0.0)
-    d = (teacher_logits - student_logits) - shift.masked_fill(~near, 0.0) - (teacher.log_rest - student.log_rest)
+    d = (
+        (teacher_logits - student_logits)
+        - shift.masked_fill(~near, 0.0)
+        - (teacher.log_rest - student.log_rest).to(shift.dtype)
+    )
     return d.masked_fill(teacher.logits.isneginf() & student.logits.isneginf(), 0.0)
 
 

@@ -165,10 +165,11 @@ class HeadGrads(NamedTuple):
         likes = (side.weight, side.bias, side.a, side.b)
         return HeadGrads(*(_scaled(c, total, like, engine) for total, like in zip(self, likes, strict=True)))
 
-    def returned(self, side: Side) -> "HeadGrads":
+    def returned(self, side: Side, needs: Needs) -> "HeadGrads":
         """Return the sums as the gradients of the side's tensors: in their dtypes, with zeros beyond the common vocabulary."""
         likes = (side.weight, side.bias, side.a, side.b)
-        return HeadGrads(*(_returned(total, like) for total, like in zip(self, likes, strict=True)))
+        wanted = (needs.weight, needs.bias, needs.adapter, needs.adapter)
+        return HeadGrads(*(_returned(*each) for each in zip(self, likes, wanted, strict=True)))
 
     def zero(self) -> None:
         """Fill all with zeros."""
@@ -218,8 +219,8 @@ class HeadGrads(NamedTuple):
             summed(self.b, weighted @ side.a.T, side.scaling)
 
 
-def _returned(total: Tensor, like: Tensor | None) -> Tensor:
-    if like is None or total.numel() == 0 or total.shape == like.shape:
+def _returned(total: Tensor, like: Tensor | None, wanted: bool) -> Tensor:
+    if like is None or not wanted or total.shape == like.shape:
         return total if like is None else total.to(like.dtype)
     out = like.new_zeros(like.shape)
     out[: total.shape[0]] = total

@@ -1,0 +1,52 @@
+"""Every collective of topd's ops: what processes of one torch.distributed group tell each other.
+
+All ranks of the group must call these in the same order. Nothing here waits for a rank that raised: what may fail on one rank
+alone is checked before, and its outcome exchanged by `outcomes` (`topd.ops.shared.shard`).
+
+An all-reduced sum of exponentials loses digits, and a reduction's order of additions is the backend's own. So numbers that
+decide anything are gathered, and each rank adds them in the order of the ranks: the same bits everywhere. Only gradients to
+hidden states are all-reduced.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:  # some builds of torch have none
+    from torch.distributed import ProcessGroup
+
+
+def group_of(name: str) -> "ProcessGroup":
+    """Return the group whose `group_name` this is."""
+    group: ProcessGroup = dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined,arg-type]
+    return group
+
+
+def gathered(group: "ProcessGroup", mine: Tensor) -> Tensor:
+    """Return [R, ...], what each rank has, in the order of the ranks; `mine` has the same shape on all of them."""
+    mine = mine.contiguous()
+    parts = [torch.empty_like(mine) for _ in range(group.size())]
+    dist.all_gather(parts, mine, group=group)
+    return torch.stack(parts)
+
+
+def added_up(group: "ProcessGroup", mine: Tensor) -> Tensor:
+    """Return the sum over the ranks, in `mine` where its entries lie one after the other; the same bits on every rank."""
+    total = mine.contiguous()
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def outcomes(group: "ProcessGroup", numbers: list[int], device: torch.device) -> list[list[int]]:
+    """Return the numbers of each rank, as many on all of them."""
+    each: list[list[int]] = gathered(group, torch.tensor(numbers, dtype=torch.int64, device=device)).tolist()
+    return each
+
+
+def exchanged_rows(group: "ProcessGroup", mine: Tensor, sent: list[int], received: list[int]) -> Tensor:
+    """Return rows [sum of received, ...]: the first sent[0] rows of `mine` go to rank 0, the next sent[1] to rank 1, ..."""
+    out = mine.new_empty((sum(received), *mine.shape[1:]))
+    dist.all_to_all_single(out, mine.contiguous(), received, sent, group=group)
+    return out

@@ -1,0 +1,216 @@
+"""Sharded heads at the edges, in two processes; started by test_sharded_edges.py. A function is named like its result."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from compare import Model, Problem, gradients, plain, random_problem
+from shard_cases import head_of, rows_of, shard_of, sides_of
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+from two_ranks import fork
+
+import topd
+from topd.ops.shared.shard import Shard as OpShard
+
+STARTS = (0, 23)
+EVERYTHING = {"student": {"bias": True, "rank": 3, "softcap": 8.0}, "teacher": {"vocab": 53, "bias": True}, "mask": True}
+
+
+def message(call) -> str:
+    """Return the error of a call."""
+    try:
+        call()
+    except (TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def truth(problem: Problem, divergence: topd.Divergence) -> dict[str, Any]:
+    """Return the value of each row and the gradients of their sum on whole heads."""
+    outcome = plain(replace(problem, divergence=divergence), torch.ones(11))
+    return {"value": outcome.value, "grads": outcome.grads}
+
+
+def near_equal(rank):
+    """Rows whose true KL is about 4e-9: one-hot hidden states, so that the products are the weights themselves."""
+    weight = torch.randn(5003, 16)
+    other, starts = weight + 9e-5 * torch.randn(5003, 16), (0, 2000)
+    student, teacher = (shard_of(Model(torch.eye(16), part), starts, rank) for part in (weight, other))
+    sides = (student.hidden, head_of(student, starts, rank, 5003), teacher.hidden, head_of(teacher, starts, rank, 5003))
+    scores = topd.score_tokens(*sides)
+    return {"forward": scores.forward_kl, "reverse": scores.reverse_kl, "weight": weight, "other": other}
+
+
+def peaked(rank):
+    """A token with 1 - p of about 1e-10, held by rank 1, and what the other rank holds."""
+    weight = torch.zeros(64, 1)
+    weight[50] = 27.0
+    model = shard_of(Model(torch.ones(1, 1), weight), (0, 32), rank)
+    sides = (model.hidden, head_of(model, (0, 32), rank, 64)) * 2
+    return {"logprob": topd.score_tokens(*sides, tokens=torch.tensor([50])).student_logprob}
+
+
+def absent_tokens(rank):
+    """-inf logits, on one side and on both, and a rank that holds nothing else."""
+    problem = random_problem({"student": {"bias": True}, "teacher": {"bias": True}})
+    problem.teacher.bias[23:] = -torch.inf
+    problem.student.bias[30:] = -torch.inf
+    student, sides = sides_of(problem, STARTS, rank)
+    value = topd.linear_divergence(*sides, divergence="forward_kl")
+    grads = gradients(value, torch.ones_like(value), student)
+    infinite = topd.linear_divergence(*sides).detach()
+    return {"truth": truth(problem, topd.ForwardKL()), "value": value.detach(), "grads": grads, "reverse": infinite}
+
+
+def no_rows(rank):
+    grads = []
+    for mask in (None, torch.zeros(11, dtype=torch.bool)):
+        problem = random_problem({"student": {"bias": True, "rank": 2}}, n=11 if mask is not None else 0)
+        student, sides = sides_of(problem, STARTS, rank)
+        value, scores = topd.linear_divergence(*sides, mask=mask, return_scores=True)
+        grads.append({"value": value.detach(), "kl": scores.forward_kl} | gradients(value, torch.ones_like(value), student))
+    return {"grads": grads}
+
+
+def second_backward(rank):
+    problem = random_problem(EVERYTHING)
+    student, sides = sides_of(problem, STARTS, rank)
+    value, grads = topd.linear_divergence(*sides, mask=problem.mask, workspace_bytes=30_000), []
+    for _ in range(2):
+        value.backward(torch.linspace(-1, 2, 11).double(), retain_graph=True)
+        grads.append(student.weight.grad.clone())
+    return {"once": grads[0], "twice": grads[1]}
+
+
+def gradcheck(rank):
+    """Of what all ranks hold alike, hidden states and a: then all of them move the same entry."""
+    problem = random_problem({"student": {"rank": 2, "bias": True}}, n=3)
+    student, (hidden, head, *teacher) = sides_of(problem, STARTS, rank)
+
+    def value(hidden, a):
+        own = topd.Head(head.weight, head.bias, adapter=topd.LowRank(a, student.b, 0.5), shard=head.shard)
+        return topd.linear_divergence(hidden, own, *teacher, divergence=topd.JSD(0.3))
+
+    return {"passed": torch.autograd.gradcheck(value, (hidden, student.a))}
+
+
+def collectives(rank):
+    """Count what a call of three chunks says, forward and backward."""
+    problem, counts = random_problem({}, n=12), {"all_gather": 0, "all_reduce": 0}
+    _, sides = sides_of(problem, STARTS, rank)
+    originals = {name: getattr(dist, name) for name in counts}
+
+    def counting(name):
+        def call(*args, **options):
+            counts[name] += 1
+            return originals[name](*args, **options)
+
+        return call
+
+    for name in counts:
+        setattr(dist, name, counting(name))
+    value = topd.linear_divergence(*sides, workspace_bytes=4 * 20 * 23 * 8)
+    forward = dict(counts)
+    value.sum().backward(retain_graph=True)
+    backward = {name: counts[name] - forward[name] for name in counts}
+    value.backward(torch.linspace(1, 2, 12).double())
+    redone = {name: counts[name] - forward[name] - backward[name] for name in counts}
+    for name, original in originals.items():
+        setattr(dist, name, original)
+    return {"forward": forward, "backward": backward, "redone": redone}
+
+
+def planted_fault(rank):
+    """Gradients without the other shards' terms."""
+    problem, summed = random_problem({}), OpShard.summed
+    OpShard.summed = lambda self, mine: mine
+    student, sides = sides_of(problem, STARTS, rank)
+    value = topd.linear_divergence(*sides)
+    value.sum().backward()
+    OpShard.summed = summed
+    return {"truth": truth(problem, topd.ReverseKL()), "value": value.detach(), "hidden": student.hidden.grad}
+
+
+def dtensors(rank):
+    mesh, problem = (
+        init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "tensor")),
+        random_problem({"student": {"bias": True}}),
+    )
+    placements = [Replicate(), Shard(0)]
+
+    def cut(tensor):
+        return distribute_tensor(tensor, mesh, placements)
+
+    weight, bias = (cut(tensor).requires_grad_() for tensor in (problem.student.weight, problem.student.bias))
+    hidden, student = problem.student.hidden.clone().requires_grad_(), topd.Head(weight, bias)
+    value = topd.linear_divergence(hidden, student, problem.teacher.hidden, topd.Head(cut(problem.teacher.weight)))
+    value.sum().backward()
+    assert isinstance(weight.grad, DTensor)
+    grads = {"hidden": hidden.grad, "weight": weight.grad.full_tensor(), "bias": bias.grad.full_tensor()}
+    columns = distribute_tensor(problem.student.weight, mesh, [Replicate(), Shard(1)])
+    refusals = [message(lambda: topd.Head(columns)), message(lambda: topd.Head(problem.student.weight, bias))]
+    place = {"start": student.shard.start, "refusals": refusals}
+    return {"truth": truth(problem, topd.ReverseKL()), "value": value.detach(), "grads": grads} | place
+
+
+def resharded(rank):
+    """A teacher that is cut elsewhere: refused, then moved."""
+    problem = random_problem(EVERYTHING)
+    _, (hidden, own, teacher_hidden, _) = sides_of(problem, STARTS, rank)
+    elsewhere = (0, 40)
+    teacher = head_of(shard_of(problem.teacher, elsewhere, rank), elsewhere, rank, 53)
+    refusal = message(lambda: topd.linear_divergence(hidden, own, teacher_hidden, teacher))
+    teacher = teacher.resharded(like=own)
+    value = topd.linear_divergence(hidden, own, teacher_hidden, teacher, mask=problem.mask)
+    stop = (23, 53)[rank]
+    for mine, every in ((teacher.weight, problem.teacher.weight), (teacher.bias, problem.teacher.bias)):
+        assert torch.equal(mine, rows_of(every, STARTS[rank], stop))
+    expected = truth(problem, topd.ReverseKL())
+    return {"truth": expected, "value": value.detach(), "refusal": refusal, "start": teacher.shard.start}
+
+
+def refusals(rank):
+    """Calls that are wrong on one rank alone, or that do not go together: every rank gets an error, none waits."""
+    problem = random_problem({})
+    _, (hidden, student, teacher_hidden, teacher) = sides_of(problem, STARTS, rank)
+    whole, n = topd.Head(problem.teacher.weight), 11
+    twisted = hidden.detach() if rank == 0 else hidden.detach().flip(0) * 1.5
+    some = torch.arange(n) < (5 if rank == 0 else 6)
+    temperature, tokens = (0.0 if rank == 1 else 1.0), torch.full((n,), 41 if rank == 1 else 3)
+    half = topd.Head(student.weight.detach()[:3], shard=topd.VocabShard(dist.group.WORLD, STARTS[rank], 41))
+
+    def call(states=hidden, own=student, other=teacher, **options):
+        return message(lambda: topd.linear_divergence(states, own, teacher_hidden[: states.shape[0]], other, **options))
+
+    return {
+        "temperature": call(temperature=temperature),
+        "tokens": call(tokens=tokens),
+        "rows": call(states=hidden.detach()[: n - rank]),
+        "states": call(states=twisted),
+        "mask": call(mask=some),
+        "options": call(divergence="jsd" if rank == 0 else "reverse_kl"),
+        "whole": call(other=whole),
+        "gap": call(own=half),
+        "backend": call(backend="cpp"),
+        "small": call(workspace_bytes=100),
+        "logprobs": message(lambda: topd.linear_logprobs(hidden, student, torch.zeros(n, 1, dtype=torch.int64))),
+        "sequence": message(lambda: topd.VocabShard(dist.group.WORLD, 0, 41, sequence_parallel=True)),
+    }
+
+
+CASES = (near_equal, peaked, absent_tokens, no_rows, second_backward, gradcheck, collectives, planted_fault, dtensors)
+CASES += (resharded, refusals)
+
+
+def work(rank):
+    dist.init_process_group("gloo")
+    results = {}
+    for case in CASES:
+        torch.manual_seed(0)
+        results[case.__name__] = case(rank)
+    return results
+
+
+if __name__ == "__main__":
+    fork(work)

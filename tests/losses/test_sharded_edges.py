@@ -1,0 +1,115 @@
+"""Sharded heads at the edges: peaked and near-equal rows, nothing to do, what is refused, what the ranks say to each other."""
+
+import pytest
+import torch
+from compare import Outcome, assert_near, assert_outcome
+from shard_cases import whole
+from sharded_edges import STARTS
+from two_ranks import start
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return start("losses/sharded_edges.py", tmp_path_factory.mktemp("ranks"), timeout=120)
+
+
+def test_a_tiny_divergence_keeps_its_digits(ranks):
+    for name in ("forward", "reverse"):
+        mine, other = (rank["near_equal"][name] for rank in ranks)
+        student, teacher = (ranks[0]["near_equal"][side].double().T.log_softmax(-1) for side in ("weight", "other"))
+        p, q = (teacher, student) if name == "forward" else (student, teacher)
+        true = (p.exp() * (p - q)).sum(-1)
+        assert 1e-9 < true.median() < 1e-8
+        assert torch.equal(mine, other)
+        assert (mine > 0).all()
+        assert ((mine.double() - true).abs() / true).median() < 2e-6
+
+
+def test_a_peaked_row_keeps_its_digits(ranks):
+    outside = 63 * torch.tensor(-27.0, dtype=torch.float64).exp()
+    for rank in ranks:
+        logprob = rank["peaked"]["logprob"].double()
+        assert_near(logprob, -outside.log1p().reshape(1), 1e-5)
+
+
+def test_absent_tokens(ranks):
+    parts = [rank["absent_tokens"] for rank in ranks]
+    assert_outcome(whole(parts, STARTS, 41), Outcome(**parts[0]["truth"]), 1e-12)
+    assert all(part["reverse"].isposinf().all() for part in parts)
+
+
+def test_nothing_to_do_ends_with_zeros(ranks):
+    for rank in ranks:
+        for results in rank["no_rows"]["grads"]:
+            assert all(not result.any() for result in results.values())
+            assert results["weight"].shape[1] == 7
+
+
+def test_a_second_backward_gives_the_same(ranks):
+    for rank in ranks:
+        results = rank["second_backward"]
+        assert results["once"].any()
+        assert torch.equal(results["twice"], 2 * results["once"])
+
+
+def test_gradcheck_in_double(ranks):
+    assert all(rank["gradcheck"]["passed"] for rank in ranks)
+
+
+def test_what_the_ranks_say_to_each_other(ranks):
+    """One exchange of checks, one of the plan; then for each of three chunks two gathers and one sum. Backward: none; where
+    rows are computed again: which rows, whether anew, the plan, and their chunks."""
+    for rank in ranks:
+        counts = rank["collectives"]
+        assert counts["forward"] == {"all_gather": 2 + 3 * 2, "all_reduce": 3}
+        assert counts["backward"] == {"all_gather": 0, "all_reduce": 0}
+        assert counts["redone"] == {"all_gather": 3 + 3 * 2, "all_reduce": 0}
+
+
+def test_a_gradient_without_the_other_shards_is_seen(ranks):
+    for rank in ranks:
+        fault = rank["planted_fault"]
+        true = fault["truth"]["grads"]["hidden"]
+        assert_near(fault["value"], fault["truth"]["value"], 1e-12)
+        assert (fault["hidden"] - true).abs().max() > 1e-2 * true.abs().max()
+
+
+def test_a_dtensor_becomes_a_sharded_head(ranks):
+    for number, rank in enumerate(ranks):
+        results = rank["dtensors"]
+        assert results["start"] == 21 * number
+        assert_outcome(Outcome(results["value"], results["grads"]), Outcome(**results["truth"]), 1e-12)
+        columns, mixed = results["refusals"]
+        assert "exactly one Shard(0)" in columns
+        assert "full_tensor()" in columns
+        assert "Head.bias must be a plain tensor" in mixed
+
+
+def test_a_teacher_is_resharded_like_the_student(ranks):
+    for number, rank in enumerate(ranks):
+        results = rank["resharded"]
+        assert "teacher.resharded(like=student)" in results["refusal"]
+        assert results["start"] == STARTS[number]
+        assert_near(results["value"], results["truth"]["value"], 1e-12)
+
+
+REFUSALS = {
+    "rows": ("takes the same rows on every rank",) * 2,
+    "states": ("hidden states must be the same on every rank",) * 2,
+    "mask": ("takes the same unmasked rows on every rank",) * 2,
+    "options": ("must make the same call",) * 2,
+    "whole": ("must be sharded over one group",) * 2,
+    "gap": ("rank 1 begins at 23 where the ranks before it end at 3",) * 2,
+    "backend": ('backend must be None or "eager" with a sharded head',) * 2,
+    "small": ("workspace_bytes must hold at least one row",) * 2,
+    "temperature": ("refused on rank 1", "temperature must be finite and > 0"),
+    "tokens": ("refused on rank 1", "tokens must lie in [0, 41)"),
+    "logprobs": ("must hold the whole vocabulary in this call",) * 2,
+    "sequence": ("VocabShard.sequence_parallel must be False",) * 2,
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_every_rank_is_told(name, ranks):
+    for rank, expected in zip(ranks, REFUSALS[name], strict=True):
+        assert expected in rank["refusals"][name]
