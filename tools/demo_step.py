@@ -8,7 +8,6 @@ once with one row for each rollout, which has one candidate: a step of all windo
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ import topd
 from bench.command import INTERRUPTED, positive
 from bench.cpu.clock import WallClock
 from bench.machine import cpu_facts
+from bench.objectives import STAGES, Rollouts, Step
 from bench.report import machine_line, markdown_table, note
 from bench.timing import Contender, Sample, ratio, whole_rounds
 from topd.backends import choose_backend
@@ -33,47 +33,19 @@ WINDOWS: dict[str, dict[str, Any]] = {
     "counterfactual": {"student_window": "rollout", "window_noise": "counterfactual"},
     "K = 8": {"horizon": 8},
 }
-STAGES = (
-    "student_forward",
-    "teacher_forward",
-    "divergence",
-    "student_windows",
-    "teacher_windows",
-    "transport",
-    "window_forward",
-    "guidance",
-    "backward",
-)
 
 
-class Step:
-    """An objective and its backward pass on the round's rollouts; keeps the seconds of each stage."""
-
-    def __init__(self, objective: topd.OPD | topd.TOPD, rollouts: "Rollouts") -> None:
-        self.objective, self.rollouts = objective, rollouts
-        self.stages: list[dict[str, float]] = []
-
-    def __call__(self) -> None:
-        self.objective.student.zero_grad(set_to_none=True)
-        result = self.objective(self.rollouts.batch, generator=torch.Generator().manual_seed(0))
-        start = time.perf_counter()
-        result.loss.backward()
-        backward = time.perf_counter() - start
-        seconds = {name.removeprefix("seconds_"): value.item() for name, value in result.metrics.items()}
-        self.stages.append(seconds | {"backward": backward})
-
-
-class Rollouts:
-    """The student's answers to the prompts of one step after the other."""
+class Answers(Rollouts):
+    """The student's answers to the prompts of one step of the demo after the other."""
 
     def __init__(self, method: PlainMethod) -> None:
-        self.method, self.index = method, 0
-        self.batch: dict[str, torch.Tensor] = {}
+        super().__init__(method.student, method.settings.batch, method.settings.tokens)
+        self.method = method
 
     def __call__(self) -> None:
-        torch.manual_seed(self.index)
-        self.batch, _ = self.method.batch(self.index)
-        self.index += 1
+        torch.manual_seed(self.seed)
+        self.batch, _ = self.method.batch(self.seed)
+        self.seed += 1
 
 
 def reading(model: torch.nn.Module) -> Callable[[], float]:
@@ -132,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     models = load(settings)
     prompts = make_prompts((rounds + 1) * settings.batch, settings.held_out, settings.seed)
     start = models.student.state_dict()
-    rollouts = Rollouts(PlainMethod("opd", models, start, prompts, settings))
+    rollouts = Answers(PlainMethod("opd", models, start, prompts, settings))
     steps = {"OPD": Step(topd.OPD(models.student, models.teacher), rollouts)}
     for name, changed in WINDOWS.items():
         config = topd.TOPDConfig(**{"horizon": settings.horizon, **changed})

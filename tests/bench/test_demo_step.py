@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from bench.objectives import Step
 from bench.timing import Sample
-from tools.demo_step import Step, counted, mebibytes, multiplying, reading, table
+from tools.demo_step import counted, mebibytes, multiplying, reading, table
 
 
 def timed(*milliseconds):
