@@ -53,7 +53,7 @@ WORDS = {
     "context": Words(
         "Context distillation",
         "Answers are the most likely ones, token by token, to questions that the student is not trained on. Forward KL is "
-        "measured on these answers.",
+        "measured on these answers. An answer is in the manner of the teacher where it begins with “Ahoy!”.",
         "in the manner",
         "answers in the manner",
         "teacher",

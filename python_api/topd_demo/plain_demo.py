@@ -49,6 +49,6 @@ class PlainDemo:
         for prompt, answers in summary.samples[:SAMPLES]:
             display.sample("Answers to a held-out prompt", prompt, answers)
         display.table("Reverse KL to the teacher on held-out prompts, nats per token", summary.outcome)
-        for line in (f"\n{summary.repeats}", *summary.warnings):
+        for line in filter(None, (f"\n{summary.repeats}", *summary.warnings, summary.held)):
             display.say(line)
         return page

@@ -42,7 +42,7 @@ def build(runs: list[Run], cost: LossCost | None, settings: Settings, descriptio
         warnings="".join(f'<p class="warning">{html.escape(warning)}</p>' for warning in summary.warnings),
         tokens=str(settings.held_out_tokens),
         samples=_samples(summary.samples),
-        wordings=table(summary.wordings),
+        wordings=table(summary.wordings) + (f"<p>{html.escape(summary.held)}</p>" if summary.held else ""),
         curves="".join(f"<figure>{panel}</figure>" for panel in panels),
         outcome=table(summary.outcome),
         loss=table(summary.loss) if summary.loss else "<p class='note'>Not measured: the run did not get there.</p>",

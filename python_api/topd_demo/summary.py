@@ -7,7 +7,7 @@ from topd_demo.evaluation import Transcript
 from topd_demo.figures import NAMES
 from topd_demo.loss_cost import LossCost
 from topd_demo.training import Run
-from topd_demo.wording import collapse
+from topd_demo.wording import collapse, held
 
 STAGES = {
     "rollouts": "student's rollouts",
@@ -34,6 +34,7 @@ class Summary:
         samples: each held-out prompt with the answers to it, by name.
         repeats: one line: how much the answers repeat themselves.
         warnings: a sentence for each method after which the answers are collapsed.
+        held: one sentence on the methods after which they are not; empty where there are none.
     """
 
     outcome: Table
@@ -41,6 +42,7 @@ class Summary:
     wordings: Table
     repeats: str
     warnings: list[str]
+    held: str
     stages: Table
     loss: Table | None
 
@@ -49,13 +51,15 @@ def summarise(runs: list[Run], cost: LossCost | None) -> Summary:
     """Sum up everything that was done so far."""
     shown = [run for run in runs if run.before is not None]
     said = _transcripts(shown)
+    reasons = _collapses(shown)
     repeats = ", ".join(f"{name} {each.wording.repeated:.0%}" for name, each in said.items())
     return Summary(
         _outcome(shown),
         _samples(said),
         _wordings(said),
         f"Repeated 3-grams: {repeats}",
-        _warnings(shown),
+        _warnings(reasons),
+        held([name for name, reason in reasons.items() if not reason]),
         stages(shown),
         None if cost is None else _loss(cost),
     )
@@ -87,9 +91,13 @@ def _wordings(said: dict[str, Transcript]) -> Table:
     return header, rows
 
 
-def _warnings(runs: list[Run]) -> list[str]:
+def _collapses(runs: list[Run]) -> dict[str, str]:
+    """Return how the student's answers after each method have collapsed, by its name; empty where they have not."""
+    return {NAMES[run.method]: collapse(run.after.student.wording, run.before.teacher.wording) for run in runs}
+
+
+def _warnings(reasons: dict[str, str]) -> list[str]:
     """Return a sentence for each method after which the student's answers are collapsed."""
-    reasons = {NAMES[run.method]: collapse(run.after.student.wording, run.before.teacher.wording) for run in runs}
     return [
         f"Warning: after {name} the answers are collapsed: {reason}. A lower reverse KL then says nothing about learning."
         for name, reason in reasons.items()

@@ -56,3 +56,12 @@ def collapse(student: Wording, teacher: Wording) -> str:
     if student.length < LEAST_LENGTH * teacher.length:
         return f"they have {student.length:.1f} tokens, the teacher's {teacher.length:.1f}"
     return ""
+
+
+def held(names: list[str]) -> str:
+    """Return the sentence that the answers after these methods are not collapsed, with the rule; empty where there are none."""
+    if not names:
+        return ""
+    rule = f"at most {MORE_REPEATS * 100:.0f} percentage points more of their {GRAM}-grams are repeats than of the teacher's"
+    long = f"they have at least {LEAST_LENGTH:.0%} of the teacher's tokens"
+    return f"After {' and '.join(names)} the answers are not collapsed: {rule}, and {long}."

@@ -61,7 +61,22 @@ def test_the_summary_warns_of_a_collapse_alone():
     assert summary.repeats == "Repeated 3-grams: before 50%, after OPD 5%, after TOPD 80%, teacher 10%"
     (warning,) = summary.warnings
     assert warning.startswith("Warning: after TOPD the answers are collapsed: 80% of their 3-grams are repeats")
-    assert summarise([], None).warnings == []
+    assert summary.held.startswith("After OPD the answers are not collapsed: at most 20 percentage points more of")
+    nothing = summarise([], None)
+    assert (nothing.warnings, nothing.held) == ([], "")
+
+
+def test_the_summary_says_so_where_nothing_is_collapsed():
+    summary = summarise([run("opd", worded(0.05, 19)), run("topd", worded(0.1, 20))], None)
+    assert summary.warnings == []
+    assert summary.held.startswith("After OPD and TOPD the answers are not collapsed: ")
+    assert summary.held.endswith("and they have at least 25% of the teacher's tokens.")
+
+
+def test_the_summary_holds_nothing_where_all_is_collapsed():
+    summary = summarise([run("opd", worded(0.9, 19))], None)
+    assert len(summary.warnings) == 1
+    assert summary.held == ""
 
 
 def test_the_summary_puts_the_answers_beside_the_teachers():
