@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 import topd
-from bench.command import INTERRUPTED, positive
-from bench.cpu.clock import WallClock
-from bench.machine import cpu_facts
-from bench.objectives import STAGES, Rollouts, Step
-from bench.report import machine_line, markdown_table, note
-from bench.timing import Contender, Sample, ratio, whole_rounds
 from topd.backends import choose_backend
+from topd_bench.command import INTERRUPTED, positive
+from topd_bench.cpu.clock import WallClock
+from topd_bench.machine import cpu_facts
+from topd_bench.report import machine_line, markdown_table, note
+from topd_bench.step import STAGES, Rollouts, Step
+from topd_bench.timing import Contender, Sample, ratio, whole_rounds
 from topd_demo import smollm2
 from topd_demo.models import load
 from topd_demo.plain import PlainMethod

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from bench.objectives import Step
-from bench.timing import Sample
 from tools.demo_step import counted, mebibytes, multiplying, reading, table
+from topd_bench.step import Step
+from topd_bench.timing import Sample
 
 
 def timed(*milliseconds):
