@@ -1,6 +1,7 @@
 """`topd bench` from its words to its tables and files, and its refusals."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -54,7 +55,8 @@ def test_the_same_cases_run_under_pytest_benchmark(tmp_path):
     chosen = ("-k", "reverse_kl-frozen and (floor or ours or cce)", "--shape", "tiny", "--timed-rounds", "2")
     options = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--benchmark-json={tmp_path / 'out.json'}")
     command = [sys.executable, "-m", "pytest", "bench/test_losses.py", *chosen, *options]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # else a worker of xdist's
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=alone)
     assert run.returncode == 0, run.stdout
     assert "2 passed, 1 skipped" in run.stdout
     results = {each["params"]["peer"]: each for each in json.loads((tmp_path / "out.json").read_text())["benchmarks"]}
