@@ -15,8 +15,8 @@ OPTIONS = pytest.mark.parametrize("options", compare.OPTIONS.values(), ids=compa
 FEW = 6
 
 
-def problem_of(options, divergence=compare.DIVERGENCES[2], dtype=torch.float32, n=FEW):
-    torch.manual_seed(0)
+def problem_of(options, divergence=compare.DIVERGENCES[2], dtype=torch.float32, n=FEW, seed=0):
+    torch.manual_seed(seed)
     return compare.random_problem(options, divergence, n=n).to(dtype)
 
 
@@ -35,12 +35,21 @@ def test_against_float64_under_any_weights(divergence, options):
 @OPTIONS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_no_worse_than_eager_at_its_dtype(dtype, options):
-    problem = problem_of(options, dtype=dtype)
-    truth, yardstick = (compare.plain(problem, uneven(problem), dtype=each) for each in (torch.float64, None))
-    outcome = compare.by_topd(problem, "cpp", uneven(problem))
-    compare.assert_no_worse(outcome.value, yardstick.value.float(), truth.value, compare.CONSTANT, "value")
-    for name, grad in outcome.grads.items():
-        compare.assert_no_worse(grad, yardstick.grads[name], truth.grads[name], compare.CONSTANT, name)
+    """Element by element, over eight problems: of a single one an element of eager's is exact by luck on one processor or the
+    other, where the error of both is that of float32 logits."""
+    errors: dict[str, list[torch.Tensor]] = {}
+    for seed in range(8):
+        problem = problem_of(options, dtype=dtype, seed=seed)
+        truth, yardstick = (compare.plain(problem, uneven(problem), dtype=each) for each in (torch.float64, None))
+        outcome = compare.by_topd(problem, "cpp", uneven(problem))
+        triples = {"value": (outcome.value, yardstick.value.float(), truth.value)}
+        triples |= {name: (grad, yardstick.grads[name], truth.grads[name]) for name, grad in outcome.grads.items()}
+        for name, triple in triples.items():
+            scaled = [each / triple[2].abs().max() for each in compare.error_and_allowed(*triple, compare.CONSTANT, name)]
+            errors.setdefault(name, []).append(torch.stack(scaled))
+    for name, each in errors.items():
+        error, allowed = torch.stack(each).square().mean(0).sqrt()
+        assert bool((error <= allowed).all()), f"{name}: an element is {(error / allowed).max():.3g} times as wrong as allowed"
 
 
 @OPTIONS
