@@ -16,6 +16,7 @@ PAGES = {
     "opd-with-trl": ("trl", "datasets", "peft"),
     "profile-before-you-train": ("transformers",),
     "teacher-behind-a-server": ("transformers",),
+    "topd-step-by-step": ("gguf", "matplotlib"),
     "your-own-rollouts": ("transformers",),
 }
 QUESTIONS = (
@@ -30,7 +31,13 @@ def test_every_tutorial_is_run():
     assert set(PAGES) == {path.stem for path in (DOCS / "tutorials").glob("*.md")} - {"index"}
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[smollm2_cases.needs_model, pytest.mark.slow] if "gguf" in needed else [])
+        for page, needed in PAGES.items()
+    ],
+)
 def test_the_tutorial_runs_as_printed(page, tmp_path, monkeypatch):
     for module in PAGES[page]:
         pytest.importorskip(module)
