@@ -239,15 +239,12 @@ def assert_outcome(outcome: Outcome, truth: Outcome, tolerance: float) -> None:
             assert_near(outcome.grads[name], true, tolerance, f"gradient of {name}")
 
 
-def error_and_allowed(
-    value: Tensor, yardstick: Tensor, truth: Tensor, constant: float, what: str = ""
-) -> tuple[Tensor, Tensor]:
+def error_and_allowed(value: Tensor, yardstick: Tensor, truth: Tensor, constant: float) -> tuple[Tensor, Tensor]:
     """Return each element's error, and the one that is allowed: eager torch's, the result's rounding and a constant."""
-    assert value.dtype == yardstick.dtype, f"{what}: {value.dtype} where eager has {yardstick.dtype}"
+    assert value.dtype == yardstick.dtype, f"{value.dtype} where eager has {yardstick.dtype}"
     info = torch.finfo(value.dtype)
     rounding = truth.abs() * info.eps / 2 + info.smallest_normal * info.eps
-    allowed = (yardstick.double() - truth).abs() + rounding + constant * truth.abs().max()
-    return (value.double() - truth).abs(), allowed
+    return (value.double() - truth).abs(), (yardstick.double() - truth).abs() + rounding + constant * truth.abs().max()
 
 
 def assert_no_worse(value: Tensor, yardstick: Tensor, truth: Tensor, constant: float, what: str = "") -> None:
@@ -257,7 +254,7 @@ def assert_no_worse(value: Tensor, yardstick: Tensor, truth: Tensor, constant: f
     the operands of the products to 16 bits where the models have them: there an element is off by luck, and the root of the
     mean square is judged.
     """
-    error, allowed = error_and_allowed(value, yardstick, truth, constant, what)
+    error, allowed = error_and_allowed(value, yardstick, truth, constant)
     if value.device.type == "cuda" and value.dtype in (torch.bfloat16, torch.float16):
         error, allowed = (each.square().mean().sqrt() for each in (error, allowed))
     excess = (error / allowed).max().item() if truth.numel() else 0.0

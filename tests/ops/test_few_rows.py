@@ -45,7 +45,7 @@ def test_no_worse_than_eager_at_its_dtype(dtype, options):
         triples = {"value": (outcome.value, yardstick.value.float(), truth.value)}
         triples |= {name: (grad, yardstick.grads[name], truth.grads[name]) for name, grad in outcome.grads.items()}
         for name, triple in triples.items():
-            scaled = [each / triple[2].abs().max() for each in compare.error_and_allowed(*triple, compare.CONSTANT, name)]
+            scaled = [each / triple[2].abs().max() for each in compare.error_and_allowed(*triple, compare.CONSTANT)]
             errors.setdefault(name, []).append(torch.stack(scaled))
     for name, each in errors.items():
         error, allowed = torch.stack(each).square().mean(0).sqrt()
