@@ -37,7 +37,7 @@ LAYERS = (
     ("topd_bench",),
     ("topd.cli",),
 )
-HOSTS = {"transformers", "trl", "peft", "accelerate"}
+HOSTS = {"transformers", "trl", "peft", "accelerate", "megatron", "verl", "tensordict"}
 # What may know a host's package; all others meet them as objects that they are given.
 KNOWS_HOSTS = (
     "topd.models",
