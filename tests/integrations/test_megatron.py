@@ -1,4 +1,4 @@
-"""The output processor for Megatron's GPTModel: on stand-ins with its exact signatures, and on Megatron where it is installed."""
+"""The output processor for Megatron's GPTModel: on stand-ins with its exact signatures, and on an installed Megatron."""
 
 import inspect
 import sys

@@ -1,8 +1,9 @@
 """Megatron core's GPTModel with a distillation loss in the place of its logits.
 
-GPTModel.forward of megatron-core 0.18 and later takes an `output_processor`. This is a function that gets the last hidden states
-and the output layer; the forward returns its result. `output_processor` below is one. It returns the divergence from a teacher
-for each token, in the shape in which Megatron returns its cross-entropy, [b, s]. No rank forms logits of the whole vocabulary.
+GPTModel.forward of megatron-core 0.18 and later takes an `output_processor`. This is a function that gets the last hidden
+states and the output layer; the forward returns its result. `output_processor` below is one. It returns the divergence from a
+teacher for each token, in the shape in which Megatron returns its cross-entropy, [b, s]. No rank forms logits of the whole
+vocabulary.
 
 Megatron's shapes: s tokens of a sequence, b sequences of a micro-batch, hidden states [s, b, h]. With sequence parallelism each
 rank of the tensor-parallel group has s / ranks of them.
@@ -223,8 +224,8 @@ def _check_layer(output_layer: Any, softcap: float | None) -> None:
     if lacking := [name for name in names if not hasattr(output_layer, name)]:
         raise TypeError(
             f"output_layer must be the ColumnParallelLinear of megatron-core {KNOWN}, got a {type(output_layer).__name__} of "
-            f"megatron-core {_version()} without {', '.join(lacking)}; a LoRA on the output layer is not taken, leave it out of "
-            "the adapter's layers"
+            f"megatron-core {_version()} without {', '.join(lacking)}; a LoRA on the output layer is not taken, leave it "
+            "out of the adapter's layers"
         )
     forward = type(output_layer).forward
     if softcap is None and not forward.__module__.startswith("megatron.core."):
