@@ -47,9 +47,12 @@ def _refuse_teacher_grad(teacher_hidden: Tensor, teacher: Head) -> None:
 def _check_pair(student_hidden: Tensor, student: Head, teacher_hidden: Tensor, teacher: Head) -> None:
     """Check that each side's hidden states go with its head, and both sides with each other."""
     check_side("student_hidden", student_hidden, "student", student, may_be_sharded=True)
-    check_side("teacher_hidden", teacher_hidden, "teacher", teacher, may_be_sharded=True)
+    device = (student_hidden.device, "student_hidden")
+    if not (isinstance(teacher_hidden, Tensor) and teacher_hidden.device.type == "cpu"):  # from there a chunk's rows are copied
+        check_tensor("teacher_hidden", teacher_hidden, device=device)
+    check_side("teacher_hidden", teacher_hidden, "teacher", teacher, may_be_sharded=True, device=device)
     shape = ((*student_hidden.shape[:-1], teacher_hidden.shape[-1]), "the leading shape of student_hidden")
-    check_tensor("teacher_hidden", teacher_hidden, shape=shape, device=(student_hidden.device, "student_hidden"))
+    check_tensor("teacher_hidden", teacher_hidden, shape=shape)
     _refuse_teacher_grad(teacher_hidden, teacher)
 
 
@@ -172,7 +175,8 @@ def linear_divergence(
     Args:
         student_hidden: [..., H_s] float32, float64, bfloat16 or float16, dtype of `student.weight`; differentiated.
         student: Head; weight, bias and adapter are differentiated where they require grad.
-        teacher_hidden: [..., H_t], the same leading shape, dtype of `teacher.weight`; constant.
+        teacher_hidden: [..., H_t], the same leading shape, dtype of `teacher.weight`; constant. May be in CPU memory beside a
+            student on a GPU: then the rows of a chunk are copied when it is computed. Pinned memory is the fastest.
         teacher: Head; constant. Vocabularies that differ are compared on their first min(V_s, V_t) entries.
             Both heads may be sharded over one group of processes: then all ranks make the same call on the same hidden states,
             and get the same value, the whole d student_hidden and d adapter.a, and the other gradients of their own rows.
@@ -227,7 +231,7 @@ def linear_divergence(
             options = (spec, return_scores, hint is None, teacher_hidden.dtype)
             pact.sign(student_hidden, student, teacher, options, flat_tokens, flat_mask)
     if name == "reference":
-        sides = (student_hidden, student, teacher_hidden, teacher)
+        sides = (student_hidden, student, teacher_hidden.to(student_hidden.device), teacher)
         value, scores = full_logits.linear_divergence(*sides, flat_mask, flat_tokens, spec)
     else:
         both = op_side(student_hidden, student), op_side(teacher_hidden, teacher)

@@ -29,8 +29,17 @@ def refuse_shard(name: str, head: Head) -> None:
         )
 
 
-def check_side(hidden_name: str, hidden: object, head_name: str, head: object, *, may_be_sharded: bool = False) -> None:
-    """Check that hidden states [..., H] go with a head."""
+def check_side(
+    hidden_name: str,
+    hidden: object,
+    head_name: str,
+    head: object,
+    *,
+    may_be_sharded: bool = False,
+    device: tuple[torch.device, str] | None = None,
+) -> None:
+    """Check that hidden states [..., H] go with a head; `device`: where the head must be, and the name of the argument that is
+    there; None: where the hidden states are."""
     head = check_head(head_name, head)
     if not may_be_sharded:
         refuse_shard(head_name, head)
@@ -38,8 +47,9 @@ def check_side(hidden_name: str, hidden: object, head_name: str, head: object, *
     width = head.weight.shape[1]
     if states.dim() < 1 or states.shape[-1] != width:
         raise ValueError(f"{hidden_name} must be [..., {width}], the width of {head_name}.weight, got {list(states.shape)}")
-    check_tensor(f"{head_name}.weight", head.weight, device=(states.device, hidden_name))
-    if states.dtype != head.weight.dtype and not autocast_enabled(states.device):
+    device = (states.device, hidden_name) if device is None else device
+    check_tensor(f"{head_name}.weight", head.weight, device=device)
+    if states.dtype != head.weight.dtype and not autocast_enabled(device[0]):
         raise ValueError(
             f"{hidden_name} and {head_name}.weight must share a dtype, got {states.dtype} and {head.weight.dtype}; cast one of "
             "them, or call this under the torch.autocast under which the model ran"
@@ -69,10 +79,13 @@ def autocast_enabled(device: torch.device) -> bool:
 
 
 def autocast(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
-    """Return hidden states and head as F.linear would cast them under torch.autocast: all but float64."""
-    if not autocast_enabled(hidden.device) or torch.float64 in (hidden.dtype, head.weight.dtype):
+    """Return hidden states and head as F.linear would cast them under torch.autocast: all but float64. Hidden states in another
+    memory than the head are left to the op, which casts those of a chunk."""
+    device = head.weight.device
+    if not autocast_enabled(device) or torch.float64 in (hidden.dtype, head.weight.dtype):
         return hidden, head
-    return cast(hidden, head, torch.get_autocast_dtype(hidden.device.type))
+    states, head = cast(hidden if hidden.device == device else hidden[:0], head, torch.get_autocast_dtype(device.type))
+    return (states if hidden.device == device else hidden), head
 
 
 def cast(hidden: Tensor, head: Head, dtype: torch.dtype) -> tuple[Tensor, Head]:

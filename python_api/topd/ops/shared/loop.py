@@ -153,7 +153,7 @@ class TileLoop:
                 hidden = differentiated.hidden[index]
                 differentiated.multiply(hidden, first)
                 for side, product in zip(others, rest, strict=True):
-                    side.multiply(side.hidden[index], product)
+                    side.multiply(side.rows(index), product)
                 grad_tile = None if self.grad_tile is None else self.grad_tile[start - begin : stop - begin]
                 pile = self._pile(begin, end, hidden if start == begin else None) if stop == end else None
                 yield Chunk(index, hidden, products, grad_tile, start == 0, pile)

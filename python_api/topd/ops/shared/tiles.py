@@ -104,6 +104,14 @@ class WidenedSide(NamedTuple):
     engine: Engine
     grad_scale: float = 1.0
 
+    def rows(self, index: slice | Tensor) -> Tensor:
+        """Return the hidden states of some rows. Where they are in another memory than the weight, these rows alone are copied
+        to it; from pinned memory, and without an index, the host does not wait for the copy."""
+        if self.hidden.device == self.weight.device:
+            return self.hidden[index]
+        index = index.to(self.hidden.device) if isinstance(index, Tensor) else index
+        return self.hidden[index].to(self.weight.device, non_blocking=True)
+
     def multiply(self, hidden: Tensor, tile: Tensor) -> None:
         """Fill the tile with hidden weightᵀ + scaling (hidden aᵀ) bᵀ; the rows op adds the bias."""
         mm(tile, hidden.to(self.weight.dtype), self.weight.T)
