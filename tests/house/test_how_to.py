@@ -34,6 +34,13 @@ def test_the_page_of_several_processes_runs_in_two(tmp_path):
     assert torch.equal(first["gradient"], second["gradient"])
 
 
+def test_the_page_of_a_teacher_elsewhere_runs_as_printed():
+    pytest.importorskip("transformers")
+    names = run_page(DOCS / "teacher-elsewhere.md")
+    assert abs(names["right"] - names["true"]) < 1e-5 * names["true"]
+    assert abs(names["wrong"] - names["true"]) > 0.05 * names["true"]
+
+
 @pytest.mark.filterwarnings("ignore")  # TRL says that its experimental module may change
 @pytest.mark.parametrize(("beta", "divergence"), [(0.0, "forward_kl"), (0.3, topd.JSD(0.3)), (0.5, "jsd"), (1.0, "reverse_kl")])
 def test_beta_means_the_same_in_trl_liger_and_topd(beta, divergence):

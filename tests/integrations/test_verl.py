@@ -1,7 +1,9 @@
 """verl's FSDP engine with topd's losses: on stand-ins with its exact signatures, and on an installed verl."""
 
+import re
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -61,6 +63,12 @@ def test_a_loss_claims_a_topk_so_that_verl_lets_the_forward_compute_it():
     assert verl_stubs.SETTINGS["mine"].use_topk
     assert not verl_stubs.SETTINGS["mine"].use_estimator
     assert [key[1] for key in verl_stubs.ENGINES] == [("fsdp", "fsdp2")]
+
+
+def test_the_pages_module_registers_its_loss():
+    page = (Path(__file__).parents[2] / "docs" / "verl.md").read_text()
+    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], {})
+    assert list(verl_stubs.LOSSES) == ["topd"]
 
 
 def test_no_logprobs_are_computed_where_verl_reads_none():
