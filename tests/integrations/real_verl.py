@@ -6,7 +6,7 @@ from types import MethodType, SimpleNamespace
 import torch
 import verl_cases
 from tensordict import TensorDict
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from two_ranks import fork
 from verl.trainer.distillation.losses import distillation_ppo_loss
 from verl.utils import tensordict_utils
@@ -16,13 +16,14 @@ from verl.workers.engine import EngineRegistry
 from topd.integrations.verl import forward_with_topd, register
 
 
-def sharded_student():
+def sharded_student(dtype):
     """Return the student as verl wraps it: each layer, then the root with the head; the forward is topd's."""
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=True)
     model = verl_cases.student()
     model.forward = MethodType(forward_with_topd, model)
     for layer in model.model.layers:
-        fully_shard(layer)
-    return fully_shard(model)
+        fully_shard(layer, mp_policy=policy)
+    return fully_shard(model, mp_policy=policy)
 
 
 def batch():
@@ -32,12 +33,12 @@ def batch():
     return data
 
 
-def step(name):
+def step(name, dtype):
     """Return verl's total loss, its metrics and the gradients of one micro-batch."""
     engine = object.__new__(EngineRegistry._engines["language_model"]["fsdp2"]["cuda", name])
     engine.use_ulysses_sp, engine.pad_to_length = False, None
     engine._get_packed_pad_size = lambda _: 0
-    model, data = sharded_student(), batch()
+    model, data = sharded_student(dtype), batch()
     assert isinstance(model, FSDPModule)
     model_inputs, output_args = engine.prepare_model_inputs(data)
     output = model(**model_inputs, use_cache=False)
@@ -62,7 +63,9 @@ def work(rank):
     torch.distributed.init_process_group("gloo")
     registered("topk")
     registered("hidden", teacher=verl_cases.teacher_head)
-    return {name: step(name) for name in ("topk", "hidden")}
+    names = ("topk", "hidden")
+    half = {f"{name}, bfloat16": step(name, torch.bfloat16) for name in names}
+    return {name: step(name, torch.float32) for name in names} | half
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import re
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
@@ -28,6 +28,7 @@ def _stand_ins(monkeypatch):
 
 def step(batch, **options):
     """Return the model, its outputs and the response's losses of one forward, as verl's engine does it."""
+    verl_stubs.ENGINES.clear()
     verl.register("topd", **options)
     ((_, engine_class),) = verl_stubs.ENGINES.items()
     engine = engine_class()
@@ -65,10 +66,38 @@ def test_a_loss_claims_a_topk_so_that_verl_lets_the_forward_compute_it():
     assert [key[1] for key in verl_stubs.ENGINES] == [("fsdp", "fsdp2")]
 
 
-def test_the_pages_module_registers_its_loss():
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_pages_modules_register_a_loss(number):
     page = (Path(__file__).parents[2] / "docs" / "verl.md").read_text()
-    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], {})
+    exec(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[number], {})
     assert list(verl_stubs.LOSSES) == ["topd"]
+
+
+def test_a_second_engine_is_refused():
+    verl.register()
+    with pytest.raises(ValueError, match=r"an FSDP engine for nvidia already.* call it once in a process"):
+        verl.register("another")
+    assert list(verl_stubs.LOSSES) == ["topd"]
+
+
+def test_a_lora_is_taken():
+    """PEFT's forward hands the engine's arguments on to the model's own."""
+    peft = pytest.importorskip("peft")
+    model, batch = verl_cases.student(), verl_cases.batch() | verl_cases.FLAGS
+    model.forward = MethodType(verl.forward_with_topd, model)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    rows = verl.rows_of(batch, verl_cases.teacher_head(), topd.ReverseKL(), ulysses=False)
+    inputs, _ = verl_stubs.FSDPEngineWithLMHead().prepare_model_inputs(batch)
+    output = wrapped(**inputs, use_cache=False, topd_rows=rows)
+    losses = verl_stubs.no_padding_2_padding(
+        torch.nested.nested_tensor_from_jagged(output.fused_linear_aux.distillation_losses[0], batch["input_ids"].offsets()),
+        batch,
+    )
+    assert_near(losses.detach(), verl_cases.truth(verl_cases.student(), "reverse_kl", topk=False)["losses"], 1e-5)
+    losses.sum().backward()
+    grads = {name: parameter.grad for name, parameter in wrapped.named_parameters() if parameter.requires_grad}
+    assert all("lora" in name for name in grads)
+    assert any(grad.any() for grad in grads.values())
 
 
 def test_no_logprobs_are_computed_where_verl_reads_none():
@@ -159,6 +188,22 @@ def test_refusals():
 
 
 @pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return start("integrations/verl_ranks.py", tmp_path_factory.mktemp("ranks"), timeout=120)
+
+
+@pytest.mark.parametrize("wrapper", ["fsdp", "fsdp2"])
+def test_a_student_that_is_sharded_gets_the_gradients_of_full_logits(ranks, wrapper):
+    """Although no tensor of the model's usual output is used: FSDP hooks the losses that it finds in it."""
+    true = verl_cases.truth(verl_cases.student(), "reverse_kl", topk=False)
+    for rank in ranks:
+        assert_near(rank[wrapper]["loss"], true["losses"].sum().double(), 1e-5)
+        assert set(rank[wrapper]["grads"]) == set(true["grads"])
+        for name, grad in true["grads"].items():
+            assert_near(rank[wrapper]["grads"][name], grad, 1e-4, name)
+
+
+@pytest.fixture(scope="module")
 def real(tmp_path_factory):
     """What the installed verl and topd returned on two ranks of FSDP2."""
     return start("integrations/real_verl.py", tmp_path_factory.mktemp("real"), timeout=240)
@@ -174,3 +219,5 @@ def test_the_installed_verl_gets_the_losses_of_full_logits(real, topk):
         assert {"distillation/mean_nats", "distillation/loss_min", "distillation/loss_max"} <= set(case["metrics"])
         for name, grad in true["grads"].items():
             assert_near(case["grads"][name] * sum(verl_cases.RESPONSES), grad, 1e-4, name)
+        half = rank["topk, bfloat16" if topk else "hidden, bfloat16"]
+        assert half["loss"] == pytest.approx(case["loss"], rel=0.05)

@@ -58,7 +58,9 @@ class EngineRegistry:
     @classmethod
     def register(cls, model_type, backend, device="cuda", vendor=None):
         def decorator(engine_class):
-            ENGINES[model_type, tuple(backend), device, vendor] = engine_class
+            key = model_type, tuple(backend), device, vendor
+            assert key not in ENGINES
+            ENGINES[key] = engine_class
             return engine_class
 
         return decorator

@@ -39,7 +39,7 @@ def register(
     teacher: Callable[[], Head] | None = None,
     divergence: DivergenceLike = "reverse_kl",
 ) -> None:
-    """Register a distillation loss and an FSDP engine with verl, in this process.
+    """Register a distillation loss and an FSDP engine with verl: once in each process.
 
     Args:
         name: for verl's option `distillation.distillation_loss.loss_mode`.
@@ -51,7 +51,7 @@ def register(
 
     Raises:
         ImportError: verl is missing, or has other signatures than those that this module knows.
-        TypeError, ValueError: a wrong type, a divergence that a top-k cannot serve, or a name that verl has already.
+        TypeError, ValueError: a wrong type, a divergence that a top-k cannot serve, a name or an engine that verl has already.
     """
     if not isinstance(name, str):
         raise TypeError(f"name must be a str, got {type(name).__name__}")
@@ -68,12 +68,16 @@ def register(
     from verl.utils.device import get_vendor
     from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
 
+    key: dict[str, Any] = {"backend": ["fsdp", "fsdp2"], "device": "cuda", "vendor": get_vendor()}
+    try:
+        EngineRegistry.register(model_type="language_model", **key)(engine_of(FSDPEngineWithLMHead, teacher, chosen))
+    except AssertionError as error:
+        raise ValueError(
+            f"verl has an FSDP engine for {key['vendor']} already, from another call of register or another package; call it "
+            "once in a process"
+        ) from error
     # verl has losses of two kinds, from a top-k and from the sampled token. It lets the forward compute the first kind.
     register_distillation_loss(DistillationLossSettings(names=[name], use_topk=True))(response_losses)
-    registered = EngineRegistry.register(
-        model_type="language_model", backend=["fsdp", "fsdp2"], device="cuda", vendor=get_vendor()
-    )
-    registered(engine_of(FSDPEngineWithLMHead, teacher, chosen))
 
 
 def response_losses(config: Any, distillation_config: Any, model_output: Any, data: Any) -> tuple[Tensor, dict[str, Any]]:
