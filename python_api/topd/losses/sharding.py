@@ -77,7 +77,7 @@ class Promise(NamedTuple):
 
 
 class Pact:
-    """Where a call notes what it is about to compute: `promise`, which all ranks compare when its checks are over."""
+    """Hold what a call is about to compute: `promise`, which all ranks compare when its checks are over."""
 
     def __init__(self, student: VocabShard, teacher: VocabShard) -> None:
         self.vocabs = student.vocab, teacher.vocab
