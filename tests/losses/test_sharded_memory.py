@@ -1,7 +1,7 @@
 """A sharded head of 151,936 tokens: a rank holds no logits of all rows, and half of the head's gradient."""
 
 import pytest
-from sharded_memory import N, VOCAB, WIDTH, WORKSPACE
+from sharded_memory import VOCAB, WIDTH, WORKSPACE, N
 from two_ranks import start
 
 from topd.memory import MIB, settled_mib
