@@ -121,6 +121,9 @@ def test_transformers_trainer(lines):
 def test_trl_trainer(lines):
     pytest.importorskip("trl")
     (line,) = (line for line in lines("trl_trainer.py", "1") if line.startswith("step 1"))
+    opd, loss = map(float, re.findall(r"[\d.]+", line)[1:])
+    assert loss == pytest.approx(opd, abs=2e-3)
+    (line,) = (line for line in lines("trl_trainer.py", "1", "topd") if line.startswith("step 1"))
     opd, guidance, candidates, loss = map(float, re.findall(r"[\d.]+", line)[1:])
     assert loss == pytest.approx(opd + 0.1 * guidance, abs=2e-3)
     assert guidance > 0
