@@ -5,7 +5,7 @@ alone is checked before, and its outcome exchanged by `outcomes` (`topd.ops.shar
 
 An all-reduced sum of exponentials loses digits, and a reduction's order of additions is the backend's own. So numbers that
 decide anything are gathered, and each rank adds them in the order of the ranks: the same bits everywhere. Only gradients to
-hidden states are all-reduced.
+hidden states are reduced.
 """
 
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 if TYPE_CHECKING:  # some builds of torch have none
-    from torch.distributed import ProcessGroup
+    from torch.distributed import ProcessGroup, Work
 
 
 def group_of(name: str) -> "ProcessGroup":
@@ -37,6 +37,19 @@ def added_up(group: "ProcessGroup", mine: Tensor) -> Tensor:
     total = mine.contiguous()
     dist.all_reduce(total, group=group)
     return total
+
+
+def adding_up(group: "ProcessGroup", mine: Tensor) -> "Work":
+    """Begin to replace `mine`, whose entries lie one after the other, by the sum over the ranks; it is there after `wait()`."""
+    work: Work = dist.all_reduce(mine, group=group, async_op=True)
+    return work
+
+
+def adding_up_parts(group: "ProcessGroup", mine: Tensor, out: Tensor) -> "Work":
+    """Begin to write to `out` [...] this rank's part of the sum over the ranks of `mine` [R, ...]; it is there after `wait()`.
+    gloo adds up all parts on every rank and keeps one; NCCL sends each rank its own part alone."""
+    work: Work = dist.reduce_scatter_single(out, mine.flatten(0, 1), group=group, async_op=True)
+    return work
 
 
 def outcomes(group: "ProcessGroup", numbers: list[int], device: torch.device) -> list[list[int]]:

@@ -22,6 +22,7 @@ from topd.ops.shared.plan import (
     wanted_workspace,
 )
 from topd.ops.shared.shard import WHOLE, Shard
+from topd.ops.shared.split_rows import Piece, SplitRows
 from topd.ops.shared.tiles import WidenedSide
 
 
@@ -86,12 +87,13 @@ def chosen_rows(mask: Tensor | None) -> Tensor | None:
 
 class Pile(NamedTuple):
     """The rows of a pile: where they stand among the N, the first side's hidden states there, their tile of gradients where
-    they have one of their own, and whether no pile came before."""
+    they have one of their own, whether no pile came before, and which ranks have them where these share the rows."""
 
     row_index: slice | Tensor
     hidden: Tensor
     grad_tile: Tensor | None
     first: bool
+    piece: Piece | None = None
 
 
 class Chunk(NamedTuple):
@@ -117,6 +119,7 @@ class TileLoop:
         dtype: of the tiles.
         tile: where the first side's tile shall be, at least as large; None: a new one.
         grad_dtype: of a tile for gradients of its own; None: there is none.
+        split_rows: the chosen rows where the ranks share them; None: each side has all hidden states.
     """
 
     def __init__(
@@ -129,8 +132,10 @@ class TileLoop:
         *,
         tile: Tensor | None = None,
         grad_dtype: torch.dtype | None = None,
+        split_rows: SplitRows | None = None,
     ) -> None:
-        self.plan, self.sides, self.chosen = plan, sides, chosen
+        self.plan, self.sides, self.split_rows = plan, sides, split_rows
+        self.chosen = chosen if split_rows is None else split_rows.rows
         first, *others = sides
         tiles = [self._tile(engine, side, dtype) for side in others]
         self.tiles = [self._tile(engine, first, dtype) if tile is None else tile, *tiles]
@@ -148,12 +153,12 @@ class TileLoop:
         for bounds in self.plan.piles():
             (begin, _), (_, end) = bounds[0], bounds[-1]
             for start, stop in bounds:
-                index = self._index(start, stop)
+                index, piece = self._index(start, stop), self._piece(start, stop)
                 first, *rest = products = [tile[: stop - start] for tile in self.tiles]
-                hidden = differentiated.hidden[index]
+                hidden = _states(differentiated, index, piece)
                 differentiated.multiply(hidden, first)
                 for side, product in zip(others, rest, strict=True):
-                    side.multiply(side.hidden[index], product)
+                    side.multiply(_states(side, index, piece), product)
                 grad_tile = None if self.grad_tile is None else self.grad_tile[start - begin : stop - begin]
                 pile = self._pile(begin, end, hidden if start == begin else None) if stop == end else None
                 yield Chunk(index, hidden, products, grad_tile, start == 0, pile)
@@ -161,9 +166,17 @@ class TileLoop:
     def _index(self, start: int, stop: int) -> slice | Tensor:
         return slice(start, stop) if self.chosen is None else self.chosen[start:stop]
 
+    def _piece(self, start: int, stop: int) -> Piece | None:
+        return None if self.split_rows is None else self.split_rows.piece(start, stop)
+
     def _pile(self, begin: int, end: int, hidden: Tensor | None) -> Pile:
         """Return the pile of these rows; `hidden`: their hidden states, where they are there already."""
-        index = self._index(begin, end)
+        index, piece = self._index(begin, end), self._piece(begin, end)
         first, *_ = self.sides
         grad_tile = None if self.grad_tile is None else self.grad_tile[: end - begin]
-        return Pile(index, first.hidden[index] if hidden is None else hidden, grad_tile, begin == 0)
+        return Pile(index, _states(first, index, piece) if hidden is None else hidden, grad_tile, begin == 0, piece)
+
+
+def _states(side: WidenedSide, index: slice | Tensor, piece: Piece | None) -> Tensor:
+    """Return a side's hidden states of some rows, from the ranks that have them."""
+    return side.hidden[index] if piece is None else piece.gathered(side.hidden)
