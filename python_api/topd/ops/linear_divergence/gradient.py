@@ -32,7 +32,7 @@ def gradients_of_sums(call: Call, kept: Kept, grad: Tensor, needs: Needs, *, uni
     if shard.sequence:
         own = [call.tokens] if call.tokens is not None and call.spec.hard_weight else []
         grad, hint, *tokens = shard.of_all(grad, hint, *own)
-        call = call._replace(tokens=tokens[0] if tokens else None)
+        call = call._replace(tokens=next(iter(tokens), None))
     elif uniform_hint and call.mask is None and grad.numel() and grad.stride(0) == 0:
         # An expanded scalar, as sum() sends it (mean() sends a number a row): no row deviates and the host need not wait. A row
         # without a distribution (its hint was set to 0) still poisons the sums, as it would in eager code.

@@ -8,7 +8,7 @@ decide anything are gathered, and each rank adds them in the order of the ranks:
 hidden states are reduced.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,24 @@ def gathered(group: "ProcessGroup", mine: Tensor) -> Tensor:
     parts = [torch.empty_like(mine) for _ in range(group.size())]
     dist.all_gather(parts, mine, group=group)
     return torch.stack(parts)
+
+
+class Gathering(NamedTuple):
+    """What each rank has, on its way."""
+
+    work: "Work"
+    parts: list[Tensor]
+
+    def arrived(self) -> Tensor:
+        """Wait, and return [R, ...] in the order of the ranks."""
+        self.work.wait()
+        return torch.stack(self.parts)
+
+
+def gathering(group: "ProcessGroup", mine: Tensor) -> Gathering:
+    """Begin to gather what each rank has; `mine`, whose entries lie one after the other, has the same shape on all of them."""
+    parts = [torch.empty_like(mine) for _ in range(group.size())]
+    return Gathering(dist.all_gather(parts, mine, group=group, async_op=True), parts)
 
 
 def added_up(group: "ProcessGroup", mine: Tensor) -> Tensor:

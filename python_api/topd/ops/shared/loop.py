@@ -150,33 +150,36 @@ class TileLoop:
 
     def __iter__(self) -> Iterator[Chunk]:
         differentiated, *others = self.sides
+        states = None
+        if self.split_rows is not None:
+            states = self.split_rows.states([side.hidden for side in self.sides], self.plan.bounds())
         for bounds in self.plan.piles():
             (begin, _), (_, end) = bounds[0], bounds[-1]
+            of_pile = []
             for start, stop in bounds:
-                index, piece = self._index(start, stop), self._piece(start, stop)
+                index = self._index(start, stop)
                 first, *rest = products = [tile[: stop - start] for tile in self.tiles]
-                hidden = _states(differentiated, index, piece)
+                arrived = None if states is None else next(states)
+                hidden = differentiated.hidden[index] if arrived is None else arrived.pop(0)
                 differentiated.multiply(hidden, first)
                 for side, product in zip(others, rest, strict=True):
-                    side.multiply(_states(side, index, piece), product)
+                    side.multiply(side.hidden[index] if arrived is None else arrived.pop(0), product)
                 grad_tile = None if self.grad_tile is None else self.grad_tile[start - begin : stop - begin]
-                pile = self._pile(begin, end, hidden if start == begin else None) if stop == end else None
+                if arrived is not None:
+                    of_pile.append(hidden)
+                pile = self._pile(begin, end, hidden if start == begin else None, of_pile) if stop == end else None
                 yield Chunk(index, hidden, products, grad_tile, start == 0, pile)
 
     def _index(self, start: int, stop: int) -> slice | Tensor:
         return slice(start, stop) if self.chosen is None else self.chosen[start:stop]
 
-    def _piece(self, start: int, stop: int) -> Piece | None:
-        return None if self.split_rows is None else self.split_rows.piece(start, stop)
-
-    def _pile(self, begin: int, end: int, hidden: Tensor | None) -> Pile:
-        """Return the pile of these rows; `hidden`: their hidden states, where they are there already."""
-        index, piece = self._index(begin, end), self._piece(begin, end)
+    def _pile(self, begin: int, end: int, hidden: Tensor | None, arrived: list[Tensor]) -> Pile:
+        """Return the pile of these rows; `hidden`: their hidden states, where they are there already; `arrived`: those of its
+        chunks, where the ranks share the rows."""
+        index, piece = self._index(begin, end), None
         first, *_ = self.sides
+        if self.split_rows is not None:
+            piece = self.split_rows.piece(begin, end)
+            hidden = torch.cat(arrived) if hidden is None else hidden
         grad_tile = None if self.grad_tile is None else self.grad_tile[: end - begin]
-        return Pile(index, _states(first, index, piece) if hidden is None else hidden, grad_tile, begin == 0, piece)
-
-
-def _states(side: WidenedSide, index: slice | Tensor, piece: Piece | None) -> Tensor:
-    """Return a side's hidden states of some rows, from the ranks that have them."""
-    return side.hidden[index] if piece is None else piece.gathered(side.hidden)
+        return Pile(index, first.hidden[index] if hidden is None else hidden, grad_tile, begin == 0, piece)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from topd.ops.shared.collectives import added_up, gathered, group_of, outcomes
+from topd.ops.shared.collectives import Gathering, added_up, gathered, gathering, group_of, outcomes
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -47,6 +47,11 @@ class Shard:
         """Return [R, ...], what each rank has; R = 1 where one process holds the whole vocabulary."""
         return mine.unsqueeze(0) if self.group is None else gathered(self.group, mine)
 
+    def gathering(self, mine: Tensor) -> Gathering:
+        """Begin to gather what each rank has, where other processes hold further parts."""
+        assert self.group is not None
+        return gathering(self.group, mine)
+
     @property
     def ranks(self) -> int:
         """The number of processes that hold the vocabulary."""
@@ -72,7 +77,7 @@ class Shard:
 
     def of_all(self, *columns: Tensor) -> list[Tensor]:
         """Return each column [N] as that of the whole sequence [R N]: one collective for all of them, or none."""
-        if self.group is None or not self.sequence or not columns or not columns[0].numel():
+        if self.group is None or not self.sequence or not any(column.numel() for column in columns):
             return list(columns)
         sent = [column.contiguous().view(torch.uint8) for column in columns]
         everyone = gathered(self.group, torch.cat(sent)).split([part.numel() for part in sent], dim=1)

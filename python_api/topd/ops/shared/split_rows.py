@@ -5,16 +5,19 @@ and the gradients to them go back to the ranks that have the rows. A chunk takes
 rows: then all ranks send alike, and no rank has to hold the hidden states of all rows at a time.
 """
 
+from collections.abc import Iterator
+from itertools import islice
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from topd.ops.shared.collectives import Gathering
 from topd.ops.shared.shard import Shard
 
 
 class Piece(NamedTuple):
-    """Some rows of the whole sequence. Each rank sends as many rows as the rank with the most of them, so that all send alike.
+    """Some rows of the whole sequence. Each rank sends as many as the rank with the most of them, so that all send alike.
 
     Attributes:
         shard: the ranks.
@@ -29,17 +32,28 @@ class Piece(NamedTuple):
     mine: Tensor
     most: int
 
-    def gathered(self, hidden: Tensor) -> Tensor:
-        """Return the rows [C, H] of what each rank has a part of, [N, H] here."""
+    def gathering(self, hidden: Tensor) -> "_States":
+        """Begin to gather the rows of hidden states, of which each rank has a part, [N, H] here."""
         sent = hidden.new_zeros(self.most, hidden.shape[1])
         sent[: self.mine.numel()] = hidden[self.mine]
-        return self.shard.gathered(sent)[self.rank, self.slot]
+        return _States(self, self.shard.gathering(sent))
 
     def by_rank(self, part: Tensor) -> Tensor:
         """Return rows [C, H] where the ranks that have them find theirs, [R, most, H]; zeros elsewhere."""
         out = part.new_zeros(self.shard.ranks, self.most, part.shape[1])
         out[self.rank, self.slot] = part
         return out
+
+
+class _States(NamedTuple):
+    """The hidden states of a piece, on their way."""
+
+    piece: Piece
+    everyone: Gathering
+
+    def arrived(self) -> Tensor:
+        """Wait, and return them [C, H]."""
+        return self.everyone.arrived()[self.piece.rank, self.piece.slot]
 
 
 class SplitRows:
@@ -59,16 +73,27 @@ class SplitRows:
         rank = rows // max(n, 1)
         counts = torch.bincount(rank, minlength=shard.ranks)
         first = counts.cumsum(0) - counts
-        place = torch.arange(rows.numel()) - first[rank]  # among the chosen rows of its rank
+        place = torch.arange(rows.numel(), device="cpu") - first[rank]  # among the chosen rows of its rank
         order = ((place + 0.5) / counts[rank]).argsort(stable=True)
         self._shard, self._n, self._device = shard, n, chosen.device
         self._rows, self._rank, self._place = rows[order], rank[order], place[order]
         self.rows = self._rows.to(self._device)
 
+    def states(self, hidden: list[Tensor], bounds: list[tuple[int, int]]) -> Iterator[list[Tensor]]:
+        """Yield for each (start, stop) the rows of each of these hidden states [N, H_i]; those of the next are on their way
+        meanwhile, before a sum that the chunk begins: where collectives wait for each other, as NCCL's, the products of the
+        next chunk need not wait for that sum."""
+        pieces = (self.piece(start, stop) for start, stop in bounds)
+        coming = [[part.gathering(each) for each in hidden] for part in islice(pieces, 1)]
+        while coming:
+            now = [each.arrived() for each in coming.pop()]
+            coming = [[part.gathering(each) for each in hidden] for part in islice(pieces, 1)]
+            yield now
+
     def piece(self, start: int, stop: int) -> Piece:
         """Return those from start to stop in the order of the chunks."""
         rows, rank, place = (each[start:stop] for each in (self._rows, self._rank, self._place))
-        first = torch.zeros(self._shard.ranks, dtype=torch.int64).scatter_reduce(0, rank, place, "amin", include_self=False)
+        first = rank.new_zeros(self._shard.ranks).scatter_reduce(0, rank, place, "amin", include_self=False)
         own = self._shard.own(self._n)
         mine = rows[(rows >= own.start) & (rows < own.stop)] - own.start
         most = int(torch.bincount(rank).max())
