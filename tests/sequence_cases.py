@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from compare import DIVERGENCES, OPTIONS, TENSORS, Model, Outcome, Problem, gradients, random_problem
 from shard_cases import ROWS_OF, shard_of, stops_of
 from torch import Tensor
@@ -39,7 +40,7 @@ def split(problem: Problem, rank: int, ranks: int) -> Problem:
 
 def head_of(model: Model, start: int, vocab: int) -> topd.Head:
     """Return the head of a rank's model."""
-    shard = topd.VocabShard(torch.distributed.group.WORLD, start, vocab, sequence_parallel=True)
+    shard = topd.VocabShard(dist.group.WORLD, start, vocab, sequence_parallel=True)
     adapter = None if model.a is None else topd.LowRank(model.a, model.b, model.scaling)
     return topd.Head(model.weight, model.bias, scale=model.scale, softcap=model.softcap, adapter=adapter, shard=shard)
 
@@ -94,3 +95,32 @@ def problems() -> Iterable[tuple[str, Problem]]:
             torch.manual_seed(100 * shift + number)
             vocab = VOCABS[(shift + number) % len(VOCABS)]
             yield f"{name} {vocab} {divergence}", random_problem(options, divergence, n=N, vocab=vocab)
+
+
+class Counting:
+    """Counts the collectives inside of a `with`; `asynchronous`: those that nobody waits for at once; `rows`: of each gather
+    of matrices."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {"all_gather": 0, "all_reduce": 0, "reduce_scatter_single": 0}
+        self.asynchronous, self.rows = dict(self.counts), []
+
+    def __enter__(self) -> "Counting":
+        self.originals = {name: getattr(dist, name) for name in self.counts}
+        for name, original in self.originals.items():
+            setattr(dist, name, self.counting(name, original))
+        return self
+
+    def counting(self, name, original):
+        def call(*args, async_op=False, **options):
+            self.counts[name] += 1
+            self.asynchronous[name] += async_op
+            if name == "all_gather" and async_op:
+                self.rows.append(args[1].shape[0])
+            return original(*args, async_op=async_op, **options)
+
+        return call
+
+    def __exit__(self, *_: object) -> None:
+        for name, original in self.originals.items():
+            setattr(dist, name, original)

@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 from compare import Outcome, Problem, by_topd, gradients, plain, random_problem
 from objective_cases import batch_of, models
-from sequence_cases import outcome, rows_of_rank, sides_of
+from sequence_cases import Counting, outcome, rows_of_rank, sides_of
 from shard_cases import sides_of as sides_of_all_rows
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
-from two_ranks import fork
+from two_ranks import fork_cases, message
 
 import topd
 from topd.ops.shared import engines, hidden_sums
@@ -22,48 +22,10 @@ EVERYTHING = {"student": {"bias": True, "rank": 3, "softcap": 8.0}, "teacher": {
 SMALL = 4 * 20 * 23 * 8  # bytes of a chunk of four rows in float64
 
 
-def message(call) -> str:
-    """Return the error of a call."""
-    try:
-        call()
-    except (TypeError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
-    return "no error"
-
-
 def truth(problem: Problem, upstream: torch.Tensor) -> dict[str, Any]:
     """Return values and gradients on whole heads and all rows."""
     expected: Outcome = plain(problem, upstream)
     return {"value": expected.value, "grads": expected.grads}
-
-
-class Counting:
-    """Counts the collectives inside of a `with`; `asynchronous`: those that nobody waits for at once; `rows`: of each gather
-    of matrices."""
-
-    def __init__(self) -> None:
-        self.counts: dict[str, int] = {"all_gather": 0, "all_reduce": 0, "reduce_scatter_single": 0}
-        self.asynchronous, self.rows = dict(self.counts), []
-
-    def __enter__(self) -> "Counting":
-        self.originals = {name: getattr(dist, name) for name in self.counts}
-        for name, original in self.originals.items():
-            setattr(dist, name, self.counting(name, original))
-        return self
-
-    def counting(self, name, original):
-        def call(*args, async_op=False, **options):
-            self.counts[name] += 1
-            self.asynchronous[name] += async_op
-            if name == "all_gather" and async_op:
-                self.rows.append(args[1].shape[0])
-            return original(*args, async_op=async_op, **options)
-
-        return call
-
-    def __exit__(self, *_: object) -> None:
-        for name, original in self.originals.items():
-            setattr(dist, name, original)
 
 
 def uneven_masks(rank):
@@ -315,18 +277,19 @@ def refusals(rank):
     }
 
 
-CASES = (uneven_masks, no_rows, deviating, own_scalars, twice, waiting, collectives, planted_faults)
-CASES += (a_row_without_a_distribution, piles, opd, dtensors, refusals)
-
-
-def work(rank):
-    dist.init_process_group("gloo")
-    results = {}
-    for case in CASES:
-        torch.manual_seed(0)
-        results[case.__name__] = case(rank)
-    return results
-
-
 if __name__ == "__main__":
-    fork(work)
+    fork_cases(
+        uneven_masks,
+        no_rows,
+        deviating,
+        own_scalars,
+        twice,
+        waiting,
+        collectives,
+        planted_faults,
+        a_row_without_a_distribution,
+        piles,
+        opd,
+        dtensors,
+        refusals,
+    )

@@ -8,22 +8,13 @@ import torch.distributed as dist
 from compare import Model, Problem, gradients, plain, random_problem
 from shard_cases import head_of, rows_of, shard_of, sides_of
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
-from two_ranks import fork
+from two_ranks import fork_cases, message
 
 import topd
 from topd.ops.shared import hidden_sums
 
 STARTS = (0, 23)
 EVERYTHING = {"student": {"bias": True, "rank": 3, "softcap": 8.0}, "teacher": {"vocab": 53, "bias": True}, "mask": True}
-
-
-def message(call) -> str:
-    """Return the error of a call."""
-    try:
-        call()
-    except (TypeError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
-    return "no error"
 
 
 def truth(problem: Problem, divergence: topd.Divergence) -> dict[str, Any]:
@@ -199,18 +190,17 @@ def refusals(rank):
     }
 
 
-CASES = (near_equal, peaked, absent_tokens, no_rows, second_backward, gradcheck, collectives, planted_fault, dtensors)
-CASES += (resharded, refusals)
-
-
-def work(rank):
-    dist.init_process_group("gloo")
-    results = {}
-    for case in CASES:
-        torch.manual_seed(0)
-        results[case.__name__] = case(rank)
-    return results
-
-
 if __name__ == "__main__":
-    fork(work)
+    fork_cases(
+        near_equal,
+        peaked,
+        absent_tokens,
+        no_rows,
+        second_backward,
+        gradcheck,
+        collectives,
+        planted_fault,
+        dtensors,
+        resharded,
+        refusals,
+    )
