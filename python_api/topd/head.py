@@ -159,7 +159,7 @@ class Head:
         calls it.
 
         Args:
-            like: the head whose bounds are taken, over the same group.
+            like: the head whose bounds are taken, over the same group; its shard's sequence_parallel as well.
 
         Returns:
             A Head of new tensors that require no grad.

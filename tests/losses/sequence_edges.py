@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from compare import Outcome, Problem, by_topd, gradients, plain, random_problem
+from house.pages import DOCS, blocks_of
 from objective_cases import batch_of, models
 from sequence_cases import Counting, outcome, rows_of_rank, sides_of
 from shard_cases import sides_of as sides_of_all_rows
@@ -191,7 +192,7 @@ def piles(rank):
 
 def opd(rank):
     """OPD over two halves of the columns: the state at the last column of the first half predicts the first token of the
-    second, so tokens and mask are shifted before they are split."""
+    second, so tokens and mask are shifted before they are split. The code is that of the page."""
     student, teacher = (model.double() for model in models())
     batch = batch_of()
     ids, attended, response = (batch[key] for key in ("input_ids", "attention_mask", "response_mask"))
@@ -201,30 +202,24 @@ def opd(rank):
     expected = {name: parameter.grad for name, parameter in student.named_parameters()}
     student.zero_grad()
 
-    columns = slice(rank * ids.shape[1] // 2, (rank + 1) * ids.shape[1] // 2)
-    tokens, mask = ids.roll(-1, 1)[:, columns], topd.next_token_mask(response)[:, columns]
     hidden, head = topd.hidden_states(student, ids, attended)
     with torch.no_grad():
         teacher_hidden, teacher_head = topd.hidden_states(teacher, ids, attended)
-
-    def sharded(head):
-        vocab = head.weight.shape[0]
-        start, stop = (0, vocab // 3) if rank == 0 else (vocab // 3, vocab)
-        shard = topd.VocabShard(dist.group.WORLD, start, vocab, sequence_parallel=True)
-        return topd.Head(head.weight[start:stop], shard=shard)
-
-    sides = (hidden[:, columns], sharded(head), teacher_hidden[:, columns], sharded(teacher_head.detach()))
-    value, scores = topd.linear_divergence(*sides, mask=mask, tokens=tokens, return_scores=True)
-    count = mask.sum()
-    dist.all_reduce(count)
-    mine = value.sum() / count
-    mine.backward()
+    half, third = ids.shape[1] // 2, head.weight.shape[0] // 3
+    columns, rows = (slice(half), slice(third)) if rank == 0 else (slice(half, None), slice(third, None))
+    names = {"topd": topd, "torch": torch, "group": dist.group.WORLD, "T": ids.shape[1], "input_ids": ids}
+    names |= {"response_mask": response, "first_token": rows.start or 0, "vocab": head.weight.shape[0]}
+    names |= {"my_rows": head.weight[rows], "my_teacher_rows": teacher_head.weight[rows].detach()}
+    names |= {"student_hidden": hidden[:, columns], "teacher_hidden": teacher_hidden[:, columns]}
+    (code,) = (block.code for block in blocks_of(DOCS / "many-devices.md") if "next_token_mask" in block.code)
+    exec(code, names)
+    mine, scores = names["loss"], names["scores"]
     total = mine.detach().clone()
     dist.all_reduce(total)
     grads = {name: parameter.grad for name, parameter in student.named_parameters()}
     for grad in grads.values():
         dist.all_reduce(grad)
-    crosses = bool((response[:, ids.shape[1] // 2 - 1] & response[:, ids.shape[1] // 2]).any())
+    crosses = bool((response[:, half - 1] & response[:, half]).any())
     whole = topd.score_tokens(
         hidden, head, teacher_hidden, teacher_head, tokens=ids.roll(-1, 1), mask=topd.next_token_mask(response)
     )
