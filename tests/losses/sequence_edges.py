@@ -15,6 +15,7 @@ from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 from two_ranks import fork_cases, message
 
 import topd
+from topd.losses.operands import check_side
 from topd.ops.shared import engines, hidden_sums
 from topd.ops.shared import loop as tile_loop
 
@@ -214,6 +215,8 @@ def opd(rank):
     (code,) = (block.code for block in blocks_of(DOCS / "many-devices.md") if "next_token_mask" in block.code)
     exec(code, names)
     mine, scores = names["loss"], names["scores"]
+    sides = (names[name] for name in ("student_hidden", "student", "teacher_hidden", "teacher"))
+    scored = topd.score_tokens(*sides, tokens=names["tokens"], mask=names["mask"])
     total = mine.detach().clone()
     dist.all_reduce(total)
     grads = {name: parameter.grad for name, parameter in student.named_parameters()}
@@ -230,6 +233,7 @@ def opd(rank):
         "expected": expected,
         "crosses": crosses,
         "logprob": scores.student_logprob,
+        "scored": scored.student_logprob,
         "expected_logprob": whole.student_logprob[:, columns],
     }
 
@@ -269,6 +273,7 @@ def refusals(rank):
         "tokens": call(tokens=tokens),
         "mask": call(mask=None if rank else torch.ones(6, dtype=torch.bool)),
         "small": call(workspace_bytes=100),
+        "other losses": message(lambda: check_side("hidden", hidden, "head", student, may_be_sharded=True)),
     }
 
 

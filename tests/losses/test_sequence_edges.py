@@ -129,6 +129,7 @@ def test_opd_over_two_halves_of_the_columns(ranks):
         assert results["crosses"]
         assert_near(results["loss"], results["expected_loss"], 1e-12)
         assert_near(results["logprob"], results["expected_logprob"], 1e-12)
+        assert torch.equal(results["scored"], results["logprob"])
         for name, expected in results["expected"].items():
             assert_near(results["grads"][name], expected, 1e-6, name)  # the models' norms compute in float32
 
@@ -149,6 +150,7 @@ REFUSALS = {
     "tokens": ("refused on rank 1", "tokens must lie in [0, 41)"),
     "mask": ("must make the same call",) * 2,
     "small": ("workspace_bytes must hold at least one row",) * 2,
+    "other losses": ("head.shard must have sequence_parallel=False in this call, got True",) * 2,
 }
 
 
