@@ -47,7 +47,6 @@ KNOWS_HOSTS = (
     "topd.cli.doctor",
     "topd.cli.refine",
     "topd.costs.shapes",
-    "topd.profiling.contenders",
     "topd_bench",
     "topd_demo",
 )

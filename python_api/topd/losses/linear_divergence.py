@@ -1,7 +1,7 @@
 """`linear_divergence`, the first primitive: its arguments are checked, leading shapes made flat, then the op runs."""
 
 import math
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -46,11 +46,12 @@ def _refuse_teacher_grad(teacher_hidden: Tensor, teacher: Head) -> None:
 
 def _check_pair(student_hidden: Tensor, student: Head, teacher_hidden: Tensor, teacher: Head) -> None:
     """Check that each side's hidden states go with its head, and both sides with each other."""
-    check_side("student_hidden", student_hidden, "student", student, may_be_sharded=True)
+    sharded: dict[str, Any] = {"may_be_sharded": True, "may_share_rows": True}
+    check_side("student_hidden", student_hidden, "student", student, **sharded)
     device = (student_hidden.device, "student_hidden")
     if not (isinstance(teacher_hidden, Tensor) and teacher_hidden.device.type == "cpu"):  # from there a chunk's rows are copied
         check_tensor("teacher_hidden", teacher_hidden, device=device)
-    check_side("teacher_hidden", teacher_hidden, "teacher", teacher, may_be_sharded=True, device=device)
+    check_side("teacher_hidden", teacher_hidden, "teacher", teacher, **sharded, device=device)
     shape = ((*student_hidden.shape[:-1], teacher_hidden.shape[-1]), "the leading shape of student_hidden")
     check_tensor("teacher_hidden", teacher_hidden, shape=shape)
     _refuse_teacher_grad(teacher_hidden, teacher)
@@ -179,7 +180,8 @@ def linear_divergence(
             student on a GPU: then the rows of a chunk are copied when it is computed. Pinned memory is the fastest.
         teacher: Head; constant. Vocabularies that differ are compared on their first min(V_s, V_t) entries.
             Both heads may be sharded over one group of processes: then all ranks make the same call on the same hidden states,
-            and get the same value, the whole d student_hidden and d adapter.a, and the other gradients of their own rows.
+            and get the same value, the whole d student_hidden and d adapter.a, and the other gradients of their own tokens.
+            With VocabShard(sequence_parallel=True) each rank has rows of its own, and gets the results of these rows.
         divergence: a name, a `topd` divergence or a mapping of its name and parameters, e.g. "reverse_kl", topd.JSD(0.3),
             {"name": "jsd", "beta": 0.3}, topd.ForwardKL(entry_clip=0.05).
         temperature: > 0; both sides' logits are divided by it, after the softcap; no factor temperature².
@@ -220,6 +222,8 @@ def linear_divergence(
         flat_tokens = None if tokens is None else per_token("tokens", tokens, torch.int64, *like)
         hint = None if weights_hint is None else per_token("weights_hint", weights_hint, FLOATING, *like).detach()
         shard = shard_of(student)
+        if shard.sequence:  # the ranks send each other rows: from the memory of the student
+            teacher_hidden = teacher_hidden.to(student_hidden.device)
         name = backend_of(backend, student_hidden.device, shard)
 
         student_hidden, student = autocast(student_hidden.reshape(-1, student_hidden.shape[-1]), student)
@@ -228,7 +232,7 @@ def linear_divergence(
         _check_numbers(student, teacher, temperature, chosen, hard_weight, dtype)
         spec = spec_of(student, teacher, temperature, chosen, hard_weight)
         if pact is not None:
-            options = (spec, return_scores, hint is None, teacher_hidden.dtype)
+            options = (spec, return_scores, None if hint is None else hint.dtype, teacher_hidden.dtype)
             pact.sign(student_hidden, student, teacher, options, flat_tokens, flat_mask)
     if name == "reference":
         sides = (student_hidden, student, teacher_hidden.to(student_hidden.device), teacher)
