@@ -26,7 +26,16 @@ from topd.vocab_shard import VocabShard
 
 KNOWN = "0.18 to 0.20"  # versions of megatron-core whose signatures were read
 FORWARD_TAKES = ("output_processor", "output_processor_context")
-ABSENT: Any = object()
+
+
+class _Absent:
+    """Stands for an argument that Megatron did not give."""
+
+    def __repr__(self) -> str:
+        return "<given by Megatron>"
+
+
+ABSENT: Any = _Absent()
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,8 +48,8 @@ class DistillationContext:
         teacher: the teacher's Head. With tensor parallelism a shard over the same group, cut at the same tokens as the student:
             `teacher.resharded(like=output_head(...))`.
         vocab: the tokens of the student's tokenizer. Megatron pads the output layer; rows beyond `vocab` do not count.
-        divergence, temperature, hard_weight, workspace_bytes, backend: as in `topd.linear_divergence`; `hard_weight` reads the
-            forward's `labels`.
+        divergence, temperature, workspace_bytes, backend: as in `topd.linear_divergence`.
+        hard_weight: the same; the tokens are the forward's `labels`.
         softcap: None, or the softcap of the student's logits; Megatron's own output layer has none.
 
     Raises:
@@ -161,7 +170,7 @@ def output_head(
         scale, softcap: of the logits, as in `topd.Head`.
 
     Returns:
-        A Head of the live parameters: gradients reach them.
+        A Head of the live parameters, which gradients reach.
 
     Raises:
         TypeError, ValueError: no ColumnParallelLinear, one with a forward of its own, no weight, or a vocab larger than it.
@@ -204,7 +213,8 @@ class _GatheredRows(torch.autograd.Function):
 
 def _sequence_parallel(output_layer: Any) -> bool:
     """Tell whether a layer's input is split along the sequence."""
-    return bool(output_layer.sequence_parallel) and output_layer.tp_group.size() > 1
+    group = output_layer.tp_group
+    return bool(output_layer.sequence_parallel) and group is not None and group.size() > 1
 
 
 def _factor_of(scale_logits: Any) -> float:

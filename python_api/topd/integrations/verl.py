@@ -90,7 +90,7 @@ def response_losses(config: Any, distillation_config: Any, model_output: Any, da
         data: the micro-batch.
 
     Returns:
-        losses [B, R] float32, nats, 0 beyond a response; metrics: their mean.
+        A pair of the losses [B, R] float32, nats, 0 beyond a response, and the metrics, their mean.
 
     Raises:
         ValueError: the forward made no losses, or verl would use them as rewards.
