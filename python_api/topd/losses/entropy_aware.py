@@ -52,8 +52,8 @@ def entropy_aware_opd(
         TypeError, ValueError: as `linear_divergence`.
     """
     with passed_together(student, teacher):
-        check_side("student_hidden", student_hidden, "student", student, may_be_sharded=True)
-        check_side("teacher_hidden", teacher_hidden, "teacher", teacher, may_be_sharded=True)
+        check_side("student_hidden", student_hidden, "student", student)
+        check_side("teacher_hidden", teacher_hidden, "teacher", teacher)
         vocab = min(vocabulary_of(student), vocabulary_of(teacher))
         if positive_int("top_k", top_k) > vocab:
             raise ValueError(f"top_k must be at most the common vocabulary's {vocab} entries, got {top_k}")

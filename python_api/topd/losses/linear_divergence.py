@@ -46,8 +46,8 @@ def _refuse_teacher_grad(teacher_hidden: Tensor, teacher: Head) -> None:
 
 def _check_pair(student_hidden: Tensor, student: Head, teacher_hidden: Tensor, teacher: Head) -> None:
     """Check that each side's hidden states go with its head, and both sides with each other."""
-    check_side("student_hidden", student_hidden, "student", student, may_be_sharded=True, may_share_rows=True)
-    check_side("teacher_hidden", teacher_hidden, "teacher", teacher, may_be_sharded=True, may_share_rows=True)
+    check_side("student_hidden", student_hidden, "student", student, may_share_rows=True)
+    check_side("teacher_hidden", teacher_hidden, "teacher", teacher, may_share_rows=True)
     shape = ((*student_hidden.shape[:-1], teacher_hidden.shape[-1]), "the leading shape of student_hidden")
     check_tensor("teacher_hidden", teacher_hidden, shape=shape, device=(student_hidden.device, "student_hidden"))
     _refuse_teacher_grad(teacher_hidden, teacher)

@@ -161,7 +161,7 @@ def logprobs_and_outside(
         logprobs [..., M], entropy [...] (or [0]), outside [...].
     """
     with checked_together(head, head) as pact:
-        check_side("hidden", hidden, "head", head, may_be_sharded=True)
+        check_side("hidden", hidden, "head", head)
         hidden, head = kept_side("hidden", hidden, "head", head)
         ids = check_chosen_ids("ids", ids, hidden)
         check_temperature(temperature)

@@ -54,7 +54,7 @@ def soft_target_kl(
             are taken as they are.
     """
     with passed_together(head):
-        check_side("hidden", hidden, "head", head, may_be_sharded=True)
+        check_side("hidden", hidden, "head", head)
         check_chosen_ids("target_ids", target_ids, hidden)
         flag("normalize", normalize)
         probs = check_like_ids("target_probs", target_probs, target_ids).double()

@@ -64,7 +64,7 @@ def topk_divergence(
             twice, and mass beyond 1 leaves a tail of 0.
     """
     with passed_together(head):
-        check_side("hidden", hidden, "head", head, may_be_sharded=True)
+        check_side("hidden", hidden, "head", head)
         check_chosen_ids("teacher_ids", teacher_ids, hidden)
         choice("direction", direction, DIRECTIONS)
         choice("support", support, SUPPORTS)

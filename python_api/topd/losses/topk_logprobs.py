@@ -57,7 +57,7 @@ def topk_logprobs(
         TypeError, ValueError: a wrong type, shape, dtype, device, range or option.
     """
     with checked_together(head, head) as pact:
-        check_side("hidden", hidden, "head", head, may_be_sharded=True)
+        check_side("hidden", hidden, "head", head)
         check_temperature(temperature)
         check_workspace(workspace_bytes)
         if positive_int("k", k) > vocabulary_of(head):

@@ -49,7 +49,7 @@ def guidance_kl(
     Source: arXiv 2606.00305, L_traj with uniform marginals.
     """
     with passed_together(head):
-        check_side("window_hidden", window_hidden, "head", head, may_be_sharded=True)
+        check_side("window_hidden", window_hidden, "head", head)
         states = check_tensor("window_hidden", window_hidden)
         if states.dim() != 3:
             raise ValueError(f"window_hidden must be [m, K_s, H], got {list(states.shape)}")
