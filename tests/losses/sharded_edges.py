@@ -185,7 +185,6 @@ def refusals(rank):
         "gap": call(own=half),
         "backend": call(backend="cpp"),
         "small": call(workspace_bytes=100),
-        "logprobs": message(lambda: topd.linear_logprobs(hidden, student, torch.zeros(n, 1, dtype=torch.int64))),
         "flags": call(other=replace(teacher, shard=replace(teacher.shard, sequence_parallel=True))),
     }
 

@@ -104,7 +104,6 @@ REFUSALS = {
     "small": ("workspace_bytes must hold at least one row",) * 2,
     "temperature": ("refused on rank 1", "temperature must be finite and > 0"),
     "tokens": ("refused on rank 1", "tokens must lie in [0, 41)"),
-    "logprobs": ("must hold the whole vocabulary in this call",) * 2,
     "flags": ("student and teacher must agree in VocabShard.sequence_parallel, got False and True",) * 2,
 }
 

@@ -20,13 +20,18 @@ def check_head(name: str, value: object) -> Head:
     return value
 
 
-def refuse_shard(name: str, head: Head) -> None:
-    """Refuse a sharded head where a call takes none."""
-    if head.shard is not None:
-        raise ValueError(
-            f"{name} must hold the whole vocabulary in this call, got a shard of {head.shard.vocab} tokens; "
-            "topd.linear_divergence and topd.score_tokens take sharded heads, for all others gather the rows of all ranks first"
-        )
+def vocabulary_of(head: Head) -> int:
+    """Return the entries of a head's vocabulary, over all ranks where it is sharded."""
+    return head.weight.shape[0] if head.shard is None else head.shard.vocab
+
+
+def first_tokens(head: Head, vocab: int) -> Head:
+    """Return the head of the first `vocab` tokens of its vocabulary: views, no copies."""
+    shard = head.shard
+    if shard is None:
+        return head.first(vocab)
+    shard = replace(shard, vocab=vocab)
+    return replace(head.first(shard.held(head.weight.shape[0])), shard=shard)
 
 
 def refuse_shared_rows(name: str, head: Head) -> None:
@@ -44,16 +49,12 @@ def check_side(
     head_name: str,
     head: object,
     *,
-    may_be_sharded: bool = False,
     may_share_rows: bool = False,
     device: tuple[torch.device, str] | None = None,
 ) -> None:
-    """Check that hidden states [..., H] go with a head; a call says whether its heads may be sharded, and whether the ranks may
-    share the sequence. `device`: where the head must be, and the name of the argument that is there; None: where the hidden
-    states are."""
+    """Check that hidden states [..., H] go with a head; a call says whether the ranks of its heads may share the sequence.
+    `device`: where the head must be, and the name of the argument that is there; None: where the hidden states are."""
     head = check_head(head_name, head)
-    if not may_be_sharded:
-        refuse_shard(head_name, head)
     if not may_share_rows:
         refuse_shared_rows(head_name, head)
     states = check_tensor(hidden_name, hidden, dtype=FLOATING)

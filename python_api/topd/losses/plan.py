@@ -11,7 +11,7 @@ from topd.checks.values import FLOATING, LARGEST_INT, check_workspace
 from topd.divergences import ReverseKL
 from topd.head import Head
 from topd.losses.linear_divergence import spec_of
-from topd.losses.operands import cast, needs, op_side, refuse_shard
+from topd.losses.operands import cast, needs, op_side
 from topd.memory import size_text
 from topd.ops.linear_divergence.loop import plan_of
 from topd.ops.linear_divergence.op import outline
@@ -91,7 +91,9 @@ def plan(
     as none.
 
     Args:
-        student, teacher: a Head each, or a transformers model, whose head is read; of the tensors shapes and dtypes count.
+        student, teacher: a Head each, or a transformers model, whose head is read; of the tensors shapes and dtypes count. Both
+            may be sharded. Then the plan is of the tokens that this rank holds, and nothing is asked of the other ranks: a call
+            takes the chunks of the rank with the most tokens, in the smallest workspace of the group. Plan it there.
         tokens: rows N, an int >= 0.
         device: where the call will run, None: where the student's head is. "cuda" may stand for a GPU that is not here.
         dtype: in which both sides will come, as under torch.autocast; None: in those of their heads.
@@ -105,13 +107,14 @@ def plan(
         TypeError, ValueError: a wrong type, dtype, device or range, named in the message.
     """
     heads = {"student": _head("student", student), "teacher": _head("teacher", teacher)}
+    sharded = _sharded(heads)
     _check_tokens(tokens)
     check_workspace(workspace_bytes)
     if dtype is not None and dtype not in FLOATING:
         raise ValueError(f"dtype must be None or one of {', '.join(map(str, FLOATING))}, got {dtype!r}")
     device = _device(device, heads["student"])
     unseen = device.type == "cuda" and not torch.cuda.is_available()
-    backend = "triton" if unseen else choose_backend(None, device)
+    backend = "eager" if sharded else "triton" if unseen else choose_backend(None, device)
 
     with torch.enable_grad():
         needed = needs(torch.empty(0, device="meta", requires_grad=True), heads["student"])
@@ -171,11 +174,32 @@ def _flop(call: Call, needed: Needs) -> int:
 
 def _head(name: str, value: object) -> Head:
     if isinstance(value, Head):
-        refuse_shard(name, value)
         return value
     if isinstance(value, nn.Module):
         return Head.from_model(value, verify=False)
     raise TypeError(f"{name} must be a topd.Head or a transformers model, got {type(value).__name__}")
+
+
+def _sharded(heads: dict[str, Head]) -> bool:
+    """Return whether the heads are sharded, both of them; refuse a shard of which a rank cannot tell what it will do."""
+    shards = {name: head.shard for name, head in heads.items() if head.shard is not None}
+    if len(shards) == 1:
+        raise ValueError(
+            f"student and teacher must both be sharded, or both whole, got a shard of {next(iter(shards))} alone; give both "
+            "shard=topd.VocabShard(...) over the same group"
+        )
+    for name, shard in shards.items():
+        if shard.sequence_parallel:
+            raise ValueError(
+                f"{name}.shard must have sequence_parallel=False to be planned, got True: chunks are cut from the rows of all "
+                "ranks; plan these, tokens times the number of ranks, with sequence_parallel=False"
+            )
+        if not shard.held(heads[name].weight.shape[0]):
+            raise ValueError(
+                f"{name} must hold a token on this rank to be planned, got none from {shard.start} on of {shard.vocab}; plan "
+                "on the rank that holds most, whose chunks all ranks take"
+            )
+    return bool(shards)
 
 
 def _check_tokens(tokens: object) -> None:
@@ -201,7 +225,9 @@ def _device(device: object, student: Head) -> torch.device:
 
 
 def _without_data(head: Head) -> Head:
-    """Return the head on the meta device."""
+    """Return the head on the meta device; of a sharded one the rows that count."""
+    if head.shard is not None:
+        head = head.first(head.shard.held(head.weight.shape[0]))
     bias = None if head.bias is None else head.bias.detach().to("meta")
     adapter = head.adapter
     if adapter is not None:

@@ -1,0 +1,336 @@
+"""linear_logprobs, topk_logprobs and what is made of them on sharded heads at the edges, in two processes; started by
+test_sharded_logprob_edges.py. A function is named like its result."""
+
+from dataclasses import replace
+
+import soft_target_cases
+import topk_cases
+import torch
+import torch.distributed as dist
+from compare import Model, Outcome, gradients, outcome_of, random_model
+from logprob_cases import OPTIONS, by_topd, plain, random_problem
+from shard_cases import head_of, shard_of
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+from two_ranks import fork_cases, message
+
+import topd
+from topd.ops.linear_divergence import loop as divergence_loop
+from topd.ops.shared import hidden_sums
+from topd.ops.shared.shard import Shard as OpShard
+
+STARTS, VOCAB = (0, 23), 41
+NOT_PLANNED = ({"sequence_parallel": True}, {"start": VOCAB})
+EVERYTHING = {"bias": True, "rank": 3, "softcap": 8.0, "scale": 0.8}
+
+
+def sides_of(model: Model, rank: int, starts=STARTS):
+    """Return this rank's leaves, and their hidden states and head."""
+    leaves = shard_of(model, starts, rank).leaves(("hidden", "weight", "bias", "a", "b"))
+    return leaves, (leaves.hidden, head_of(leaves, starts, rank, model.weight.shape[0]))
+
+
+def compared(model: Model, rank: int, compute, truth: Outcome):
+    """Return value and gradients of compute(hidden, head) on this rank's part, as `compare.outcome_of` makes the truth."""
+
+    def on_rank(leaves: Model):
+        return compute(leaves.hidden, head_of(leaves, STARTS, rank, model.weight.shape[0]))
+
+    outcome = outcome_of(shard_of(model, STARTS, rank), None, on_rank)
+    return {"value": outcome.value, "grads": outcome.grads, "truth": {"value": truth.value, "grads": truth.grads}}
+
+
+def peaked(rank):
+    """A token with 1 - p of about 1e-10, held by rank 1: alone, and beside one that rank 0 holds. Its gradient is the same."""
+    weight = torch.zeros(64, 1)
+    weight[50] = 27.0
+    results = {}
+    for name, ids in (("alone", [[50]]), ("two", [[3, 50]])):
+        leaves, sides = sides_of(Model(torch.ones(1, 1), weight), rank, (0, 32))
+        value, entropy = topd.linear_logprobs(*sides, torch.tensor(ids), return_entropy=True)
+        value[0, -1].backward()
+        results[name] = {"value": value[0, -1:].detach(), "hidden": leaves.hidden.grad[0], "entropy": entropy.detach()}
+    return results
+
+
+def absent_tokens(rank):
+    """-inf logits, also of a chosen token, and a rank that holds nothing else."""
+    problem = random_problem({"bias": True, "rank": 2})
+    problem.model.bias[23:] = -torch.inf
+    problem.model.bias[4] = -torch.inf
+    problem.ids[:4, 0], problem.ids[2, 1] = 4, 30
+    upstream = torch.linspace(-1, 2, 11).double().unsqueeze(-1).expand(11, 4)
+    one = by_topd(problem, "eager", upstream)
+    leaves, sides = sides_of(problem.model, rank)
+    value, entropy = topd.linear_logprobs(*sides, problem.ids, return_entropy=True)
+    value = torch.cat([value, entropy.unsqueeze(-1)], -1)
+    grads = gradients(value, upstream, leaves)
+    likely = topd.topk_logprobs(*sides, 25)  # three of them have a logit of -inf
+    truth = {"value": one.value, "grads": one.grads}
+    return {"value": value.detach(), "grads": grads, "truth": truth, "ids": likely.ids, "logprobs": likely.logprobs}
+
+
+def no_rows(rank):
+    results = []
+    for mask in (None, torch.zeros(11, dtype=torch.bool)):
+        n = 0 if mask is None else 11
+        for m in (1, 3):
+            leaves, sides = sides_of(random_model(n, VOCAB, 7, bias=True, rank=2), rank)
+            ids = torch.full((n, m), -100)
+            value, entropy = topd.linear_logprobs(*sides, ids, mask=mask, return_entropy=True)
+            rows = {"value": value.detach(), "entropy": entropy.detach()}
+            results.append(rows | gradients(value.sum(-1) + entropy, torch.ones(n), leaves))
+        topd.topk_logprobs(*sides, 3, mask=mask)
+    return {"results": results}
+
+
+def second_backward(rank):
+    results = {}
+    for m in (1, 3):
+        problem = random_problem(OPTIONS["everything"], m=m)
+        leaves, sides = sides_of(problem.model, rank)
+        value, entropy = topd.linear_logprobs(
+            *sides, problem.ids, mask=problem.mask, return_entropy=True, workspace_bytes=30_000
+        )
+        each, grads = torch.cat([value, entropy.unsqueeze(-1)], -1), []
+        for _ in range(2):
+            each.backward(torch.linspace(-1, 2, each.numel()).double().view(each.shape), retain_graph=True)
+            grads.append(torch.cat([leaves.weight.grad.flatten(), leaves.hidden.grad.flatten(), leaves.a.grad.flatten()]))
+        results[m] = {"once": grads[0], "twice": grads[1]}
+    return results
+
+
+def two_runs(rank):
+    """The same call twice, in float32: the bits that come."""
+    problem, runs = random_problem(OPTIONS["everything"], n=64).to(torch.float32), []
+    for _ in range(2):
+        leaves, sides = sides_of(problem.model, rank)
+        value = topd.linear_logprobs(*sides, problem.ids, mask=problem.mask, workspace_bytes=60_000)
+        grads = gradients(value, torch.linspace(-1, 2, value.numel()).view(value.shape), leaves)
+        runs.append({"value": value.detach()} | grads)
+    return {"runs": runs}
+
+
+def gradcheck(rank):
+    """Of what all ranks hold alike, hidden states and a: then all of them move the same entry."""
+    passed = []
+    for m in (1, 3):
+        leaves, (hidden, head) = sides_of(random_model(3, VOCAB, 7, rank=2, bias=True), rank)
+        ids = torch.randint(VOCAB, (3, m))
+
+        def value(hidden, a, leaves=leaves, head=head, ids=ids):
+            own = replace(head, adapter=topd.LowRank(a, leaves.b, 0.5))
+            return topd.linear_logprobs(hidden, own, ids, return_entropy=True)
+
+        passed.append(torch.autograd.gradcheck(value, (hidden, leaves.a)))
+    return {"passed": all(passed)}
+
+
+def collectives(rank):
+    """Count what a call of three chunks says: in forward, in backward of a sum, of a number for each row, and of any."""
+    counts = {"all_gather": 0, "all_reduce": 0}
+    originals, results = {name: getattr(dist, name) for name in counts}, {}
+
+    def counting(name):
+        def call(*args, **options):
+            counts[name] += 1
+            return originals[name](*args, **options)
+
+        return call
+
+    for name in counts:
+        setattr(dist, name, counting(name))
+    for m, entropy in ((1, False), (3, False), (3, True)):
+        _, sides = sides_of(random_model(12, VOCAB, 7), rank)
+        stages, last = [], dict(counts)
+
+        def stage(stages=stages, last=last):
+            stages.append(tuple(counts[name] - last[name] for name in counts))
+            last.update(counts)
+
+        ids, bytes_of_row = torch.randint(VOCAB, (12, m)), 8 * 23 * (15 + entropy)
+        value = topd.linear_logprobs(*sides, ids, return_entropy=entropy, workspace_bytes=4 * bytes_of_row)
+        value = value[0] if entropy else value
+        stage()
+        value.sum().backward(retain_graph=True)
+        stage()
+        value.backward(torch.linspace(1, 2, 12).double().unsqueeze(-1).expand(12, m))
+        stage()
+        results[m, entropy] = stages
+    last = dict(counts)
+    topd.topk_logprobs(*sides, 3, workspace_bytes=4 * 8 * 23 * 3)
+    results["topk"] = tuple(counts[name] - last[name] for name in counts)
+    for name, original in originals.items():
+        setattr(dist, name, original)
+    return results
+
+
+def planted_faults(rank):
+    """Gradients without the other shards' terms: those that forward sums, and those that backward sums."""
+    results = {}
+    adding_up, summed = hidden_sums.adding_up, OpShard.summed
+    for name, m in (("forward", 1), ("backward", 3)):
+        problem = random_problem({"rank": 2}, m=m, entropy=False)
+        upstream = torch.linspace(-1, 2, 11 * m).double().view(11, m)
+        leaves, sides = sides_of(problem.model, rank)
+        if name == "forward":
+            hidden_sums.adding_up = lambda group, mine: adding_up(group, mine.clone())  # the sum comes, and is not used
+        else:
+            OpShard.summed = lambda self, mine: mine
+        value = topd.linear_logprobs(*sides, problem.ids)
+        grads = gradients(value, upstream, leaves)
+        hidden_sums.adding_up, OpShard.summed = adding_up, summed
+        true = plain(problem, upstream)
+        results[name] = {"truth": true.grads, "value": (value.detach(), true.value), "grads": grads}
+    return results
+
+
+def dtensors(rank):
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "tensor"))
+    problem, placements = random_problem({"bias": True}, entropy=False), [Replicate(), Shard(0)]
+    whole = (problem.model.weight, problem.model.bias)
+    weight, bias = (distribute_tensor(tensor, mesh, placements).requires_grad_() for tensor in whole)
+    hidden = problem.model.hidden.clone().requires_grad_()
+    value = topd.linear_logprobs(hidden, topd.Head(weight, bias), problem.ids)
+    value.sum().backward()
+    assert isinstance(weight.grad, DTensor)
+    grads = {"hidden": hidden.grad, "weight": weight.grad.full_tensor(), "bias": bias.grad.full_tensor()}
+    true = plain(problem, torch.ones(11, 3))
+    return {"value": value.detach(), "grads": grads, "truth": {"value": true.value, "grads": true.grads}}
+
+
+def bfloat16(rank):
+    """Hidden states and head of 16 bits: the same products as one process's."""
+    problem = random_problem(EVERYTHING, n=32, entropy=False).to(torch.bfloat16)
+    upstream = torch.linspace(-1, 2, 96).view(32, 3)
+    one = by_topd(problem, "eager", upstream)
+    leaves, sides = sides_of(problem.model, rank)
+    value = topd.linear_logprobs(*sides, problem.ids)
+    grads = gradients(value, upstream, leaves)
+    return {"value": value.detach(), "grads": grads, "truth": {"value": one.value, "grads": one.grads}}
+
+
+def soft_targets(rank):
+    model = random_model(11, VOCAB, 7, **EVERYTHING)
+    (ids, probs), mask = soft_target_cases.random_targets(11, 6), torch.arange(11) % 4 != 2
+    options = {"mask": mask, "temperature": 0.7}
+    truth = soft_target_cases.truth(model, ids, probs, **options)
+    return compared(model, rank, lambda *sides: topd.soft_target_kl(*sides, ids, probs, **options), truth)
+
+
+def topk_divergence(rank):
+    results = {}
+    for direction, support in topk_cases.COMBINATIONS:
+        model = random_model(11, VOCAB, 7, **EVERYTHING)
+        (ids, logprobs), mask = topk_cases.random_teacher(11, 6), torch.arange(11) % 4 != 2
+        options = {"direction": direction, "support": support, "mask": mask}
+        truth = topk_cases.truth(model, ids, logprobs, **options)
+
+        def loss(*sides, ids=ids, logprobs=logprobs, options=options):
+            return topd.topk_divergence(*sides, ids, logprobs, **options)
+
+        results[f"{direction} {support}"] = compared(model, rank, loss, truth)
+    return results
+
+
+def guidance(rank):
+    model, plan = random_model((4, 5), VOCAB, 7, **EVERYTHING), torch.rand(4, 5, 6)
+    tokens, lengths = torch.randint(VOCAB, (4, 6)), torch.tensor([5, 1, 3, 4])
+
+    def loss(hidden, head):
+        return topd.guidance_kl(hidden, head, tokens, plan, student_lengths=lengths)
+
+    def true(leaves: Model):
+        shares = plan.double() / plan.double().sum(-1, keepdim=True)
+        rows = soft_target_cases.full_kl(leaves, tokens.unsqueeze(1).expand(4, 5, 6), shares)
+        return rows.masked_fill(torch.arange(5) >= lengths.unsqueeze(-1), 0.0).sum(-1) / lengths
+
+    return compared(model, rank, loss, outcome_of(model, torch.float64, true))
+
+
+def entropy_aware(rank):
+    """A teacher with more tokens than the student: its likeliest are taken among those that both have."""
+    model, teacher = random_model(11, VOCAB, 7, **EVERYTHING), random_model(11, 53, 5, bias=True)
+    options = {"top_k": 5, "entropy_threshold": 1.0, "mask": torch.arange(11) % 4 != 2}
+    whole = teacher.hidden, teacher.head()
+    one = outcome_of(model, None, lambda own: topd.entropy_aware_opd(own.hidden, own.head(), *whole, **options))
+    part = shard_of(teacher, STARTS, rank)
+    others = part.hidden, head_of(part, STARTS, rank, 53)
+    return compared(model, rank, lambda *sides: topd.entropy_aware_opd(*sides, *others, **options), one)
+
+
+def planned(rank):
+    """topd.plan on each rank, and the chunks of the call that follows: those of the rank with the most tokens."""
+    student, teacher = random_model(50, VOCAB, 7, rank=2), random_model(50, 53, 5)
+    _, (hidden, head) = sides_of(student, rank)
+    part, seen = shard_of(teacher, STARTS, rank), []
+    other, tiles = head_of(part, STARTS, rank, 53), divergence_loop.TileLoop
+    plan = topd.plan(head, other, 50, workspace_bytes=30_000)
+
+    def watched(engine, chunks, *rest, **options):
+        seen.append((chunks.rows, chunks.chunks, chunks.workspace_bytes))
+        return tiles(engine, chunks, *rest, **options)
+
+    divergence_loop.TileLoop = watched
+    topd.linear_divergence(hidden, head, part.hidden, other, workspace_bytes=30_000).sum().backward()
+    divergence_loop.TileLoop = tiles
+    split, nothing = (replace(head, shard=replace(head.shard, **change)) for change in NOT_PLANNED)
+    wrong = [message(lambda own=own: topd.plan(own, other, 50)) for own in (split, nothing, student.head())]
+    told = (plan.rows, plan.chunks, plan.workspace_bytes)
+    return {"plan": told, "vocab": plan.vocab, "backend": plan.backend, "seen": seen, "text": str(plan), "wrong": wrong}
+
+
+def ties(rank):
+    """Equal logits on both ranks: lower ranks first."""
+    _, sides = sides_of(Model(torch.ones(2, 1), torch.zeros(VOCAB, 1)), rank)
+    few = topd.topk_logprobs(*sides, 30)
+    return {"ids": few.ids, "logprobs": few.logprobs}
+
+
+def refusals(rank):
+    """Calls that are wrong on one rank alone, or that do not go together: every rank gets an error, none waits."""
+    _, (hidden, head) = sides_of(random_model(11, VOCAB, 7), rank)
+    ids, probs = torch.arange(22).view(11, 2), torch.full((11, 2), 0.5 if rank == 0 else 0.7)
+    shared = replace(head, shard=replace(head.shard, sequence_parallel=True))
+    plan = torch.rand(1, 11, 2) * (1 if rank == 0 else -1)
+
+    def call(states=hidden, own=head, ids=ids, **options):
+        return message(lambda: topd.linear_logprobs(states, own, ids, **options))
+
+    return {
+        "ids outside": call(ids=ids + 20 * rank),
+        "other ids": call(ids=ids + rank),
+        "more ids": call(ids=ids[:, : 1 + rank]),
+        "temperature": call(temperature=1.0 - rank),
+        "states": call(states=hidden.detach() * (1 + 9 * rank)),
+        "backend": call(backend="cpp"),
+        "reference": call(backend="reference"),
+        "sequence": call(own=shared),
+        "k": message(lambda: topd.topk_logprobs(hidden, head, VOCAB + 1)),
+        "other k": message(lambda: topd.topk_logprobs(hidden, head, 2 + rank)),
+        "targets": message(lambda: topd.soft_target_kl(hidden, head, ids, probs)),
+        "topk": message(lambda: topd.topk_divergence(hidden, head, ids, probs.log() * (1 - 2 * rank))),
+        "plan": message(lambda: topd.guidance_kl(hidden[None], head, ids[:1], plan)),
+        "small": call(workspace_bytes=100),
+    }
+
+
+if __name__ == "__main__":
+    fork_cases(
+        peaked,
+        absent_tokens,
+        no_rows,
+        second_backward,
+        two_runs,
+        gradcheck,
+        collectives,
+        planted_faults,
+        dtensors,
+        bfloat16,
+        soft_targets,
+        topk_divergence,
+        guidance,
+        entropy_aware,
+        planned,
+        ties,
+        refusals,
+    )
