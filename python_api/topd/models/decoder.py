@@ -121,15 +121,25 @@ def _output(layer: Any, hidden: Tensor) -> Tensor:
     return product
 
 
-def decoder_of(model: Any) -> Decoder:
+def decoder_of(model: Any, *, split: bool = False) -> Decoder:
     """Return the Decoder of a causal language model of transformers, also inside its wrappers.
 
+    Args:
+        model: the model.
+        split: whether its head may be one that tensor parallelism has split; who draws tokens needs a whole one.
+
     Raises:
-        TypeError, ValueError: as `topd.Head.from_model`; a PEFT prompt, which lives outside the base model.
+        TypeError, ValueError: as `topd.Head.from_model`; a PEFT prompt, which lives outside the base model; a split head.
     """
     refuse_prompt_learning(model)
     head = Head.from_model(model)
     inner = unwrapped_model(model)
+    if head.shard is not None and not split:
+        raise ValueError(
+            f"model must have its whole head on every rank here, got rows of it in {type(inner).__name__}, as tensor "
+            "parallelism leaves them; take topd.hidden_states and topd.linear_divergence, which read a split head, or leave "
+            "lm_head out of the plan"
+        )
     base = base_of(inner)
     if base is None:
         name = type(inner).__name__

@@ -209,5 +209,10 @@ def _first(tensor: Tensor, rows: int | None) -> Tensor:
     """Return the first rows as a view through which gradients flow, even where it comes about under no_grad."""
     if rows is None or rows >= tensor.shape[0]:
         return tensor
+    if hasattr(tensor, "placements"):
+        raise ValueError(
+            f"model must have no padded rows where its head is a DTensor, got {tensor.shape[0]} rows for {rows} tokens; build "
+            "topd.Head(weight.to_local(), shard=topd.VocabShard(group, start, vocab)), whose padding does not count"
+        )
     with torch.enable_grad():
         return tensor[:rows]
