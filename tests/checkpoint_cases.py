@@ -13,6 +13,8 @@ FAMILIES = {
     "multiplied": ("Cohere", {"intermediate_size": 32, "logit_scale": 0.25}),
     "bias": ("Phi", {"intermediate_size": 32}),
     "gpt2": ("GPT2", {}),
+    "opt": ("OPT", {"ffn_dim": 32, "word_embed_proj_dim": 16}),
+    "bloom": ("Bloom", {"n_layer": 2, "n_head": 2}),
     "neox": ("GPTNeoX", {"intermediate_size": 32}),
 }
 

@@ -146,15 +146,15 @@ class _Checkpoint:
 
     def final_norm(self) -> tuple[str, nn.Module]:
         """Return the norm that follows the layers, and its name in the model."""
-        base = base_of(self.model)
-        owners = [part for part in base.modules() if any(isinstance(child, nn.ModuleList) for child in part.children())]
-        for owner in owners:  # from the outside in: the first list of modules is that of the layers
-            children = list(owner.children())
-            last = max(index for index, child in enumerate(children) if isinstance(child, nn.ModuleList))
-            norms = [child for child in children[last + 1 :] if "norm" in type(child).__name__.lower()]
-            if len(norms) == 1:
-                return self._name_of(norms[0]), norms[0]
-            break
+        base: nn.Module = base_of(self.model)
+        owner = next(part for part in base.modules() if any(isinstance(child, nn.ModuleList) for child in part.children()))
+        children = list(owner.named_children())
+        last = max(index for index, (_, child) in enumerate(children) if isinstance(child, nn.ModuleList))
+        norms = [(index, name, child) for index, (name, child) in enumerate(children) if "norm" in type(child).__name__.lower()]
+        # OPT makes it before the layers; BLOOM has one there that is not the last.
+        final = [child for index, name, child in norms if index > last or "final" in name]
+        if len(final) == 1:
+            return self._name_of(final[0]), final[0]
         raise ValueError(
             "folder must hold a model with exactly one norm behind its layers, got another one, a "
             f"{type(self.model).__name__}; read the norm by hand"
@@ -162,7 +162,8 @@ class _Checkpoint:
 
     def _name_of(self, module: nn.Module) -> str:
         """Return the name of a module in the model."""
-        return next(name for name, part in self.model.named_modules() if part is module)
+        names: dict[nn.Module, str] = {part: name for name, part in self.model.named_modules()}
+        return names[module]
 
     def key_of(self, names: list[str]) -> str:
         """Return the first of these names that is a key in the files, where it may stand under another prefix."""

@@ -23,7 +23,7 @@ class Decoder:
     Attributes:
         model: the causal language model of transformers under its wrappers.
         base: the part of it that ends in last_hidden_state.
-        head: its output layer, with live parameters.
+        output: its output layer, as it was when the decoder was made.
         sliding: how many tokens each kind of attention layer sees back, by the kind's name; None: all of them.
         obstacle: why it cannot branch; empty where it can.
         unpackable: why it cannot read packed sequences; empty where it can.
@@ -31,10 +31,20 @@ class Decoder:
 
     model: Any
     base: Any
-    head: Head
+    output: Head
     sliding: dict[str, int | None]
     obstacle: str
     unpackable: str
+
+    @property
+    def head(self) -> Head:
+        """The output layer with live parameters, read anew: for a loss that is computed behind the states.
+
+        Autograd goes back through what was computed last. FSDP2 exchanges a unit's gradients when it comes to the unit's first
+        module: where the last norm shares one with the head, what a Head makes of the weight (this rank's part, its first rows)
+        must come behind the norm, or its gradient would come too late.
+        """
+        return Head.from_model(self.model, verify=False)
 
     def states(
         self,
@@ -79,7 +89,7 @@ class Decoder:
 
     def logits(self, hidden: Tensor, vocab: int) -> Tensor:
         """Return float32 (float64) logits [..., vocab] of a few states, by the model's own output layer."""
-        product = _output(self.model.get_output_embeddings(), hidden)[..., : self.head.weight.shape[0]]
+        product = _output(self.model.get_output_embeddings(), hidden)[..., : self.output.weight.shape[0]]
         product = product.to(torch.promote_types(product.dtype, torch.float32))
         return shape_logits(product, None, self.head.scale, self.head.softcap)[..., :vocab]
 
