@@ -91,7 +91,7 @@ class Decoder:
         """Return float32 (float64) logits [..., vocab] of a few states, by the model's own output layer."""
         product = _output(self.model.get_output_embeddings(), hidden)[..., : self.output.weight.shape[0]]
         product = product.to(torch.promote_types(product.dtype, torch.float32))
-        return shape_logits(product, None, self.head.scale, self.head.softcap)[..., :vocab]
+        return shape_logits(product, None, self.output.scale, self.output.softcap)[..., :vocab]
 
     @property
     def forbids_cache(self) -> bool:
