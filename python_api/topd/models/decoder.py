@@ -1,7 +1,7 @@
 """A causal language model of transformers as topd uses it: hidden states, logits, and whether it can branch."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,9 @@ from torch import Tensor
 from topd.head import Head
 from topd.logits import shape_logits
 from topd.models.branchable import forward_parameters, layer_kinds, obstacle_of
+from topd.models.data_parallel import is_sharded_in_place
 from topd.models.head_from_model import base_of, refuse_prompt_learning, unwrapped_model
+from topd.models.in_step import InStep, in_step
 
 FEW = range(8, 65)  # rows of logits that a CPU computes faster from the head's side
 
@@ -59,6 +61,10 @@ class Decoder:
         given = {name: value for name, value in given.items() if value is not None and name in self.parameters}
         output = self.base(input_ids=input_ids, use_cache=cache is not None, **given, **inputs)
         return output.last_hidden_state  # type: ignore[no-any-return]
+
+    def in_step(self) -> AbstractContextManager[InStep]:
+        """Return the block in which processes that shard this model make equally many forwards."""
+        return in_step(self.base, lambda ids: self.states(ids, None, None))
 
     @property
     def parameters(self) -> set[str]:
@@ -127,7 +133,8 @@ def _output(layer: Any, hidden: Tensor) -> Tensor:
     plain = type(layer) is torch.nn.Linear and layer.bias is None and not (layer._forward_hooks or layer._forward_pre_hooks)
     if plain and hidden.dim() == 2 and hidden.device.type == "cpu" and hidden.shape[0] in FEW:
         return torch.mm(layer.weight, hidden.t()).t()
-    product: Tensor = layer(hidden)
+    # The unit that FSDP2 makes of a head is whole here; its hooks would take the call for one of the model's own forward.
+    product: Tensor = layer.forward(hidden) if is_sharded_in_place(layer) else layer(hidden)
     return product
 
 
