@@ -1,7 +1,7 @@
 """A causal language model of transformers as topd uses it: hidden states, logits, and whether it can branch."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,9 @@ from torch import Tensor
 from topd.head import Head
 from topd.logits import shape_logits
 from topd.models.branchable import forward_parameters, layer_kinds, obstacle_of
+from topd.models.data_parallel import is_sharded_in_place
 from topd.models.head_from_model import base_of, refuse_prompt_learning, unwrapped_model
+from topd.models.in_step import InStep, in_step
 
 FEW = range(8, 65)  # rows of logits that a CPU computes faster from the head's side
 
@@ -23,7 +25,7 @@ class Decoder:
     Attributes:
         model: the causal language model of transformers under its wrappers.
         base: the part of it that ends in last_hidden_state.
-        head: its output layer, with live parameters.
+        output: its output layer, as it was when the decoder was made.
         sliding: how many tokens each kind of attention layer sees back, by the kind's name; None: all of them.
         obstacle: why it cannot branch; empty where it can.
         unpackable: why it cannot read packed sequences; empty where it can.
@@ -31,10 +33,20 @@ class Decoder:
 
     model: Any
     base: Any
-    head: Head
+    output: Head
     sliding: dict[str, int | None]
     obstacle: str
     unpackable: str
+
+    @property
+    def head(self) -> Head:
+        """The output layer with live parameters, read anew: for a loss that is computed behind the states.
+
+        Autograd goes back through what was computed last. FSDP2 exchanges a unit's gradients when it comes to the unit's first
+        module: where the last norm shares one with the head, what a Head makes of the weight (this rank's part, its first rows)
+        must come behind the norm, or its gradient would come too late.
+        """
+        return Head.from_model(self.model, verify=False)
 
     def states(
         self,
@@ -49,6 +61,10 @@ class Decoder:
         given = {name: value for name, value in given.items() if value is not None and name in self.parameters}
         output = self.base(input_ids=input_ids, use_cache=cache is not None, **given, **inputs)
         return output.last_hidden_state  # type: ignore[no-any-return]
+
+    def in_step(self) -> AbstractContextManager[InStep]:
+        """Return the block in which processes that shard this model make equally many forwards."""
+        return in_step(self.base, lambda ids: self.states(ids, None, None))
 
     @property
     def parameters(self) -> set[str]:
@@ -79,9 +95,9 @@ class Decoder:
 
     def logits(self, hidden: Tensor, vocab: int) -> Tensor:
         """Return float32 (float64) logits [..., vocab] of a few states, by the model's own output layer."""
-        product = _output(self.model.get_output_embeddings(), hidden)[..., : self.head.weight.shape[0]]
+        product = _output(self.model.get_output_embeddings(), hidden)[..., : self.output.weight.shape[0]]
         product = product.to(torch.promote_types(product.dtype, torch.float32))
-        return shape_logits(product, None, self.head.scale, self.head.softcap)[..., :vocab]
+        return shape_logits(product, None, self.output.scale, self.output.softcap)[..., :vocab]
 
     @property
     def forbids_cache(self) -> bool:
@@ -117,19 +133,30 @@ def _output(layer: Any, hidden: Tensor) -> Tensor:
     plain = type(layer) is torch.nn.Linear and layer.bias is None and not (layer._forward_hooks or layer._forward_pre_hooks)
     if plain and hidden.dim() == 2 and hidden.device.type == "cpu" and hidden.shape[0] in FEW:
         return torch.mm(layer.weight, hidden.t()).t()
-    product: Tensor = layer(hidden)
+    # The unit that FSDP2 makes of a head is whole here; its hooks would take the call for one of the model's own forward.
+    product: Tensor = layer.forward(hidden) if is_sharded_in_place(layer) else layer(hidden)
     return product
 
 
-def decoder_of(model: Any) -> Decoder:
+def decoder_of(model: Any, *, split: bool = False) -> Decoder:
     """Return the Decoder of a causal language model of transformers, also inside its wrappers.
 
+    Args:
+        model: the model.
+        split: whether its head may be one that tensor parallelism has split; who draws tokens needs a whole one.
+
     Raises:
-        TypeError, ValueError: as `topd.Head.from_model`; a PEFT prompt, which lives outside the base model.
+        TypeError, ValueError: as `topd.Head.from_model`; a PEFT prompt, which lives outside the base model; a split head.
     """
     refuse_prompt_learning(model)
     head = Head.from_model(model)
     inner = unwrapped_model(model)
+    if head.shard is not None and not split:
+        raise ValueError(
+            f"model must have its whole head on every rank here, got rows of it in {type(inner).__name__}, as tensor "
+            "parallelism leaves them; take topd.hidden_states and topd.linear_divergence, which read a split head, or leave "
+            "lm_head out of the plan"
+        )
     base = base_of(inner)
     if base is None:
         name = type(inner).__name__

@@ -62,26 +62,47 @@ def _plain(layer: nn.Module, name: str) -> nn.Linear:
 
 
 def check_held(what: str, tensor: Tensor, name: str, rank: int) -> Tensor:
-    """Return `tensor` itself, if this rank holds all of it as plain floating numbers."""
+    """Return `tensor` itself, if this rank holds all of it as plain floating numbers, or the rows of a split vocabulary, whose
+    placements `topd.Head` checks."""
     rule = f"must hold the whole {what} of its head as plain numbers on this rank"
-    if hasattr(tensor, "full_tensor") and hasattr(tensor, "placements"):
+    if is_sharded_by_fsdp(tensor):
         remedy = (
-            f"gather it with {what}.full_tensor(grad_placements=[Partial('avg')] * mesh.ndim), so that gradients "
-            "average over the ranks, and build topd.Head from the result"
+            "run the loss inside the model's forward, topd.integrations.distributed.inside(model, forward, inputs); or gather "
+            f"it with {what}.full_tensor(grad_placements=[Partial('avg')] * mesh.ndim), so that gradients average over the "
+            "ranks, and build topd.Head from the result"
         )
-        refuse(name, rule, f"a DTensor with placements {tensor.placements}", remedy)
+        refuse(name, rule, f"a DTensor with placements {tensor.placements}", remedy)  # type: ignore[attr-defined]
+    if hasattr(tensor, "placements"):
+        return tensor
     if tensor.dtype not in FLOATING or hasattr(type(tensor), "__tensor_flatten__"):
         came = f"a quantised {type(tensor).__name__} of {tensor.dtype}"
         refuse(name, rule, came, "leave lm_head out of the quantisation (skip modules), or dequantise it")
     if tensor.numel() == 0 or tensor.dim() != rank:
         remedy = (
-            "gather it: build and use the head within deepspeed.zero.GatheredParameters, or leave lm_head out of "
-            "what FSDP shards"
+            "run the loss inside the model's forward, topd.integrations.distributed.inside(model, forward, inputs), or leave "
+            "lm_head out of what is sharded"
         )
         refuse(name, rule, f"shape {list(tensor.shape)} (sharded by ZeRO-3 or FSDP?)", remedy)
     if tensor.device.type == "meta":
         refuse(name, rule, "a meta tensor (offloaded?)", "keep lm_head on a device in device_map")
     return tensor
+
+
+def is_sharded_by_fsdp(tensor: Any) -> bool:
+    """Return whether a parameter is a shard of FSDP2's, as it is outside the forward of its unit. What tensor parallelism has
+    left is none."""
+    if not hasattr(tensor, "placements"):
+        return False
+    from torch.distributed._composable_state import _module_state_mapping
+
+    states = [reference() for reference in list(_module_state_mapping.values())]
+    groups = [group for state in states for group in getattr(state, "_fsdp_param_groups", ())]
+    return any(each.sharded_param is tensor for group in groups for each in group.fsdp_params)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a tensor that tensor parallelism has split; another one as it is."""
+    return tensor.to_local() if hasattr(tensor, "placements") else tensor  # type: ignore[attr-defined]
 
 
 def _saved_copy(wrapper: Any, children: dict[str, nn.Module], name: str) -> nn.Module:

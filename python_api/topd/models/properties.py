@@ -3,6 +3,7 @@
 from typing import Any
 
 from topd.models.head_from_model import unwrapped_model
+from topd.models.output_layer import is_sharded_by_fsdp
 
 
 def vocabulary_of(model: Any) -> int:
@@ -22,8 +23,8 @@ def embedded_tokens(model: Any) -> int | None:
 
 
 def has_sharded_head(model: Any) -> bool:
-    """Return whether the weight of a model's output layer is a DTensor, as FSDP2 leaves it outside a forward."""
-    return hasattr(getattr(unwrapped_model(model).get_output_embeddings(), "weight", None), "placements")
+    """Return whether FSDP2 keeps the weight of a model's output layer sharded, as it does outside a forward."""
+    return is_sharded_by_fsdp(getattr(unwrapped_model(model).get_output_embeddings(), "weight", None))
 
 
 def runs_uncompiled(model: Any) -> bool:

@@ -12,6 +12,7 @@ from topd.branching.replay import replay
 from topd.branching.windows import Windows, both_windows
 from topd.checks.rollouts import end_tokens
 from topd.models.decoder import Decoder
+from topd.models.output_layer import is_sharded_by_fsdp
 from topd.models.sampling import Sampling
 from topd.near_future.transport import Transport, near_future_divergence
 from topd.objectives.config import TOPDConfig
@@ -89,8 +90,10 @@ def compare_windows(tokens: Pass, windows: Windows, config: TOPDConfig, stages: 
     """Compare the two continuations at each position by optimal transport between their tokens."""
     options: dict[str, Any] = {"cost": config.cost, "solver": config.solver, "epsilon": config.epsilon}
     options |= {"student_lengths": windows.student_lengths, "teacher_lengths": windows.teacher_lengths}
-    table = _table(config.embedding, tokens.student, tokens.teacher)
+    table: Any = _table(config.embedding, tokens.student, tokens.teacher)
     with stages.stage("transport"):
+        if is_sharded_by_fsdp(table):  # its layer's forward, which would gather it, is not called
+            table = table.full_tensor()
         if table is not None:
             return near_future_divergence(windows.student_tokens, windows.teacher_tokens, table.detach(), **options)
         students = _states_of(tokens, windows.positions, windows.student_tokens, windows.student_lengths)

@@ -41,7 +41,7 @@ from topd.objectives.gating import MEMORY, Gate
 from topd.objectives.given_windows import check_given_windows
 from topd.objectives.inputs import PaddedInputs, check_padded_inputs
 from topd.objectives.look_ahead import Pass, check_table, compare_windows, draw_windows, first, lowest
-from topd.objectives.method import Method
+from topd.objectives.method import Method, with_whole_teacher
 from topd.objectives.metrics import Stages, as_metrics, diagnosed, mean_scores, near_future_metrics
 from topd.objectives.model_checks import ModelChecks
 from topd.objectives.objective import NearFuture, Objective
@@ -85,6 +85,7 @@ class TOPD(Method):
             check_table(self.config.embedding, min(vocabulary_of(student), vocabulary_of(teacher)))
 
     @observable
+    @with_whole_teacher
     def __call__(
         self,
         batch: Mapping[str, Tensor],
@@ -245,16 +246,19 @@ class TOPD(Method):
         """Return this part's guidance, L_traj reduced over the divergent points, 0 where there is none; no gradient where it
         weighs nothing."""
         windows, chosen = near_future.windows, near_future.divergent.nonzero()[:, 0]
-        if not chosen.numel():
+        regenerated = self.config.student_window != "rollout"
+        if not chosen.numel() and not regenerated:
             return tokens.losses.loss.new_zeros(())
         positions, lengths = windows.positions[chosen], windows.student_lengths[chosen]
         student_tokens, states = windows.student_tokens[chosen], tokens.student_states
         with nullcontext() if self.config.guidance_weight else torch.no_grad():
             with stages.stage("window_forward"):
-                if self.config.student_window == "rollout":
-                    hidden = rollout_states(states, positions, lengths, student_tokens.shape[1])
-                else:
+                if regenerated:
                     hidden = replay(tokens.student, states, positions, student_tokens, lengths)
+                else:
+                    hidden = rollout_states(states, positions, lengths, student_tokens.shape[1])
+            if not chosen.numel():  # other processes may have windows: their backward passes gather the layers too
+                return tokens.losses.loss.new_zeros(()) + hidden.sum()
             self.observer.tensor("window_hidden", hidden)
             with stages.stage("guidance"):
                 per_point = guidance_kl(
