@@ -39,6 +39,14 @@ def added_up(group: "ProcessGroup", mine: Tensor) -> Tensor:
     return total
 
 
+def gathered_parts(group: "ProcessGroup", mine: Tensor, sizes: list[int]) -> Tensor:
+    """Return [sum of sizes], what each rank has, in the order of the ranks; `mine` is [sizes[r]] on rank r."""
+    if not any(sizes):
+        return mine
+    padded = torch.nn.functional.pad(mine, (0, max(sizes) - mine.numel()))
+    return torch.cat([part[:size] for part, size in zip(gathered(group, padded), sizes, strict=True)])
+
+
 def outcomes(group: "ProcessGroup", numbers: list[int], device: torch.device) -> list[list[int]]:
     """Return the numbers of each rank, as many on all of them."""
     each: list[list[int]] = gathered(group, torch.tensor(numbers, dtype=torch.int64, device=device)).tolist()
