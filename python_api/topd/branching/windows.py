@@ -151,8 +151,8 @@ def sample_windows(
     check_generator(generator, ids.device)
     student, teacher = decoder_of(student_model), decoder_of(teacher_model)
     check_ids("input_ids", ids, student=embedded_tokens(student_model), teacher=embedded_tokens(teacher_model))
-    ends, own = end_tokens(eos_token_id, student.model, teacher.model), student.head.weight.shape[0]
-    noise = noise_of(window_noise, ids, attended, positions, generator)
+    ends, own = end_tokens(eos_token_id, student.model, teacher.model), student.vocab
+    noise = noise_of(window_noise, ids, attended, positions, generator, student.head)
     if student_window == "rollout":
         students = from_rollout(ids, attended, positions, horizon, response)
         if noise is not None:
@@ -162,7 +162,7 @@ def sample_windows(
     else:
         drawn = Sampling(horizon, temperature, generator, ends, own)
         students = continue_from(student, ids, attended, positions, drawn, noise=noise)
-    drawn = Sampling(horizon, temperature, generator, ends, min(own, teacher.head.weight.shape[0]))
+    drawn = Sampling(horizon, temperature, generator, ends, min(own, teacher.vocab))
     teachers = continue_from(teacher, ids, attended, positions, drawn, noise=noise)
     return both_windows(positions, students, teachers)
 

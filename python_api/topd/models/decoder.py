@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from topd.head import Head
 from topd.logits import shape_logits
 from topd.models.branchable import forward_parameters, layer_kinds, obstacle_of
 from topd.models.head_from_model import base_of, refuse_prompt_learning, unwrapped_model
+from topd.models.split_logits import vocabulary, whole_product, widths_of
 
 FEW = range(8, 65)  # rows of logits that a CPU computes faster from the head's side
 
@@ -23,7 +25,7 @@ class Decoder:
     Attributes:
         model: the causal language model of transformers under its wrappers.
         base: the part of it that ends in last_hidden_state.
-        head: its output layer, with live parameters.
+        head: its output layer, with live parameters; of a model that is split over processes its rows that are here.
         sliding: how many tokens each kind of attention layer sees back, by the kind's name; None: all of them.
         obstacle: why it cannot branch; empty where it can.
         unpackable: why it cannot read packed sequences; empty where it can.
@@ -78,10 +80,24 @@ class Decoder:
         return output.last_hidden_state[0]  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor, vocab: int) -> Tensor:
-        """Return float32 (float64) logits [..., vocab] of a few states, by the model's own output layer."""
-        product = _output(self.model.get_output_embeddings(), hidden)[..., : self.head.weight.shape[0]]
+        """Return float32 (float64) logits [..., vocab] of a few states, by the model's own output layer; where processes share
+        its rows all of them call it, with the same states."""
+        if self.head.shard is None:
+            product = _output(self.model.get_output_embeddings(), hidden)[..., : self.head.weight.shape[0]]
+        else:
+            product = whole_product(self.head, self._widths, hidden)
         product = product.to(torch.promote_types(product.dtype, torch.float32))
         return shape_logits(product, None, self.head.scale, self.head.softcap)[..., :vocab]
+
+    @property
+    def vocab(self) -> int:
+        """How many tokens its logits are of."""
+        return vocabulary(self.head)
+
+    @cached_property
+    def _widths(self) -> list[int]:
+        """How many tokens each process holds that shares the head."""
+        return widths_of(self.head)
 
     @property
     def forbids_cache(self) -> bool:

@@ -1,4 +1,5 @@
-"""The output layer of a model as it stands under wrappers and PEFT: a linear layer that this rank holds, and its LoRA.
+"""The output layer of a model as it stands under wrappers and PEFT: a linear layer that this rank holds, whole or its rows of
+the vocabulary, and its LoRA.
 
 peft is not imported with this module.
 """
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple, NoReturn
 from torch import Tensor, nn
 
 from topd.checks.values import FLOATING
+from topd.models.tensor_parallel import is_dtensor, is_vocabulary_shard
 
 BUILD_BY_HAND = "build topd.Head(weight, bias, scale=..., softcap=...) from what the model does"
 
@@ -51,20 +53,23 @@ def linear_and_adapter(layer: nn.Module, name: str) -> tuple[nn.Linear, AdapterP
 
 
 def _plain(layer: nn.Module, name: str) -> nn.Linear:
-    """Check for a torch.nn.Linear whose weight this rank holds."""
+    """Check for a torch.nn.Linear whose weight this rank holds, or whose rows tensor parallelism has given it."""
     came = f"{type(layer).__module__}.{type(layer).__name__}"
     weight = getattr(layer, "weight", None)
     if isinstance(weight, Tensor):
-        check_held("weight", weight, name, 2)
+        check_held("weight", weight, name, 2, layer)
     if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
         refuse(name, "must have a torch.nn.Linear as its output embeddings", came, BUILD_BY_HAND)
     return layer
 
 
-def check_held(what: str, tensor: Tensor, name: str, rank: int) -> Tensor:
-    """Return `tensor` itself, if this rank holds all of it as plain floating numbers."""
+def check_held(what: str, tensor: Tensor, name: str, rank: int, layer: nn.Module | None = None) -> Tensor:
+    """Return `tensor` itself, if this rank holds all of it as plain floating numbers, or of the layer that is given its rows of
+    the vocabulary."""
+    if layer is not None and is_vocabulary_shard(layer, tensor):
+        return tensor
     rule = f"must hold the whole {what} of its head as plain numbers on this rank"
-    if hasattr(tensor, "full_tensor") and hasattr(tensor, "placements"):
+    if is_dtensor(tensor) and hasattr(tensor, "placements"):
         remedy = (
             f"gather it with {what}.full_tensor(grad_placements=[Partial('avg')] * mesh.ndim), so that gradients "
             "average over the ranks, and build topd.Head from the result"

@@ -3,6 +3,7 @@
 from typing import Any
 
 from topd.models.head_from_model import unwrapped_model
+from topd.models.tensor_parallel import is_dtensor, is_vocabulary_shard
 
 
 def vocabulary_of(model: Any) -> int:
@@ -22,8 +23,11 @@ def embedded_tokens(model: Any) -> int | None:
 
 
 def has_sharded_head(model: Any) -> bool:
-    """Return whether the weight of a model's output layer is a DTensor, as FSDP2 leaves it outside a forward."""
-    return hasattr(getattr(unwrapped_model(model).get_output_embeddings(), "weight", None), "placements")
+    """Return whether the weight of a model's output layer is a DTensor, as FSDP2 leaves it outside a forward; rows of the
+    vocabulary, which tensor parallelism gives each process, are none."""
+    layer = unwrapped_model(model).get_output_embeddings()
+    weight = getattr(layer, "weight", None)
+    return is_dtensor(weight) and not is_vocabulary_shard(layer, weight)
 
 
 def runs_uncompiled(model: Any) -> bool:

@@ -39,6 +39,13 @@ def added_up(group: "ProcessGroup", mine: Tensor) -> Tensor:
     return total
 
 
+def of_first(group: "ProcessGroup", mine: Tensor) -> Tensor:
+    """Return what rank 0 of the group has, a tensor of the same shape on all ranks."""
+    out = mine.clone(memory_format=torch.contiguous_format)
+    dist.broadcast(out, group=group, group_src=0)
+    return out
+
+
 def gathered_parts(group: "ProcessGroup", mine: Tensor, sizes: list[int]) -> Tensor:
     """Return [sum of sizes], what each rank has, in the order of the ranks; `mine` is [sizes[r]] on rank r."""
     if not any(sizes):
