@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from topd.branching.prefill import prefill
-from topd.branching.windows import Windows
+from topd.branching.windows import Windows, refuse_split_rollouts
 from topd.checks.rollouts import check_generator
 from topd.models.properties import vocabulary_of
 from topd.near_future.candidates import select_candidates
@@ -145,6 +145,7 @@ class TOPD(Method):
                 not exchange.
         """
         refuse_topk(batch, "TOPD")
+        refuse_split_rollouts()
         inputs, items, config = check_padded_inputs(batch), check_items(num_items), self.config
         rollouts = inputs.rollouts
         check_generator(generator)
