@@ -4,9 +4,9 @@ from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from topd.checks.values import LARGEST_INT, flag, positive_int
-from topd.models.tensor_parallel import is_dtensor
 
 if TYPE_CHECKING:  # some builds of torch have none
     from torch.distributed import ProcessGroup
@@ -80,6 +80,11 @@ def gap_in(bounds: list[Bounds], vocab: int) -> str | None:
             return f"rank {rank} begins at {start} where the ranks before it end at {reached}"
         reached = stop
     return None if reached == vocab else f"the last rank ends at {reached} of {vocab}"
+
+
+def is_dtensor(value: Any) -> bool:
+    """Tell whether a tensor is a DTensor."""
+    return isinstance(value, Tensor) and hasattr(value, "placements") and hasattr(value, "device_mesh")
 
 
 def shard_of_dtensor(name: str, weight: Any) -> VocabShard:

@@ -13,7 +13,7 @@ from trainer_cases import FEW, four_rollouts, models
 from two_ranks import fork
 
 import topd
-from topd.integrations.transformers import through_wrapper
+from topd.integrations.distributed import inside
 
 TOPD = topd.TOPDConfig(window_temperature=0.0, **FEW)
 
@@ -144,7 +144,7 @@ def through_the_trainers_wrapper(rank):
     objective = topd.OPD(student, teacher)
 
     def model(batch, num_items):
-        return through_wrapper(student, student, lambda given: objective(given, num_items=num_items).loss, batch)
+        return inside(student, lambda given: objective(given, num_items=num_items).loss, batch)
 
     scaled(model, rank)
     return whole_gradient(student)

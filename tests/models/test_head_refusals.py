@@ -31,7 +31,9 @@ def test_sharded_weight_is_refused(one_rank: None) -> None:
 
     model = llama()
     fully_shard(model)
-    message = r"got a DTensor with placements \(Shard\(dim=0\),\) in FSDPLlamaForCausalLM; gather it with weight"
+    message = (
+        r"got a DTensor with placements \(Shard\(dim=0\),\) in FSDPLlamaForCausalLM; run the loss inside .* weight.full_tensor"
+    )
     with pytest.raises(ValueError, match=message):
         topd.Head.from_model(model)
     model.unshard()
@@ -45,7 +47,7 @@ def test_an_empty_or_flat_shard_is_refused() -> None:
     for shape in ((0,), (V * H,)):
         model = llama()
         model.lm_head.weight = nn.Parameter(torch.zeros(shape))
-        message = rf"got shape \[{shape[0]}\] \(sharded by ZeRO-3 or FSDP\?\) in LlamaForCausalLM; gather it"
+        message = rf"got shape \[{shape[0]}\] \(sharded by ZeRO-3 or FSDP\?\) in LlamaForCausalLM; run the loss inside"
         with pytest.raises(ValueError, match=message):
             topd.Head.from_model(model)
 

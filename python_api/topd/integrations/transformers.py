@@ -6,7 +6,7 @@ fetches a step's micro-batches (`get_batch_samples`), and the count is what Trai
 
 import copy
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -22,7 +22,7 @@ from topd.integrations.rollouts import sample_rollouts, with_teacher_prompts
 from topd.integrations.running_means import RunningMeans, RunningTotals
 from topd.integrations.tokenizers import check_tokenizers
 from topd.integrations.trainer_options import Rollout, check_lmbda, check_options, check_rollout
-from topd.models.data_parallel import is_sharded_in_place
+from topd.models.inside import inside
 from topd.models.properties import vocabulary_of
 from topd.objectives.opd import OPD
 from topd.objectives.topd import TOPD
@@ -198,7 +198,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
             self._totals[mode].add(objective.totals)
             return objective.loss
 
-        loss: Tensor = through_wrapper(model, self.accelerator.unwrap_model(model), forward, inputs)
+        loss: Tensor = inside(model, forward, inputs)
         factor, steps = 1, 1
         if num_items_in_batch is not None:
             if self.args.average_tokens_across_devices:  # the processes' gradients are averaged, their shares must add up
@@ -247,29 +247,3 @@ def count_items(batch: Mapping[str, Any], reduction: str) -> Tensor:
     total = torch.cat([response.new_zeros(1, dtype=torch.int64), response.cumsum(0)])
     bounds = check_tensor("cu_seqlens", batch["cu_seqlens"], device=(response.device, "response_mask")).long()
     return (total[bounds].diff() > 0).sum()
-
-
-def through_wrapper(model: Any, inner: Any, forward: Callable[[Any], Tensor], inputs: Any) -> Tensor:
-    """Call forward(inputs) as the forward of what wraps `inner`: DDP and FSDP prepare their communication there.
-
-    `inner.forward` is replaced on the instance until the wrapper reaches it, and is itself again before `forward` runs.
-    """
-    if model is inner and not is_sharded_in_place(model):
-        return forward(inputs)
-    own = vars(inner).get("forward")
-
-    def restore() -> None:
-        if own is None:
-            vars(inner).pop("forward", None)
-        else:
-            inner.forward = own
-
-    def redirected(given: Any) -> Tensor:
-        restore()
-        return forward(given)
-
-    inner.forward = redirected
-    try:
-        return model(inputs)  # type: ignore[no-any-return]
-    finally:
-        restore()

@@ -35,6 +35,7 @@ from topd.integrations.trl_options import (
     divergence_of,
     resolve_config,
 )
+from topd.models.inside import inside
 from topd.models.sampling import left_padded
 from topd.objectives.config import OPDConfig, OPSDConfig, TOPDConfig, TRDConfig
 from topd.objectives.diagnostics import DIAGNOSTICS
@@ -135,7 +136,7 @@ class TOPDTrainer(trl.DistillationTrainer):  # type: ignore[misc]
         if isinstance(self.objective_config, OPSDConfig):  # whose teacher may be the student as it is now
             self._objective_for(self.accelerator.unwrap_model(self.model), None)
         elif getattr(self.objective_config, "gate", None) == "running_quantile":  # whose memory a checkpoint gives back
-            self._objective_for(*map(self.accelerator.unwrap_model, (self.model, self.teacher_model)))
+            self._objective_for(self.accelerator.unwrap_model(self.model), self.teacher_model)
         self.add_callback(FollowSteps(self, lambda: self._objective))
 
     def _check_columns(self) -> None:
@@ -155,9 +156,8 @@ class TOPDTrainer(trl.DistillationTrainer):  # type: ignore[misc]
     @property
     def objective(self) -> OPD | TOPD:
         """Return the objective whose loss is trained, as `topd.profile` takes it."""
-        unwrap, teacher = self.accelerator.unwrap_model, self.teacher_model
-        own = isinstance(self.objective_config, OPSDConfig)
-        return self._objective_for(unwrap(self.model), None if teacher is None or own else unwrap(teacher))
+        teacher = None if isinstance(self.objective_config, OPSDConfig) else self.teacher_model
+        return self._objective_for(self.accelerator.unwrap_model(self.model), teacher)
 
     def _objective_for(self, student: Any, teacher: Any) -> OPD | TOPD:
         """Return the objective of these models, the same one for as long as they and the configuration are the same."""
@@ -206,8 +206,10 @@ class TOPDTrainer(trl.DistillationTrainer):  # type: ignore[misc]
             batch |= asked_topk(self.teacher_topk, batch)
         elif self.teacher_model is not None:
             self.teacher_model.eval()
-            teacher = self.accelerator.unwrap_model(self.teacher_model)
-        result = self._objective_for(unwrapped_student, teacher)(batch, num_items=num_items_in_batch)
+            teacher = self.teacher_model  # the objective runs inside its wrapper
+        objective = self._objective_for(unwrapped_student, teacher)
+        # TRL calls this inside the student's wrapper, which may leave the output layer sharded.
+        result = inside(unwrapped_student, lambda given: objective(given, num_items=num_items_in_batch), batch)
         parts = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
         mode = "train" if self.model.training else "eval"
         self._totals[mode].add(result.totals)

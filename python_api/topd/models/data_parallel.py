@@ -81,6 +81,22 @@ def is_sharded_in_place(model: Any) -> bool:
     return isinstance(model, FSDPModule)
 
 
+def is_deepspeed(model: Any) -> bool:
+    """Return whether a model is an engine of DeepSpeed, which is not imported."""
+    return any(kind.__name__ == "DeepSpeedEngine" for kind in type(model).__mro__)
+
+
+def is_in_forward(part: Any) -> bool:
+    """Return whether the forward of a wrapper, or of the root of its tree, runs. DeepSpeed's engine does not say it: False."""
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    if isinstance(part, DistributedDataParallel):
+        return part is DistributedDataParallel._active_ddp_module
+    if isinstance(part, FSDPModule):  # fully_shard, replicate: the states of a tree share one context
+        return part._get_fsdp_state()._state_ctx.iter_forward_root is not None
+    return isinstance(part, FullyShardedDataParallel) and _in_forward(part)
+
+
 def _refuse(name: str, wrapper: nn.Module) -> NoReturn:
     """Raise the error that says how a wrapper has to go around the loss."""
     raise ValueError(
@@ -93,15 +109,15 @@ def _is_idle(part: nn.Module) -> bool:
     """Return whether the module is a wrapper of several processes whose own forward, or its root's, is not running."""
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
-    if isinstance(part, DistributedDataParallel):
-        return _size(part.process_group) > 1 and part is not DistributedDataParallel._active_ddp_module
-    if isinstance(part, FSDPModule):  # fully_shard, replicate: the states of a tree share one context
-        return _mesh_size(part) > 1 and part._get_fsdp_state()._state_ctx.iter_forward_root is None
-    if isinstance(part, FullyShardedDataParallel):
-        return _size(part.process_group) > 1 and not _in_forward(part)
-    if any(kind.__name__ == "DeepSpeedEngine" for kind in type(part).__mro__):  # it says nowhere whether its forward runs
-        return int(getattr(part, "dp_world_size", torch.distributed.get_world_size())) > 1
-    return False
+    if isinstance(part, FSDPModule):
+        processes = _mesh_size(part)
+    elif isinstance(part, DistributedDataParallel | FullyShardedDataParallel):
+        processes = _size(part.process_group)
+    elif is_deepspeed(part):
+        processes = int(getattr(part, "dp_world_size", torch.distributed.get_world_size()))
+    else:
+        return False
+    return processes > 1 and not is_in_forward(part)
 
 
 def _mesh_size(part: nn.Module) -> int:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from topd.models.output_layer import BUILD_BY_HAND, AdapterParts, check_held, linear_and_adapter, refuse, wrapped
-from topd.models.tensor_parallel import is_dtensor
 
 # What an attribute does, where the model reads it ("?": it may be absent), and in which ...ForCausalLM and
 # ...ForConditionalGeneration.
@@ -92,11 +91,8 @@ def head_from_model(model: Any) -> HeadParts:
     for part in parts_of(inner, layer):
         shaping = _shaped_by(part, shaping)
     linear, adapter = linear_and_adapter(layer, name)
-    if shaping.rows is not None and is_dtensor(linear.weight):
-        came = f"unpadded_vocab_size {shaping.rows} and a head that is split over several processes"
-        refuse(name, "must hold its whole head where it has rows of padding", came, "gather the head first")
     weight = _first(linear.weight, shaping.rows)
-    bias = None if linear.bias is None else _first(check_held("bias", linear.bias, name, 1, linear), shaping.rows)
+    bias = None if linear.bias is None else _first(check_held("bias", linear.bias, name, 1), shaping.rows)
     if adapter is not None:
         adapter = adapter._replace(b=_first(adapter.b, shaping.rows))
     return HeadParts(weight, bias, shaping.scale, shaping.softcap, adapter)
@@ -213,5 +209,10 @@ def _first(tensor: Tensor, rows: int | None) -> Tensor:
     """Return the first rows as a view through which gradients flow, even where it comes about under no_grad."""
     if rows is None or rows >= tensor.shape[0]:
         return tensor
+    if hasattr(tensor, "placements"):
+        raise ValueError(
+            f"model must have no padded rows where its head is a DTensor, got {tensor.shape[0]} rows for {rows} tokens; build "
+            "topd.Head(weight.to_local(), shard=topd.VocabShard(group, start, vocab)), whose padding does not count"
+        )
     with torch.enable_grad():
         return tensor[:rows]

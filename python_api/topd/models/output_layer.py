@@ -1,5 +1,4 @@
-"""The output layer of a model as it stands under wrappers and PEFT: a linear layer that this rank holds, whole or its rows of
-the vocabulary, and its LoRA.
+"""The output layer of a model as it stands under wrappers and PEFT: a linear layer that this rank holds, and its LoRA.
 
 peft is not imported with this module.
 """
@@ -9,7 +8,6 @@ from typing import Any, NamedTuple, NoReturn
 from torch import Tensor, nn
 
 from topd.checks.values import FLOATING
-from topd.models.tensor_parallel import is_dtensor, is_vocabulary_shard
 
 BUILD_BY_HAND = "build topd.Head(weight, bias, scale=..., softcap=...) from what the model does"
 
@@ -53,40 +51,58 @@ def linear_and_adapter(layer: nn.Module, name: str) -> tuple[nn.Linear, AdapterP
 
 
 def _plain(layer: nn.Module, name: str) -> nn.Linear:
-    """Check for a torch.nn.Linear whose weight this rank holds, or whose rows tensor parallelism has given it."""
+    """Check for a torch.nn.Linear whose weight this rank holds."""
     came = f"{type(layer).__module__}.{type(layer).__name__}"
     weight = getattr(layer, "weight", None)
     if isinstance(weight, Tensor):
-        check_held("weight", weight, name, 2, layer)
+        check_held("weight", weight, name, 2)
     if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
         refuse(name, "must have a torch.nn.Linear as its output embeddings", came, BUILD_BY_HAND)
     return layer
 
 
-def check_held(what: str, tensor: Tensor, name: str, rank: int, layer: nn.Module | None = None) -> Tensor:
-    """Return `tensor` itself, if this rank holds all of it as plain floating numbers, or of the layer that is given its rows of
-    the vocabulary."""
-    if layer is not None and is_vocabulary_shard(layer, tensor):
-        return tensor
+def check_held(what: str, tensor: Tensor, name: str, rank: int) -> Tensor:
+    """Return `tensor` itself, if this rank holds all of it as plain floating numbers, or the rows of a split vocabulary, whose
+    placements `topd.Head` checks."""
     rule = f"must hold the whole {what} of its head as plain numbers on this rank"
-    if is_dtensor(tensor) and hasattr(tensor, "placements"):
+    if is_sharded_by_fsdp(tensor):
         remedy = (
-            f"gather it with {what}.full_tensor(grad_placements=[Partial('avg')] * mesh.ndim), so that gradients "
-            "average over the ranks, and build topd.Head from the result"
+            "run the loss inside the model's forward, topd.integrations.distributed.inside(model, forward, inputs); or gather "
+            f"it with {what}.full_tensor(grad_placements=[Partial('avg')] * mesh.ndim), so that gradients average over the "
+            "ranks, and build topd.Head from the result"
         )
-        refuse(name, rule, f"a DTensor with placements {tensor.placements}", remedy)
+        refuse(name, rule, f"a DTensor with placements {tensor.placements}", remedy)  # type: ignore[attr-defined]
+    if hasattr(tensor, "placements"):
+        return tensor
     if tensor.dtype not in FLOATING or hasattr(type(tensor), "__tensor_flatten__"):
         came = f"a quantised {type(tensor).__name__} of {tensor.dtype}"
         refuse(name, rule, came, "leave lm_head out of the quantisation (skip modules), or dequantise it")
     if tensor.numel() == 0 or tensor.dim() != rank:
         remedy = (
-            "gather it: build and use the head within deepspeed.zero.GatheredParameters, or leave lm_head out of "
-            "what FSDP shards"
+            "run the loss inside the model's forward, topd.integrations.distributed.inside(model, forward, inputs), or leave "
+            "lm_head out of what is sharded"
         )
         refuse(name, rule, f"shape {list(tensor.shape)} (sharded by ZeRO-3 or FSDP?)", remedy)
     if tensor.device.type == "meta":
         refuse(name, rule, "a meta tensor (offloaded?)", "keep lm_head on a device in device_map")
     return tensor
+
+
+def is_sharded_by_fsdp(tensor: Any) -> bool:
+    """Return whether a parameter is a shard of FSDP2's, as it is outside the forward of its unit. What tensor parallelism has
+    left is none."""
+    if not hasattr(tensor, "placements"):
+        return False
+    from torch.distributed._composable_state import _module_state_mapping
+
+    states = [reference() for reference in list(_module_state_mapping.values())]
+    groups = [group for state in states for group in getattr(state, "_fsdp_param_groups", ())]
+    return any(each.sharded_param is tensor for group in groups for each in group.fsdp_params)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a tensor that tensor parallelism has split; another one as it is."""
+    return tensor.to_local() if hasattr(tensor, "placements") else tensor  # type: ignore[operator, no-any-return]
 
 
 def _saved_copy(wrapper: Any, children: dict[str, nn.Module], name: str) -> nn.Module:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from topd.models.head_from_model import unwrapped_model
-from topd.models.tensor_parallel import is_dtensor, is_vocabulary_shard
+from topd.models.output_layer import is_sharded_by_fsdp
 
 
 def vocabulary_of(model: Any) -> int:
@@ -23,11 +23,8 @@ def embedded_tokens(model: Any) -> int | None:
 
 
 def has_sharded_head(model: Any) -> bool:
-    """Return whether the weight of a model's output layer is a DTensor, as FSDP2 leaves it outside a forward; rows of the
-    vocabulary, which tensor parallelism gives each process, are none."""
-    layer = unwrapped_model(model).get_output_embeddings()
-    weight = getattr(layer, "weight", None)
-    return is_dtensor(weight) and not is_vocabulary_shard(layer, weight)
+    """Return whether FSDP2 keeps the weight of a model's output layer sharded, as it does outside a forward."""
+    return is_sharded_by_fsdp(getattr(unwrapped_model(model).get_output_embeddings(), "weight", None))
 
 
 def runs_uncompiled(model: Any) -> bool:

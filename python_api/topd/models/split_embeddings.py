@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topd.models.tensor_parallel import local_part
+from topd.models.output_layer import local
 from topd.ops.shared.collectives import added_up
 from topd.vocab_shard import VocabShard, shard_of_dtensor
 
@@ -26,7 +26,7 @@ def looked_up(table: Any, shared: VocabShard | None, *tokens: Tensor) -> list[Te
     if shard is None or shared is None or shard.group != shared.group:
         whole = table.full_tensor()
         return [whole[each] for each in ids]
-    return [_summed(local_part(table), each - shard.start, shard) for each in ids]
+    return [_summed(local(table), each - shard.start, shard) for each in ids]
 
 
 def _summed(rows: Tensor, columns: Tensor, shard: VocabShard) -> Tensor:

@@ -2,8 +2,7 @@
 
 The model's forward runs on a copy of the model object that shares every tensor. In it one stand-in for the base model returns
 random states, and one for the output embeddings multiplies with their weight. No layer of the model runs: its modes, hooks,
-gradients, caches and random numbers stay as they are, and the cost is two matrix products of three rows. Where several
-processes share the head each looks at its own rows.
+gradients, caches and random numbers stay as they are, and the cost is two matrix products of three rows.
 """
 
 from collections import OrderedDict
@@ -15,8 +14,7 @@ from torch import Tensor, nn
 
 from topd.logits import shape_logits
 from topd.models.head_from_model import HeadParts, base_of, unwrapped_model
-from topd.models.output_layer import BUILD_BY_HAND, AdapterParts, linear_and_adapter, refuse
-from topd.models.tensor_parallel import local_part
+from topd.models.output_layer import BUILD_BY_HAND, AdapterParts, linear_and_adapter, local, refuse
 
 # States of three sizes: logits near 0, and logits that a softcap holds.
 SIZES = (1.0, 8.0, 64.0)
@@ -54,7 +52,7 @@ def verify_head(model: Any, head: HeadParts) -> None:
 @torch.no_grad()
 def _compare(model: nn.Module, base: nn.Module, layer: nn.Module, head: HeadParts) -> None:
     """Run the forward on a twin of the model, and refuse logits that are not the head's."""
-    name, weight = type(model).__name__, local_part(head.weight)
+    name, weight = type(model).__name__, local(head.weight)
     generator = torch.Generator("cpu").manual_seed(0)
     states = torch.randn(1, len(SIZES), weight.shape[1], generator=generator, device="cpu", dtype=torch.float32)
     states = torch.stack([size * state for size, state in zip(SIZES, states.unbind(1), strict=True)], dim=1)
@@ -141,11 +139,11 @@ class _Layer:
         self._layer, self._linear, self._adapter = layer, linear, adapter
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        hidden = hidden.to(self._linear.weight.dtype)
-        product = nn.functional.linear(hidden, local_part(self._linear.weight), local_part(self._linear.bias))
+        weight, bias = local(self._linear.weight), self._linear.bias
+        product = nn.functional.linear(hidden.to(weight.dtype), weight, None if bias is None else local(bias))
         if (adapter := self._adapter) is not None:
-            low = nn.functional.linear(hidden.to(adapter.a.dtype), local_part(adapter.a))
-            product = (product + adapter.scaling * nn.functional.linear(low, local_part(adapter.b))).to(product.dtype)
+            low = nn.functional.linear(hidden.to(adapter.a.dtype), local(adapter.a))
+            product = (product + adapter.scaling * nn.functional.linear(low, local(adapter.b))).to(product.dtype)
         return product
 
     forward = __call__

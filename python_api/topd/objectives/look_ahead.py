@@ -14,12 +14,12 @@ from topd.checks.rollouts import end_tokens
 from topd.models.decoder import Decoder
 from topd.models.sampling import Sampling
 from topd.models.split_embeddings import looked_up
-from topd.models.tensor_parallel import is_dtensor
 from topd.near_future.transport import Transport, near_future_divergence
 from topd.objectives.config import TOPDConfig
 from topd.objectives.inputs import PaddedInputs
 from topd.objectives.metrics import Stages
 from topd.objectives.token_losses import TokenLosses
+from topd.vocab_shard import is_dtensor
 
 
 class Pass(NamedTuple):

@@ -1,21 +1,31 @@
 """What every method has beside its loss: a place in a training loop, and a state in its checkpoints."""
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from torch import Tensor
 
+from topd.models.inside import inside, shards
+from topd.objectives.objective import Objective
 from topd.objectives.observers import NOBODY, Observer
+
+M = TypeVar("M", bound="Method")
+P = ParamSpec("P")
+Call = Callable[Concatenate[M, Any, P], Objective]
 
 
 class Method:
     """An objective that keeps nothing between steps; one that does says so itself.
 
     Attributes:
+        student, teacher: its models.
         observer: who is told of this objective's calls.
     """
 
+    student: Any
+    teacher: Any
     observer: Observer = NOBODY
 
     @contextmanager
@@ -53,6 +63,21 @@ class Method:
             TypeError, ValueError: another objective's state.
         """
         check_state(state, set())
+
+
+def with_whole_teacher(call: "Call[M, P]") -> "Call[M, P]":
+    """Return a method (batch, ...) that runs inside the forward of what shards the objective's teacher, where something does.
+
+    There its layers and its head are whole, and whole again in the backward pass, which may need the head once more.
+    """
+
+    @functools.wraps(call)
+    def run(self: M, batch: Any, *args: P.args, **options: P.kwargs) -> Objective:
+        if self.teacher is self.student or not shards(self.teacher):
+            return call(self, batch, *args, **options)
+        return inside(self.teacher, lambda given: call(self, given, *args, **options), batch)
+
+    return run
 
 
 def check_state(state: object, expected: Any) -> None:

@@ -18,7 +18,7 @@ from topd.head import Head
 from topd.objectives.batch import Batch, check_tokens, open_student
 from topd.objectives.config import OPDConfig, config_of
 from topd.objectives.inputs import Inputs, check_inputs
-from topd.objectives.method import Method
+from topd.objectives.method import Method, with_whole_teacher
 from topd.objectives.metrics import Stages, as_metrics, diagnosed, mean_scores
 from topd.objectives.model_checks import ModelChecks
 from topd.objectives.objective import Objective
@@ -69,6 +69,7 @@ class OPD(Method):
         self._checks = ModelChecks(student, teacher, allow_unequal_vocabularies)
 
     @observable
+    @with_whole_teacher
     def __call__(
         self,
         batch: Mapping[str, Tensor],

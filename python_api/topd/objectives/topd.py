@@ -38,7 +38,7 @@ from topd.objectives.given_windows import check_given_windows
 from topd.objectives.guidance import Reducing, guidance_of
 from topd.objectives.inputs import PaddedInputs, check_padded_inputs
 from topd.objectives.look_ahead import Pass, check_table, compare_windows, draw_windows, first, lowest
-from topd.objectives.method import Method
+from topd.objectives.method import Method, with_whole_teacher
 from topd.objectives.metrics import Stages, as_metrics, diagnosed, mean_scores, near_future_metrics
 from topd.objectives.model_checks import ModelChecks
 from topd.objectives.objective import NearFuture, Objective
@@ -105,6 +105,7 @@ class TOPD(Method):
         self._judge.group = check_process_group(group)
 
     @observable
+    @with_whole_teacher
     def __call__(
         self,
         batch: Mapping[str, Tensor],
