@@ -12,6 +12,7 @@ from topd.near_future.gate import divergent
 from topd.objectives.method import Method, check_state
 from topd.ops.shared.collectives import gathered, gathered_parts
 from topd.options import GateRule
+from topd.vocab_shard import VocabShard
 
 if TYPE_CHECKING:  # some builds of torch have none
     from torch.distributed import ProcessGroup
@@ -63,6 +64,7 @@ class Gate(Method):
         self.rule, self.value, self.group = rule, value, group
         self.remembers = rule == "running_quantile"
         self._distances = torch.empty(0)
+        self._sharing: ProcessGroup | None = None  # with which processes the student's head is shared
 
     def __call__(self, distance: Tensor, low_loss: Tensor | None = None, items: Tensor | None = None) -> Verdict:
         """Tell which candidates really diverge.
@@ -87,7 +89,7 @@ class Gate(Method):
     def _judged_together(self, distance: Tensor, low_loss: Tensor | None, items: Tensor | None) -> _Candidates:
         """Return what all processes of the group have; this process's own, where there is none or in an evaluation, in which
         others may make fewer calls."""
-        group = self.group or (all_processes() if self.remembers else None)
+        group = self.group or (all_processes() if self.remembers and self._sharing is None else None)
         if group is None or group.size() == 1 or not torch.is_grad_enabled():
             return _Candidates(distance, low_loss, 0, distance.numel())
         counts = [distance.numel(), 0 if low_loss is None else low_loss.numel()]
@@ -102,6 +104,31 @@ class Gate(Method):
             low_loss = gathered_parts(group, low_loss.double(), low).to(low_loss.dtype)
         together = None if self.group is None else header[:, 2].sum()
         return _Candidates(every, low_loss, first, first + own[group.rank()], together)
+
+    def check_apart(self, shard: VocabShard | None) -> None:
+        """Check that the candidates of processes that share a student's head, which are the same, are judged once.
+
+        Args:
+            shard: the head's; None: one process holds it all.
+
+        Raises:
+            ValueError: several of these processes are in the group, or "running_quantile" would ask them all.
+        """
+        self._sharing = None if shard is None else shard.group
+        if shard is None:
+            return
+        ranks = torch.distributed.get_process_group_ranks
+        sharing, remedy = ranks(shard.group), 'give the data-parallel group, mesh.get_group("dp")'
+        if self.group is not None and len(both := set(sharing) & set(ranks(self.group))) > 1:
+            raise ValueError(
+                f"process_group must hold one of the ranks that share the student's head, {sharing}, which have the same "
+                f"rollouts, got {sorted(both)}; {remedy}, or None where all ranks share it"
+            )
+        if self.group is None and self.remembers and len(sharing) < torch.distributed.get_world_size():
+            raise ValueError(
+                'process_group must be given where gate is "running_quantile" and tensor parallelism splits the models over '
+                f"some of the ranks, {sharing}, got None; {remedy}"
+            )
 
     def state_dict(self) -> dict[str, Tensor]:
         return {DISTANCES: self._distances.clone()} if self.remembers else {}

@@ -31,6 +31,7 @@ from topd.models.properties import vocabulary_of
 from topd.near_future.candidates import select_candidates
 from topd.near_future.false_alarms import false_alarm_weights
 from topd.near_future.gate import check_gate, goes_out
+from topd.objectives.aligned import Aligned
 from topd.objectives.batch import Padded, check_tokens, open_student
 from topd.objectives.config import TOPDConfig, config_of
 from topd.objectives.gating import MEMORY, Gate, Verdict, check_process_group
@@ -91,7 +92,7 @@ class TOPD(Method):
         self.allow_unequal_vocabularies = allow_unequal_vocabularies
         self._gate_value = check_gate("gate", self.config.gate, "gate_value", self.config.gate_value)
         self._judge = Gate(self.config.gate, self.config.gate_value, check_process_group(process_group))
-        self._checks = ModelChecks(student, teacher, allow_unequal_vocabularies)
+        self._checks, self._aligned = ModelChecks(student, teacher, allow_unequal_vocabularies), Aligned()
         if isinstance(self.config.embedding, Tensor):
             check_table(self.config.embedding, min(vocabulary_of(student), vocabulary_of(teacher)))
 
@@ -188,6 +189,7 @@ class TOPD(Method):
         rollouts = inputs.rollouts
         student, teacher = open_student(self.student, rollouts), rollouts.decoder("teacher", self.teacher)
         check_tokens(rollouts, student=self.student, teacher=self.teacher)
+        self._judge.check_apart(student.head.shard)
         ids, attended = rollouts.input_ids, rollouts.attended
         with stages.stage("student_forward"):
             student_states = prefill(student, ids, attended, cache=student.keeps_cache)
@@ -195,7 +197,8 @@ class TOPD(Method):
         with stages.stage("teacher_forward"), torch.no_grad():
             teacher_states = prefill(teacher, ids, attended, cache=draws and teacher.keeps_cache)
         with stages.stage("divergence"):
-            sides = (student_states.hidden, student.head), (teacher_states.hidden, teacher.head)
+            teacher_head = self._aligned(teacher.head, student.head)
+            sides = (student_states.hidden, student.head), (teacher_states.hidden, teacher_head)
             losses = token_losses(*sides, inputs, self.config)
         self.observer.tensor("token_losses", losses.loss)
         return Pass(inputs, student, teacher, student_states, teacher_states, losses)

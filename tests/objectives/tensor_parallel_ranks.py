@@ -1,0 +1,80 @@
+"""Two processes that share each model's rows and heads; started by test_tensor_parallel.py as a process of its own."""
+
+import torch
+from objective_cases import batch_of
+from tensor_parallel_cases import OPD, both, opd_of, split, three_steps
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.experimental import context_parallel
+from two_ranks import fork
+
+import topd
+from topd.integrations.rollouts import pack_rollouts
+
+POSITIONS = torch.tensor([[0, 12], [1, 6], [2, 10], [0, 15]])
+NOISES = {
+    "independent": {},
+    "shared": {"window_noise": "shared"},
+    "counterfactual": {"window_noise": "counterfactual", "student_window": "rollout"},
+}
+
+
+def sampled(student, teacher, seed):
+    """Both models' windows, by every noise."""
+    batch, tokens = batch_of(), {}
+    for name, noise in NOISES.items():
+        generator = torch.Generator().manual_seed(seed)
+        windows = topd.sample_windows(
+            student, teacher, batch["input_ids"], batch["attention_mask"], POSITIONS, horizon=5, generator=generator, **noise
+        )
+        tokens[name] = torch.stack([windows.student_tokens, windows.teacher_tokens])
+    return tokens
+
+
+def message(call):
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def under_context_parallel(mesh):
+    student, teacher = both("opd")
+    batch = batch_of()
+    rollouts = student, teacher, batch["input_ids"], batch["attention_mask"]
+    windows, packed = topd.sample_windows(*rollouts, POSITIONS, horizon=2), pack_rollouts(batch)
+    calls = {
+        "topd": lambda: topd.TOPD(student, teacher)(batch),
+        "sample_windows": lambda: topd.sample_windows(*rollouts, POSITIONS, horizon=2),
+        "window_hidden": lambda: topd.window_hidden(student, *rollouts[2:], windows),
+        "packed": lambda: topd.OPD(student, teacher)(packed),
+    }
+    with context_parallel(mesh, buffers=[torch.zeros(1, 8)], buffer_seq_dims=[1]):
+        messages = {name: message(call) for name, call in calls.items()}
+    return messages | {"afterwards": message(calls["packed"])}
+
+
+def refused_groups(mesh):
+    """Groups that would judge the same candidates twice."""
+    student, teacher = (split(model, mesh) for model in both("opd"))
+    return message(lambda: topd.TOPD(student, teacher, process_group=torch.distributed.group.WORLD)(batch_of()))
+
+
+def work(rank):
+    torch.distributed.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    results = {}
+    for name in OPD:
+        models = (split(model, mesh, embeddings=name == "jsd") for model in both(name))
+        results[name] = three_steps(opd_of(name, *models))
+    results["windows"] = sampled(*(split(model, mesh) for model in both("opd")), seed=7 + rank)
+    results["windows unequal"] = sampled(*(split(model, mesh) for model in both("unequal")), seed=7 + rank)
+    head = topd.Head.from_model(split(both("opd")[0], mesh))
+    results["head"] = {"start": head.shard.start, "rows": head.weight.shape[0], "vocab": head.shard.vocab}
+    results["group"] = refused_groups(mesh)
+    results["context"] = under_context_parallel(mesh)
+    return results
+
+
+if __name__ == "__main__":
+    fork(work)

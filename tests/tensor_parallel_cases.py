@@ -1,0 +1,60 @@
+"""Models of one process, and the same split over the ranks of a mesh; three steps of an objective."""
+
+import torch
+from objective_cases import MILD, batch_of, models
+from tiny_models import tiny
+from topd_cases import FEW, GREEDY
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import topd
+
+COLWISE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+ROWWISE = ("self_attn.o_proj", "mlp.down_proj")
+OPD = {
+    "opd": topd.OPDConfig(),
+    "jsd": topd.OPDConfig("jsd", 0.7, "sequence"),
+    "hard": topd.OPDConfig("forward_kl", hard_weight=0.5, position_clip=None),
+    "unequal": topd.OPDConfig(),
+}
+
+
+def both(name):
+    """Return student and teacher in float64; of "unequal" the teacher has more tokens, and is cut elsewhere."""
+    student, teacher = models()
+    if name == "unequal":
+        teacher = tiny("qwen3", seed=3, vocab_size=67, **MILD)
+    return student.double(), teacher.double()
+
+
+def split(model, mesh, *, embeddings=False):
+    """Split a model over a mesh of one dimension: its head and its layers, and the embeddings too where that is asked for."""
+    plan = {"lm_head": ColwiseParallel(output_layouts=Replicate())}
+    if embeddings:
+        plan["model.embed_tokens"] = RowwiseParallel(input_layouts=Replicate())
+    for number in range(len(model.model.layers)):
+        plan |= {f"model.layers.{number}.{part}": ColwiseParallel() for part in COLWISE}
+        plan |= {f"model.layers.{number}.{part}": RowwiseParallel() for part in ROWWISE}
+    return parallelize_module(model, mesh, plan)
+
+
+def flat(model):
+    """Return all parameters, put together where they are split."""
+    whole = (each.full_tensor() if hasattr(each, "full_tensor") else each for each in model.parameters())
+    return torch.cat([each.detach().reshape(-1) for each in whole])
+
+
+def three_steps(objective, *, generator=None):
+    """Take three steps of SGD; return the losses and the parameters."""
+    optimizer, losses = torch.optim.SGD(objective.student.parameters(), lr=0.5), []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = objective(batch_of(), generator=generator).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return {"losses": torch.stack(losses), "parameters": flat(objective.student)}
+
+
+def opd_of(name, student, teacher):
+    return topd.OPD(student, teacher, OPD[name], allow_unequal_vocabularies=True)
