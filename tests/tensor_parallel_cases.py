@@ -3,7 +3,6 @@
 import torch
 from objective_cases import MILD, batch_of, models
 from tiny_models import tiny
-from topd_cases import FEW, GREEDY
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 

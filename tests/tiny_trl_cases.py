@@ -54,6 +54,22 @@ def arguments(folder, **options):
     return trl.DistillationConfig(**(given | options))
 
 
+def two_steps_by_trl(folder, given_models, **given_arguments):
+    """Return a TOPDTrainer of two steps, each of four of eight pairs."""
+    from topd.integrations.trl import TOPDTrainer
+
+    return trainer_of(
+        folder,
+        TOPDTrainer,
+        steps=2,
+        columns=pair_columns(),
+        given_models=given_models,
+        given_arguments={"per_device_train_batch_size": 4, **SGD, **given_arguments},
+        data_collator=collated_pairs,
+        objective_config=topd.TRDConfig(position_clip=1.5),
+    )
+
+
 def models():
     return tiny("llama", initializer_range=0.2), tiny("qwen3", seed=3, initializer_range=0.2)
 

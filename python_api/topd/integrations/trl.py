@@ -83,7 +83,7 @@ class TOPDTrainer(trl.DistillationTrainer):  # type: ignore[misc]
             teacher_topk, or both; a teacher_topk with a TOPDConfig or a divergence that a top-k does not determine; a column
             teacher_prompt with a TOPDConfig, whose windows branch off one context, or with teacher_topk, and none with a
             TRDConfig or OPSDConfig (at the first step where a dataset does not name its columns).
-        ValueError: context or sequence parallelism.
+        ValueError: context or sequence parallelism; tensor parallelism with gradient accumulation.
         RuntimeError: this version of TRL computes its loss elsewhere; at construction, or at the first step.
     """
 
@@ -106,7 +106,14 @@ class TOPDTrainer(trl.DistillationTrainer):  # type: ignore[misc]
         super().__init__(*arguments, **options)
         refuse_split_sequences(self)
         self._processes = Processes(self)
-        if self._processes.same > 1:  # TRL has given each process a seed of its own, and these sample the same rollouts
+        if self._processes.same > 1:
+            if self.args.gradient_accumulation_steps > 1:
+                raise ValueError(
+                    "args.gradient_accumulation_steps must be 1 with tensor parallelism, got "
+                    f"{self.args.gradient_accumulation_steps}: TRL's sampler counts all processes, and would leave rows out; "
+                    "take larger batches, or topd.integrations.transformers.DistillationTrainer"
+                )
+            # TRL has given each process a seed of its own, and these sample the same rollouts.
             transformers.set_seed(self.args.seed + self._processes.part)
         if self._is_vlm:
             raise ValueError("processing_class must be a tokenizer, got a processor; topd's objectives read text alone")

@@ -10,6 +10,7 @@ from torch import Tensor
 from topd.head import Head
 from topd.losses.linear_logprobs import linear_logprobs
 from topd.losses.topk_logprobs import topk_logprobs
+from topd.models.split_logits import first_tokens, vocabulary
 from topd.objectives.config import OPDConfig
 from topd.objectives.diagnostics import TeacherTop2
 from topd.objectives.rows import Rows
@@ -30,7 +31,7 @@ class TeacherMeasures(NamedTuple):
 @torch.no_grad()
 def teacher_measures(rows: Rows, student: Head, teacher: Head, config: OPDConfig) -> TeacherMeasures:
     """Measure the teacher's distributions over the vocabulary that both models have, at the configuration's temperature."""
-    vocab = min(student.weight.shape[0], teacher.weight.shape[0])
+    vocab = min(vocabulary(student), vocabulary(teacher))
     hidden, turn = rows.teacher_hidden, rows.by_token
     options: dict[str, Any] = {"temperature": config.temperature, "mask": rows.mask}
     mass, top2 = None, None
@@ -41,9 +42,9 @@ def teacher_measures(rows: Rows, student: Head, teacher: Head, config: OPDConfig
                 f"{max(config.epistemic_ids)}; take topd.trd.epistemic_ids of their tokenizer"
             )
         ids = torch.tensor(config.epistemic_ids).to(hidden.device, non_blocking=True)
-        logprobs: Tensor = linear_logprobs(hidden, teacher.first(vocab), ids.expand(*rows.tokens.shape, -1), **options)
+        logprobs: Tensor = linear_logprobs(hidden, first_tokens(teacher, vocab), ids.expand(*rows.tokens.shape, -1), **options)
         mass = turn(logprobs.exp().sum(-1))
     if config.teacher_top2:
-        topk = topk_logprobs(hidden, teacher.first(vocab), 2, **options)
+        topk = topk_logprobs(hidden, first_tokens(teacher, vocab), 2, **options)
         top2 = TeacherTop2(*(torch.stack([turn(each) for each in part.unbind(-1)], dim=-1) for part in topk))
     return TeacherMeasures(mass, top2)

@@ -17,6 +17,7 @@ from topd.losses.linear_logprobs import linear_logprobs, logprobs_and_outside
 from topd.losses.score_tokens import score_tokens
 from topd.losses.topk_divergence import topk_divergence
 from topd.losses.topk_logprobs import TopK, topk_logprobs
+from topd.models.split_logits import first_tokens, vocabulary
 from topd.objectives.config import OPDConfig
 from topd.objectives.rows import Rows
 from topd.options import Direction
@@ -26,15 +27,15 @@ from topd.scores import TokenScores
 def compare_top_k(rows: Rows, student: Head, teacher: Head, k: int, config: OPDConfig) -> tuple[Tensor, TokenScores]:
     """Return the loss [...] of each row on the teacher's k tokens, and its scores on the whole vocabulary; k is at most the
     vocabulary that both models have, and the teacher a constant."""
-    vocab = min(student.weight.shape[0], teacher.weight.shape[0])
+    vocab = min(vocabulary(student), vocabulary(teacher))
     if k > vocab:
         raise ValueError(
             f"config.top_k must be at most the {vocab:,} tokens that both models have, got {k}; None compares all of them"
         )
     hidden, options = rows.student_hidden, dict[str, Any](temperature=config.temperature, mask=rows.mask)
     scores = score_tokens(hidden, student, rows.teacher_hidden, teacher, tokens=rows.tokens, **options)
-    topk = topk_logprobs(rows.teacher_hidden, teacher.first(vocab), k, **options)
-    student, divergence = student.first(vocab), resolve_divergence(config.divergence)
+    topk = topk_logprobs(rows.teacher_hidden, first_tokens(teacher, vocab), k, **options)
+    student, divergence = first_tokens(student, vocab), resolve_divergence(config.divergence)
     if isinstance(divergence, JSD):
         loss = _jsd(hidden, student, topk, divergence.beta, **options)
     else:
