@@ -19,6 +19,9 @@ MEASURED = {"position_clip": 1.5, "epistemic_ids": (3, 17, 40), "teacher_top2": 
 FEW = {"candidates": "top_k", "candidate_value": 2, "horizon": 4}
 
 
+GATED = topd.TOPDConfig(**FEW, window_temperature=0.0, gate_value=0.4, guidance_weight=1.0)
+
+
 def models():
     return tiny("llama", **MILD).double(), tiny("qwen3", seed=3, **MILD).double()
 
