@@ -82,10 +82,11 @@ class Decoder:
     def logits(self, hidden: Tensor, vocab: int) -> Tensor:
         """Return float32 (float64) logits [..., vocab] of a few states, by the model's own output layer; where processes share
         its rows all of them call it, with the same states."""
+        layer = self.model.get_output_embeddings()
         if self.head.shard is None:
-            product = _output(self.model.get_output_embeddings(), hidden)[..., : self.head.weight.shape[0]]
-        else:
-            product = whole_product(self.head, self._widths, hidden)
+            product = _output(layer, hidden)[..., : self.head.weight.shape[0]]
+        else:  # in the memory format of a whole head's, in whose order noise is drawn
+            product = whole_product(self.head, self._widths, hidden, by_columns=_is_by_columns(layer, hidden))
         product = product.to(torch.promote_types(product.dtype, torch.float32))
         return shape_logits(product, None, self.head.scale, self.head.softcap)[..., :vocab]
 
@@ -127,11 +128,17 @@ class Decoder:
         return (part for part in self.base.modules() if part.training and getattr(part, "gradient_checkpointing", False))
 
 
+def _is_by_columns(layer: Any, hidden: Tensor) -> bool:
+    """Tell whether few rows of a layer's output lie column by column in memory, hooks left aside."""
+    plain = type(layer) is torch.nn.Linear and layer.bias is None
+    return plain and hidden.dim() == 2 and hidden.device.type == "cpu" and hidden.shape[0] in FEW
+
+
 def _output(layer: Any, hidden: Tensor) -> Tensor:
     """Return the layer's output [..., V]. A CPU multiplies few rows faster as W hᵀ, 32 of them by a third: the result is then a
     transpose, column by column in memory."""
-    plain = type(layer) is torch.nn.Linear and layer.bias is None and not (layer._forward_hooks or layer._forward_pre_hooks)
-    if plain and hidden.dim() == 2 and hidden.device.type == "cpu" and hidden.shape[0] in FEW:
+    hooked = layer._forward_hooks or layer._forward_pre_hooks
+    if not hooked and _is_by_columns(layer, hidden):
         return torch.mm(layer.weight, hidden.t()).t()
     product: Tensor = layer(hidden)
     return product

@@ -39,11 +39,12 @@ def widths_of(head: Head) -> list[int]:
 
 
 @torch.no_grad()
-def whole_product(head: Head, widths: list[int], hidden: Tensor) -> Tensor:
+def whole_product(head: Head, widths: list[int], hidden: Tensor, *, by_columns: bool = False) -> Tensor:
     """Return hidden weightᵀ + bias + adapter of all ranks' rows, [..., vocab], the same bits on every rank.
 
     Args:
         widths: of `widths_of`.
+        by_columns: whether the result lies column by column in memory, [M, vocab].
     """
     assert head.shard is not None
     product = torch.nn.functional.linear(hidden, head.weight, head.bias)
@@ -53,4 +54,5 @@ def whole_product(head: Head, widths: list[int], hidden: Tensor) -> Tensor:
     start, stop = head.bounds()
     own = torch.nn.functional.pad(product[..., : stop - start], (0, max(widths) - (stop - start)))
     parts = gathered(head.shard.group, own)
-    return torch.cat([part[..., :width] for part, width in zip(parts, widths, strict=True)], dim=-1)
+    each = [part[..., :width] for part, width in zip(parts, widths, strict=True)]
+    return torch.cat([part.t() for part in each]).t() if by_columns else torch.cat(each, dim=-1)

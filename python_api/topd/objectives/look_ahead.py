@@ -12,6 +12,7 @@ from topd.branching.replay import replay
 from topd.branching.windows import Windows, both_windows
 from topd.checks.rollouts import end_tokens
 from topd.models.decoder import Decoder
+from topd.models.output_layer import local
 from topd.models.sampling import Sampling
 from topd.models.split_embeddings import looked_up
 from topd.near_future.transport import Transport, near_future_divergence
@@ -100,8 +101,8 @@ def compare_windows(tokens: Pass, windows: Windows, config: TOPDConfig, stages: 
         ids = windows.student_tokens, windows.teacher_tokens
         if not is_dtensor(table):
             return near_future_divergence(*ids, table.detach(), **options)
-        if config.cost == "mismatch":  # which compares the tokens alone
-            return near_future_divergence(*ids, **options)
+        if config.cost == "mismatch":  # which reads no row of the table
+            return near_future_divergence(*ids, local(table.detach())[:0], **options)
         students, teachers = looked_up(table.detach(), tokens.student.head.shard, *ids)
         return near_future_divergence(student_vectors=students, teacher_vectors=teachers, **options)
 
