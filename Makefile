@@ -70,6 +70,7 @@ demo: $(BUILT)
 .PHONY: docs
 docs: $(VENV)/installed-docs
 	$(RUN) -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo "the site: build/docs/index.html"
 
 # README's install line in fresh environments, with and without a compiler (minutes).
 install-check:

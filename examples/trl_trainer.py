@@ -1,7 +1,8 @@
-"""TOPD in TRL's DistillationTrainer: its rollouts, arguments and logs with topd's loss.
+"""OPD or TOPD in TRL's DistillationTrainer: its rollouts, arguments and logs with topd's loss.
 
-pip install "trl>=1.10,<1.17"
-python examples/trl_trainer.py [teacher student steps]  # two models of the hub, or folders, of one tokenizer
+pip install "topd[trl]"
+python examples/trl_trainer.py [teacher student steps opd|topd]  # models of the hub, or folders, of one tokenizer
+Without a hub: examples/smollm2_pair.py writes the folders teacher and student.
 """
 
 import sys
@@ -15,7 +16,13 @@ from trl import DistillationConfig
 import topd
 from topd.integrations.trl import TOPDTrainer
 
-TEACHER, STUDENT, STEPS = sys.argv[1:] or ("HuggingFaceTB/SmolLM2-360M-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct", 3)
+PAIR = ("HuggingFaceTB/SmolLM2-360M-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct")
+TEACHER, STUDENT, STEPS, METHOD = (*sys.argv[1:], *(*PAIR, "3", "opd")[len(sys.argv) - 1 :])
+CONFIGS = {
+    "opd": topd.OPDConfig(),
+    # Short completions: 50 tokens of future are more than they have. Micro-batches of two: too few for a gate of their own.
+    "topd": topd.TOPDConfig(horizon=8, gate="running_quantile"),
+}
 QUESTIONS = ("Why is the sky blue?", "Count from one to ten.", "Name three colours.", "What is two plus two?")
 
 teacher = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32)
@@ -43,11 +50,10 @@ with tempfile.TemporaryDirectory() as folder:
         arguments,
         train_dataset=Dataset.from_dict({"prompt": [[{"role": "user", "content": text}] for text in QUESTIONS]}),
         processing_class=tokenizer,
-        # Short completions: 2.25 % of them would be no token, and 50 tokens of future are more than they have.
-        objective_config=topd.TOPDConfig(candidates="top_k", candidate_value=1, horizon=8),
+        objective_config=CONFIGS[METHOD],
     )
     trainer.train()
 for line in trainer.state.log_history:
     if "loss" in line:
-        parts = f"OPD {line['opd_loss']:.3f}, guidance {line['guidance_loss']:.3f}, {line['candidates']:.0f} candidates"
-        print(f"step {line['step']}: {parts}, loss {line['loss']:.3f} nats")
+        guidance = f"guidance {line['guidance_loss']:.3f}, {line['candidates']:.0f} candidates, " if METHOD == "topd" else ""
+        print(f"step {line['step']}: OPD {line['opd_loss']:.3f}, {guidance}loss {line['loss']:.3f} nats")

@@ -20,7 +20,7 @@ from quality.settings import SETTINGS
 from quality.tables import spread
 from quality.tasks import TASKS
 from quality.training import PROMPTS, ROLLOUTS, WINDOWS, stream
-from topd_bench.command import positive
+from topd.cli.options import positive
 from topd_bench.report import markdown_table, note
 
 UPDATES, DRAWS, ROWS = 5, 4, 64

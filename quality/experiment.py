@@ -24,7 +24,8 @@ from quality.settings import SETTINGS
 from quality.tables import tables
 from quality.tasks import TASKS
 from quality.training import Job, Record, run
-from topd_bench.command import INTERRUPTED, positive
+from topd.cli.errors import INTERRUPTED
+from topd.cli.options import positive
 from topd_bench.report import note
 
 SEEDS = 8

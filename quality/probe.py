@@ -25,9 +25,8 @@ from quality.probe_points import Settings
 from quality.probe_report import examples, tables, title
 from topd import files
 from topd.backends import choose_backend
-from topd.cli.errors import CommandError
-from topd.cli.options import seed
-from topd_bench.command import INTERRUPTED, positive
+from topd.cli.errors import INTERRUPTED, CommandError
+from topd.cli.options import positive, seed
 from topd_bench.machine import cpu_facts
 from topd_bench.report import note
 from topd_demo import smollm2

@@ -46,6 +46,29 @@ def fork(work: Callable[[int], dict[str, Any]]) -> None:
     sys.exit(any(process.exitcode for process in running))
 
 
+def fork_cases(*cases: Callable[[int], dict[str, Any]]) -> None:
+    """Save what each of the functions returns, by its name; all ranks are one gloo group, and cases begin with one seed."""
+
+    def work(rank: int) -> dict[str, Any]:
+        torch.distributed.init_process_group("gloo")
+        results = {}
+        for case in cases:
+            torch.manual_seed(0)
+            results[case.__name__] = case(rank)
+        return results
+
+    fork(work)
+
+
+def message(call: Callable[[], Any]) -> str:
+    """Return the error of a call."""
+    try:
+        call()
+    except (TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
 def _run(work: Callable[[int], dict[str, Any]], rank: int, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)

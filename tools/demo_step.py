@@ -15,11 +15,12 @@ import torch
 
 import topd
 from topd.backends import choose_backend
-from topd_bench.command import INTERRUPTED, positive
+from topd.cli.errors import INTERRUPTED
+from topd.cli.options import positive
 from topd_bench.cpu.clock import WallClock
 from topd_bench.machine import cpu_facts
 from topd_bench.report import machine_line, markdown_table, note
-from topd_bench.step import STAGES, Rollouts, Step
+from topd_bench.step import STAGES, Rollouts, Step, median_seconds, with_rollouts
 from topd_bench.timing import Contender, Sample, ratio, whole_rounds
 from topd_demo import smollm2
 from topd_demo.models import load
@@ -70,24 +71,14 @@ def mebibytes(model: torch.nn.Module) -> float:
     return sum(each.numel() * each.element_size() for each in model.parameters()) / 2**20
 
 
-def counted(steps: Sequence[Sample], rollouts: Sequence[Sample]) -> list[Sample]:
-    """Return each step's time with that of its rollouts."""
-    return [Sample(step.time_ms + rollout.time_ms) for step, rollout in zip(steps, rollouts, strict=True)]
-
-
 def table(steps: Mapping[str, Step], samples: Mapping[str, Sequence[Sample]]) -> list[list[str]]:
     """Return the rows: medians of each stage over the timed rounds, then ratios to OPD, round by round."""
     rounds = len(samples["OPD"])
-
-    def median(name: str, stage: str) -> str:
-        values = [each[stage] for each in steps[name].stages[1 : 1 + rounds] if stage in each]
-        return f"{statistics.median(values):.2f}" if values else "-"
-
-    rows = [[stage, *(median(name, stage) for name in steps)] for stage in STAGES]
+    rows = [[stage, *(median_seconds(each.stages[1 : 1 + rounds], stage) for each in steps.values())] for stage in STAGES]
     whole = [statistics.median(each.time_ms for each in samples[name]) / 1e3 for name in steps]
     rows.append(["step", *(f"{seconds:.2f}" for seconds in whole)])
-    opd = counted(samples["OPD"], samples["rollouts"])
-    ratios = [str(ratio(counted(samples[name], samples["rollouts"]), opd)) for name in steps if name != "OPD"]
+    opd = with_rollouts(samples["OPD"], samples["rollouts"])
+    ratios = [str(ratio(with_rollouts(samples[name], samples["rollouts"]), opd)) for name in steps if name != "OPD"]
     rows.append(["/ OPD, rollouts counted", "1", *ratios])
     return rows
 

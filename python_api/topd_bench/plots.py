@@ -8,22 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from topd.files import whole
-from topd.plots import FAINT, INK
+from topd.plots import FAINT, INK, PALETTE, new_figure
 from topd_bench.catalogue import CASES
 from topd_bench.records import MEASURED
 from topd_bench.sweep import Line, lines_of, log_slope, upper_slope, value_of
 
 ENDINGS = (".png", ".svg", ".pdf")
 NAMES = {"ours": "topd", "floor": "bare products", "trl": "TRL", "liger": "Liger", "cce": "ml-cross-entropy"}
-COLORS = {
-    "ours": "#D55E00",
-    "eager": "#0072B2",
-    "torch.compile": "#56B4E9",
-    "trl": "#009E73",
-    "liger": "#CC79A7",
-    "cce": "#E69F00",
-    "floor": FAINT,
-}
+COLORS = dict(zip(("ours", "trl", "eager", "liger", "cce", "torch.compile"), PALETTE, strict=True)) | {"floor": FAINT}
 HIDDEN = ("warm_floor",)
 GRID = "#E6E6E6"
 Rows = Sequence[Mapping[str, Any]]
@@ -61,12 +53,6 @@ def draw(rows: Rows, sweep: str | None, path: Path) -> bool:
     return True
 
 
-def _figure(height: float) -> Any:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(7.0, height), dpi=150, facecolor="white", layout="constrained")
-
-
 def name_of(peer: str) -> str:
     """Return how a peer is called in pictures."""
     return NAMES.get(peer, peer)
@@ -78,7 +64,7 @@ def sweep_figure(rows: Rows, axis: str, *, memory: bool) -> Any:
 
     lines = lines_of(rows, axis)
     groups = list(dict.fromkeys((line.loss, line.head) for line in lines))
-    figure = _figure(0.6 + 3.9 * len(groups))
+    figure = new_figure(7.0, 0.6 + 3.9 * len(groups), layout="constrained")
     panels = figure.subplots(len(groups), 1, squeeze=False)[:, 0]
     for panel, group in zip(panels, groups, strict=True):
         members = [line for line in lines if (line.loss, line.head) == group]
@@ -139,7 +125,7 @@ def bar_figure(rows: Rows, *, memory: bool) -> Any:
     groups = list(dict.fromkeys(_group(row) for row in rows))
     taken = [(row, groups.index(_group(row))) for row in rows if memory or "floor" in row["ratios"] or row["peer"] == "floor"]
     shown = [(row, group) for row, group in taken if memory or row["peer"] != "floor"]
-    figure = _figure(1.1 + 0.24 * len(shown) + 0.4 * len(groups))
+    figure = new_figure(7.0, 1.1 + 0.24 * len(shown) + 0.4 * len(groups), layout="constrained")
     panel = figure.subplots()
     places, labels, height = [], [], 0.0
     for place, group in enumerate(groups):

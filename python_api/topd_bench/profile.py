@@ -8,35 +8,26 @@ from collections.abc import Iterator
 import torch
 
 from topd.costs import memory
-from topd.head import Head
-from topd.losses.plan import plan
-from topd.ops.shared.plan import MIB
+from topd.costs.call import LossCall
+from topd.costs.shapes import ModelShape
+from topd.memory import MIB
 from topd_bench.catalogue import name_of
 from topd_bench.memory import MemoryRow, measured
 from topd_bench.records import MEASURED, now_record, plain_record
 from topd_bench.request import Request
 from topd_bench.runner import Record
 
-PEERS = ("eager", "trl", "ours")
+WAY_OF = {"eager": "eager", "trl": "TRL", "ours": "topd"}
 HEADER = ("peer", "shape", "N", "V", "H", "loss", "head", "predicted, MiB", "measured, MiB", "measured / predicted", "note")
 
 
 def predicted_mib(request: Request, peer: str) -> float:
     """Return the prediction for a CPU in float32."""
-    case, trained = request.sizes, request.head == "trainable"
-    sizes = memory.Sizes(case.n, case.vocab, case.student_width, memory.FLOAT32, trained)
-    if peer == "eager":
-        parts = memory.eager_memory(sizes, request.loss)
-    elif peer == "trl":
-        parts = memory.trl_memory(sizes, request.loss, kernels=False)
-    else:
-        heads = [
-            Head(torch.empty(case.vocab, width, device="meta", requires_grad=own))
-            for width, own in ((case.student_width, trained), (case.teacher_width, False))
-        ]
-        chunks = plan(heads[0], heads[1], case.n, device="cpu", workspace_bytes=case.workspace_bytes)
-        parts = memory.topd_memory(chunks, sizes)
-    return memory.total(parts) / MIB
+    case = request.sizes
+    student, teacher = (ModelShape("", width, case.vocab) for width in (case.student_width, case.teacher_width))
+    call = LossCall(student, teacher, case.n, torch.float32, request.loss, request.head == "trainable", None)
+    peaks = call.peaks(call.plan(case.workspace_bytes))
+    return memory.total(peaks[WAY_OF[peer]]) / MIB
 
 
 def work(request: Request) -> Iterator[Record]:

@@ -92,25 +92,29 @@ class Step:
         self.stages.append(metrics | {"backward": backward})
 
 
+def median_seconds(rounds: Sequence[Stages], stage: str) -> str:
+    """Return the median of a stage over the rounds that have it, as text."""
+    values = [each[stage] for each in rounds if stage in each]
+    return f"{statistics.median(values):.2f}" if values else "-"
+
+
+def with_rollouts(steps: Sequence[Sample], rollouts: Sequence[Sample]) -> list[Sample]:
+    """Return each step's time with that of its rollouts."""
+    return [Sample(step.time_ms + rollout.time_ms) for step, rollout in zip(steps, rollouts, strict=True)]
+
+
 def table(opd: Sequence[Stages], both: Sequence[Stages], samples: Mapping[str, Sequence[Sample]]) -> list[list[str]]:
     """Return medians by stage; then ratios round by round."""
-
-    def median(rounds: Sequence[Stages], name: str) -> str:
-        values = [each[name] for each in rounds if name in each]
-        return f"{statistics.median(values):.2f}" if values else "-"
 
     def seconds(name: str) -> str:
         return f"{times_ms(samples[name]).median / 1e3:.2f}"
 
-    def with_rollouts(name: str) -> list[Sample]:
-        pairs = zip(samples[name], samples["rollouts"], strict=True)
-        return [Sample(step.time_ms + rollouts.time_ms) for step, rollouts in pairs]
-
-    rows = [[name, median(opd, name), median(both, name)] for name in STAGES]
+    opd_counted, both_counted = (with_rollouts(samples[name], samples["rollouts"]) for name in ("OPD", "TOPD"))
+    rows = [[name, median_seconds(opd, name), median_seconds(both, name)] for name in STAGES]
     rows.append(["step", seconds("OPD"), seconds("TOPD")])
     rows.append(["rollouts' generation", *[seconds("rollouts")] * 2])
     rows.append(["TOPD / OPD, step", "1", str(ratio(samples["TOPD"], samples["OPD"]))])
-    rows.append(["TOPD / OPD, rollouts counted", "1", str(ratio(with_rollouts("TOPD"), with_rollouts("OPD")))])
+    rows.append(["TOPD / OPD, rollouts counted", "1", str(ratio(both_counted, opd_counted))])
     return rows
 
 

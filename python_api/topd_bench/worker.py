@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from topd.backends import choose_backend
+from topd.cli.errors import INTERRUPTED
 from topd_bench.catalogue import CASES
-from topd_bench.command import INTERRUPTED
 from topd_bench.machine import cpu_facts
 from topd_bench.records import facts_record
 from topd_bench.request import Request

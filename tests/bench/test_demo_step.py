@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tools.demo_step import counted, mebibytes, multiplying, reading, table
-from topd_bench.step import Step
+from tools.demo_step import mebibytes, multiplying, reading, table
+from topd_bench.step import Step, with_rollouts
 from topd_bench.timing import Sample
 
 
@@ -19,7 +19,7 @@ def taken(*stages):
 
 
 def test_a_step_is_counted_with_the_rollouts_of_its_round():
-    assert [each.time_ms for each in counted(timed(1, 2), timed(10, 30))] == [11, 32]
+    assert [each.time_ms for each in with_rollouts(timed(1, 2), timed(10, 30))] == [11, 32]
 
 
 def test_medians_of_the_timed_rounds_and_the_ratio_round_by_round():

@@ -53,6 +53,14 @@ def test_doctor_says_what_is_wrong(capsys, monkeypatch):
     assert ("2 of" if missing_extension() else "1 of") in out
 
 
+def test_doctor_says_that_a_version_is_outside_of_its_range(monkeypatch):
+    ranges = ['transformers<5.24,>=4.56.2; extra == "transformers"', 'transformers>=5.23; extra == "demo"', "torch>=2.13"]
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: ranges)
+    assert doctor.remark("transformers", "5.23.0") == ""
+    assert doctor.remark("transformers", "5.24.0") == ', outside of <5.24,>=4.56.2: pip install "topd[transformers]"'
+    assert doctor.remark("peft", "0.1") == ""
+
+
 def test_doctor_says_whose_block_sizes_a_gpu_takes(monkeypatch):
     blocks = pytest.importorskip("topd_kernels.shared.blocks", reason="triton is not installed")
     monkeypatch.setattr(blocks, "described", lambda device: f"those of sm_90 on {device}")
@@ -112,6 +120,14 @@ def test_the_version_is_that_of_the_package(capsys):
 def test_the_module_is_a_command():
     done = subprocess.run([sys.executable, "-m", "topd.cli.main", "--help"], capture_output=True, text=True, check=True)
     assert "doctor" in done.stdout
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    command = [sys.executable, "-m", "topd.cli.main", "doctor"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert (process.wait(), errors) == (141, "")
 
 
 @pytest.mark.parametrize("words", ["--help", "demo --help", "doctor"])

@@ -118,9 +118,28 @@ def test_transformers_trainer(lines):
     assert 0 < evaluation < steps[0]
 
 
+@pytest.mark.slow
+def test_a_pair_without_a_hub(teacher, tmp_path, monkeypatch, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    monkeypatch.setattr(sys, "argv", ["smollm2_pair.py", str(tmp_path)])
+    runpy.run_path(str(ROOT / "examples" / "smollm2_pair.py"), run_name="__main__")
+    assert [line.split(": ")[1] for line in capsys.readouterr().out.splitlines()] == [
+        "135 million weights",
+        "113 million weights",
+    ]
+    saved, student = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("teacher", "student"))
+    assert torch.equal(saved.lm_head.weight, teacher.lm_head.weight)
+    assert len(student.model.layers) == len(saved.model.layers) - 6
+    assert AutoTokenizer.from_pretrained(tmp_path / "student").chat_template
+
+
 def test_trl_trainer(lines):
     pytest.importorskip("trl")
     (line,) = (line for line in lines("trl_trainer.py", "1") if line.startswith("step 1"))
+    opd, loss = map(float, re.findall(r"[\d.]+", line)[1:])
+    assert loss == pytest.approx(opd, abs=2e-3)
+    (line,) = (line for line in lines("trl_trainer.py", "1", "topd") if line.startswith("step 1"))
     opd, guidance, candidates, loss = map(float, re.findall(r"[\d.]+", line)[1:])
     assert loss == pytest.approx(opd + 0.1 * guidance, abs=2e-3)
     assert guidance > 0

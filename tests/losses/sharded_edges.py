@@ -8,22 +8,13 @@ import torch.distributed as dist
 from compare import Model, Problem, gradients, plain, random_problem
 from shard_cases import head_of, rows_of, shard_of, sides_of
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
-from two_ranks import fork
+from two_ranks import fork_cases, message
 
 import topd
-from topd.ops.shared.shard import Shard as OpShard
+from topd.ops.shared import hidden_sums
 
 STARTS = (0, 23)
 EVERYTHING = {"student": {"bias": True, "rank": 3, "softcap": 8.0}, "teacher": {"vocab": 53, "bias": True}, "mask": True}
-
-
-def message(call) -> str:
-    """Return the error of a call."""
-    try:
-        call()
-    except (TypeError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
-    return "no error"
 
 
 def truth(problem: Problem, divergence: topd.Divergence) -> dict[str, Any]:
@@ -123,12 +114,12 @@ def collectives(rank):
 
 def planted_fault(rank):
     """Gradients without the other shards' terms."""
-    problem, summed = random_problem({}), OpShard.summed
-    OpShard.summed = lambda self, mine: mine
+    problem, adding_up = random_problem({}), hidden_sums.adding_up
+    hidden_sums.adding_up = lambda group, mine: adding_up(group, mine.clone())  # the sum comes, and is not used
     student, sides = sides_of(problem, STARTS, rank)
     value = topd.linear_divergence(*sides)
     value.sum().backward()
-    OpShard.summed = summed
+    hidden_sums.adding_up = adding_up
     return {"truth": truth(problem, topd.ReverseKL()), "value": value.detach(), "hidden": student.hidden.grad}
 
 
@@ -195,22 +186,21 @@ def refusals(rank):
         "backend": call(backend="cpp"),
         "small": call(workspace_bytes=100),
         "logprobs": message(lambda: topd.linear_logprobs(hidden, student, torch.zeros(n, 1, dtype=torch.int64))),
-        "sequence": message(lambda: topd.VocabShard(dist.group.WORLD, 0, 41, sequence_parallel=True)),
+        "flags": call(other=replace(teacher, shard=replace(teacher.shard, sequence_parallel=True))),
     }
 
 
-CASES = (near_equal, peaked, absent_tokens, no_rows, second_backward, gradcheck, collectives, planted_fault, dtensors)
-CASES += (resharded, refusals)
-
-
-def work(rank):
-    dist.init_process_group("gloo")
-    results = {}
-    for case in CASES:
-        torch.manual_seed(0)
-        results[case.__name__] = case(rank)
-    return results
-
-
 if __name__ == "__main__":
-    fork(work)
+    fork_cases(
+        near_equal,
+        peaked,
+        absent_tokens,
+        no_rows,
+        second_backward,
+        gradcheck,
+        collectives,
+        planted_fault,
+        dtensors,
+        resharded,
+        refusals,
+    )

@@ -105,7 +105,7 @@ REFUSALS = {
     "temperature": ("refused on rank 1", "temperature must be finite and > 0"),
     "tokens": ("refused on rank 1", "tokens must lie in [0, 41)"),
     "logprobs": ("must hold the whole vocabulary in this call",) * 2,
-    "sequence": ("VocabShard.sequence_parallel must be False",) * 2,
+    "flags": ("student and teacher must agree in VocabShard.sequence_parallel, got False and True",) * 2,
 }
 
 

@@ -1,4 +1,4 @@
-"""`topd bench`: its options. What it does is a package of its own, topd_bench, which is imported when it runs."""
+"""`topd bench`: its options. What it does is a package of its own, topd_bench, most of which is imported when it runs."""
 
 import argparse
 from pathlib import Path

@@ -74,9 +74,25 @@ def versions() -> Iterator[tuple[str, str]]:
     yield "torch", torch.__version__
     for name in ("topd", *PACKAGES):
         try:
-            yield name, importlib.metadata.version(name)
+            version = importlib.metadata.version(name)
+            yield name, version + remark(name, version)
         except importlib.metadata.PackageNotFoundError:
             yield name, "not installed"
+
+
+def remark(name: str, version: str) -> str:
+    """Return a remark on a version that is outside the range of topd's extra of that name; else an empty text."""
+    try:
+        from packaging.requirements import Requirement
+
+        needed = [Requirement(text) for text in importlib.metadata.requires("topd") or ()]
+    except (ImportError, importlib.metadata.PackageNotFoundError):
+        return ""
+    for each in needed:
+        extra = each.marker is not None and each.marker.evaluate({"extra": name})
+        if each.name == name and extra and version not in each.specifier:
+            return f', outside of {each.specifier}: pip install "topd[{name}]"'
+    return ""
 
 
 def backends() -> Iterator[tuple[str, str]]:

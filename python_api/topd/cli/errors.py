@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 
 INTERRUPTED = 130  # the exit status after Ctrl-C
+PIPE_CLOSED = 141  # where nobody reads the output any more
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 

@@ -1,6 +1,7 @@
 """The `topd` command: parse the arguments, run a subcommand, print an error in one line."""
 
 import argparse
+import os
 import re
 import sys
 import warnings
@@ -10,7 +11,7 @@ from typing import NoReturn
 import topd
 from topd.backends import missing_extension
 from topd.cli import bench, demo, doctor, profile, refine
-from topd.cli.errors import INTERRUPTED, explained
+from topd.cli.errors import INTERRUPTED, PIPE_CLOSED, explained
 
 DESCRIPTION = """\
 topd distils language models on-policy: a student learns from its own text,
@@ -42,17 +43,21 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return 0, or 1 for a failure, 2 for wrong words, 130 after Ctrl-C."""
+    """Run the command; return 0, or 1 for a failure, 2 for wrong words, 130 after Ctrl-C, 141 where its output is closed."""
     arguments = parser().parse_args(argv)
     try:
         with warnings.catch_warnings():
             if line := missing_extension():  # each command says it in its own place
                 warnings.filterwarnings("ignore", re.escape(line))
             status: int = arguments.run(arguments)
+            sys.stdout.flush()
         return status
     except KeyboardInterrupt:
         print(f"topd {arguments.command}: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # who reads the output, as head does, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
     except Exception as error:
         if arguments.debug:
             raise

@@ -14,28 +14,16 @@ import topd
 from topd.cli.errors import CommandError
 from topd.costs import memory
 from topd.costs.call import LossCall
-from topd.memory import MIB, size_text
-from topd.profiling.contenders import WAYS, installed
+from topd.memory import MIB, free_bytes, size_text
 from topd.profiling.devices import device_words
+from topd_bench.ways import WAYS, installed
 
-MEMINFO = Path("/proc/meminfo")
 NARROWEST_MARGIN = 1.15  # of the memory that is free, what a measurement must leave
 
 
 def device_here() -> torch.device:
     """Return the device at hand: a GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Return the memory that is free on a device; None where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = MEMINFO.read_text().splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def measured(call: LossCall, loss: str, device: torch.device, trace: Path | None) -> dict[str, Any]:
@@ -96,7 +84,7 @@ def _in_a_process(asked: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="topd-profile-") as folder:
         question, answer = Path(folder) / "asked.json", Path(folder) / "report.json"
         question.write_text(json.dumps(asked))
-        command = [sys.executable, "-m", "topd.profiling.measured", str(question), str(answer)]
+        command = [sys.executable, "-m", "topd_bench.profile_worker", str(question), str(answer)]
         streams: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
         with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": paths}, **streams) as process:
             try:

@@ -60,19 +60,18 @@ class LossCall:
         """Return the bytes of both heads and both hidden states."""
         return self.dtype.itemsize * sum(side.hidden * (side.vocab + self.n) for side in (self.student, self.teacher))
 
-    def plan(self) -> Plan:
-        """Return topd's plan at the default workspace of the device."""
+    def plan(self, workspace_bytes: int | None = None) -> Plan:
+        """Return topd's plan; None: at the default workspace of the device."""
         heads = [
             Head(torch.empty(side.vocab, side.hidden, dtype=self.dtype, device="meta", requires_grad=own))
             for side, own in ((self.student, self.trained), (self.teacher, False))
         ]
-        workspace = None
-        if self.device is not None:
+        if workspace_bytes is None and self.device is not None:
             width = engine_of("triton").row_width(self.vocab)
             products = products_of(self, self.trained) if self.dtype.itemsize == NARROW else None
             wanted = wanted_workspace(self.n, width, width, products=products)
-            workspace = default_workspace("cuda", self.device.available_bytes, wanted=wanted)
-        return plan(heads[0], heads[1], self.n, device="cuda" if self.device else "cpu", workspace_bytes=workspace)
+            workspace_bytes = default_workspace("cuda", self.device.available_bytes, wanted=wanted)
+        return plan(heads[0], heads[1], self.n, device="cuda" if self.device else "cpu", workspace_bytes=workspace_bytes)
 
     def peaks(self, chunks: Plan) -> dict[str, dict[str, int]]:
         """Return the parts of each way's peak beyond weights and hidden states, in bytes."""

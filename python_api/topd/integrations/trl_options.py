@@ -10,8 +10,10 @@ from topd.objectives.topk_teacher import direction_of
 def check_config(config: Any) -> OPDConfig | None:
     """Check the type of an objective's configuration, and return it."""
     if config is not None and not isinstance(config, OPDConfig):
+        got = f"the class {config.__name__}" if isinstance(config, type) else type(config).__name__
         raise TypeError(
-            f"objective_config must be a topd.OPDConfig, TOPDConfig, TRDConfig, OPSDConfig or None, got {type(config).__name__}"
+            f"objective_config must be a topd.OPDConfig, TOPDConfig, TRDConfig, OPSDConfig or None, got {got}; give a "
+            "configuration, topd.OPDConfig(): the trainer makes the objective from it"
         )
     return config
 

@@ -46,8 +46,8 @@ def _refuse_teacher_grad(teacher_hidden: Tensor, teacher: Head) -> None:
 
 def _check_pair(student_hidden: Tensor, student: Head, teacher_hidden: Tensor, teacher: Head) -> None:
     """Check that each side's hidden states go with its head, and both sides with each other."""
-    check_side("student_hidden", student_hidden, "student", student, may_be_sharded=True)
-    check_side("teacher_hidden", teacher_hidden, "teacher", teacher, may_be_sharded=True)
+    check_side("student_hidden", student_hidden, "student", student, may_be_sharded=True, may_share_rows=True)
+    check_side("teacher_hidden", teacher_hidden, "teacher", teacher, may_be_sharded=True, may_share_rows=True)
     shape = ((*student_hidden.shape[:-1], teacher_hidden.shape[-1]), "the leading shape of student_hidden")
     check_tensor("teacher_hidden", teacher_hidden, shape=shape, device=(student_hidden.device, "student_hidden"))
     _refuse_teacher_grad(teacher_hidden, teacher)
@@ -175,7 +175,8 @@ def linear_divergence(
         teacher_hidden: [..., H_t], the same leading shape, dtype of `teacher.weight`; constant.
         teacher: Head; constant. Vocabularies that differ are compared on their first min(V_s, V_t) entries.
             Both heads may be sharded over one group of processes: then all ranks make the same call on the same hidden states,
-            and get the same value, the whole d student_hidden and d adapter.a, and the other gradients of their own rows.
+            and get the same value, the whole d student_hidden and d adapter.a, and the other gradients of their own tokens.
+            With VocabShard(sequence_parallel=True) each rank has rows of its own, and gets the results of these rows.
         divergence: a name, a `topd` divergence or a mapping of its name and parameters, e.g. "reverse_kl", topd.JSD(0.3),
             {"name": "jsd", "beta": 0.3}, topd.ForwardKL(entry_clip=0.05).
         temperature: > 0; both sides' logits are divided by it, after the softcap; no factor temperature².
@@ -224,7 +225,7 @@ def linear_divergence(
         _check_numbers(student, teacher, temperature, chosen, hard_weight, dtype)
         spec = spec_of(student, teacher, temperature, chosen, hard_weight)
         if pact is not None:
-            options = (spec, return_scores, hint is None, teacher_hidden.dtype)
+            options = (spec, return_scores, None if hint is None else hint.dtype, teacher_hidden.dtype)
             pact.sign(student_hidden, student, teacher, options, flat_tokens, flat_mask)
     if name == "reference":
         sides = (student_hidden, student, teacher_hidden, teacher)

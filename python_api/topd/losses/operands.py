@@ -29,11 +29,31 @@ def refuse_shard(name: str, head: Head) -> None:
         )
 
 
-def check_side(hidden_name: str, hidden: object, head_name: str, head: object, *, may_be_sharded: bool = False) -> None:
-    """Check that hidden states [..., H] go with a head."""
+def refuse_shared_rows(name: str, head: Head) -> None:
+    """Refuse a head whose ranks share the sequence, where a call takes all rows on every rank."""
+    if head.shard is not None and head.shard.sequence_parallel:
+        raise ValueError(
+            f"{name}.shard must have sequence_parallel=False in this call, got True; topd.linear_divergence and "
+            "topd.score_tokens take rows that the ranks share, for all others gather hidden states along the sequence first"
+        )
+
+
+def check_side(
+    hidden_name: str,
+    hidden: object,
+    head_name: str,
+    head: object,
+    *,
+    may_be_sharded: bool = False,
+    may_share_rows: bool = False,
+) -> None:
+    """Check that hidden states [..., H] go with a head; a call says whether its heads may be sharded, and whether the ranks may
+    share the sequence."""
     head = check_head(head_name, head)
     if not may_be_sharded:
         refuse_shard(head_name, head)
+    if not may_share_rows:
+        refuse_shared_rows(head_name, head)
     states = check_tensor(hidden_name, hidden, dtype=FLOATING)
     width = head.weight.shape[1]
     if states.dim() < 1 or states.shape[-1] != width:

@@ -34,7 +34,8 @@ SAME_STATES = 0.02
 
 def shard_of(head: Head) -> Shard:
     """Return how the vocabulary of a call's heads is split."""
-    return WHOLE if head.shard is None else Shard(head.shard.group, head.shard.start)
+    shard = head.shard
+    return WHOLE if shard is None else Shard(shard.group, shard.start, shard.sequence_parallel)
 
 
 def backend_of(backend: BackendName | None, device: torch.device, shard: Shard) -> BackendName:
@@ -77,10 +78,10 @@ class Promise(NamedTuple):
 
 
 class Pact:
-    """Where a call notes what it is about to compute: `promise`, which all ranks compare when its checks are over."""
+    """Hold what a call is about to compute: `promise`, which all ranks compare when its checks are over."""
 
     def __init__(self, student: VocabShard, teacher: VocabShard) -> None:
-        self.vocabs = student.vocab, teacher.vocab
+        self.vocabs, self.sequence = (student.vocab, teacher.vocab), student.sequence_parallel
         self.promise, self.call = Promise(), ""
 
     def sign(
@@ -99,8 +100,10 @@ class Pact:
         kinds = [(head.weight.dtype, head.scale, head.softcap, sorted(head.tensors())) for head in heads]
         trained = [[value.requires_grad for value in head.tensors().values()] for head in heads]
         grads = hidden.requires_grad, trained, torch.is_grad_enabled()
-        self.call = repr((options, self.vocabs, kinds, grads, hidden.dtype, tokens is None, mask is None))
-        checksum, states = zlib.crc32(self.call.encode()), _projection(hidden.detach(), mask)
+        given = tokens is None, mask is None, self.sequence
+        self.call = repr((options, self.vocabs, kinds, grads, hidden.dtype, *given))
+        checksum = zlib.crc32(self.call.encode())
+        states = (0.0, 0.0) if self.sequence else _projection(hidden.detach(), mask)  # rows of its own on every rank
         self.promise = Promise(1, hidden.shape[0], checksum, *states, student.bounds(), teacher.bounds())
 
     def compare(self, each: list[Promise]) -> None:
@@ -109,7 +112,8 @@ class Pact:
             raise ValueError(f"the call was refused on rank {refused[0]} of the sharded head's group, whose message says why")
         rows = [promise.rows for promise in each]
         if len(set(rows)) > 1:
-            raise ValueError(f"a sharded head takes the same rows on every rank of its group, got {rows} rows on its ranks")
+            same = "equally many rows" if self.sequence else "the same rows"
+            raise ValueError(f"a sharded head takes {same} on every rank of its group, got {rows} rows on its ranks")
         if len({promise.call for promise in each}) > 1:
             raise ValueError(
                 "all ranks of a sharded head must make the same call: options, dtypes, what is given and what requires grad, "
@@ -120,7 +124,8 @@ class Pact:
         if any(abs(other.projection - first.projection) > limit for other in others):
             raise ValueError(
                 "hidden states must be the same on every rank of a sharded head, got others on some rank: with a head that "
-                "FSDP shards run the loss inside the root module's forward; states split along the sequence are gathered first"
+                "FSDP shards run the loss inside the root module's forward; where each rank has rows of its own, give both "
+                "heads VocabShard(..., sequence_parallel=True)"
             )
         self._compare_bounds([promise.student for promise in each], [promise.teacher for promise in each])
 
@@ -172,6 +177,11 @@ def _together(group: "ProcessGroup", student: VocabShard | None, teacher: VocabS
             raise ValueError(
                 f"student and teacher must be sharded over one group, or both whole, got {kinds[0]} and {kinds[1]}; give both "
                 "shard=topd.VocabShard(...) over the same group"
+            )
+        if student.sequence_parallel != teacher.sequence_parallel:
+            raise ValueError(
+                f"student and teacher must agree in VocabShard.sequence_parallel, got {student.sequence_parallel} and "
+                f"{teacher.sequence_parallel}; the rows of both are this rank's own, or those of all ranks"
             )
         pact = Pact(student, teacher)
         yield pact

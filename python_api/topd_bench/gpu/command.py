@@ -24,8 +24,9 @@ from pathlib import Path
 import torch
 
 import topd
+from topd.cli.errors import INTERRUPTED
+from topd.cli.options import positive
 from topd_bench.cases import GPU_CASES
-from topd_bench.command import INTERRUPTED, positive
 from topd_bench.gpu.jobs import JOBS, Run
 from topd_bench.gpu.lines import TOKENS
 from topd_bench.gpu.report import Report

@@ -25,9 +25,9 @@ def gradients(workload: Workload) -> Gradients:
     student_hidden, student_weight, teacher_hidden, teacher_weight = workload.sides
     if not workload.has_teacher:
         return gradients_of_mean(_cross_entropy(student_hidden, student_weight, *workload.targets), workload.inputs)
-    student = _logprobs(student_hidden, student_weight)
+    student = logprobs(student_hidden, student_weight)
     with torch.no_grad():
-        teacher = _logprobs(teacher_hidden, teacher_weight)
+        teacher = logprobs(teacher_hidden, teacher_weight)
     return gradients_of_mean(divergence_of_logprobs(student, teacher, workload.loss), workload.inputs)
 
 
@@ -38,11 +38,12 @@ def loss_of(
     if not has_teacher(loss):
         return _cross_entropy(hidden, weight, ids, probs)
     with torch.no_grad():
-        teacher = _logprobs(teacher_hidden, teacher_weight)
-    return divergence_of_logprobs(_logprobs(hidden, weight), teacher, loss)
+        teacher = logprobs(teacher_hidden, teacher_weight)
+    return divergence_of_logprobs(logprobs(hidden, weight), teacher, loss)
 
 
-def _logprobs(hidden: Tensor, weight: Tensor) -> Tensor:
+def logprobs(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Return log-probabilities [N, V] float32 from full logits."""
     return F.log_softmax(F.linear(hidden, weight).float(), dim=-1)
 
 
@@ -50,7 +51,7 @@ def _cross_entropy(hidden: Tensor, weight: Tensor, ids: Tensor, probs: Tensor) -
     """Return nats [N]; for one token a row by torch's own cross-entropy."""
     if ids.shape[1] == 1:
         return F.cross_entropy(F.linear(hidden, weight).float(), ids[:, 0], reduction="none")
-    return cross_entropy_of_logprobs(_logprobs(hidden, weight), Targets(ids, probs))
+    return cross_entropy_of_logprobs(logprobs(hidden, weight), Targets(ids, probs))
 
 
 def contender(workload: Workload, backend: BackendName | None) -> Differentiable:

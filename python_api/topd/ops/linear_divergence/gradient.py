@@ -25,10 +25,15 @@ def gradients_of_kept(call: Call, kept: Kept, grad: Tensor, needs: Needs) -> Hea
 def gradients_of_sums(call: Call, kept: Kept, grad: Tensor, needs: Needs, *, uniform_hint: bool) -> HeadGrads:
     """Return exact sums under `grad` [N], which is 0 where masked; fresh tensors in the tile's dtype.
 
-    Over the ranks of a sharded head rows are computed again together: those that deviate on any rank.
+    Over the ranks of a sharded head rows are computed again together: those that deviate on any rank. Where the ranks share the
+    rows, each one learns what came for all of them, as no rank knows whether the others' rows obey.
     """
-    engine, hint = call.backend, kept.hint
-    if uniform_hint and call.mask is None and grad.numel() and grad.stride(0) == 0:
+    engine, hint, shard = call.backend, kept.hint, call.shard
+    if shard.sequence:
+        own = [call.tokens] if call.tokens is not None and call.spec.hard_weight else []
+        grad, hint, *tokens = shard.of_all(grad, hint, *own)
+        call = call._replace(tokens=next(iter(tokens), None))
+    elif uniform_hint and call.mask is None and grad.numel() and grad.stride(0) == 0:
         # An expanded scalar, as sum() sends it (mean() sends a number a row): no row deviates and the host need not wait. A row
         # without a distribution (its hint was set to 0) still poisons the sums, as it would in eager code.
         c = grad[0]
@@ -37,7 +42,8 @@ def gradients_of_sums(call: Call, kept: Kept, grad: Tensor, needs: Needs, *, uni
     expected = c * hint
     deviates, alive = (grad - expected).abs() <= 4 * torch.finfo(grad.dtype).eps * expected.abs(), grad != 0
     deviates.logical_not_()
-    deviates, alive = call.shard.union(deviates, alive)
+    if not shard.sequence:  # whose ranks have seen all rows
+        deviates, alive = shard.union(deviates, alive)
     weight = call.student.weight
     narrow = engine.grad_dtype(weight.dtype, call.dtype, weight.device) != call.dtype
     rows = (c, hint, grad, deviates, alive)
@@ -50,7 +56,7 @@ def gradients_of_sums(call: Call, kept: Kept, grad: Tensor, needs: Needs, *, uni
         narrow=narrow,
         jumps=call.spec.jumps,
         complete=True,
-        shard=call.shard,
+        shard=shard,
     )
     if not correct.rows.numel():
         return correct.grads
@@ -60,7 +66,7 @@ def gradients_of_sums(call: Call, kept: Kept, grad: Tensor, needs: Needs, *, uni
             continue
         through_adapter = loop.student.through_adapter(gradients.grad_logits)
         if needs.adapter and through_adapter is not None:
-            through_adapter = call.shard.summed(through_adapter)
+            through_adapter = shard.summed(through_adapter)
         first = correct.anew and gradients.first
         sums = (loop.student, gradients.grad_logits, through_adapter, gradients.hidden)
         for alpha, weights in correct.terms:

@@ -11,17 +11,20 @@ from topd.ops.linear_divergence.spec import Call, Rows, RowsInputs
 from topd.ops.shared.few_rows import are_few
 from topd.ops.shared.loop import TileLoop, plan_rows
 from topd.ops.shared.plan import EAGER_TEMPORARIES, ChunkPlan, Products
+from topd.ops.shared.split_rows import Piece, SplitRows
 
 
 class PileGradients(NamedTuple):
     """The gradients to the products of a pile: where its rows stand among the N, the student's hidden states there, dlogits
-    [P, V] of the common vocabulary, which rows have a distribution, and whether no pile came before."""
+    [P, V] of the common vocabulary, which rows have a distribution, whether no pile came before, and which ranks have the rows
+    where these share them."""
 
     row_index: slice | Tensor
     hidden: Tensor
     grad_logits: Tensor
     finite: Tensor
     first: bool
+    piece: Piece | None
 
 
 class Chunk(NamedTuple):
@@ -85,7 +88,7 @@ class Loop:
     """Iterates over the chunks of the chosen rows (None: all).
 
     Args:
-        call: the operands.
+        call: the operands. Where the ranks share the rows `chosen` and `call.tokens` are of the whole sequence.
         grad, scores: what to compute beside the value.
         weight_grad: whether d weight is summed.
         student_tile: where the student's tile shall be, at least as large; None: a new one.
@@ -138,20 +141,26 @@ class Loop:
             if rows.grad_logits is not None and (pile := chunk.pile) is not None:
                 grad_logits = rows.grad_logits if pile.grad_tile is None else pile.grad_tile
                 exists = rows.finite if len(finite) == 1 else torch.cat(finite)
-                gradients = PileGradients(pile.row_index, pile.hidden, grad_logits[:, : self.vocab], exists, pile.first)
+                gradients = PileGradients(
+                    pile.row_index, pile.hidden, grad_logits[:, : self.vocab], exists, pile.first, pile.piece
+                )
                 finite = []
             yield Chunk(chunk.row_index, rows, gradients)
 
     def _tiles(self) -> TileLoop:
         """Return the loop over tiles of products, with buffers of their own."""
         weight, dtype, engine = self.student.weight, self.call.dtype, self.call.backend
-        narrow = engine.grad_dtype(weight.dtype, dtype, weight.device)
+        narrow, shard, chosen = engine.grad_dtype(weight.dtype, dtype, weight.device), self.call.shard, self.chosen
+        split_rows = None
+        if shard.sequence and chosen is not None:
+            split_rows = SplitRows(shard, chosen, self.student.hidden.shape[0])
         return TileLoop(
             engine,
             self.plan,
             (self.student, self.teacher),
-            self.chosen,
+            chosen,
             dtype,
             tile=self.student_tile,
             grad_dtype=narrow if self.grad and narrow != dtype else None,
+            split_rows=split_rows,
         )

@@ -43,6 +43,7 @@ from topd.ops.shared.differentiable import (
 )
 from topd.ops.shared.engines import EAGER, Engine
 from topd.ops.shared.few_rows import may_keep
+from topd.ops.shared.hidden_sums import HiddenSums
 from topd.ops.shared.loop import chosen_rows
 from topd.ops.shared.numbers import numbers_in, numbers_of
 from topd.ops.shared.one_pass import normalised_hint
@@ -108,17 +109,46 @@ def _forward(*flat: Any) -> tuple[Any, ...]:
 
 def _computed(call: Call, inputs: Inputs) -> Outputs:
     """Return the results of a call whose numbers are settled."""
-    needs, keeps = inputs.needs, _keeps(inputs)
+    needs, keeps, shard = inputs.needs, _keeps(inputs), call.shard
     outputs = _empty(inputs, keeps=keeps, engine=call.backend)
-    value, scores, (u, grads, hint, dlogits) = outputs.value, outputs.scores, outputs.kept
+    if shard.sequence:
+        return _of_sequence(call, inputs, outputs)
     chosen = chosen_rows(call.mask)
-    if call.tokens is not None and not call.shard.split:  # else the public function has checked them
+    if call.tokens is not None and not shard.split:  # else the public function has checked them
         in_vocabulary("tokens", call.tokens if chosen is None else call.tokens[chosen], call.vocab, COMMON_VOCABULARY)
-    shard, summed = call.shard, needs.head and not keeps  # also on a rank whose shard is empty, which has no sums
-    if summed:
-        hint = normalised_hint(inputs.weights_hint, call.mask, value)
+    if needs.head and not keeps:
+        hint = normalised_hint(inputs.weights_hint, call.mask, outputs.value)
         outputs = outputs._replace(kept=outputs.kept._replace(hint=hint))
+    _fill(call, inputs, chosen, outputs, keeps=keeps)
+    return outputs
+
+
+def _of_sequence(call: Call, inputs: Inputs, outputs: Outputs) -> Outputs:
+    """Return the results for this rank's rows, where the ranks share the rows: all but the hidden states and u is computed for
+    the whole sequence on every rank."""
+    shard, n = call.shard, call.student.hidden.shape[0]
+    own = shard.own(n)
+    columns = call.mask, call.tokens, inputs.weights_hint
+    everyone = iter(shard.of_all(*(column for column in columns if column is not None)))
+    mask, tokens, hint = (None if column is None else next(everyone) for column in columns)
+    value = outputs.value.new_zeros(n * shard.ranks)
+    scores = value.new_zeros(outputs.scores.shape[0], value.numel())
+    hint = normalised_hint(hint, mask, value) if inputs.needs.head else outputs.kept.hint
+    chosen = chosen_rows(mask)
+    if chosen is None:
+        chosen = torch.arange(value.numel(), device=value.device)
+    whole = outputs._replace(value=value, scores=scores, kept=outputs.kept._replace(hint=hint))
+    _fill(call._replace(tokens=tokens), inputs, chosen, whole, keeps=False)
+    return Outputs(value[own].clone(), scores[:, own].clone(), whole.kept._replace(hint=hint[own].clone()))
+
+
+def _fill(call: Call, inputs: Inputs, chosen: Tensor | None, outputs: Outputs, *, keeps: bool) -> None:
+    """Compute the chosen rows (None: all) into the results, a chunk at a time."""
+    needs, shard = inputs.needs, call.shard
+    value, scores, (u, grads, hint, dlogits) = outputs.value, outputs.scores, outputs.kept
     grad = any(needs)
+    summed = needs.head and not keeps  # also on a rank whose shard is empty, which has no sums
+    hidden_sums = HiddenSums(shard, u)
     tile = dlogits if keeps else None
     loop = Loop(call, chosen, grad=grad, weight_grad=needs.weight, scores=inputs.scores, student_tile=tile)
     if loop.plan.n == 0:
@@ -131,12 +161,12 @@ def _computed(call: Call, inputs: Inputs) -> Outputs:
             scores[:, chunk.row_index] = chunk.rows.scores
         if (gradients := chunk.gradients) is None:
             continue
-        index, finite = gradients.row_index, gradients.finite
+        index, finite, piece = gradients.row_index, gradients.finite, gradients.piece
         through_adapter = loop.student.through_adapter(gradients.grad_logits)
-        if needs.hidden and isinstance(index, slice):
-            shard.summed(loop.student.hidden_grad(gradients.grad_logits, through_adapter, finite, out=u[index]))
-        elif needs.hidden:
-            u[index] = shard.summed(loop.student.hidden_grad(gradients.grad_logits, through_adapter, finite))
+        if needs.hidden:
+            out = hidden_sums.place(index, piece)
+            part = loop.student.hidden_grad(gradients.grad_logits, through_adapter, finite, out=out)
+            hidden_sums.add(part, index, piece)
         if keeps:
             hint[index] = finite.to(hint.dtype)
         if summed:
@@ -146,7 +176,7 @@ def _computed(call: Call, inputs: Inputs) -> Outputs:
             hint[index] = weights
             sums = (loop.student, gradients.grad_logits, through_adapter, gradients.hidden, weights)
             grads.add(*sums, first=gradients.first, normalised=True)
-    return outputs
+    hidden_sums.finish()
 
 
 def _backward(grad_value: Tensor, *flat: Any) -> tuple[Any, ...]:

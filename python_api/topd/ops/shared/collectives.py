@@ -5,17 +5,17 @@ alone is checked before, and its outcome exchanged by `outcomes` (`topd.ops.shar
 
 An all-reduced sum of exponentials loses digits, and a reduction's order of additions is the backend's own. So numbers that
 decide anything are gathered, and each rank adds them in the order of the ranks: the same bits everywhere. Only gradients to
-hidden states are all-reduced.
+hidden states are reduced.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 if TYPE_CHECKING:  # some builds of torch have none
-    from torch.distributed import ProcessGroup
+    from torch.distributed import ProcessGroup, Work
 
 
 def group_of(name: str) -> "ProcessGroup":
@@ -30,6 +30,24 @@ def gathered(group: "ProcessGroup", mine: Tensor) -> Tensor:
     parts = [torch.empty_like(mine) for _ in range(group.size())]
     dist.all_gather(parts, mine, group=group)
     return torch.stack(parts)
+
+
+class Gathering(NamedTuple):
+    """What each rank has, on its way."""
+
+    work: "Work"
+    parts: list[Tensor]
+
+    def arrived(self) -> Tensor:
+        """Wait, and return [R, ...] in the order of the ranks."""
+        self.work.wait()
+        return torch.stack(self.parts)
+
+
+def gathering(group: "ProcessGroup", mine: Tensor) -> Gathering:
+    """Begin to gather what each rank has; `mine`, whose entries lie one after the other, has the same shape on all of them."""
+    parts = [torch.empty_like(mine) for _ in range(group.size())]
+    return Gathering(dist.all_gather(parts, mine, group=group, async_op=True), parts)
 
 
 def added_up(group: "ProcessGroup", mine: Tensor) -> Tensor:
@@ -52,6 +70,19 @@ def gathered_parts(group: "ProcessGroup", mine: Tensor, sizes: list[int]) -> Ten
         return mine
     padded = torch.nn.functional.pad(mine, (0, max(sizes) - mine.numel()))
     return torch.cat([part[:size] for part, size in zip(gathered(group, padded), sizes, strict=True)])
+
+
+def adding_up(group: "ProcessGroup", mine: Tensor) -> "Work":
+    """Begin to replace `mine`, whose entries lie one after the other, by the sum over the ranks; it is there after `wait()`."""
+    work: Work = dist.all_reduce(mine, group=group, async_op=True)
+    return work
+
+
+def adding_up_parts(group: "ProcessGroup", mine: Tensor, out: Tensor) -> "Work":
+    """Begin to write to `out` [...] this rank's part of the sum over the ranks of `mine` [R, ...]; it is there after `wait()`.
+    gloo adds up all parts on every rank and keeps one; NCCL sends each rank its own part alone."""
+    work: Work = dist.reduce_scatter_single(out, mine.flatten(0, 1), group=group, async_op=True)
+    return work
 
 
 def outcomes(group: "ProcessGroup", numbers: list[int], device: torch.device) -> list[list[int]]:

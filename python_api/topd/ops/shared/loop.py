@@ -22,6 +22,7 @@ from topd.ops.shared.plan import (
     wanted_workspace,
 )
 from topd.ops.shared.shard import WHOLE, Shard
+from topd.ops.shared.split_rows import Piece, SplitRows
 from topd.ops.shared.tiles import WidenedSide
 
 
@@ -86,12 +87,13 @@ def chosen_rows(mask: Tensor | None) -> Tensor | None:
 
 class Pile(NamedTuple):
     """The rows of a pile: where they stand among the N, the first side's hidden states there, their tile of gradients where
-    they have one of their own, and whether no pile came before."""
+    they have one of their own, whether no pile came before, and which ranks have them where these share the rows."""
 
     row_index: slice | Tensor
     hidden: Tensor
     grad_tile: Tensor | None
     first: bool
+    piece: Piece | None = None
 
 
 class Chunk(NamedTuple):
@@ -117,6 +119,7 @@ class TileLoop:
         dtype: of the tiles.
         tile: where the first side's tile shall be, at least as large; None: a new one.
         grad_dtype: of a tile for gradients of its own; None: there is none.
+        split_rows: the chosen rows where the ranks share them; None: each side has all hidden states.
     """
 
     def __init__(
@@ -129,8 +132,10 @@ class TileLoop:
         *,
         tile: Tensor | None = None,
         grad_dtype: torch.dtype | None = None,
+        split_rows: SplitRows | None = None,
     ) -> None:
-        self.plan, self.sides, self.chosen = plan, sides, chosen
+        self.plan, self.sides, self.split_rows = plan, sides, split_rows
+        self.chosen = chosen if split_rows is None else split_rows.rows
         first, *others = sides
         tiles = [self._tile(engine, side, dtype) for side in others]
         self.tiles = [self._tile(engine, first, dtype) if tile is None else tile, *tiles]
@@ -145,25 +150,36 @@ class TileLoop:
 
     def __iter__(self) -> Iterator[Chunk]:
         differentiated, *others = self.sides
+        states = None
+        if self.split_rows is not None:
+            states = self.split_rows.states([side.hidden for side in self.sides], self.plan.bounds())
         for bounds in self.plan.piles():
             (begin, _), (_, end) = bounds[0], bounds[-1]
+            of_pile = []
             for start, stop in bounds:
                 index = self._index(start, stop)
                 first, *rest = products = [tile[: stop - start] for tile in self.tiles]
-                hidden = differentiated.hidden[index]
+                arrived = None if states is None else next(states)
+                hidden = differentiated.hidden[index] if arrived is None else arrived.pop(0)
                 differentiated.multiply(hidden, first)
                 for side, product in zip(others, rest, strict=True):
-                    side.multiply(side.hidden[index], product)
+                    side.multiply(side.hidden[index] if arrived is None else arrived.pop(0), product)
                 grad_tile = None if self.grad_tile is None else self.grad_tile[start - begin : stop - begin]
-                pile = self._pile(begin, end, hidden if start == begin else None) if stop == end else None
+                if arrived is not None:
+                    of_pile.append(hidden)
+                pile = self._pile(begin, end, hidden if start == begin else None, of_pile) if stop == end else None
                 yield Chunk(index, hidden, products, grad_tile, start == 0, pile)
 
     def _index(self, start: int, stop: int) -> slice | Tensor:
         return slice(start, stop) if self.chosen is None else self.chosen[start:stop]
 
-    def _pile(self, begin: int, end: int, hidden: Tensor | None) -> Pile:
-        """Return the pile of these rows; `hidden`: their hidden states, where they are there already."""
-        index = self._index(begin, end)
+    def _pile(self, begin: int, end: int, hidden: Tensor | None, arrived: list[Tensor]) -> Pile:
+        """Return the pile of these rows; `hidden`: their hidden states, where they are there already; `arrived`: those of its
+        chunks, where the ranks share the rows."""
+        index, piece = self._index(begin, end), None
         first, *_ = self.sides
+        if self.split_rows is not None:
+            piece = self.split_rows.piece(begin, end)
+            hidden = torch.cat(arrived) if hidden is None else hidden
         grad_tile = None if self.grad_tile is None else self.grad_tile[: end - begin]
-        return Pile(index, first.hidden[index] if hidden is None else hidden, grad_tile, begin == 0)
+        return Pile(index, first.hidden[index] if hidden is None else hidden, grad_tile, begin == 0, piece)

@@ -85,7 +85,7 @@ def correction(
     if not anew and jumps:
         anew = bool(expected[rows].any())
     elif not anew:
-        anew = _cancels(_sizes(side, saved), u, expected, weights, rows, living)
+        anew = _cancels(_measures(side, saved, u, shard), expected, weights, rows, living)
     if shard.split:
         (anew_somewhere,) = shard.union(rows.new_full((1,), anew))
         anew = bool(anew_somewhere)
@@ -95,26 +95,34 @@ def correction(
     return Correction(saved.times(c, engine), rows, terms, False)
 
 
-def _sizes(side: Side, grads: HeadGrads) -> list[Tensor]:
+def _sizes(side: Side, grads: HeadGrads, *, of_all: bool) -> list[Tensor]:
     """Return for each of the head's gradients a number [N] with which a row's share of it grows: d weight and d a grow with the
-    hidden state, d b with what the adapter makes of it, d bias with neither."""
+    hidden state, d b with what the adapter makes of it, d bias with neither. `of_all`: also of those that are not asked for, as
+    a rank of a sharded head that has no tokens cannot tell."""
     sizes = [torch.linalg.vector_norm(side.hidden, dim=-1, dtype=grads.weight.dtype)]
-    if grads.bias.numel():
+    if grads.bias.numel() or (of_all and side.bias is not None):
         sizes.append(torch.ones_like(sizes[0]))
-    if grads.b.numel() and side.a is not None:
+    if side.a is not None and (of_all or grads.b.numel()):
         dtype = grads.b.dtype
         sizes.append(torch.linalg.vector_norm(side.hidden.to(dtype) @ side.a.to(dtype).T, dim=-1))
     return sizes
 
 
-def _cancels(sizes: list[Tensor], u: Tensor, expected: Tensor, weights: Tensor, redo: Tensor, alive: Tensor) -> bool:
-    """Tell whether correcting would subtract rows so much larger than what stays that digits are lost: a hint far off, a row
-    with an outlying hidden state, or one with a steep gradient among flat ones. What a row adds is measured by its weight times
-    its size, once more times the norm of its u where there is one; the largest rows are compared, and all of them together."""
-    measures = [(size, 4.0) for size in sizes]
+def _measures(side: Side, grads: HeadGrads, u: Tensor, shard: Shard) -> list[tuple[Tensor, float]]:
+    """Return what each row is measured by [N], its sizes, once more times the norm of its u where there is one, and how many
+    times as large as what stays it may be; [R N] where the ranks share the rows."""
+    measures = [(size, 4.0) for size in _sizes(side, grads, of_all=shard.sequence)]
     if u.numel():
         steepness = torch.linalg.vector_norm(u, dim=-1)
-        measures += [(size * steepness, 64.0) for size in sizes]
+        measures += [(size * steepness, 64.0) for size, _ in measures]
+    sizes = shard.of_all(*(size for size, _ in measures))
+    return [(size, limit) for size, (_, limit) in zip(sizes, measures, strict=True)]
+
+
+def _cancels(measures: list[tuple[Tensor, float]], expected: Tensor, weights: Tensor, redo: Tensor, alive: Tensor) -> bool:
+    """Tell whether correcting would subtract rows so much larger than what stays that digits are lost: a hint far off, a row
+    with an outlying hidden state, or one with a steep gradient among flat ones. What a row adds is its weight times each of
+    its measures; the largest rows are compared, and all of them together."""
     verdicts = []
     for size, limit in measures:
         removed, kept = ((each.abs() * size).nan_to_num_() for each in (expected, weights))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from topd.ops.shared.collectives import added_up, gathered, group_of, outcomes
+from topd.ops.shared.collectives import Gathering, added_up, gathered, gathering, group_of, outcomes
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -30,19 +30,32 @@ class Shard:
     Attributes:
         group: the processes that hold the vocabulary together; None: this one holds it all.
         start: the first token that is held here.
+        sequence: each process has rows of its own, N on all of them; the whole sequence is R N rows in the order of the ranks.
     """
 
     group: "ProcessGroup | None" = None
     start: int = 0
+    sequence: bool = False
 
     @property
     def name(self) -> str:
         """The text from which `shard_of` makes the same."""
-        return "" if self.group is None else f"{self.start} {self.group.group_name}"
+        sequence = SEQUENCE if self.sequence else ""
+        return "" if self.group is None else f"{self.start}{sequence} {self.group.group_name}"
 
     def gathered(self, mine: Tensor) -> Tensor:
         """Return [R, ...], what each rank has; R = 1 where one process holds the whole vocabulary."""
         return mine.unsqueeze(0) if self.group is None else gathered(self.group, mine)
+
+    def gathering(self, mine: Tensor) -> Gathering:
+        """Begin to gather what each rank has, where other processes hold further parts."""
+        assert self.group is not None
+        return gathering(self.group, mine)
+
+    @property
+    def ranks(self) -> int:
+        """The number of processes that hold the vocabulary."""
+        return 1 if self.group is None else self.group.size()
 
     @property
     def split(self) -> bool:
@@ -56,6 +69,19 @@ class Shard:
     def summed(self, mine: Tensor) -> Tensor:
         """Return the sum over the ranks of partial gradients, maybe in `mine`."""
         return mine if self.group is None or not mine.numel() else added_up(self.group, mine)
+
+    def own(self, n: int) -> slice:
+        """Return where this process's n rows stand among those of all."""
+        first = n * self.group.rank() if self.group is not None and self.sequence else 0
+        return slice(first, first + n)
+
+    def of_all(self, *columns: Tensor) -> list[Tensor]:
+        """Return each column [N] as that of the whole sequence [R N]: one collective for all of them, or none."""
+        if self.group is None or not self.sequence or not any(column.numel() for column in columns):
+            return list(columns)
+        sent = [column.contiguous().view(torch.uint8) for column in columns]
+        everyone = gathered(self.group, torch.cat(sent)).split([part.numel() for part in sent], dim=1)
+        return [part.flatten().view(column.dtype) for part, column in zip(everyone, columns, strict=True)]
 
     def union(self, *masks: Tensor) -> list[Tensor]:
         """Return each mask [N], or-ed over the ranks; one collective for all of them."""
@@ -82,6 +108,7 @@ class Shard:
 
 
 WHOLE = Shard()
+SEQUENCE = "+sequence"
 
 
 def shard_of(name: str) -> Shard:
@@ -89,7 +116,7 @@ def shard_of(name: str) -> Shard:
     if not name:
         return WHOLE
     start, _, group = name.partition(" ")
-    return Shard(group_of(group), int(start))
+    return Shard(group_of(group), int(start.removesuffix(SEQUENCE)), start.endswith(SEQUENCE))
 
 
 def in_rank_order(parts: Tensor) -> Tensor:

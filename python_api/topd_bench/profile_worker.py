@@ -1,4 +1,4 @@
-"""One way of `topd profile --run` in a process of its own: `python -m topd.profiling.measured ASKED.json REPORT.json`."""
+"""One way of `topd profile --run` in a process of its own: `python -m topd_bench.profile_worker ASKED.json REPORT.json`."""
 
 import json
 import statistics
@@ -12,8 +12,9 @@ import torch
 
 from topd.files import write_json
 from topd.memory import peak_mib
-from topd.profiling.contenders import Tensors, random_tensors, value_and_gradients
 from topd.profiling.recorder import Recorder
+from topd_bench.cases import Inputs
+from topd_bench.ways import random_inputs, value_and_gradients
 
 ROUNDS = 5
 TINY = {"n": 64, "vocab": (512, 512), "width": (64, 64)}
@@ -27,16 +28,16 @@ def measure(asked: dict[str, Any]) -> dict[str, Any]:
     """
     device, dtype = torch.device(asked["device"]), getattr(torch, asked["dtype"])
 
-    def tensors(sizes: dict[str, Any]) -> Tensors:
+    def inputs(sizes: dict[str, Any]) -> Inputs:
         torch.manual_seed(0)
         with device:
-            return random_tensors(sizes["n"], tuple(sizes["vocab"]), tuple(sizes["width"]), dtype, trained=asked["trained"])
+            return random_inputs(sizes["n"], tuple(sizes["vocab"]), tuple(sizes["width"]), dtype, trained=asked["trained"])
 
-    def step(given: Tensors) -> None:
+    def step(given: Inputs) -> None:
         value_and_gradients(asked["name"], given, asked["loss"])
 
-    step(tensors(TINY))
-    given = tensors(asked)
+    step(inputs(TINY))
+    given = inputs(asked)
     if device.type == "cuda":  # kernels are compiled and tuned; the allocator's peak of a later call is the same
         step(given)
     with peak_mib(device) as peak:

@@ -1,0 +1,46 @@
+"""linear_divergence and its scores where two to four processes share the vocabulary and the sequence, against the truth on
+whole heads and all rows."""
+
+import pytest
+import torch
+from compare import CONSTANT, assert_near, assert_outcome, by_topd, plain
+from score_truth import true_scores
+from sequence_cases import problems, starts_of, whole
+from sequence_parallel import weights_of
+from two_ranks import start
+
+CASES = {name: (number, problem) for number, (name, problem) in enumerate(problems())}
+
+
+@pytest.fixture(scope="module", params=[2, 3, 4])
+def ranks(request, tmp_path_factory):
+    return start("losses/sequence_parallel.py", tmp_path_factory.mktemp("ranks"), timeout=120, ranks=request.param)
+
+
+def together_of(ranks, problem, dtype, name):
+    own, other = (model.weight.shape[0] for model in (problem.student, problem.teacher))
+    return whole([rank[dtype, name] for rank in ranks], starts_of(len(ranks), min(own, other)), own)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_gradients_and_scores(name, ranks):
+    number, problem = CASES[name]
+    _, upstream, _ = weights_of(number)
+    assert_outcome(together_of(ranks, problem, torch.float64, name), plain(problem, upstream), 1e-12)
+    for field, true in true_scores(problem).items():
+        mine = torch.cat([rank[torch.float64, name]["scores"][field] for rank in ranks])
+        assert_near(mine.double(), true.double(), 1e-12, field)
+
+
+@pytest.mark.parametrize("ranks", [2, 3], indirect=True)
+@pytest.mark.parametrize("name", CASES)
+def test_float32_is_no_worse_than_one_process(name, ranks):
+    number, problem = CASES[name]
+    problem, (_, upstream, hint) = problem.to(torch.float32), weights_of(number)
+    truth, single = plain(problem, upstream), by_topd(problem, "eager", upstream, weights_hint=hint)
+    together = together_of(ranks, problem, torch.float32, name)
+    pairs = [(together.value, single.value, truth.value)]
+    pairs += [(together.grads[key], single.grads[key], truth.grads[key]) for key in truth.grads]
+    for mine, one, true in pairs:
+        error, allowed = (mine.double() - true).abs(), (one.double() - true).abs()
+        assert (error <= allowed + CONSTANT * true.abs().max()).all()
