@@ -15,9 +15,9 @@ BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float
 UPSTREAMS = ("even", "uneven")
 
 
-def models():
-    """Return a student and a teacher in float32."""
-    return tiny("llama", **MILD), tiny("qwen3", seed=3, **MILD).requires_grad_(False)
+def models(dtype=torch.float32):
+    """Return a student and a teacher."""
+    return tiny("llama", **MILD).to(dtype), tiny("qwen3", seed=3, **MILD).to(dtype).requires_grad_(False)
 
 
 def sharded(model, place="root", mesh=None, **options):
@@ -48,8 +48,9 @@ def token_loss(student, teacher, batch, upstream):
 
 
 def whole(gradient):
-    """Return a gradient as one tensor in float32."""
-    return (gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient).float()
+    """Return a gradient as one tensor, in float32 where it has fewer bits."""
+    gradient = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+    return gradient.to(torch.promote_types(gradient.dtype, torch.float32))
 
 
 def gradients(student):
@@ -64,10 +65,10 @@ def accumulated(student, teacher, rank, upstream="even", loss=token_loss):
     return gradients(student)
 
 
-def in_one_process(bf16=False, upstream="even", loss=token_loss):
+def in_one_process(bf16=False, upstream="even", loss=token_loss, dtype=torch.float32):
     """Return the mean over two ranks of the gradients of their micro-batches, one after the other and without a wrapper; those
     of bfloat16 are added up in float32, as BF16 says."""
-    student, teacher = models()
+    student, teacher = models(dtype)
     if bf16:
         for parameter in student.parameters():  # buffers stay, as they do under FSDP2
             parameter.data = parameter.data.bfloat16()
@@ -78,3 +79,32 @@ def in_one_process(bf16=False, upstream="even", loss=token_loss):
             total[name] = total.get(name, 0) + gradient / 2
         student.zero_grad()
     return total
+
+
+class Small(torch.nn.Module):
+    """A model of one's own, whose forward ends before its head."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm, self.head = torch.nn.Linear(12, 12), torch.nn.RMSNorm(12), torch.nn.Linear(12, 37, bias=False)
+
+    def forward(self, states):
+        return self.norm(self.layer(states).tanh())
+
+
+def small():
+    """Return such a model, and the weight of a teacher's head."""
+    torch.manual_seed(0)
+    return Small(), torch.randn(37, 12)
+
+
+def small_batches(rank=None):
+    """Return the two micro-batches of a rank, or all four: states [6, 12]."""
+    batches = torch.randn(4, 6, 12, generator=torch.Generator().manual_seed(1)).unbind(0)
+    return batches if rank is None else batches[2 * rank : 2 * rank + 2]
+
+
+def small_loss(hidden, student, states, teacher):
+    """Return the loss of states that the student's forward returned; its rows weigh unequally, so that they are redone."""
+    value = topd.linear_divergence(hidden, topd.Head(student.head.weight), states, topd.Head(teacher))
+    return (value * torch.linspace(1, 3, len(value))).sum()

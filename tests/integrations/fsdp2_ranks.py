@@ -1,10 +1,25 @@
 """Two ranks that train students which FSDP2 shards; started by test_fsdp2.py as a process of its own."""
 
 import torch
-from fsdp2_cases import BF16, PLACES, UPSTREAMS, accumulated, models, sharded
+from fsdp2_cases import (
+    BF16,
+    PLACES,
+    UPSTREAMS,
+    accumulated,
+    gradients,
+    models,
+    sharded,
+    small,
+    small_batches,
+    small_loss,
+    whole,
+)
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Partial
 from two_ranks import fork
 
 import topd
+from topd.integrations.distributed import head_method
 
 
 def opd(student, teacher, batch, upstream):
@@ -32,9 +47,41 @@ def sharded_teachers(rank):
     return results
 
 
+def heads_method(rank, together):
+    """The gradients of two chunks of tokens after the model's forward, by the head's own method; two micro-batches."""
+    student, teacher = small()
+    fully_shard([student.norm, student.head] if together else student.head)
+    fully_shard(student)
+    call = head_method(student.head)
+    for index, states in enumerate(small_batches(rank)):
+        student.set_requires_gradient_sync(index == 1)
+        hidden = student(states)
+        for chunk, other in zip(hidden.split(3), states.split(3), strict=True):
+            call(lambda rows, other=other: small_loss(rows, student, other, teacher), chunk).backward(retain_graph=True)
+    return gradients(student)
+
+
+def gathered_by_hand(rank, **options):
+    """The gradient of a head that is gathered by full_tensor, in another way than FSDP2 gathers."""
+    student, teacher = small()
+    fully_shard(student.head)
+    fully_shard(student)
+    for states in small_batches(rank):
+        weight = student.head.weight.full_tensor(**options)
+        value = topd.linear_divergence(student(states), topd.Head(weight), states, topd.Head(teacher))
+        value.sum().backward()
+    return whole(student.head.weight.grad)
+
+
 def work(rank):
     torch.distributed.init_process_group("gloo")
-    return {"places": everywhere(rank), "teachers": sharded_teachers(rank)}
+    return {
+        "places": everywhere(rank),
+        "teachers": sharded_teachers(rank),
+        "method": {together: heads_method(rank, together) for together in (False, True)},
+        "full_tensor()": gathered_by_hand(rank),
+        "full_tensor(avg)": gathered_by_hand(rank, grad_placements=[Partial("avg")]),
+    }
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Two processes whose trainers share models by tensor parallelism; started by test_tensor_parallel_trainers.py.
+"""Two processes whose trainers share models by tensor parallelism; started by test_split_trainers.py.
 
 accelerate takes tensor parallelism on GPUs alone, by a check that is left out here.
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 import accelerate
 import torch
 import transformers
-from tensor_parallel_cases import flat
+from split_cases import flat
 from tiny_trl_cases import SGD, trainer_of, two_steps_by_trl
 from trainer_cases import InOrder, arguments, four_rollouts, prompts, rows_of
 from transformers.distributed import DistributedConfig

@@ -174,7 +174,7 @@ def decode(
             drawn = draw(logits, sampling.temperature, sampling.generator)
         else:
             drawn = noise.choose(logits / sampling.temperature, draws.running, place)
-        drawn = together(decoder.head, drawn)
+        drawn = together(decoder.output, drawn)
         draws.add(place, drawn)
         kept = draws.kept()
         if kept is not None:

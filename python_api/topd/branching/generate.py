@@ -35,9 +35,9 @@ def generate(
         """Perturb the logits, so that the most likely token is a sample of our generator's."""
         kept = logits.masked_fill(torch.arange(logits.shape[-1], device=logits.device) >= sampling.vocab, -torch.inf)
         scores = perturbed(kept.to(torch.promote_types(kept.dtype, torch.float32)), sampling.temperature, sampling.generator)
-        if decoder.head.shard is None:
+        if decoder.output.shard is None:
             return scores
-        return only(scores, together(decoder.head, scores.argmax(-1)))
+        return only(scores, together(decoder.output, scores.argmax(-1)))
 
     def with_noise(noise: Noise, windows: Tensor, columns: int) -> Callable[[Tensor, Tensor], Tensor]:
         """Return what leaves of the logits [M, V] the token alone that the noise chooses after these prompts [M, columns]."""
@@ -45,7 +45,7 @@ def generate(
         def choose(tokens: Tensor, logits: Tensor) -> Tensor:
             kept = logits[:, : sampling.vocab].to(torch.promote_types(logits.dtype, torch.float32))
             drawn = noise.choose(kept / sampling.temperature, windows, tokens.shape[1] - columns)
-            return only(logits, together(decoder.head, drawn))
+            return only(logits, together(decoder.output, drawn))
 
         return choose
 

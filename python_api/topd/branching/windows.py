@@ -154,7 +154,7 @@ def sample_windows(
     student, teacher = decoder_of(student_model), decoder_of(teacher_model)
     check_ids("input_ids", ids, student=embedded_tokens(student_model), teacher=embedded_tokens(teacher_model))
     ends, own = end_tokens(eos_token_id, student.model, teacher.model), student.vocab
-    noise = noise_of(window_noise, ids, attended, positions, generator, student.head)
+    noise = noise_of(window_noise, ids, attended, positions, generator, student.output)
     if student_window == "rollout":
         students = from_rollout(ids, attended, positions, horizon, response)
         if noise is not None:

@@ -25,7 +25,8 @@ class Decoder:
     Attributes:
         model: the causal language model of transformers under its wrappers.
         base: the part of it that ends in last_hidden_state.
-        head: its output layer, with live parameters; of a model that is split over processes its rows that are here.
+        output: its output layer, as it was when the decoder was made; of a model that is split over processes its rows that are
+            here.
         sliding: how many tokens each kind of attention layer sees back, by the kind's name; None: all of them.
         obstacle: why it cannot branch; empty where it can.
         unpackable: why it cannot read packed sequences; empty where it can.
@@ -33,10 +34,20 @@ class Decoder:
 
     model: Any
     base: Any
-    head: Head
+    output: Head
     sliding: dict[str, int | None]
     obstacle: str
     unpackable: str
+
+    @property
+    def head(self) -> Head:
+        """The output layer with live parameters, read anew: for a loss that is computed behind the states.
+
+        Autograd goes back through what was computed last. FSDP2 exchanges a unit's gradients when it comes to the unit's first
+        module: where the last norm shares one with the head, what a Head makes of the weight (this rank's part, its first rows)
+        must come behind the norm, or its gradient would come too late.
+        """
+        return Head.from_model(self.model, verify=False)
 
     def states(
         self,
@@ -83,22 +94,22 @@ class Decoder:
         """Return float32 (float64) logits [..., vocab] of a few states, by the model's own output layer; where processes share
         its rows all of them call it, with the same states."""
         layer = self.model.get_output_embeddings()
-        if self.head.shard is None:
-            product = _output(layer, hidden)[..., : self.head.weight.shape[0]]
+        if self.output.shard is None:
+            product = _output(layer, hidden)[..., : self.output.weight.shape[0]]
         else:  # in the memory format of a whole head's, in whose order noise is drawn
-            product = whole_product(self.head, self._widths, hidden, by_columns=_is_by_columns(layer, hidden))
+            product = whole_product(self.output, self._widths, hidden, by_columns=_is_by_columns(layer, hidden))
         product = product.to(torch.promote_types(product.dtype, torch.float32))
-        return shape_logits(product, None, self.head.scale, self.head.softcap)[..., :vocab]
+        return shape_logits(product, None, self.output.scale, self.output.softcap)[..., :vocab]
 
     @property
     def vocab(self) -> int:
         """How many tokens its logits are of."""
-        return vocabulary(self.head)
+        return vocabulary(self.output)
 
     @cached_property
     def _widths(self) -> list[int]:
         """How many tokens each process holds that shares the head."""
-        return widths_of(self.head)
+        return widths_of(self.output)
 
     @property
     def forbids_cache(self) -> bool:

@@ -62,7 +62,7 @@ _TELLTALE = frozenset(path.rstrip("?").split(".")[-1] for _, path, *_ in _POSTPR
 
 
 @dataclass(frozen=True)
-class _Shaping:
+class Shaping:
     """What follows the matrix product: scale, then softcap, then the first `rows` logits (None: all)."""
 
     scale: float = 1.0
@@ -87,15 +87,21 @@ def head_from_model(model: Any) -> HeadParts:
     layer = inner.get_output_embeddings()
     if not isinstance(layer, nn.Module):
         refuse(name, "must have output embeddings", repr(layer), "pass the causal language model, with its lm_head")
-    shaping = _Shaping()
-    for part in parts_of(inner, layer):
-        shaping = _shaped_by(part, shaping)
+    shaping = shaping_of(inner, layer)
     linear, adapter = linear_and_adapter(layer, name)
     weight = _first(linear.weight, shaping.rows)
     bias = None if linear.bias is None else _first(check_held("bias", linear.bias, name, 1), shaping.rows)
     if adapter is not None:
         adapter = adapter._replace(b=_first(adapter.b, shaping.rows))
     return HeadParts(weight, bias, shaping.scale, shaping.softcap, adapter)
+
+
+def shaping_of(model: Any, layer: nn.Module) -> Shaping:
+    """Return what a model of transformers makes of the product of its output layer; its tensors are not read."""
+    shaping = Shaping()
+    for part in parts_of(model, layer):
+        shaping = _shaped_by(part, shaping)
+    return shaping
 
 
 def unwrapped_model(model: Any) -> Any:
@@ -144,7 +150,7 @@ def base_of(model: Any) -> Any:
     return models[0] if len(models) == 1 else None
 
 
-def _shaped_by(model: Any, shaping: _Shaping) -> _Shaping:
+def _shaped_by(model: Any, shaping: Shaping) -> Shaping:
     """Return `shaping` followed by what the model's class does to its logits."""
     name = type(model).__name__
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):

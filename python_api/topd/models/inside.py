@@ -59,7 +59,8 @@ def inside(model: Any, forward: Callable[[Any], T], inputs: Any = None) -> T:
     if is_deepspeed(model):
         _tell_zero(content)
     outputs = _redirected(model, content, lambda: _with_whole_heads(content, compute))
-    return _put_back(results[0], outputs)
+    whole: T = _put_back(results[0], outputs)
+    return whole
 
 
 def shards(model: Any) -> bool:

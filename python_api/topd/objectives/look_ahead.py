@@ -43,7 +43,7 @@ def draw_windows(
     ids, attended = rollouts.input_ids, rollouts.attended
     own, others = tokens.student.vocab, tokens.teacher.vocab
     table = _table(config.embedding, tokens.student, tokens.teacher)
-    noise = noise_of(config.window_noise, ids, attended, positions, generator, tokens.student.head)
+    noise = noise_of(config.window_noise, ids, attended, positions, generator, tokens.student.output)
 
     def sampling(vocab: int) -> Sampling:
         return Sampling(config.horizon, config.window_temperature, generator, ends, vocab)
@@ -103,7 +103,7 @@ def compare_windows(tokens: Pass, windows: Windows, config: TOPDConfig, stages: 
             return near_future_divergence(*ids, table.detach(), **options)
         if config.cost == "mismatch":  # which reads no row of the table
             return near_future_divergence(*ids, local(table.detach())[:0], **options)
-        students, teachers = looked_up(table.detach(), tokens.student.head.shard, *ids)
+        students, teachers = looked_up(table.detach(), tokens.student.output.shard, *ids)
         return near_future_divergence(student_vectors=students, teacher_vectors=teachers, **options)
 
 

@@ -77,7 +77,7 @@ def with_whole_teacher(call: "Call[M, P]") -> "Call[M, P]":
             return call(self, batch, *args, **options)
         return inside(self.teacher, lambda given: call(self, given, *args, **options), batch)
 
-    return run
+    return run  # type: ignore[return-value]
 
 
 def check_state(state: object, expected: Any) -> None:

@@ -138,7 +138,7 @@ class OPD(Method):
             student_states = inputs.rollouts.hidden(student), student.head
         self.observer.tensor("student_hidden", student_states[0])
         with stages.stage("divergence"):
-            teacher_states = teacher_states[0], self._aligned(teacher_states[1], student.head)
+            teacher_states = teacher_states[0], self._aligned(teacher_states[1], student_states[1])
             losses = token_losses(student_states, teacher_states, inputs, self.config)
         return self._objective(inputs, losses, items, stages, mean_scores(losses.scores, inputs.rollouts.response))
 

@@ -189,7 +189,7 @@ class TOPD(Method):
         rollouts = inputs.rollouts
         student, teacher = open_student(self.student, rollouts), rollouts.decoder("teacher", self.teacher)
         check_tokens(rollouts, student=self.student, teacher=self.teacher)
-        self._judge.check_apart(student.head.shard)
+        self._judge.check_apart(student.output.shard)
         ids, attended = rollouts.input_ids, rollouts.attended
         with stages.stage("student_forward"):
             student_states = prefill(student, ids, attended, cache=student.keeps_cache)
@@ -197,8 +197,8 @@ class TOPD(Method):
         with stages.stage("teacher_forward"), torch.no_grad():
             teacher_states = prefill(teacher, ids, attended, cache=draws and teacher.keeps_cache)
         with stages.stage("divergence"):
-            teacher_head = self._aligned(teacher.head, student.head)
-            sides = (student_states.hidden, student.head), (teacher_states.hidden, teacher_head)
+            head = student.head
+            sides = (student_states.hidden, head), (teacher_states.hidden, self._aligned(teacher.head, head))
             losses = token_losses(*sides, inputs, self.config)
         self.observer.tensor("token_losses", losses.loss)
         return Pass(inputs, student, teacher, student_states, teacher_states, losses)

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -235,6 +234,5 @@ class Profile(Observer):
 
 def _device_of(objective: Method) -> torch.device:
     """Return where the student is."""
-    student: Any = objective.student  # type: ignore[attr-defined]
-    parameter = next(student.parameters(), None)
+    parameter = next(objective.student.parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device

@@ -3,14 +3,14 @@
 import pytest
 import torch
 from compare import assert_near
-from tensor_parallel_cases import OPD, both, opd_of, three_steps
-from tensor_parallel_ranks import sampled
+from split_cases import OPD, both, opd_of, three_steps
+from split_models import sampled
 from two_ranks import start
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    return start("objectives/tensor_parallel_ranks.py", tmp_path_factory.mktemp("ranks"), timeout=120)
+    return start("objectives/split_models.py", tmp_path_factory.mktemp("ranks"), timeout=120)
 
 
 @pytest.mark.parametrize("name", OPD)
@@ -39,6 +39,10 @@ def test_a_models_head_is_its_rows_here(ranks):
         {"start": 0, "rows": 31, "vocab": 61},
         {"start": 31, "rows": 30, "vocab": 61},
     ]
+
+
+def test_a_teacher_that_is_cut_elsewhere_is_moved_once(ranks):
+    assert all(rank["moved"] for rank in ranks)
 
 
 def test_a_group_with_ranks_that_share_a_head_is_refused(ranks):

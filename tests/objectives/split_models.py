@@ -1,8 +1,8 @@
-"""Two processes that share each model's rows and heads; started by test_tensor_parallel.py as a process of its own."""
+"""Two processes that share each model's rows and heads; started by test_split_models.py as a process of its own."""
 
 import torch
 from objective_cases import batch_of
-from tensor_parallel_cases import OPD, both, opd_of, split, three_steps
+from split_cases import OPD, both, opd_of, split, three_steps
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.experimental import context_parallel
 from two_ranks import fork
@@ -60,6 +60,16 @@ def refused_groups(mesh):
     return message(lambda: topd.TOPD(student, teacher, process_group=torch.distributed.group.WORLD)(batch_of()))
 
 
+def moved(mesh):
+    """Whether a teacher that is cut elsewhere travels once."""
+    objective = opd_of("unequal", *(split(model, mesh) for model in both("unequal")))
+    heads = []
+    for _ in range(2):
+        objective(batch_of())
+        heads.append(objective._aligned._head)
+    return heads[0] is heads[1] is not None
+
+
 def work(rank):
     torch.distributed.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
@@ -67,6 +77,7 @@ def work(rank):
     for name in OPD:
         models = (split(model, mesh, embeddings=name == "jsd") for model in both(name))
         results[name] = three_steps(opd_of(name, *models))
+    results["moved"] = moved(mesh)
     results["windows"] = sampled(*(split(model, mesh) for model in both("opd")), seed=7 + rank)
     results["windows unequal"] = sampled(*(split(model, mesh) for model in both("unequal")), seed=7 + rank)
     head = topd.Head.from_model(split(both("opd")[0], mesh))

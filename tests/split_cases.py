@@ -26,12 +26,12 @@ def both(name):
     return student.double(), teacher.double()
 
 
-def split(model, mesh, *, embeddings=False):
-    """Split a model over a mesh of one dimension: its head and its layers, and the embeddings too where that is asked for."""
+def split(model, mesh, *, layers=True, embeddings=False):
+    """Return a model split over a mesh of one dimension: its head, its layers, and the embeddings where that is asked for."""
     plan = {"lm_head": ColwiseParallel(output_layouts=Replicate())}
     if embeddings:
         plan["model.embed_tokens"] = RowwiseParallel(input_layouts=Replicate())
-    for number in range(len(model.model.layers)):
+    for number in range(len(model.model.layers) if layers else 0):
         plan |= {f"model.layers.{number}.{part}": ColwiseParallel() for part in COLWISE}
         plan |= {f"model.layers.{number}.{part}": RowwiseParallel() for part in ROWWISE}
     return parallelize_module(model, mesh, plan)
