@@ -5,7 +5,7 @@ from objective_cases import batch_of
 from split_cases import OPD, both, opd_of, split, three_steps
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.experimental import context_parallel
-from two_ranks import fork
+from two_ranks import fork, message
 
 import topd
 from topd.integrations.rollouts import pack_rollouts
@@ -28,14 +28,6 @@ def sampled(student, teacher, seed):
         )
         tokens[name] = torch.stack([windows.student_tokens, windows.teacher_tokens])
     return tokens
-
-
-def message(call):
-    try:
-        call()
-    except ValueError as error:
-        return str(error)
-    return ""
 
 
 def under_context_parallel(mesh):
