@@ -2,7 +2,7 @@
 
 Each rank runs its own checks first. Then one small all-gather tells all ranks whether each passed, and what it is about to
 compute. So a wrong argument on one rank raises on every rank, and none waits for another; ranks whose calls do not belong
-together are refused as well. What this cannot catch: a rank that does not make the call at all, or dies; the timeout of the
+together are refused as well. What this cannot catch: a rank that does not make the call at all; the timeout of the
 process group ends the others then. Backward passes exchange no outcomes: all ranks must run the same ones.
 """
 

@@ -3,22 +3,19 @@
 A pile's sum is on its way while the next pile is computed; one at a time.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
-from topd.ops.shared.collectives import adding_up, adding_up_parts
+from topd.ops.shared.collectives import Sending, adding_up, adding_up_parts
 from topd.ops.shared.shard import Shard
 from topd.ops.shared.split_rows import Piece
-
-if TYPE_CHECKING:  # some builds of torch have none
-    from torch.distributed import Work
 
 
 class _Pending(NamedTuple):
     """A sum on its way: it will be in `rows`, whose place in u is `row_index`; `sent` must live until then."""
 
-    work: "Work"
+    sending: Sending
     rows: Tensor
     row_index: slice | Tensor
     sent: Tensor
@@ -50,13 +47,13 @@ class HiddenSums:
             self._pending = _Pending(adding_up(group, part), part, row_index, part)
         else:
             sent, received = piece.by_rank(part), part.new_empty(piece.most, part.shape[1])
-            work = adding_up_parts(group, sent, received)
-            self._pending = _Pending(work, received[: piece.mine.numel()], piece.mine, sent)
+            sending = adding_up_parts(group, sent, received)
+            self._pending = _Pending(sending, received[: piece.mine.numel()], piece.mine, sent)
 
     def finish(self) -> None:
         """Wait for the last sum."""
         if self._pending is not None:
-            self._pending.work.wait()
+            self._pending.sending.wait()
             self._put(self._pending.rows, self._pending.row_index)
             self._pending = None
 
