@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from topd.models.data_parallel import is_deepspeed, is_in_forward, is_sharded_in_place
-from topd.models.head_units import head_units, output_layers
+from topd.models.head_units import output_layers, with_whole_heads
 
 T = TypeVar("T")
 
@@ -47,8 +47,6 @@ def inside(model: Any, forward: Callable[[Any], T], inputs: Any = None) -> T:
     content = _content(model)
     if content is None:
         return forward(inputs)
-    if is_in_forward(model):
-        return _with_whole_heads(content, lambda: forward(inputs))
     results: list[T] = []
 
     def compute() -> Any:
@@ -56,9 +54,12 @@ def inside(model: Any, forward: Callable[[Any], T], inputs: Any = None) -> T:
         results.append(result)
         return _outputs(result)
 
+    if is_in_forward(model):
+        with_whole_heads(content, compute)
+        return results[0]
     if is_deepspeed(model):
         _tell_zero(content)
-    outputs = _redirected(model, content, lambda: _with_whole_heads(content, compute))
+    outputs = _redirected(model, content, lambda: with_whole_heads(content, compute))
     whole: T = _put_back(results[0], outputs)
     return whole
 
@@ -101,20 +102,12 @@ def _redirected(model: Any, content: Any, forward: Callable[[], Any]) -> Any:
     content.forward = redirected
     try:
         return model(None)
+    except BaseException:
+        if is_sharded_in_place(model):  # or it would take every later call for a part of this one
+            model.reset_iter_state()
+        raise
     finally:
         restore()
-
-
-def _with_whole_heads(content: Any, compute: Callable[[], T]) -> T:
-    """Return compute() while the output layers are gathered which FSDP2 leaves sharded until their own forward runs."""
-    gathered = [unit for unit in head_units(content) if unit is not content]  # the root's own are whole
-    for unit in gathered:
-        unit.unshard()
-    outputs = compute()
-    if not any(tensor.requires_grad for tensor in _tensors(outputs)):  # no backward pass will shard them again
-        for unit in gathered:
-            unit.reshard()
-    return outputs
 
 
 def _tell_zero(content: nn.Module) -> None:
@@ -125,11 +118,6 @@ def _tell_zero(content: nn.Module) -> None:
 
         for parameter in partitioned:
             deepspeed.zero.register_external_parameter(content, parameter)
-
-
-def _tensors(outputs: Any) -> list[Tensor]:
-    """Return the tensors in a nest of tuples, lists and dicts."""
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
 
 def _fields(result: Any) -> Sequence[str]:

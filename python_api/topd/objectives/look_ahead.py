@@ -92,7 +92,7 @@ def compare_windows(tokens: Pass, windows: Windows, config: TOPDConfig, stages: 
     """Compare the two continuations at each position by optimal transport between their tokens."""
     options: dict[str, Any] = {"cost": config.cost, "solver": config.solver, "epsilon": config.epsilon}
     options |= {"student_lengths": windows.student_lengths, "teacher_lengths": windows.teacher_lengths}
-    table = _table(config.embedding, tokens.student, tokens.teacher)
+    table: Any = _table(config.embedding, tokens.student, tokens.teacher)
     with stages.stage("transport"):
         if table is None:
             students = _states_of(tokens, windows.positions, windows.student_tokens, windows.student_lengths)
