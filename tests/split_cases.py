@@ -3,6 +3,7 @@
 import torch
 from objective_cases import MILD, batch_of, models
 from tiny_models import tiny
+from topd_cases import FEW, GREEDY
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -16,6 +17,14 @@ OPD = {
     "hard": topd.OPDConfig("forward_kl", hard_weight=0.5, position_clip=None),
     "unequal": topd.OPDConfig(),
 }
+# The other gates, sampled windows, embeddings of either side: with the head split, which is as much as there is of TOPD.
+TOPD = {
+    "greedy": {**GREEDY, "false_alarms": "cap"},
+    "sampled": {"guidance_reduction": "tokens", "gate": "mean_plus_std"},
+    "counterfactual": {"window_noise": "counterfactual", "student_window": "rollout", "embedding": "teacher"},
+    "hidden": {**GREEDY, "embedding": "student_hidden", "gate": "running_quantile"},
+    "mismatch": {**GREEDY, "cost": "mismatch", "solver": "exact"},
+}
 
 
 def both(name):
@@ -26,9 +35,9 @@ def both(name):
     return student.double(), teacher.double()
 
 
-def split(model, mesh, *, layers=True, embeddings=False):
+def split(model, mesh, *, head=True, layers=True, embeddings=False):
     """Return a model split over a mesh of one dimension: its head, its layers, and the embeddings where that is asked for."""
-    plan = {"lm_head": ColwiseParallel(output_layouts=Replicate())}
+    plan = {"lm_head": ColwiseParallel(output_layouts=Replicate())} if head else {}
     if embeddings:
         plan["model.embed_tokens"] = RowwiseParallel(input_layouts=Replicate())
     for number in range(len(model.model.layers) if layers else 0):
@@ -53,6 +62,12 @@ def three_steps(objective, *, generator=None):
         optimizer.step()
         losses.append(loss.detach())
     return {"losses": torch.stack(losses), "parameters": flat(objective.student)}
+
+
+def topd_steps(name, student, teacher, seed):
+    """Take three steps of TOPD."""
+    config = topd.TOPDConfig(**FEW | TOPD[name] | {"guidance_weight": 1.0})
+    return three_steps(topd.TOPD(student, teacher, config), generator=torch.Generator().manual_seed(seed))
 
 
 def opd_of(name, student, teacher):

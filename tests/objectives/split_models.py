@@ -1,14 +1,17 @@
 """Two processes that share each model's rows and heads; started by test_split_models.py as a process of its own."""
 
+from unittest import mock
+
 import torch
 from objective_cases import batch_of
-from split_cases import OPD, both, opd_of, split, three_steps
+from split_cases import OPD, TOPD, both, opd_of, split, three_steps, topd_steps
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.experimental import context_parallel
 from two_ranks import fork, message
 
 import topd
 from topd.integrations.rollouts import pack_rollouts
+from topd.near_future.guidance import guidance_kl
 
 POSITIONS = torch.tensor([[0, 12], [1, 6], [2, 10], [0, 15]])
 NOISES = {
@@ -46,10 +49,36 @@ def under_context_parallel(mesh):
     return messages | {"afterwards": message(calls["packed"])}
 
 
-def refused_groups(mesh):
-    """Groups that would judge the same candidates twice."""
+def refused(mesh):
+    """A group that would judge the same candidates twice; a guidance over a part of the vocabulary."""
     student, teacher = (split(model, mesh) for model in both("opd"))
-    return message(lambda: topd.TOPD(student, teacher, process_group=torch.distributed.group.WORLD)(batch_of()))
+    world = torch.distributed.group.WORLD
+    calls = {
+        "group": lambda: topd.TOPD(student, teacher, process_group=world)(batch_of()),
+        "guidance": lambda: topd.TOPD(student, teacher)(batch_of()),
+    }
+    return {name: message(call) for name, call in calls.items()}
+
+
+def topd_but_for_its_logprobs(mesh, rank):
+    """Three steps of TOPD whose guidance alone gets the whole head, put together; the generators differ."""
+    results = {}
+    for name in TOPD:
+        student, teacher = (split(model, mesh, embeddings=name in ("greedy", "mismatch")) for model in both("opd"))
+
+        def whole(hidden, head, *given, student=student, **options):
+            return guidance_kl(hidden, topd.Head(student.lm_head.weight.full_tensor()), *given, **options)
+
+        guidance = mock.patch("topd.objectives.guidance.guidance_kl", whole)
+        with guidance, mock.patch("topd.objectives.topd.refuse_split_head"):
+            results[name] = topd_steps(name, student, teacher, seed=5 + rank)
+    return results
+
+
+def topd_with_whole_heads(mesh):
+    """Three steps where the layers alone are split; the generators are the same."""
+    models = (split(model, mesh, head=False) for model in both("opd"))
+    return topd_steps("sampled", *models, seed=5)
 
 
 def moved(mesh):
@@ -74,7 +103,7 @@ def work(rank):
     results["windows unequal"] = sampled(*(split(model, mesh) for model in both("unequal")), seed=7 + rank)
     head = topd.Head.from_model(split(both("opd")[0], mesh))
     results["head"] = {"start": head.shard.start, "rows": head.weight.shape[0], "vocab": head.shard.vocab}
-    results["group"] = refused_groups(mesh)
+    results |= {"refused": refused(mesh), "topd": topd_but_for_its_logprobs(mesh, rank), "layers": topd_with_whole_heads(mesh)}
     results["context"] = under_context_parallel(mesh)
     return results
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from compare import assert_near
-from split_cases import OPD, both, opd_of, three_steps
+from split_cases import OPD, TOPD, both, opd_of, three_steps, topd_steps
 from split_models import sampled
 from two_ranks import start
 
@@ -45,9 +45,27 @@ def test_a_teacher_that_is_cut_elsewhere_is_moved_once(ranks):
     assert all(rank["moved"] for rank in ranks)
 
 
-def test_a_group_with_ranks_that_share_a_head_is_refused(ranks):
+@pytest.mark.parametrize("name", TOPD)
+def test_three_steps_of_topd_but_for_its_logprobs(name, ranks):
+    """Scores, candidates, windows, transport, gate, replay and weights of split models; the guidance gets the whole head."""
+    expected = topd_steps(name, *both("opd"), seed=5)
     for rank in ranks:
-        assert "process_group must hold one of the ranks that share the student's head, [0, 1]" in rank["group"]
+        assert_near(rank["topd"][name]["losses"], expected["losses"], 1e-10, "losses")
+        assert_near(rank["topd"][name]["parameters"], expected["parameters"], 1e-10, "parameters")
+
+
+def test_three_steps_of_topd_whose_layers_alone_are_split(ranks):
+    expected = topd_steps("sampled", *both("opd"), seed=5)
+    for rank in ranks:
+        assert_near(rank["layers"]["losses"], expected["losses"], 1e-10, "losses")
+        assert_near(rank["layers"]["parameters"], expected["parameters"], 1e-10, "parameters")
+
+
+def test_what_is_refused(ranks):
+    for rank in ranks:
+        messages = rank["refused"]
+        assert "process_group must hold one of the ranks that share the student's head, [0, 1]" in messages["group"]
+        assert "student must hold its whole head for TOPD's guidance, got a part of 61 tokens" in messages["guidance"]
 
 
 def test_context_parallel_is_refused(ranks):
