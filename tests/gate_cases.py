@@ -1,7 +1,7 @@
 """Eight rollouts in one process or in several that judge their candidates together; a step of each."""
 
 import torch
-from objective_cases import backward, models
+from objective_cases import models
 from tiny_models import VOCAB
 from topd_cases import GREEDY
 
@@ -42,19 +42,25 @@ def items_of(batch, reduction):
     return int(response.sum() if reduction == "token" else response.any(-1).sum())
 
 
-def step_of(options, part, whole, *, group=None, given=True, calls=1):
+def gradient_of(parameter):
+    """Return a parameter's gradient, put together where it is split."""
+    return parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
+
+
+def step_of(options, part, whole, *, group=None, given=True, calls=1, prepared=lambda model: model):
     """Return what a process makes of its part of a batch: decisions, loss and gradient, of so many calls together."""
-    student, teacher = (model.double() for model in models())
+    student, teacher = (prepared(model.double()) for model in models())
     config = topd.TOPDConfig(**FEW | options)
     objective = topd.TOPD(student, teacher, config, process_group=group)
     items = items_of(whole, config.reduction) if given else None
     results = [objective(part, num_items=items, generator=torch.Generator().manual_seed(5)) for _ in range(calls)]
     near = results[-1].near_future
     loss = sum(result.loss for result in results)
+    loss.backward()
     return {
         "distance": near.transport.distance,
         "divergent": near.divergent,
         "loss": loss.detach(),
         "guidance": results[-1].metrics["guidance_loss"],
-        "gradient": backward(student, loss),
+        "gradient": torch.cat([gradient_of(parameter).reshape(-1) for parameter in student.parameters()]),
     }

@@ -28,8 +28,11 @@ TOPD = {
 
 
 def both(name):
-    """Return student and teacher in float64; of "unequal" the teacher has more tokens, and is cut elsewhere."""
+    """Return student and teacher in float64; of "unequal" the teacher has more tokens, and is cut elsewhere; of
+    "generated" the student cannot branch."""
     student, teacher = models()
+    if name == "generated":
+        student = tiny("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, **MILD)
     if name == "unequal":
         teacher = tiny("qwen3", seed=3, vocab_size=67, **MILD)
     return student.double(), teacher.double()

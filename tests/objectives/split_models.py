@@ -14,6 +14,7 @@ from topd.integrations.rollouts import pack_rollouts
 from topd.near_future.guidance import guidance_kl
 
 POSITIONS = torch.tensor([[0, 12], [1, 6], [2, 10], [0, 15]])
+WINDOWS = ("opd", "unequal", "generated")
 NOISES = {
     "independent": {},
     "shared": {"window_noise": "shared"},
@@ -99,8 +100,7 @@ def work(rank):
         models = (split(model, mesh, embeddings=name == "jsd") for model in both(name))
         results[name] = three_steps(opd_of(name, *models))
     results["moved"] = moved(mesh)
-    results["windows"] = sampled(*(split(model, mesh) for model in both("opd")), seed=7 + rank)
-    results["windows unequal"] = sampled(*(split(model, mesh) for model in both("unequal")), seed=7 + rank)
+    results["windows"] = {name: sampled(*(split(model, mesh) for model in both(name)), seed=7 + rank) for name in WINDOWS}
     head = topd.Head.from_model(split(both("opd")[0], mesh))
     results["head"] = {"start": head.shard.start, "rows": head.weight.shape[0], "vocab": head.shard.vocab}
     results |= {"refused": refused(mesh), "topd": topd_but_for_its_logprobs(mesh, rank), "layers": topd_with_whole_heads(mesh)}

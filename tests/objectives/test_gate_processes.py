@@ -13,10 +13,7 @@ from topd.objectives.gating import Gate
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    run = {}
-    for count in (2, 8):
-        run[count] = start("objectives/gated_ranks.py", tmp_path_factory.mktemp(f"ranks{count}"), timeout=120, ranks=count)
-    return run
+    return start("objectives/gated_ranks.py", tmp_path_factory.mktemp("ranks"), timeout=120, ranks=8)
 
 
 def assert_like_one_process(parts, options, calls=1):
@@ -30,24 +27,36 @@ def assert_like_one_process(parts, options, calls=1):
     assert sum(part["guidance"] for part in parts).item() == pytest.approx(one["guidance"].item(), rel=1e-6)
 
 
-@pytest.mark.parametrize(("count", "case"), [*((2, case) for case in CASES), *((8, case) for case in OF_EIGHT)])
-def test_several_processes_are_one(count, case, ranks):
-    """Of eight, two have no candidate."""
-    parts = [rank[f"even {case}"] for rank in ranks[count]]
-    assert [part["divergent"].numel() > 0 for part in parts].count(False) == {2: 0, 8: 2}[count]
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_are_one(case, ranks):
+    parts = [rank["two"]["even", case] for rank in ranks[:2]]
     assert_like_one_process(parts, CASES[case], calls=2 if case == "running" else 1)
 
 
 @pytest.mark.parametrize("split", ["uneven", "empty"])
 def test_parts_of_any_size(split, ranks):
-    assert_like_one_process([rank[f"{split} lowest"] for rank in ranks[2]], CASES["lowest"])
+    assert_like_one_process([rank["two"][split, "lowest"] for rank in ranks[:2]], CASES["lowest"])
+
+
+@pytest.mark.parametrize("case", OF_EIGHT)
+def test_eight_processes_are_one(case, ranks):
+    """Two of them have no candidate."""
+    parts = [rank["eight"][case] for rank in ranks]
+    assert [part["divergent"].numel() for part in parts].count(0) == 2
+    assert_like_one_process(parts, CASES[case])
+
+
+def test_beside_tensor_parallelism_the_group_is_the_data_parallel_one(ranks):
+    """Of four ranks, of which two at a time share the models' layers."""
+    for first in (0, 1):
+        assert_like_one_process([rank["four"] for rank in ranks[first:4:2]], CASES["lowest"])
 
 
 def test_without_num_items_the_mean_over_the_processes_is_the_step(ranks):
     """What DDP takes; both halves have as many tokens."""
     whole = eight_rollouts()
     one = step_of(GREEDY, whole, whole)
-    mean = sum(rank["own items"]["gradient"] for rank in ranks[2]) / 2
+    mean = sum(rank["two"]["own items"]["gradient"] for rank in ranks[:2]) / 2
     assert_near(mean, one["gradient"], 1e-10, "gradient")
 
 
@@ -55,7 +64,7 @@ def test_without_a_group_each_judges_its_own(ranks):
     """What the tests above would miss if it did not matter."""
     whole = eight_rollouts()
     one = step_of(GREEDY, whole, whole)
-    assert not torch.equal(torch.cat([rank["alone"]["divergent"] for rank in ranks[2]]), one["divergent"])
+    assert not torch.equal(torch.cat([rank["two"]["alone"]["divergent"] for rank in ranks[:2]]), one["divergent"])
 
 
 def test_one_process_alone_is_its_own_group():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from compare import assert_near
 from split_cases import OPD, TOPD, both, opd_of, three_steps, topd_steps
-from split_models import sampled
+from split_models import WINDOWS, sampled
 from two_ranks import start
 
 
@@ -23,7 +23,7 @@ def test_three_steps_of_opd_are_those_of_one_process(name, ranks):
         assert_near(rank[name]["parameters"], expected["parameters"], 1e-10, "parameters")
 
 
-@pytest.mark.parametrize("models", ["opd", "unequal"])
+@pytest.mark.parametrize("models", WINDOWS)
 def test_windows_are_the_same_on_all_ranks(models, ranks):
     """Also where a rank's generator is in another state: those of one process with rank 0's."""
     expected = sampled(*both(models), seed=7)
@@ -31,7 +31,7 @@ def test_windows_are_the_same_on_all_ranks(models, ranks):
     for noise, tokens in expected.items():
         assert not torch.equal(other[noise], tokens)
         for rank in ranks:
-            assert torch.equal(rank["windows" if models == "opd" else "windows unequal"][noise], tokens), noise
+            assert torch.equal(rank["windows"][models][noise], tokens), noise
 
 
 def test_a_models_head_is_its_rows_here(ranks):
