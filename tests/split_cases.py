@@ -16,8 +16,9 @@ OPD = {
     "jsd": topd.OPDConfig("jsd", 0.7, "sequence"),
     "hard": topd.OPDConfig("forward_kl", hard_weight=0.5, position_clip=None),
     "unequal": topd.OPDConfig(),
+    "measured": topd.OPDConfig(epistemic_ids=(3, 17, 40), teacher_top2=True, top_k=5),
 }
-# The other gates, sampled windows, embeddings of either side: with the head split, which is as much as there is of TOPD.
+# Gates, sampled windows, embeddings of either side, noise, costs.
 TOPD = {
     "greedy": {**GREEDY, "false_alarms": "cap"},
     "sampled": {"guidance_reduction": "tokens", "gate": "mean_plus_std"},

@@ -1,7 +1,5 @@
 """Two processes that share each model's rows and heads; started by test_split_models.py as a process of its own."""
 
-from unittest import mock
-
 import torch
 from objective_cases import batch_of
 from split_cases import OPD, TOPD, both, opd_of, split, three_steps, topd_steps
@@ -11,7 +9,6 @@ from two_ranks import fork, message
 
 import topd
 from topd.integrations.rollouts import pack_rollouts
-from topd.near_future.guidance import guidance_kl
 
 POSITIONS = torch.tensor([[0, 12], [1, 6], [2, 10], [0, 15]])
 WINDOWS = ("opd", "unequal", "generated")
@@ -51,29 +48,15 @@ def under_context_parallel(mesh):
 
 
 def refused(mesh):
-    """A group that would judge the same candidates twice; a guidance over a part of the vocabulary."""
+    """A group that would judge the same candidates twice."""
     student, teacher = (split(model, mesh) for model in both("opd"))
-    world = torch.distributed.group.WORLD
-    calls = {
-        "group": lambda: topd.TOPD(student, teacher, process_group=world)(batch_of()),
-        "guidance": lambda: topd.TOPD(student, teacher)(batch_of()),
-    }
-    return {name: message(call) for name, call in calls.items()}
+    return message(lambda: topd.TOPD(student, teacher, process_group=torch.distributed.group.WORLD)(batch_of()))
 
 
-def topd_but_for_its_logprobs(mesh, rank):
-    """Three steps of TOPD whose guidance alone gets the whole head, put together; the generators differ."""
-    results = {}
-    for name in TOPD:
-        student, teacher = (split(model, mesh, embeddings=name in ("greedy", "mismatch")) for model in both("opd"))
-
-        def whole(hidden, head, *given, student=student, **options):
-            return guidance_kl(hidden, topd.Head(student.lm_head.weight.full_tensor()), *given, **options)
-
-        guidance = mock.patch("topd.objectives.guidance.guidance_kl", whole)
-        with guidance, mock.patch("topd.objectives.topd.refuse_split_head"):
-            results[name] = topd_steps(name, student, teacher, seed=5 + rank)
-    return results
+def topd_of(name, mesh, rank):
+    """Three steps of TOPD; the generators differ."""
+    models = (split(model, mesh, embeddings=name in ("greedy", "mismatch")) for model in both("opd"))
+    return topd_steps(name, *models, seed=5 + rank)
 
 
 def topd_with_whole_heads(mesh):
@@ -103,7 +86,11 @@ def work(rank):
     results["windows"] = {name: sampled(*(split(model, mesh) for model in both(name)), seed=7 + rank) for name in WINDOWS}
     head = topd.Head.from_model(split(both("opd")[0], mesh))
     results["head"] = {"start": head.shard.start, "rows": head.weight.shape[0], "vocab": head.shard.vocab}
-    results |= {"refused": refused(mesh), "topd": topd_but_for_its_logprobs(mesh, rank), "layers": topd_with_whole_heads(mesh)}
+    results |= {
+        "refused": refused(mesh),
+        "topd": {name: topd_of(name, mesh, rank) for name in TOPD},
+        "layers": topd_with_whole_heads(mesh),
+    }
     results["context"] = under_context_parallel(mesh)
     return results
 

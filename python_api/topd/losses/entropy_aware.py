@@ -8,7 +8,8 @@ from torch import Tensor
 from topd.checks.values import check_range, positive_int, real
 from topd.head import Head
 from topd.losses.linear_divergence import linear_divergence
-from topd.losses.operands import autocast, cast, check_side
+from topd.losses.operands import autocast, cast, check_side, first_tokens, vocabulary_of
+from topd.losses.sharding import passed_together
 from topd.losses.soft_targets import soft_target_kl
 from topd.losses.topk_logprobs import topk_logprobs
 from topd.options import BackendName
@@ -50,15 +51,16 @@ def entropy_aware_opd(
     Raises:
         TypeError, ValueError: as `linear_divergence`.
     """
-    check_side("student_hidden", student_hidden, "student", student)
-    check_side("teacher_hidden", teacher_hidden, "teacher", teacher)
-    vocab = min(student.weight.shape[0], teacher.weight.shape[0])
-    if positive_int("top_k", top_k) > vocab:
-        raise ValueError(f"top_k must be at most the common vocabulary's {vocab} entries, got {top_k}")
-    real("entropy_threshold", entropy_threshold, low=0.0)
-    real("coef", coef, low=0.0)
-    dtype = torch.promote_types(torch.promote_types(student_hidden.dtype, teacher_hidden.dtype), torch.float32)
-    check_range("coef", coef, dtype)
+    with passed_together(student, teacher):
+        check_side("student_hidden", student_hidden, "student", student, may_be_sharded=True)
+        check_side("teacher_hidden", teacher_hidden, "teacher", teacher, may_be_sharded=True)
+        vocab = min(vocabulary_of(student), vocabulary_of(teacher))
+        if positive_int("top_k", top_k) > vocab:
+            raise ValueError(f"top_k must be at most the common vocabulary's {vocab} entries, got {top_k}")
+        real("entropy_threshold", entropy_threshold, low=0.0)
+        real("coef", coef, low=0.0)
+        dtype = torch.promote_types(torch.promote_types(student_hidden.dtype, teacher_hidden.dtype), torch.float32)
+        check_range("coef", coef, dtype)
     sides = (student_hidden, student, teacher_hidden, teacher)
     options: dict[str, Any] = {"temperature": temperature, "workspace_bytes": workspace_bytes}
     trained = options | {"weights_hint": weights_hint, "backend": backend}
@@ -74,8 +76,8 @@ def entropy_aware_opd(
     if dtype == torch.float64:  # one side of fewer digits: the top-k's part is computed as the reverse KL's is
         student_hidden, student = cast(*autocast(student_hidden, student), dtype)
         teacher_hidden, teacher = cast(*autocast(teacher_hidden, teacher), dtype)
-    logprobs, ids = topk_logprobs(teacher_hidden, teacher.first(vocab), top_k, mask=undecided, **options)
+    logprobs, ids = topk_logprobs(teacher_hidden, first_tokens(teacher, vocab), top_k, mask=undecided, **options)
     guidance: Tensor = soft_target_kl(
-        student_hidden, student.first(vocab), ids, logprobs.exp(), normalize=True, mask=undecided, **trained
+        student_hidden, first_tokens(student, vocab), ids, logprobs.exp(), normalize=True, mask=undecided, **trained
     )
     return value + coef * guidance

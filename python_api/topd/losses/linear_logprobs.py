@@ -5,14 +5,23 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from topd.backends import choose_backend
 from topd.checks.tokens import check_chosen_ids
-from topd.checks.values import FLOATING, check_range, check_temperature, check_workspace, flag, no_forward_mode, per_token
+from topd.checks.values import (
+    FLOATING,
+    check_range,
+    check_temperature,
+    check_workspace,
+    flag,
+    in_vocabulary,
+    no_forward_mode,
+    per_token,
+)
 from topd.head import Head
-from topd.losses.operands import autocast, check_head_range, check_side, kept_side, needs, op_side, softcap_of
+from topd.losses.operands import autocast, check_head_range, check_side, kept_side, needs, op_side, softcap_of, vocabulary_of
+from topd.losses.sharding import backend_of, checked_together, checksum_of, shard_of
 from topd.ops.linear_logprobs import full_logits
 from topd.ops.linear_logprobs import op as linear_logprobs_op
-from topd.ops.linear_logprobs.spec import Call, LogprobSpec
+from topd.ops.linear_logprobs.spec import SHARDED_VOCABULARY, Call, LogprobSpec
 from topd.ops.shared.engines import engine_of
 from topd.options import BackendName
 
@@ -81,10 +90,12 @@ def linear_logprobs(
 
     Args:
         hidden: [..., H] float32, float64, bfloat16 or float16, dtype of `head.weight`; differentiated.
-        head: Head; weight, bias and adapter are differentiated where they require grad.
+        head: Head; weight, bias and adapter are differentiated where they require grad. It may be sharded over a group of
+            processes: then all ranks make the same call on the same hidden states and ids, and get the same results, the whole
+            d hidden and d adapter.a, and the other gradients of their own tokens.
         ids: [..., M] int64, M >= 0, tokens of which the log-probability is wanted; repeats allowed. Those of unmasked rows lie
             in [0, V): checked on the CPU; on a GPU, where a check would stall it, any other has log-probability -inf and no
-            gradient.
+            gradient. With a sharded head V is the whole vocabulary, on every rank.
         temperature: > 0; the logits are divided by it, after the softcap.
         mask: [...] bool; False rows cost nothing, are exactly 0 and get exactly 0 gradient, whatever they hold.
         weights_hint: [...] floating, what the sum over M of a row's upstream gradients will be, up to one factor: where it is
@@ -93,7 +104,8 @@ def linear_logprobs(
             matrix products (one with a frozen head).
         workspace_bytes: bound for the tile of logits; None: 512 MiB on a CPU, 256 where it multiplies bfloat16; on a GPU what
             chunks of 4,096 rows need, within the largest power of two in a quarter of the memory that is available.
-        backend: None (by device), "reference", "eager", "cpp" or "triton"; one asked for by name never falls back.
+        backend: None (by device), "reference", "eager", "cpp" or "triton"; one asked for by name never falls back. A sharded
+            head runs on "eager".
 
     Returns:
         [..., M] float32 (float64 for float64), nats; with return_entropy a pair of it and the entropy [...], nats. -inf logits
@@ -148,23 +160,31 @@ def logprobs_and_outside(
     Returns:
         logprobs [..., M], entropy [...] (or [0]), outside [...].
     """
-    check_side("hidden", hidden, "head", head)
-    hidden, head = kept_side("hidden", hidden, "head", head)
-    ids = check_chosen_ids("ids", ids, hidden)
-    check_temperature(temperature)
-    check_workspace(workspace_bytes)
-    no_forward_mode("linear_logprobs", (hidden, *head.tensors().values()))
-    like = (hidden, "hidden")
-    flat_mask = None if mask is None else per_token("mask", mask, torch.bool, *like)
-    hint = None if weights_hint is None else per_token("weights_hint", weights_hint, FLOATING, *like).detach()
-    name = choose_backend(backend, hidden.device)
-    shape, flat_ids = tuple(hidden.shape[:-1]), ids.reshape(hidden.shape[:-1].numel(), ids.shape[-1])
-    states, head = autocast(hidden.reshape(-1, hidden.shape[-1]), head)
-    check_numbers(head, temperature, states.dtype)
-    spec = LogprobSpec(float(head.scale), softcap_of(head), float(temperature))
+    with checked_together(head, head) as pact:
+        check_side("hidden", hidden, "head", head, may_be_sharded=True)
+        hidden, head = kept_side("hidden", hidden, "head", head)
+        ids = check_chosen_ids("ids", ids, hidden)
+        check_temperature(temperature)
+        check_workspace(workspace_bytes)
+        no_forward_mode("linear_logprobs", (hidden, *head.tensors().values()))
+        like = (hidden, "hidden")
+        flat_mask = None if mask is None else per_token("mask", mask, torch.bool, *like)
+        hint = None if weights_hint is None else per_token("weights_hint", weights_hint, FLOATING, *like).detach()
+        shard, vocab = shard_of(head), vocabulary_of(head)
+        name = backend_of(backend, hidden.device, shard)
+        shape, flat_ids = tuple(hidden.shape[:-1]), ids.reshape(hidden.shape[:-1].numel(), ids.shape[-1])
+        states, head = autocast(hidden.reshape(-1, hidden.shape[-1]), head)
+        check_numbers(head, temperature, states.dtype)
+        spec = LogprobSpec(float(head.scale), softcap_of(head), float(temperature))
+        if pact is not None:
+            counted = flat_ids if flat_mask is None else flat_ids[flat_mask]
+            in_vocabulary("ids", counted, vocab, SHARDED_VOCABULARY, low=-1 if padded else 0)
+            options = (spec, entropy, padded, dense, ids.shape[-1], None if hint is None else hint.dtype)
+            pact.sign(states, head, head, (*options, checksum_of(counted)), None, flat_mask)
     if name == "reference":
         logprobs, entropies, outside = full_logits.linear_logprobs(states, head, flat_ids, flat_mask, spec, padded=padded)
     else:
-        call = Call(op_side(states, head), flat_mask, flat_ids, spec, workspace_bytes, engine_of(name), padded, dense)
+        settings = (spec, workspace_bytes, engine_of(name), padded, dense)
+        call = Call(op_side(states, head), flat_mask, flat_ids, *settings, shard=shard, tokens=vocab)
         logprobs, entropies, outside = linear_logprobs_op.linear_logprobs(call, hint, needs(states, head), entropy=entropy)
     return logprobs.reshape(ids.shape), entropies.reshape(shape) if entropy else entropies, outside.reshape(shape)

@@ -29,6 +29,20 @@ def refuse_shard(name: str, head: Head) -> None:
         )
 
 
+def vocabulary_of(head: Head) -> int:
+    """Return the entries of a head's vocabulary, over all ranks where it is sharded."""
+    return head.weight.shape[0] if head.shard is None else head.shard.vocab
+
+
+def first_tokens(head: Head, vocab: int) -> Head:
+    """Return the head of the first `vocab` tokens of its vocabulary: views, no copies."""
+    shard = head.shard
+    if shard is None:
+        return head.first(vocab)
+    shard = replace(shard, vocab=vocab)
+    return replace(head.first(shard.held(head.weight.shape[0])), shard=shard)
+
+
 def refuse_shared_rows(name: str, head: Head) -> None:
     """Refuse a head whose ranks share the sequence, where a call takes all rows on every rank."""
     if head.shard is not None and head.shard.sequence_parallel:

@@ -108,8 +108,7 @@ class Pact:
 
     def compare(self, each: list[Promise]) -> None:
         """Refuse what the ranks do not have in common; the same error on every rank."""
-        if refused := [rank for rank, promise in enumerate(each) if not promise.passed]:
-            raise ValueError(f"the call was refused on rank {refused[0]} of the sharded head's group, whose message says why")
+        _refuse_together(each)
         rows = [promise.rows for promise in each]
         if len(set(rows)) > 1:
             same = "equally many rows" if self.sequence else "the same rows"
@@ -189,6 +188,42 @@ def _together(group: "ProcessGroup", student: VocabShard | None, teacher: VocabS
         outcomes(group, Promise().packed(), device)
         raise
     pact.compare([Promise.unpacked(numbers) for numbers in outcomes(group, pact.promise.packed(), device)])
+
+
+def checksum_of(tokens: Tensor) -> int:
+    """Return a number that tells token ids from others. The host reads them."""
+    return zlib.crc32(tokens.cpu().contiguous().numpy().tobytes())
+
+
+def passed_together(*heads: object) -> AbstractContextManager[None]:
+    """Return the context in which a loss that is made of others checks its own arguments: with a sharded head one that the
+    ranks leave together.
+
+    Args:
+        heads: the call's heads, unchecked.
+
+    Raises:
+        ValueError: what a rank refuses, on all ranks.
+    """
+    shards = [head.shard for head in heads if isinstance(head, Head) and head.shard is not None]
+    return _passed_together(shards[0].group) if shards else nullcontext()
+
+
+@contextmanager
+def _passed_together(group: "ProcessGroup") -> Iterator[None]:
+    device = _device_of(group)
+    try:
+        yield
+    except Exception:
+        outcomes(group, Promise().packed(), device)
+        raise
+    _refuse_together([Promise.unpacked(numbers) for numbers in outcomes(group, Promise(1).packed(), device)])
+
+
+def _refuse_together(each: list[Promise]) -> None:
+    """Refuse a call that a rank has refused."""
+    if refused := [rank for rank, promise in enumerate(each) if not promise.passed]:
+        raise ValueError(f"the call was refused on rank {refused[0]} of the sharded head's group, whose message says why")
 
 
 def _device_of(group: "ProcessGroup") -> torch.device:

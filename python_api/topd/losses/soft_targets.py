@@ -9,7 +9,8 @@ from topd.checks.values import flag, per_token
 from topd.head import Head
 from topd.losses.entry_kl import entries_kl, with_bucket, zero_masked
 from topd.losses.linear_logprobs import logprobs_and_outside
-from topd.losses.operands import check_side
+from topd.losses.operands import check_side, vocabulary_of
+from topd.losses.sharding import passed_together
 from topd.ops.shared.repeats import runs_of
 from topd.options import BackendName
 
@@ -34,7 +35,7 @@ def soft_target_kl(
 
     Args:
         hidden: [..., H] floating, dtype of `head.weight`; differentiated.
-        head: the student's Head.
+        head: the student's Head, also sharded, as in `linear_logprobs`.
         target_ids: [..., M] int64; repeats are one token, their probabilities add up before any entropy is taken.
         target_probs: [..., M] floating, >= 0, constant. The rows sum to 1 within 1e-3. An entry of 0 is padding: its id is
             never read.
@@ -52,17 +53,18 @@ def soft_target_kl(
             checked on the CPU; on a GPU, or inside torch.compile, an id outside the vocabulary has probability 0 and the sums
             are taken as they are.
     """
-    check_side("hidden", hidden, "head", head)
-    check_chosen_ids("target_ids", target_ids, hidden)
-    flag("normalize", normalize)
-    probs = check_like_ids("target_probs", target_probs, target_ids).double()
-    if mask is not None:
-        per_token("mask", mask, torch.bool, hidden, "hidden")
-        probs = probs.masked_fill(~mask.unsqueeze(-1), 0.0)
+    with passed_together(head):
+        check_side("hidden", hidden, "head", head, may_be_sharded=True)
+        check_chosen_ids("target_ids", target_ids, hidden)
+        flag("normalize", normalize)
+        probs = check_like_ids("target_probs", target_probs, target_ids).double()
+        if mask is not None:
+            per_token("mask", mask, torch.bool, hidden, "hidden")
+            probs = probs.masked_fill(~mask.unsqueeze(-1), 0.0)
+        if checks_values(hidden):
+            check_targets("target_probs", probs, mask, normalize=normalize)
+            check_ids_in_vocabulary("target_ids", target_ids, probs != 0, vocabulary_of(head))
     total = probs.sum(-1)
-    if checks_values(hidden):
-        check_targets("target_probs", probs, mask, normalize=normalize)
-        check_ids_in_vocabulary("target_ids", target_ids, probs != 0, head.weight.shape[0])
     if normalize:
         probs = probs / total.masked_fill(total == 0, 1.0).unsqueeze(-1)
     ids, merged = _merged(target_ids.masked_fill(probs == 0, -1), probs)

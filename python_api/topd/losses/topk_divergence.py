@@ -11,7 +11,8 @@ from topd.checks.values import FLOATING, choice, per_token
 from topd.head import Head
 from topd.losses.entry_kl import entries_kl, plain_kl, renormalised, with_bucket, zero_masked
 from topd.losses.linear_logprobs import logprobs_and_outside
-from topd.losses.operands import check_side
+from topd.losses.operands import check_side, vocabulary_of
+from topd.losses.sharding import passed_together
 from topd.options import BackendName, Direction, Support
 
 DIRECTIONS: tuple[str, ...] = get_args(Direction)
@@ -39,7 +40,7 @@ def topk_divergence(
 
     Args:
         hidden: [..., H] floating, dtype of `head.weight`; differentiated.
-        head: the student's Head.
+        head: the student's Head, also sharded, as in `linear_logprobs`.
         teacher_ids: [..., k] int64, distinct in each row, k <= V.
         teacher_logprobs: [..., k] floating, nats, constant; a row's probabilities sum to at most 1 + 1e-3. -inf is padding:
             its id is never read.
@@ -62,14 +63,15 @@ def topk_divergence(
             the CPU; on a GPU, or inside torch.compile, an id outside the vocabulary has probability 0, a repeated one counts
             twice, and mass beyond 1 leaves a tail of 0.
     """
-    check_side("hidden", hidden, "head", head)
-    check_chosen_ids("teacher_ids", teacher_ids, hidden)
-    choice("direction", direction, DIRECTIONS)
-    choice("support", support, SUPPORTS)
-    vocab = head.weight.shape[0]
-    log_t = _checked_logprobs(teacher_logprobs, teacher_ids, hidden, mask, vocab)
-    if weights_hint is not None:
-        per_token("weights_hint", weights_hint, FLOATING, hidden, "hidden")
+    with passed_together(head):
+        check_side("hidden", hidden, "head", head, may_be_sharded=True)
+        check_chosen_ids("teacher_ids", teacher_ids, hidden)
+        choice("direction", direction, DIRECTIONS)
+        choice("support", support, SUPPORTS)
+        vocab = vocabulary_of(head)
+        log_t = _checked_logprobs(teacher_logprobs, teacher_ids, hidden, mask, vocab)
+        if weights_hint is not None:
+            per_token("weights_hint", weights_hint, FLOATING, hidden, "hidden")
     ids = teacher_ids.masked_fill(log_t.isneginf(), -1)
     raw_forward = support == "raw" and direction == "forward"
     if raw_forward:  # each row's upstream gradients add up to minus the teacher's mass

@@ -8,7 +8,9 @@ from torch import Tensor
 from topd.checks.values import check_temperature, check_workspace, per_token, positive_int
 from topd.head import Head
 from topd.losses.linear_logprobs import check_numbers
-from topd.losses.operands import autocast, check_side, op_side, softcap_of
+from topd.losses.operands import autocast, check_side, op_side, softcap_of, vocabulary_of
+from topd.losses.sharding import checked_together, shard_of
+from topd.ops.linear_logprobs.spec import LogprobSpec
 from topd.ops.topk_logprobs import op as topk_op
 
 
@@ -40,8 +42,9 @@ def topk_logprobs(
 
     Args:
         hidden: [..., H] floating, dtype of `head.weight`.
-        head: Head.
-        k: 1 <= k <= V.
+        head: Head; it may be sharded over a group of processes: then all ranks make the same call, and get the same results,
+            equal logits in the order of the ranks.
+        k: 1 <= k <= V, the whole vocabulary of a sharded head.
         temperature: > 0; the logits are divided by it, after the softcap.
         mask: [...] bool; False rows cost nothing; their ids are 0 and their log-probabilities -inf.
         workspace_bytes: bound for the tile of logits, as in `linear_logprobs`.
@@ -53,16 +56,19 @@ def topk_logprobs(
     Raises:
         TypeError, ValueError: a wrong type, shape, dtype, device, range or option.
     """
-    check_side("hidden", hidden, "head", head)
-    check_temperature(temperature)
-    check_workspace(workspace_bytes)
-    vocab = head.weight.shape[0]
-    if positive_int("k", k) > vocab:
-        raise ValueError(f"k must be at most the vocabulary's {vocab} entries, got {k}")
-    flat_mask = None if mask is None else per_token("mask", mask, torch.bool, hidden, "hidden")
-    states, head = autocast(hidden.reshape(-1, hidden.shape[-1]), head.detach())
-    check_numbers(head, temperature, states.dtype)
-    numbers = (float(head.scale), softcap_of(head), float(temperature))
-    ids, logprobs = topk_op.topk_logprobs(topk_op.Inputs(op_side(states, head), flat_mask, *numbers, k, workspace_bytes))
+    with checked_together(head, head) as pact:
+        check_side("hidden", hidden, "head", head, may_be_sharded=True)
+        check_temperature(temperature)
+        check_workspace(workspace_bytes)
+        if positive_int("k", k) > vocabulary_of(head):
+            raise ValueError(f"k must be at most the vocabulary's {vocabulary_of(head)} entries, got {k}")
+        flat_mask = None if mask is None else per_token("mask", mask, torch.bool, hidden, "hidden")
+        states, head = autocast(hidden.reshape(-1, hidden.shape[-1]), head.detach())
+        check_numbers(head, temperature, states.dtype)
+        spec = LogprobSpec(float(head.scale), softcap_of(head), float(temperature))
+        if pact is not None:
+            pact.sign(states, head, head, (spec, k), None, flat_mask)
+    inputs = topk_op.Inputs(op_side(states, head), flat_mask, *spec, k, workspace_bytes, shard=shard_of(head))
+    ids, logprobs = topk_op.topk_logprobs(inputs)
     shape = (*hidden.shape[:-1], k)
     return TopK(logprobs.reshape(shape), ids.reshape(shape))

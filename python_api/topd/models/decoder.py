@@ -11,9 +11,10 @@ from torch import Tensor
 
 from topd.head import Head
 from topd.logits import shape_logits
+from topd.losses.operands import vocabulary_of
 from topd.models.branchable import forward_parameters, layer_kinds, obstacle_of
 from topd.models.head_from_model import base_of, refuse_prompt_learning, unwrapped_model
-from topd.models.split_logits import vocabulary, whole_product, widths_of
+from topd.models.split_logits import whole_product, widths_of
 
 FEW = range(8, 65)  # rows of logits that a CPU computes faster from the head's side
 
@@ -104,7 +105,7 @@ class Decoder:
     @property
     def vocab(self) -> int:
         """How many tokens its logits are of."""
-        return vocabulary(self.output)
+        return vocabulary_of(self.output)
 
     @cached_property
     def _widths(self) -> list[int]:

@@ -5,25 +5,11 @@ as many states as there are windows. What is drawn from them is what rank 0 of t
 of the others are.
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from topd.head import Head
 from topd.ops.shared.collectives import gathered, of_first, outcomes
-
-
-def vocabulary(head: Head) -> int:
-    """Return how many tokens a head has, those of other processes included."""
-    return head.weight.shape[0] if head.shard is None else head.shard.vocab
-
-
-def first_tokens(head: Head, vocab: int) -> Head:
-    """Return the head of the first `vocab` tokens of the vocabulary; the rest of a split head's rows becomes padding."""
-    if head.shard is None:
-        return head.first(vocab)
-    return replace(head, shard=replace(head.shard, vocab=min(vocab, head.shard.vocab)))
 
 
 def together(head: Head, drawn: Tensor) -> Tensor:

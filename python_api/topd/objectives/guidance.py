@@ -9,7 +9,6 @@ from torch import Tensor
 
 from topd.branching.continuations import rollout_states
 from topd.branching.replay import replay
-from topd.head import Head
 from topd.near_future.guidance import guidance_kl
 from topd.objectives.config import TOPDConfig
 from topd.objectives.gating import Verdict
@@ -53,16 +52,6 @@ def guidance_of(tokens: Pass, near_future: NearFuture, step: Reducing, stages: S
     positions = near_future.windows.positions[chosen].unbind(-1)
     of_tokens = per_point.new_zeros(rollouts.response.shape).index_put(positions, per_point)
     return reduce_tokens(of_tokens, rollouts, reduction, step.items).loss
-
-
-def refuse_split_head(head: Head) -> None:
-    """Refuse a student whose head several processes share: the log-probabilities of the guidance's targets are those of a whole
-    one (`topd.linear_logprobs`)."""
-    if head.shard is not None:
-        raise ValueError(
-            f"student must hold its whole head for TOPD's guidance, got a part of {head.shard.vocab:,} tokens, as tensor "
-            "parallelism leaves it; leave lm_head out of the plan, or take topd.OPD"
-        )
 
 
 def _of_points(tokens: Pass, near_future: NearFuture, chosen: Tensor, config: TOPDConfig, stages: Stages) -> Tensor:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from topd.head import Head
 from topd.losses.linear_logprobs import linear_logprobs
+from topd.losses.operands import first_tokens, vocabulary_of
 from topd.losses.topk_logprobs import topk_logprobs
-from topd.models.split_logits import first_tokens, vocabulary
 from topd.objectives.config import OPDConfig
 from topd.objectives.diagnostics import TeacherTop2
 from topd.objectives.rows import Rows
@@ -31,7 +31,7 @@ class TeacherMeasures(NamedTuple):
 @torch.no_grad()
 def teacher_measures(rows: Rows, student: Head, teacher: Head, config: OPDConfig) -> TeacherMeasures:
     """Measure the teacher's distributions over the vocabulary that both models have, at the configuration's temperature."""
-    vocab = min(vocabulary(student), vocabulary(teacher))
+    vocab = min(vocabulary_of(student), vocabulary_of(teacher))
     hidden, turn = rows.teacher_hidden, rows.by_token
     options: dict[str, Any] = {"temperature": config.temperature, "mask": rows.mask}
     mass, top2 = None, None

@@ -14,10 +14,10 @@ from topd.divergences import JSD, ForwardKL, resolve_divergence
 from topd.head import Head
 from topd.losses.entry_kl import entries_kl, renormalised, zero_masked
 from topd.losses.linear_logprobs import linear_logprobs, logprobs_and_outside
+from topd.losses.operands import first_tokens, vocabulary_of
 from topd.losses.score_tokens import score_tokens
 from topd.losses.topk_divergence import topk_divergence
 from topd.losses.topk_logprobs import TopK, topk_logprobs
-from topd.models.split_logits import first_tokens, vocabulary
 from topd.objectives.config import OPDConfig
 from topd.objectives.rows import Rows
 from topd.options import Direction
@@ -27,7 +27,7 @@ from topd.scores import TokenScores
 def compare_top_k(rows: Rows, student: Head, teacher: Head, k: int, config: OPDConfig) -> tuple[Tensor, TokenScores]:
     """Return the loss [...] of each row on the teacher's k tokens, and its scores on the whole vocabulary; k is at most the
     vocabulary that both models have, and the teacher a constant."""
-    vocab = min(vocabulary(student), vocabulary(teacher))
+    vocab = min(vocabulary_of(student), vocabulary_of(teacher))
     if k > vocab:
         raise ValueError(
             f"config.top_k must be at most the {vocab:,} tokens that both models have, got {k}; None compares all of them"

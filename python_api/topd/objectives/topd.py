@@ -36,7 +36,7 @@ from topd.objectives.batch import Padded, check_tokens, open_student
 from topd.objectives.config import TOPDConfig, config_of
 from topd.objectives.gating import MEMORY, Gate, Verdict, check_process_group
 from topd.objectives.given_windows import check_given_windows
-from topd.objectives.guidance import Reducing, guidance_of, refuse_split_head
+from topd.objectives.guidance import Reducing, guidance_of
 from topd.objectives.inputs import PaddedInputs, check_padded_inputs
 from topd.objectives.look_ahead import Pass, check_table, compare_windows, draw_windows, first, lowest
 from topd.objectives.method import Method, with_whole_teacher
@@ -190,7 +190,6 @@ class TOPD(Method):
         student, teacher = open_student(self.student, rollouts), rollouts.decoder("teacher", self.teacher)
         check_tokens(rollouts, student=self.student, teacher=self.teacher)
         self._judge.check_apart(student.output.shard)
-        refuse_split_head(student.output)
         ids, attended = rollouts.input_ids, rollouts.attended
         with stages.stage("student_forward"):
             student_states = prefill(student, ids, attended, cache=student.keeps_cache)

@@ -6,14 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from topd.ops.linear_logprobs.ids import factors, onto_first, scalar_of
 from topd.ops.linear_logprobs.loop import Loop
 from topd.ops.linear_logprobs.spec import Call, Saved, Upstreams
 from topd.ops.shared.few_rows import gradients_of_few, kept_rows
 from topd.ops.shared.one_pass import Correction, common_factor, correction
-from topd.ops.shared.repeats import runs_of
 from topd.ops.shared.tiles import HeadGrads
-from topd.ops.weighted_gather.op import weighted_gather
-from topd.ops.weighted_scatter.op import weighted_scatter
 
 
 def mass(outside: Tensor) -> Tensor:
@@ -45,13 +43,12 @@ def upstream_of(upstreams: Upstreams, saved: Saved) -> Upstream:
     if call.mask is not None:
         used = used & call.mask
     unused = ~used.unsqueeze(-1)
-    in_range = (call.ids >= 0) & (call.ids < call.vocab)
-    g, o = _onto_first(call.ids, g.masked_fill(unused | ~in_range, 0.0), first), o.masked_fill(~used, 0.0)
+    g = onto_first(call.ids, g.masked_fill(unused | ~call.in_range(call.ids), 0.0), first)
+    o = o.masked_fill(~used, 0.0)
     total = g.sum(-1)
     p = logprobs.double().exp().masked_fill(~first, 0.0)
     inside, q = p.sum(-1), mass(outside).double()
-    at_ids = -g * logprobs.double().expm1() - p * ((total + o).unsqueeze(-1) - g)
-    at_ids = at_ids * (slope if slope.shape[0] else call.spec.scale / call.spec.temperature)
+    at_ids = factors(p, logprobs, g, o, slope if slope.shape[0] else call.spec.scale / call.spec.temperature)
     dtype = logprobs.dtype
     return Upstream(
         (o * inside - total * q).masked_fill(~used, 0.0).to(dtype),
@@ -60,16 +57,6 @@ def upstream_of(upstreams: Upstreams, saved: Saved) -> Upstream:
         at_ids.masked_fill(unused, 0.0).to(dtype),
         used,
     )
-
-
-def _onto_first(ids: Tensor, g: Tensor, first: Tensor) -> Tensor:
-    """Return g [N, M] with the entries of a repeated id added up at its first place, 0 at the others: added up later, in
-    float32, they would cancel where the token is nearly certain."""
-    if ids.shape[1] < 2 or (ids.device.type == "cpu" and bool(first.all())):
-        return g
-    runs = runs_of(ids)
-    totals = runs.totals(g).gather(-1, runs.run).masked_fill(~runs.starts, 0.0)
-    return torch.zeros_like(g).scatter(-1, runs.order, totals)
 
 
 def dense_correction(saved: Saved, upstream: Upstream) -> Correction:
@@ -84,11 +71,12 @@ def dense_correction(saved: Saved, upstream: Upstream) -> Correction:
         deviates = deviates | uses_entropy
     if call.mask is not None:  # masked rows obey whatever comes
         deviates = deviates & call.mask
+    deviates, alive = call.shard.union(deviates, alive)
     if call.dense:
         no_u = dense.new_empty(0)  # `hinted` holds each row's q, with which its gradient grows
         rows = (c, hinted, dense, deviates, alive)
         narrow = call.grad_dtype != call.dtype
-        return correction(kept.grads, call.side, no_u, *rows, call.backend, narrow=narrow)
+        return correction(kept.grads, call.side, no_u, *rows, call.backend, narrow=narrow, shard=call.shard)
     sums = HeadGrads.empty(call.side, call.vocab, call.dtype, call.backend, saved.needs)
     alive_rows = (alive & deviates).nonzero()[:, 0]
     if alive_rows.numel() == 0:
@@ -96,12 +84,12 @@ def dense_correction(saved: Saved, upstream: Upstream) -> Correction:
     return Correction(sums, alive_rows, [(1.0, dense)], alive_rows.numel() > 0)
 
 
-def add_rows(call: Call, upstream: Upstream, correct: Correction) -> None:
+def add_rows(saved: Saved, upstream: Upstream, correct: Correction) -> None:
     """Compute the rows of a correction again and add them."""
     if correct.rows.numel() == 0:
         return
-    entropy, weight_grad = upstream.entropy, bool(correct.grads.weight.numel())
-    loop = Loop(call, correct.rows, grad=True, weight_grad=weight_grad, entropy=entropy is not None)
+    entropy, needs = upstream.entropy, saved.needs
+    loop = Loop(saved.call, correct.rows, grad=True, weight_grad=needs.weight, entropy=entropy is not None)
     for chunk in loop:
         if (gradients := chunk.gradients) is None:
             continue
@@ -114,6 +102,8 @@ def add_rows(call: Call, upstream: Upstream, correct: Correction) -> None:
         for alpha, weights, tile in parts:
             weights = weights.masked_fill(~gradients.finite, torch.nan)
             through = loop.side.through_adapter(tile)
+            if needs.adapter and through is not None:  # d a is whole on every rank
+                through = saved.call.shard.summed(through)
             correct.grads.add(loop.side, tile, through, gradients.hidden, weights, first=first, alpha=alpha)
             first = False
 
@@ -125,56 +115,22 @@ def _together(parts: list[tuple[float, Tensor, Tensor]]) -> tuple[float, Tensor,
     return 1.0, torch.ones_like(weights), tile
 
 
-def add_ids(call: Call, upstream: Upstream, grads: HeadGrads, hidden: Tensor) -> None:
-    """Add the ids' part: M weighted rows each to d hidden (where it is not empty) and to the head's gradients."""
-    side, ids, at_ids = call.side, call.ids, upstream.at_ids
-    through_adapter = None
-    if side.a is not None and side.b is not None:
-        through_adapter = at_ids.new_zeros(ids.shape[0], side.b.shape[1])
-        weighted_gather(call.backend, through_adapter, side.b, ids, at_ids)
-        through_adapter *= side.scaling
-    if hidden.numel():
-        weighted_gather(call.backend, hidden, side.weight, ids, at_ids)
-        if through_adapter is not None and side.a is not None:
-            hidden.addmm_(through_adapter, side.a.to(hidden.dtype))
-    if grads.weight.numel():
-        weighted_scatter(call.backend, grads.weight, side.hidden, ids, at_ids)
-    if grads.bias.numel():
-        ones = at_ids.new_ones(ids.shape[0], 1)
-        weighted_scatter(call.backend, grads.bias.unsqueeze(-1), ones, ids, at_ids)
-    if grads.a.numel() and side.a is not None and through_adapter is not None:
-        states = side.hidden.to(call.dtype).masked_fill(~upstream.used.unsqueeze(-1), 0.0)
-        grads.a.addmm_(through_adapter.T, states)
-        weighted_scatter(call.backend, grads.b, side.scaling * (states @ side.a.to(call.dtype).T), ids, at_ids)
-
-
 def in_range_share(call: Call) -> Tensor:
     """Return [N], the share of a row's ids that lie in the vocabulary: where every log-probability has one upstream, the row's
     factor is that times one number."""
     if call.ids.shape[1] == 0:
         return call.ids.new_ones(1, dtype=call.dtype)
-    in_range = (call.ids >= 0) & (call.ids < call.vocab)
-    return in_range.sum(-1).to(call.dtype) / call.ids.shape[1]
+    return call.in_range(call.ids).sum(-1).to(call.dtype) / call.ids.shape[1]
 
 
 def uniform_factor(saved: Saved, upstreams: Upstreams) -> Tensor | None:
     """Return c where every log-probability has one upstream, an expanded scalar as sum() sends it (mean() sends a number each):
     no row deviates and the host need not wait. A row without a distribution (`outside` is NaN) still poisons the sums, as it
     would in eager code."""
-    g, h, o = upstreams
-    call, outside = saved.call, saved.outside
-    if (
-        not saved.uniform_hint
-        or not call.dense
-        or call.mask is not None
-        or g is None
-        or h is not None
-        or o is not None
-        or not g.numel()
-        or any(g.stride())
-    ):
+    call, outside, scalar = saved.call, saved.outside, scalar_of(upstreams)
+    if scalar is None or upstreams.entropy is not None or not saved.uniform_hint or not call.dense or call.mask is not None:
         return None
-    c = -g[0, 0].to(outside.dtype) * g.shape[1]
+    c = -scalar.to(outside.dtype) * call.ids.shape[1]
     return torch.where(outside.isnan().any() & (c != 0), torch.nan, c)
 
 
@@ -184,7 +140,7 @@ def gradients_of_sums(saved: Saved, upstreams: Upstreams, upstream: Upstream) ->
     if c is not None:
         return saved.kept.grads.times(c, saved.call.backend)
     correct = dense_correction(saved, upstream)
-    add_rows(saved.call, upstream, correct)
+    add_rows(saved, upstream, correct)
     return correct.grads
 
 

@@ -52,6 +52,7 @@ def plan_of(call: Call, n: int, *, grad: bool, weight_grad: bool, entropy: bool)
         itemsize=call.dtype.itemsize,
         temporaries=engine.temporaries(EAGER_LOGPROB_TEMPORARIES),
         products=products,
+        shard=call.shard,
     )
 
 
@@ -110,7 +111,7 @@ class Loop:
                 chunk.grad_tile,
                 side.grad_scale,
             )
-            rows = run_rows(call.backend, inputs)
+            rows = run_rows(call, inputs)
             finite.append(rows.finite)
             gradients = None
             if (pile := chunk.pile) is not None:

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from topd.checks.values import in_vocabulary, no_forward_mode
 from topd.ops.linear_logprobs.gradient import (
-    add_ids,
     gradients_of_kept,
     gradients_of_sums,
     in_range_share,
     mass,
     upstream_of,
 )
+from topd.ops.linear_logprobs.ids import add_ids, rows_of_ids, width_of_ids
 from topd.ops.linear_logprobs.loop import Loop, keeps_outside_grad
 from topd.ops.linear_logprobs.spec import (
     CALL,
@@ -52,6 +52,7 @@ from topd.ops.shared.differentiable import (
 )
 from topd.ops.shared.engines import EAGER, Engine
 from topd.ops.shared.few_rows import may_keep
+from topd.ops.shared.hidden_sums import HiddenSums
 from topd.ops.shared.loop import chosen_rows
 from topd.ops.shared.numbers import numbers_in, numbers_of
 from topd.ops.shared.one_pass import normalised_hint
@@ -97,6 +98,7 @@ def _empty(inputs: Inputs, *, keeps: bool, engine: Engine) -> Outputs:
         logprobs.new_zeros(0 if call.spec.softcap is None else n, ids.shape[1]),
         logprobs.new_zeros(n if summed.head else 0),
         engine.buffer((n, call.vocab) if keeps else (0, 0), call.side.weight, call.dtype),
+        logprobs.new_zeros((n, of_ids) if (of_ids := width_of_ids(call, needs)) else (0, 0)),
     )
     return Outputs(logprobs, logprobs.new_zeros(n if inputs.entropy else 0), logprobs.new_zeros(n), kept)
 
@@ -119,20 +121,28 @@ def _computed(call: Call, inputs: Inputs) -> Outputs:
     """Return the results of a call whose numbers are settled."""
     needs, keeps = inputs.needs, _keeps(inputs)
     outputs = _empty(inputs, keeps=keeps, engine=call.backend)
-    kept = outputs.kept
-    if kept.grads.wanted:
-        kept = kept._replace(hint=_hint(call, inputs.weights_hint, outputs.outside))
-    outputs = outputs._replace(kept=kept)
+    if needs.head and call.dense and not keeps:
+        kept = outputs.kept._replace(hint=_hint(call, inputs.weights_hint, outputs.outside))
+        outputs = outputs._replace(kept=kept)
     chosen = chosen_rows(call.mask)
-    ids = call.ids if chosen is None else call.ids[chosen]
-    in_vocabulary("ids", ids, call.vocab, HEAD_VOCABULARY, low=-1 if call.padded else 0)
-    if ids.shape[0] == 0:
+    if not call.shard.split:  # else the public function has checked them
+        ids = call.ids if chosen is None else call.ids[chosen]
+        in_vocabulary("ids", ids, call.vocab, HEAD_VOCABULARY, low=-1 if call.padded else 0)
+    _fill(call, inputs, chosen, outputs, keeps=keeps)
+    return outputs
+
+
+def _fill(call: Call, inputs: Inputs, chosen: Tensor | None, outputs: Outputs, *, keeps: bool) -> None:
+    """Compute the chosen rows (None: all) into the results, a chunk at a time."""
+    needs, kept, shard = inputs.needs, outputs.kept, call.shard
+    summed = needs.head and call.dense and not keeps  # also on a rank whose shard is empty, which has no sums
+    u, u_entropy, of_ids = (HiddenSums(shard, total) for total in (kept.u, kept.u_entropy, kept.of_ids))
+    tile, weight_grad = kept.outside_grad if keeps else None, needs.weight and summed
+    loop = Loop(call, chosen, grad=any(needs), weight_grad=weight_grad, entropy=inputs.entropy, product_tile=tile)
+    if loop.plan.n == 0:
         kept.grads.zero()
     if keeps:
-        kept.outside_grad[ids.shape[0] :].zero_()
-    grad, tile = any(needs), kept.outside_grad if keeps else None
-    summed = bool(kept.grads.weight.numel())
-    loop = Loop(call, chosen, grad=grad, weight_grad=summed, entropy=inputs.entropy, product_tile=tile)
+        kept.outside_grad[loop.plan.n :].zero_()
     for chunk in loop:
         rows, index, side = chunk.rows, chunk.row_index, loop.side
         outputs.logprobs[index], outputs.outside[index], kept.first[index] = rows.logprobs, rows.outside, rows.first
@@ -140,20 +150,26 @@ def _computed(call: Call, inputs: Inputs) -> Outputs:
             outputs.entropy[index] = rows.entropy
         if call.spec.softcap is not None:
             kept.slope[index] = rows.slope
+        if kept.of_ids.numel():
+            of_ids.take(rows_of_ids(call, rows, call.ids[index], needs), index)
         if (gradients := chunk.gradients) is None:
             continue
         index, finite = gradients.row_index, gradients.finite
         through_adapter = side.through_adapter(gradients.outside_grad)
         if needs.hidden:
-            kept.u[index] = side.hidden_grad(gradients.outside_grad, through_adapter, finite)
+            out = u.place(index, None)
+            u.add(side.hidden_grad(gradients.outside_grad, through_adapter, finite, out=out), index, None)
         if needs.hidden and gradients.entropy_grad is not None:
-            through_entropy = side.through_adapter(gradients.entropy_grad)
-            kept.u_entropy[index] = side.hidden_grad(gradients.entropy_grad, through_entropy, finite)
-        if kept.grads.wanted:
+            through_entropy, out = side.through_adapter(gradients.entropy_grad), u_entropy.place(index, None)
+            u_entropy.add(side.hidden_grad(gradients.entropy_grad, through_entropy, finite, out=out), index, None)
+        if summed:
+            if needs.adapter and through_adapter is not None:  # d a is whole on every rank
+                through_adapter = shard.summed(through_adapter)
             kept.hint[index] = kept.hint[index].masked_fill(~finite, 0.0)
             weights = (kept.hint[index] * mass(outputs.outside[index])).masked_fill(~finite, 0.0)
             kept.grads.add(side, gradients.outside_grad, through_adapter, gradients.hidden, weights, first=gradients.first)
-    return outputs
+    for sums in (u, u_entropy, of_ids):
+        sums.finish()
 
 
 def _hint(call: Call, weights_hint: Tensor | None, like: Tensor) -> Tensor:
@@ -173,6 +189,7 @@ def _backward(
     upstreams = Upstreams(grad_logprobs, grad_entropy, grad_outside)
     with op_body("linear_logprobs", call.side.hidden.device):
         upstream = upstream_of(upstreams, inputs)
+        at_ids = inputs, upstreams, upstream.at_ids, upstream.used
         hidden = kept.u.new_empty(0)
         if needs.hidden:
             hidden = kept.u * upstream.dense.unsqueeze(-1)
@@ -181,12 +198,12 @@ def _backward(
             hidden.masked_fill_(~upstream.used.unsqueeze(-1), 0.0)
         grads = kept.grads
         if kept.outside_grad.numel():
-            add_ids(call, upstream, grads, hidden)  # to d hidden alone: the head's gradients are empty
+            add_ids(*at_ids, grads, hidden)  # to d hidden alone: the head's gradients are empty
             grads = gradients_of_kept(inputs, upstream)
         else:
             if needs.head:
                 grads = gradients_of_sums(inputs, upstreams, upstream)
-            add_ids(call, upstream, grads, hidden)
+            add_ids(*at_ids, grads, hidden)
         return GRADIENTS.pack(Gradients(hidden.to(call.side.hidden.dtype), grads.returned(call.side, needs)))
 
 

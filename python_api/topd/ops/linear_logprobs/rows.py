@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import topd.ops.linear_logprobs.eager  # noqa: F401  (registers what the backend "eager" runs)
-from topd.ops.linear_logprobs.spec import ROWS_INPUTS, ROWS_OUTPUTS, LogprobRows, RowsInputs
-from topd.ops.shared.engines import Engine
+from topd.ops.linear_logprobs.eager import rows_in_tiles  # which registers what the backend "eager" runs
+from topd.ops.linear_logprobs.spec import ROWS_INPUTS, ROWS_OUTPUTS, Call, LogprobRows, RowsInputs
 from topd.ops.shared.op_body import define
 
 define("topd::logprob_rows", f"({ROWS_INPUTS.schema}) -> ({ROWS_OUTPUTS.schema})")
@@ -35,9 +34,12 @@ def _fake(*flat: Any) -> tuple[Tensor, ...]:
     )
 
 
-def run_rows(engine: Engine, inputs: RowsInputs) -> LogprobRows:
-    """Return one chunk's results; the gradients live in the inputs' tiles."""
-    kernel = engine.kernel("logprob_rows", inputs.product.device)
+def run_rows(call: Call, inputs: RowsInputs) -> LogprobRows:
+    """Return one chunk's results; the gradients live in the inputs' tiles. Rows of a vocabulary that is split are eager
+    torch's on every engine: no compiled kernel stops before its sweep."""
+    if call.shard.split:
+        return rows_in_tiles(inputs, call.shard, call.tokens)
+    kernel = call.backend.kernel("logprob_rows", inputs.product.device)
     logprobs, entropy, outside, first, slope, finite = kernel(*ROWS_INPUTS.pack(inputs))
     tile = inputs.product if inputs.grad_tile is None else inputs.grad_tile
     return LogprobRows(logprobs, entropy, outside, first, slope, finite, tile if inputs.grad else None, inputs.entropy_tile)

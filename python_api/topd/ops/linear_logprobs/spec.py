@@ -9,9 +9,11 @@ from torch import Tensor
 from topd.ops.shared.engines import Engine
 from topd.ops.shared.fields import PREFIXED, WRITTEN, Table
 from topd.ops.shared.float16_scale import scale_within
+from topd.ops.shared.shard import WHOLE, Shard
 from topd.ops.shared.tiles import HeadGrads, Needs, Side
 
 HEAD_VOCABULARY = "the rows of head.weight"
+SHARDED_VOCABULARY = "the tokens that all ranks of the sharded head hold"
 
 # What an entry of both gradients reaches for a slope of 1: that of the mass outside the ids 1; the entropy's p |log p| + p H,
 # below 1 + log V.
@@ -76,7 +78,8 @@ class RowsOutputs(NamedTuple):
 class Call(NamedTuple):
     """What the public function, forward and backward share. hidden [N, H], mask [N] bool, ids [N, M] int64. `padded`: an id of
     -1 stands for no token. `dense`: forward sums the head's gradients under the hint; without it they wait for backward.
-    `numbers`: what `topd.ops.shared.numbers` packed, or None."""
+    `numbers`: what `topd.ops.shared.numbers` packed, or None. `shard`: which tokens the head holds here; where other ranks hold
+    further ones, `tokens` is how many there are in all."""
 
     side: Side
     mask: Tensor | None
@@ -87,6 +90,8 @@ class Call(NamedTuple):
     padded: bool
     dense: bool
     numbers: Tensor | None = None
+    shard: Shard = WHOLE
+    tokens: int = 0
 
     @property
     def dtype(self) -> torch.dtype:
@@ -95,8 +100,12 @@ class Call(NamedTuple):
 
     @property
     def vocab(self) -> int:
-        """The width of the head's vocabulary."""
+        """The width of the head's vocabulary, of the part of it that is here."""
         return self.side.weight.shape[0]
+
+    def in_range(self, ids: Tensor) -> Tensor:
+        """Tell which ids are tokens, here or on other ranks."""
+        return (ids >= 0) & (ids < (self.tokens if self.shard.split else self.vocab))
 
     @property
     def grad_dtype(self) -> torch.dtype:
@@ -118,7 +127,8 @@ class Inputs(NamedTuple):
 class Kept(NamedTuple):
     """What forward leaves for backward beside the log-probabilities and the mass outside: u and u_entropy [N, H], the gradients
     of the mass outside and the entropy to the hidden states; the head's sums of the first under `hint` [N]; or, of few rows,
-    outside_grad [N, V]; first and slope [N, M] as in `LogprobRows`. Empty what is not needed."""
+    outside_grad [N, V]; first and slope [N, M] as in `LogprobRows`; of a sharded head of_ids [N, H + r], what
+    `topd.ops.linear_logprobs.ids` says. Empty what is not needed."""
 
     u: Tensor
     grads: Annotated[HeadGrads, PREFIXED]
@@ -127,6 +137,7 @@ class Kept(NamedTuple):
     slope: Tensor
     hint: Tensor
     outside_grad: Tensor
+    of_ids: Tensor
 
 
 class Outputs(NamedTuple):

@@ -50,6 +50,11 @@ class HiddenSums:
             sending = adding_up_parts(group, sent, received)
             self._pending = _Pending(sending, received[: piece.mine.numel()], piece.mine, sent)
 
+    def take(self, part: Tensor, row_index: slice | Tensor) -> None:
+        """Take a part that was made elsewhere, of rows that all ranks have."""
+        out = self.place(row_index, None)
+        self.add(part if out is None else out.copy_(part), row_index, None)
+
     def finish(self) -> None:
         """Wait for the last sum."""
         if self._pending is not None:

@@ -2,6 +2,9 @@
 
 One matrix product; the tile of logits is float32 (float64 for float64). It is an op so that torch.compile takes it whole, and
 need not know how many rows a mask keeps.
+
+The ranks of a sharded head gather, of each row, their own k largest logits, the tokens of these, and (top, rest) of their
+softmax: 2 k + 2 doubles of a row and rank, as a double holds every float32 and every token. Each rank then takes the k largest.
 """
 
 from typing import Any, NamedTuple
@@ -16,12 +19,14 @@ from topd.ops.shared.fields import Table
 from topd.ops.shared.loop import TileLoop, chosen_rows, plan_rows
 from topd.ops.shared.numbers import numbers_in, numbers_of
 from topd.ops.shared.op_body import define, op_body
+from topd.ops.shared.row_math import distribution
+from topd.ops.shared.shard import WHOLE, Shard, combined
 from topd.ops.shared.tiles import Side
 
 
 class Inputs(NamedTuple):
     """The arguments of topd::topk_logprobs. hidden [N, H], mask [N] bool; `numbers`: what `topd.ops.shared.numbers` packed, or
-    None."""
+    None; `shard`: which tokens the head holds here."""
 
     side: Side
     mask: Tensor | None
@@ -31,6 +36,7 @@ class Inputs(NamedTuple):
     k: int
     workspace_bytes: int | None
     numbers: Tensor | None = None
+    shard: Shard = WHOLE
 
     @property
     def dtype(self) -> torch.dtype:
@@ -77,14 +83,40 @@ def _computed(inputs: Inputs) -> Outputs:
         workspace_bytes=inputs.workspace_bytes,
         itemsize=inputs.dtype.itemsize,
         temporaries=TEMPORARIES,
+        shard=inputs.shard,
     )
     for chunk in TileLoop(engine, plan, (side,), chosen, inputs.dtype):
         (product,) = chunk.products
         logits = shape_logits(product, side.bias, inputs.scale, inputs.softcap, temperature)
+        if inputs.shard.split:
+            ids[chunk.row_index], logprobs[chunk.row_index] = _over_ranks(logits, inputs.k, inputs.shard)
+            continue
         top, top_ids = logits.topk(inputs.k, dim=-1)
         rest = (logits - top[:, :1]).exp_().scatter_(-1, top_ids[:, :1], 0.0).sum(-1, keepdim=True)
         ids[chunk.row_index], logprobs[chunk.row_index] = top_ids, (top - top[:, :1]) - rest.log1p()
     return Outputs(ids, logprobs)
+
+
+def _over_ranks(logits: Tensor, k: int, shard: Shard) -> Outputs:
+    """Return the k most likely tokens of all ranks' logits, of which [C, V] are here; one gather.
+
+    Equal logits stand in the order of the ranks, and within a rank as torch.topk has them.
+    """
+    here = min(k, logits.shape[-1])
+    top, columns = logits.topk(here, dim=-1)
+    softmax = distribution(logits)
+    mine = logits.new_full((logits.shape[0], 2 * k + 2), -1.0, dtype=torch.float64)  # -1: no token
+    mine[:, :k] = -torch.inf
+    mine[:, :here], mine[:, k : k + here] = top, columns + shard.start
+    mine[:, 2 * k], mine[:, 2 * k + 1] = softmax.top[:, 0], softmax.rest[:, 0]
+    everyone = shard.gathered(mine)
+    whole = combined(everyone[..., 2 * k], everyone[..., 2 * k + 1])
+    candidates, tokens = (part.transpose(0, 1).flatten(1) for part in (everyone[..., :k], everyone[..., k : 2 * k]))
+    # What is no token goes last: it must not stand before a token whose logit is -inf too.
+    order = (tokens < 0).to(torch.uint8).sort(stable=True, dim=-1).indices
+    order = order.gather(-1, candidates.gather(-1, order).sort(stable=True, dim=-1, descending=True).indices)[:, :k]
+    shifted = candidates.gather(-1, order) - whole.top.unsqueeze(-1)
+    return Outputs(tokens.gather(-1, order).long(), (shifted - whole.rest.log1p().unsqueeze(-1)).to(logits.dtype))
 
 
 def _implementation(*flat: Any) -> tuple[Any, ...]:

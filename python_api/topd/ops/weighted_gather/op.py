@@ -40,6 +40,8 @@ def weighted_gather(engine: Engine, out: Tensor, table: Tensor, ids: Tensor, wei
 
 @eager_kernel("weighted_gather")
 def _eager(out: Tensor, table: Tensor, ids: Tensor, weights: Tensor) -> None:
+    if not table.shape[0]:  # a rank of a sharded head may hold nothing
+        return
     for piece in pieces(ids, table.shape[1]):
         counts = counted(ids[piece], weights[piece], table.shape[0])
         gathered = table[ids[piece].clamp(0, table.shape[0] - 1)].to(out.dtype).masked_fill_(~counts.unsqueeze(-1), 0.0)

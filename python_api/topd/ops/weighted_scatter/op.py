@@ -28,6 +28,8 @@ def weighted_scatter(engine: Engine, out: Tensor, rows: Tensor, ids: Tensor, wei
 
 @eager_kernel("weighted_scatter")
 def _eager(out: Tensor, rows: Tensor, ids: Tensor, weights: Tensor) -> None:
+    if not out.shape[0]:  # a rank of a sharded head may hold nothing
+        return
     for piece in pieces(ids, rows.shape[1]):
         counts = counted(ids[piece], weights[piece], out.shape[0])
         added = weights[piece].unsqueeze(-1) * rows[piece].to(out.dtype).unsqueeze(1)
