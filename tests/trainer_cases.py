@@ -89,6 +89,17 @@ def arguments(folder, **options):
     return transformers.TrainingArguments(**(given | options))
 
 
+METHODS = {"opd": topd.OPD, "topd": lambda *given: topd.TOPD(*given, GATED)}
+
+
+def three_steps(method, folder, student, teacher):
+    """Return a DistillationTrainer of three steps, each of two micro-batches."""
+    from topd.integrations.transformers import DistillationTrainer
+
+    objective, rows = METHODS[method](student, teacher), rows_of(four_rollouts())
+    return DistillationTrainer(objective, arguments(folder, max_steps=3), train_dataset=InOrder(rows * 3))
+
+
 def flat(model):
     return torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()])
 

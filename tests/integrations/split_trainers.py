@@ -4,14 +4,15 @@ accelerate takes tensor parallelism on GPUs alone, by a check that is left out h
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import accelerate
 import torch
 import transformers
 from split_cases import flat
-from tiny_trl_cases import SGD, trainer_of, two_steps_by_trl
-from trainer_cases import InOrder, arguments, four_rollouts, prompts, rows_of
+from tiny_trl_cases import SGD, topd_by_trl, trainer_of, two_steps_by_trl
+from trainer_cases import METHODS, arguments, prompts, rows_of, three_steps
 from transformers.distributed import DistributedConfig
 from two_ranks import fork
 
@@ -33,12 +34,12 @@ def models():
 
 
 def by_transformers():
-    """Three steps of two micro-batches."""
-    trainer = DistillationTrainer(
-        topd.OPD(*models()), arguments(FOLDER, max_steps=3), train_dataset=InOrder(rows_of(four_rollouts()) * 3)
-    )
-    trainer.train()
-    return {"parameters": flat(trainer.objective.student), "log": trainer.state.log_history}
+    results = {}
+    for method in METHODS:
+        trainer = three_steps(method, FOLDER, *models())
+        trainer.train()
+        results[method] = {"parameters": flat(trainer.objective.student), "log": trainer.state.log_history}
+    return results
 
 
 def by_transformers_with_rollouts_of_its_own():
@@ -50,12 +51,16 @@ def by_transformers_with_rollouts_of_its_own():
 
 
 def by_trl():
-    trainer = two_steps_by_trl(FOLDER, models(), ddp_backend="gloo")
-    trainer.train()
+    results = {}
+    for method, trainer_with in (("trd", two_steps_by_trl), ("topd", partial(topd_by_trl, steps=2))):
+        trainer = trainer_with(FOLDER, models(), ddp_backend="gloo")
+        trainer.train()
+        results[method] = {"parameters": flat(trainer.model), "log": trainer.state.log_history[:2]}
     try:
         trainer_of(FOLDER, TOPDTrainer, given_models=models(), given_arguments={"gradient_accumulation_steps": 2})
     except ValueError as error:
-        return {"parameters": flat(trainer.model), "log": trainer.state.log_history[:2], "refusal": str(error)}
+        results["refusal"] = str(error)
+    return results
 
 
 def by_trl_with_rollouts_of_its_own():

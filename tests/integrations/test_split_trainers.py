@@ -4,11 +4,10 @@ import pytest
 import torch
 from compare import assert_near
 from diagnostics_cases import diagnostics_of
-from tiny_trl_cases import two_steps_by_trl
-from trainer_cases import LR, flat, four_rollouts, models
+from tiny_trl_cases import topd_by_trl, two_steps_by_trl
+from trainer_cases import METHODS, flat, models, three_steps
 from two_ranks import start
 
-import topd
 from topd.integrations.processes import Processes, refuse_split_sequences
 
 distributed = pytest.importorskip("transformers.distributed")
@@ -22,33 +21,35 @@ def ranks(tmp_path_factory):
     return start("integrations/split_trainers.py", folder, timeout=120)
 
 
-def test_three_steps_by_transformers(ranks):
-    objective = topd.OPD(*models())
-    optimizer, losses = torch.optim.SGD(objective.student.parameters(), lr=LR), []
-    for _ in range(3):
-        optimizer.zero_grad()
-        loss = objective(four_rollouts()).loss
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    for rank in ranks:
-        each = rank["by_transformers"]
-        assert_near(each["parameters"], flat(objective.student), 1e-10, "parameters")
-        assert [line["loss"] for line in each["log"][:3]] == pytest.approx(losses, rel=1e-5)
-        assert [line["opd_loss"] for line in each["log"][:3]] == pytest.approx(losses, rel=1e-5)
-
-
-def test_two_steps_of_pairs_by_trl(ranks, tmp_path):
-    """Their diagnostics count each token once. With accumulation TRL's sampler would leave rows out."""
-    trainer = two_steps_by_trl(tmp_path, models())
+@pytest.mark.parametrize("method", METHODS)
+def test_three_steps_by_transformers(method, ranks, tmp_path):
+    trainer = three_steps(method, tmp_path, *models())
     trainer.train()
     for rank in ranks:
-        each = rank["by_trl"]
-        assert_near(each["parameters"], flat(trainer.model), 1e-10, "parameters")
-        for line, expected in zip(each["log"], trainer.state.log_history, strict=False):
+        assert_as_in_one_process(rank["by_transformers"][method], trainer)
+
+
+@pytest.mark.parametrize("method", ["trd", "topd"])
+def test_two_steps_by_trl(method, ranks, tmp_path):
+    """Their diagnostics count each token once."""
+    trainer = two_steps_by_trl(tmp_path, models()) if method == "trd" else topd_by_trl(tmp_path, models(), steps=2)
+    trainer.train()
+    for rank in ranks:
+        assert_as_in_one_process(rank["by_trl"][method], trainer)
+
+
+def assert_as_in_one_process(each, trainer):
+    assert_near(each["parameters"], flat(trainer.objective.student), 1e-10, "parameters")
+    for line, expected in zip(each["log"], trainer.state.log_history, strict=False):
+        if "loss" in expected:
             assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+            assert line.get("guidance_loss", 0.0) == pytest.approx(expected.get("guidance_loss", 0.0), rel=1e-5)
             assert diagnostics_of(line) == pytest.approx(diagnostics_of(expected), rel=1e-9)
-        assert "args.gradient_accumulation_steps must be 1 with tensor parallelism, got 2" in each["refusal"]
+
+
+def test_trl_would_leave_rows_out_with_accumulation(ranks):
+    for rank in ranks:
+        assert "args.gradient_accumulation_steps must be 1 with tensor parallelism, got 2" in rank["by_trl"]["refusal"]
 
 
 @pytest.mark.parametrize("way", ["by_transformers_with_rollouts_of_its_own", "by_trl_with_rollouts_of_its_own"])

@@ -4,8 +4,8 @@ import sys
 from pathlib import Path
 
 import torch
-from tiny_trl_cases import SGD, collated_pairs, models, pair_columns, trainer_of
-from trainer_cases import GATED, MEASURED, flat, four_rollouts
+from tiny_trl_cases import SGD, collated_pairs, models, pair_columns, topd_by_trl, trainer_of
+from trainer_cases import MEASURED, flat
 from two_ranks import fork
 
 import topd
@@ -30,16 +30,8 @@ def train(rank):
 
 def after_a_step_of_topd():
     """Two rollouts in each process, whose candidates are judged together."""
-    rollouts = four_rollouts()
-    trainer = trainer_of(
-        Path(sys.argv[1]),
-        TOPDTrainer,
-        columns={key: value.tolist() for key, value in rollouts.items()},
-        given_models=tuple(model.double() for model in models()),
-        given_arguments={"ddp_backend": "gloo", **SGD},
-        data_collator=lambda rows: {key: torch.tensor([row[key] for row in rows]) for key in rollouts},
-        objective_config=GATED,
-    )
+    given = tuple(model.double() for model in models())
+    trainer = topd_by_trl(Path(sys.argv[1]), given, steps=1, ddp_backend="gloo")
     trainer.train()
     assert trainer.objective.process_group is torch.distributed.group.WORLD
     return flat(trainer.accelerator.unwrap_model(trainer.model))
