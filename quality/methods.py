@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import topd
+from topd.objectives.gating import Verdict
 
 Step = Callable[[Mapping[str, Tensor], Tensor, torch.Generator], topd.Objective]
 
@@ -94,9 +95,10 @@ class OracleGate(topd.TOPD):
         self.positions = super()._candidates(*args, **options)
         return self.positions
 
-    def _gate(self, *args: Any, **options: Any) -> Tensor:
+    def _gate(self, *args: Any, **options: Any) -> Verdict:
         row, column = self.positions.unbind(-1)
-        return ~self.surface[row, column]
+        real = ~self.surface[row, column]
+        return Verdict(real, real.numel(), real.sum())
 
 
 def objective_of(row: Row, student: Any, teacher: Any) -> Step:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tiny_models import VOCAB, tiny, word_tokenizer
-from trainer_cases import eight_pairs
+from trainer_cases import GATED, MEASURED, eight_pairs, four_rollouts
 
 import topd
 
@@ -52,6 +52,39 @@ def arguments(folder, **options):
         "disable_tqdm": True,
     }
     return trl.DistillationConfig(**(given | options))
+
+
+def two_steps_by_trl(folder, given_models, **given_arguments):
+    """Return a TOPDTrainer of two steps, each of four of eight pairs."""
+    from topd.integrations.trl import TOPDTrainer
+
+    return trainer_of(
+        folder,
+        TOPDTrainer,
+        steps=2,
+        columns=pair_columns(),
+        given_models=given_models,
+        given_arguments={"per_device_train_batch_size": 4, **SGD, **given_arguments},
+        data_collator=collated_pairs,
+        objective_config=topd.TRDConfig(**MEASURED),
+    )
+
+
+def topd_by_trl(folder, given_models, steps, **given_arguments):
+    """Return a TOPDTrainer of steps of two rollouts a process."""
+    from topd.integrations.trl import TOPDTrainer
+
+    rollouts = four_rollouts()
+    return trainer_of(
+        folder,
+        TOPDTrainer,
+        steps=steps,
+        columns={key: value.tolist() for key, value in rollouts.items()},
+        given_models=given_models,
+        given_arguments={**SGD, **given_arguments},
+        data_collator=lambda rows: {key: torch.tensor([row[key] for row in rows]) for key in rollouts},
+        objective_config=GATED,
+    )
 
 
 def models():

@@ -19,6 +19,9 @@ MEASURED = {"position_clip": 1.5, "epistemic_ids": (3, 17, 40), "teacher_top2": 
 FEW = {"candidates": "top_k", "candidate_value": 2, "horizon": 4}
 
 
+GATED = topd.TOPDConfig(**FEW, window_temperature=0.0, gate_value=0.4, guidance_weight=1.0)
+
+
 def models():
     return tiny("llama", **MILD).double(), tiny("qwen3", seed=3, **MILD).double()
 
@@ -84,6 +87,17 @@ def arguments(folder, **options):
         "disable_tqdm": True,
     }
     return transformers.TrainingArguments(**(given | options))
+
+
+METHODS = {"opd": topd.OPD, "topd": lambda *given: topd.TOPD(*given, GATED)}
+
+
+def three_steps(method, folder, student, teacher):
+    """Return a DistillationTrainer of three steps, each of two micro-batches."""
+    from topd.integrations.transformers import DistillationTrainer
+
+    objective, rows = METHODS[method](student, teacher), rows_of(four_rollouts())
+    return DistillationTrainer(objective, arguments(folder, max_steps=3), train_dataset=InOrder(rows * 3))
 
 
 def flat(model):

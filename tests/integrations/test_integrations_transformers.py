@@ -9,6 +9,7 @@ from diagnostics_cases import diagnostics_of, numbers
 from tiny_models import tiny
 from trainer_cases import (
     FEW,
+    GATED,
     LOGGED,
     LR,
     MEASURED,
@@ -149,16 +150,20 @@ def test_no_column_is_dropped_and_the_callers_arguments_stay(tmp_path):
 
 def test_two_processes_take_the_large_batchs_step(tmp_path):
     """DDP over gloo, two micro-batches in each; only the whole batch's 26 tokens make every token weigh the same. Then pairs of
-    student and teacher, four micro-batches in each."""
+    student and teacher, four micro-batches in each; and TOPD, whose gate judges the candidates of both."""
     objective, batch = topd.OPD(*models()), four_rollouts()
     expected, loss = after_one_step(objective, batch)
     gradient = (flat(objective.student) - expected) / LR
     trd = topd.TRD(*models(), topd.TRDConfig(**MEASURED))
     diagnostics, (after_pairs, _) = numbers(trd(eight_pairs()).totals.metrics()), after_one_step(trd, eight_pairs())
+    after_topd, _ = after_one_step(gated := topd.TOPD(*models(), GATED), four_rollouts())
+    guidance = gated(four_rollouts()).metrics["guidance_loss"].item()
     ranks = start("integrations/two_processes.py", tmp_path, timeout=180)
     for each in ranks:
         assert_near(each["parameters"], expected, 1e-9)
         assert_near(each["pairs"], after_pairs, 1e-8, "pairs")
+        assert_near(each["topd"], after_topd, 1e-9, "TOPD")
+        assert each["topd_log"]["guidance_loss"] == pytest.approx(guidance, rel=1e-5)
         assert diagnostics_of(each["pairs_log"]) == pytest.approx(diagnostics, rel=1e-9)
         assert_near(each["accelerate_gradient"], gradient, 1e-9, "under accelerate")
         assert each["log"]["loss"] == pytest.approx(loss, **LOGGED)

@@ -9,7 +9,7 @@ import accelerate
 import torch
 from loss_module import Loss
 from tiny_models import flat_gradient
-from trainer_cases import MEASURED, arguments, eight_pairs, flat, four_rollouts, models, rows_of
+from trainer_cases import GATED, MEASURED, arguments, eight_pairs, flat, four_rollouts, models, rows_of
 from two_ranks import fork
 
 import topd
@@ -38,6 +38,16 @@ def after_a_step_of_pairs() -> dict[str, Any]:
     return {"pairs": flat(objective.student), "pairs_log": trainer.state.log_history[0]}
 
 
+def after_a_step_of_topd() -> dict[str, Any]:
+    """Two rollouts in each process, whose candidates are judged together."""
+    objective = topd.TOPD(*models(), GATED)
+    options = {"ddp_backend": "gloo", "gradient_accumulation_steps": 1}
+    trainer = DistillationTrainer(objective, arguments(Path(sys.argv[1]), **options), train_dataset=rows_of(four_rollouts()))
+    assert objective.process_group is torch.distributed.group.WORLD
+    trainer.train()
+    return {"topd": flat(objective.student), "topd_log": trainer.state.log_history[0]}
+
+
 def train(rank):
     objective = topd.OPD(*models())
     accelerate_gradient = gradient_under_accelerate(rank)
@@ -47,7 +57,7 @@ def train(rank):
     assert "forward" not in vars(objective.student)
     assert trainer.args.world_size == 2
     results = {"parameters": flat(objective.student), "log": trainer.state.log_history[0], "draws": torch.rand(4)}
-    return results | {"accelerate_gradient": accelerate_gradient} | after_a_step_of_pairs()
+    return results | {"accelerate_gradient": accelerate_gradient} | after_a_step_of_pairs() | after_a_step_of_topd()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 import sys
 from pathlib import Path
 
-from tiny_trl_cases import SGD, collated_pairs, models, pair_columns, trainer_of
+import torch
+from tiny_trl_cases import SGD, collated_pairs, models, pair_columns, topd_by_trl, trainer_of
 from trainer_cases import MEASURED, flat
 from two_ranks import fork
 
@@ -23,7 +24,17 @@ def train(rank):
     )
     trainer.train()
     assert trainer.args.world_size == 2
-    return {"parameters": flat(trainer.accelerator.unwrap_model(trainer.model)), "log": trainer.state.log_history[0]}
+    results = {"parameters": flat(trainer.accelerator.unwrap_model(trainer.model)), "log": trainer.state.log_history[0]}
+    return results | {"topd": after_a_step_of_topd()}
+
+
+def after_a_step_of_topd():
+    """Two rollouts in each process, whose candidates are judged together."""
+    given = tuple(model.double() for model in models())
+    trainer = topd_by_trl(Path(sys.argv[1]), given, steps=1, ddp_backend="gloo")
+    trainer.train()
+    assert trainer.objective.process_group is torch.distributed.group.WORLD
+    return flat(trainer.accelerator.unwrap_model(trainer.model))
 
 
 if __name__ == "__main__":

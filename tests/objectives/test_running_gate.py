@@ -27,17 +27,18 @@ def test_it_remembers_each_candidate_once_and_the_last_alone():
     whole, parts = Gate("running_quantile", None), Gate("running_quantile", None)
     distances = torch.rand(40)
     own = whole(distances)
-    assert torch.equal(own, topd.divergent(distances))
+    assert (own.candidates, own.points, own.items) == (40, own.divergent.sum(), None)
+    assert torch.equal(own.divergent, topd.divergent(distances))
     for part in distances.split(5):
         parts(part)
     assert torch.equal(whole.state_dict()["distances"], parts.state_dict()["distances"])
     with torch.no_grad():
-        assert not whole(torch.zeros(3)).any()
+        assert not whole(torch.zeros(3)).divergent.any()
     assert torch.equal(whole.state_dict()["distances"], distances)
     resumed = Gate("running_quantile", None)
     resumed.load_state_dict(whole.state_dict())
     more = torch.rand(2 * MEMORY)
-    assert torch.equal(resumed(more), whole(more))
+    assert torch.equal(resumed(more).divergent, whole(more).divergent)
     assert torch.equal(resumed.state_dict()["distances"], more[-MEMORY:])
 
 
@@ -60,7 +61,7 @@ def test_two_processes_remember_the_same(tmp_path):
     """Also where one has no candidate."""
     ranks = start("objectives/two_gates.py", tmp_path, timeout=120)
     single = Gate("running_quantile", 0.5)
-    expected = torch.cat([single(torch.tensor([*first, *second])) for first, second in CALLS])
+    expected = torch.cat([single(torch.tensor([*first, *second])).divergent for first, second in CALLS])
     for rank in ranks:
         assert torch.equal(rank["distances"], single.state_dict()["distances"])
     assert torch.equal(torch.cat([rank["real"] for rank in ranks]).sort().values, expected.sort().values)

@@ -9,8 +9,10 @@ from topd.branching.decode import decode
 from topd.branching.generate import generate
 from topd.branching.noise import Followed, Noise, point_keys
 from topd.branching.prefill import Prefill, prefill
+from topd.head import Head
 from topd.models.decoder import Decoder
 from topd.models.sampling import Sampling
+from topd.models.split_logits import together
 from topd.options import WindowNoise
 
 BRANCHES, ROLLOUT = "branches", "rollout"
@@ -74,13 +76,19 @@ def _continue_from(
 
 
 def noise_of(
-    name: WindowNoise, input_ids: Tensor, attended: Tensor, positions: Tensor, generator: torch.Generator | None
+    name: WindowNoise,
+    input_ids: Tensor,
+    attended: Tensor,
+    positions: Tensor,
+    generator: torch.Generator | None,
+    head: Head | None = None,
 ) -> Noise | None:
-    """Return the noise of both models' windows, whose seed is one number of the generator's; None: each draws its own."""
+    """Return the noise of both models' windows, whose seed is one number of the generator's, of rank 0 where several processes
+    share the student's `head`; None: each draws its own."""
     if name == "independent" or not positions.numel():
         return None
     seed = torch.empty((), dtype=torch.int64, device=positions.device).random_(generator=generator)
-    return Noise(point_keys(seed, input_ids, attended, positions))
+    return Noise(point_keys(seed if head is None else together(head, seed), input_ids, attended, positions))
 
 
 def given_rollout(

@@ -16,6 +16,7 @@ from topd.branching.prefill import Prefill
 from topd.branching.shared_states import Places
 from topd.models.decoder import Decoder
 from topd.models.sampling import Sampling, draw
+from topd.models.split_logits import together
 
 # Branches that have ended run along until no more than this share is left: dropping them copies the others' buffers.
 REPACK = 0.75
@@ -173,6 +174,7 @@ def decode(
             drawn = draw(logits, sampling.temperature, sampling.generator)
         else:
             drawn = noise.choose(logits / sampling.temperature, draws.running, place)
+        drawn = together(decoder.output, drawn)
         draws.add(place, drawn)
         kept = draws.kept()
         if kept is not None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from topd.branching.noise import Noise
 from topd.models.decoder import Decoder
 from topd.models.sampling import Sampling, bare_settings, batches, generated, perturbed, prefixes, until_end
+from topd.models.split_logits import together
 
 
 @torch.no_grad()
@@ -33,7 +34,10 @@ def generate(
     def perturb(_: Tensor, logits: Tensor) -> Tensor:
         """Perturb the logits, so that the most likely token is a sample of our generator's."""
         kept = logits.masked_fill(torch.arange(logits.shape[-1], device=logits.device) >= sampling.vocab, -torch.inf)
-        return perturbed(kept.to(torch.promote_types(kept.dtype, torch.float32)), sampling.temperature, sampling.generator)
+        scores = perturbed(kept.to(torch.promote_types(kept.dtype, torch.float32)), sampling.temperature, sampling.generator)
+        if decoder.output.shard is None:
+            return scores
+        return only(scores, together(decoder.output, scores.argmax(-1)))
 
     def with_noise(noise: Noise, windows: Tensor, columns: int) -> Callable[[Tensor, Tensor], Tensor]:
         """Return what leaves of the logits [M, V] the token alone that the noise chooses after these prompts [M, columns]."""
@@ -41,9 +45,13 @@ def generate(
         def choose(tokens: Tensor, logits: Tensor) -> Tensor:
             kept = logits[:, : sampling.vocab].to(torch.promote_types(logits.dtype, torch.float32))
             drawn = noise.choose(kept / sampling.temperature, windows, tokens.shape[1] - columns)
-            return torch.full_like(logits, -torch.inf).scatter_(1, drawn.unsqueeze(-1), 0.0)
+            return only(logits, together(decoder.output, drawn))
 
         return choose
+
+    def only(logits: Tensor, drawn: Tensor) -> Tensor:
+        """Return logits [M, V] of these tokens alone."""
+        return torch.full_like(logits, -torch.inf).scatter_(1, drawn.unsqueeze(-1), 0.0)
 
     settings = bare_settings(sampling.horizon, sampling.ends, padding=0, do_sample=False)
     tokens = positions.new_zeros(positions.shape[0], sampling.horizon)

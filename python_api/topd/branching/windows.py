@@ -27,6 +27,7 @@ from topd.checks.rollouts import (
 )
 from topd.checks.tokens import check_lengths
 from topd.checks.values import check_tensor, choice, positive_int, real
+from topd.models.context_parallel import refuse_context_parallel
 from topd.models.decoder import decoder_of
 from topd.models.properties import embedded_tokens
 from topd.models.sampling import Sampling
@@ -141,6 +142,7 @@ def sample_windows(
     noise given the rollout: Maddison et al. 2014, "A* Sampling" (truncated Gumbels); Oberst and Sontag 2019, arXiv 1905.05824;
     its use here is ours, as is "shared".
     """
+    refuse_split_rollouts()
     ids, attended = check_rollouts(input_ids, attention_mask)
     response = None if response_mask is None else binary("response_mask", response_mask, ids, "input_ids")
     positions = check_positions(positions, attended, response)
@@ -151,8 +153,8 @@ def sample_windows(
     check_generator(generator, ids.device)
     student, teacher = decoder_of(student_model), decoder_of(teacher_model)
     check_ids("input_ids", ids, student=embedded_tokens(student_model), teacher=embedded_tokens(teacher_model))
-    ends, own = end_tokens(eos_token_id, student.model, teacher.model), student.head.weight.shape[0]
-    noise = noise_of(window_noise, ids, attended, positions, generator)
+    ends, own = end_tokens(eos_token_id, student.model, teacher.model), student.vocab
+    noise = noise_of(window_noise, ids, attended, positions, generator, student.output)
     if student_window == "rollout":
         students = from_rollout(ids, attended, positions, horizon, response)
         if noise is not None:
@@ -162,7 +164,7 @@ def sample_windows(
     else:
         drawn = Sampling(horizon, temperature, generator, ends, own)
         students = continue_from(student, ids, attended, positions, drawn, noise=noise)
-    drawn = Sampling(horizon, temperature, generator, ends, min(own, teacher.head.weight.shape[0]))
+    drawn = Sampling(horizon, temperature, generator, ends, min(own, teacher.vocab))
     teachers = continue_from(teacher, ids, attended, positions, drawn, noise=noise)
     return both_windows(positions, students, teachers)
 
@@ -186,6 +188,7 @@ def window_hidden(student_model: Any, input_ids: Tensor, attention_mask: Tensor,
     Raises:
         TypeError, ValueError: a wrong type, shape, dtype, device or range; a token that the student does not have.
     """
+    refuse_split_rollouts()
     ids, attended = check_rollouts(input_ids, attention_mask)
     if not isinstance(windows, Windows):
         raise TypeError(f"windows must be a topd.Windows, got {type(windows).__name__}; sample_windows returns one")
@@ -198,6 +201,15 @@ def window_hidden(student_model: Any, input_ids: Tensor, attention_mask: Tensor,
     check_ids("windows.student_tokens", tokens.masked_fill(~counted, 0), student=embedded_tokens(student_model))
     prefix = prefill(decoder, ids, attended, cache=decoder.keeps_cache)
     return prefix.hidden, replay(decoder, prefix, positions, tokens, lengths)
+
+
+def refuse_split_rollouts() -> None:
+    """Refuse windows where each process has a part of each rollout."""
+    refuse_context_parallel(
+        "TOPD's windows",
+        "branch off whole rollouts, whose keys and values they grow from",
+        "leave the block, or take topd.OPD, which has no windows",
+    )
 
 
 def _check_side(windows: Windows, input_ids: Tensor) -> tuple[Tensor, Tensor]:

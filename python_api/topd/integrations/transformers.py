@@ -16,6 +16,7 @@ from torch import Tensor
 
 from topd.checks.values import check_tensor
 from topd.integrations.objective_state import FollowSteps, load_resumed
+from topd.integrations.processes import Processes, refuse_split_sequences
 from topd.integrations.responses import repeated, without_responses
 from topd.integrations.rollouts import sample_rollouts, with_teacher_prompts
 from topd.integrations.running_means import RunningMeans, RunningTotals
@@ -53,8 +54,8 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
 
     Raises:
         TypeError, ValueError: an objective or option of another kind; a teacher with another tokenizer; what it cannot do:
-            nn.DataParallel, torch_compile, tensor, context and sequence parallelism, label smoothing, compute_metrics, a loss
-            of one's own.
+            nn.DataParallel, torch_compile, context and sequence parallelism, label smoothing, compute_metrics, a loss of one's
+            own.
     """
 
     def __init__(
@@ -88,16 +89,16 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
                 f"{type(self).__name__} trains one device a process, got {self.args.n_gpu} devices in one (nn.DataParallel); "
                 "start it with torchrun or accelerate launch, or make one device visible"
             )
-        if any(getattr(self, size, int)() > 1 for size in ("get_tp_size", "get_cp_size", "get_sp_size")):
-            raise ValueError(
-                f"{type(self).__name__} knows no tensor, context or sequence parallelism, got it in args; leave it out"
-            )
+        refuse_split_sequences(self)
+        self._processes = Processes(self)
+        if isinstance(objective, TOPD) and objective.process_group is None:
+            objective.process_group = self._processes.group()
         self.add_callback(FollowSteps(self, lambda: self.objective))
         self._means = {"train": RunningMeans(), "eval": RunningMeans()}
         self._totals = {"train": RunningTotals(), "eval": RunningTotals()}
         self._place_teacher()
-        if self.args.world_size > 1:  # each draws rollouts of its own; the data's order has its seed above
-            transformers.set_seed(self.args.seed + self.args.process_index)
+        if self.args.world_size > 1:  # each part of the data has rollouts of its own; its order has its seed above
+            transformers.set_seed(self.args.seed + self._processes.part)
 
     def _place_teacher(self) -> None:
         """Put the teacher in eval mode, and on the student's device where it is free to move."""
@@ -122,8 +123,8 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         if not batches:
             return batches, None
         items = torch.stack([count_items(batch, self.objective.config.reduction).to(device) for batch in batches]).sum()
-        if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            items = self.accelerator.gather(items).sum()
+        if self.args.average_tokens_across_devices:
+            items = self._processes.total(items)
         return batches, items.clamp_min(1)
 
     def _anew(self, index: int) -> bool:
@@ -201,7 +202,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         factor, steps = 1, 1
         if num_items_in_batch is not None:
             if self.args.average_tokens_across_devices:  # the processes' gradients are averaged, their shares must add up
-                factor = self.accelerator.num_processes
+                factor = self._processes.parts
             steps = self.current_gradient_accumulation_steps
         self.loss_is_scaled_for_ga = num_items_in_batch is not None
         self._means[mode].add(metrics, factor * steps)
@@ -233,13 +234,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
 
     def _measured(self, mode: str) -> dict[str, float]:
         """Return the metrics of all processes, and start anew."""
-        return self._means[mode].take(self._across_processes) | self._totals[mode].take(self.accelerator.gather)
-
-    def _across_processes(self, values: Tensor) -> Tensor:
-        """Return the mean of a tensor over all processes."""
-        if self.args.world_size == 1:
-            return values
-        return self.accelerator.reduce(values.to(self.args.device), "mean")  # type: ignore[no-any-return]
+        return self._means[mode].take(self._processes.mean) | self._totals[mode].take(self._processes.gather)
 
 
 def count_items(batch: Mapping[str, Any], reduction: str) -> Tensor:

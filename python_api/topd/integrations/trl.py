@@ -9,10 +9,12 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import transformers
 import trl
 from torch import Tensor
 
 from topd.integrations.objective_state import FollowSteps, load_resumed
+from topd.integrations.processes import Processes, refuse_split_sequences
 from topd.integrations.running_means import SHARES, RunningTotals
 from topd.integrations.tokenizers import check_tokenizers
 from topd.integrations.trl_batches import (
@@ -81,6 +83,7 @@ class TOPDTrainer(trl.DistillationTrainer):  # type: ignore[misc]
             teacher_topk, or both; a teacher_topk with a TOPDConfig or a divergence that a top-k does not determine; a column
             teacher_prompt with a TOPDConfig, whose windows branch off one context, or with teacher_topk, and none with a
             TRDConfig or OPSDConfig (at the first step where a dataset does not name its columns).
+        ValueError: context or sequence parallelism; tensor parallelism with gradient accumulation.
         RuntimeError: this version of TRL computes its loss elsewhere; at construction, or at the first step.
     """
 
@@ -101,6 +104,17 @@ class TOPDTrainer(trl.DistillationTrainer):  # type: ignore[misc]
         if teacher_topk is not None and not callable(teacher_topk):
             raise TypeError(f"teacher_topk must be a function batch -> (logprobs, ids), got {type(teacher_topk).__name__}")
         super().__init__(*arguments, **options)
+        refuse_split_sequences(self)
+        self._processes = Processes(self)
+        if self._processes.same > 1:
+            if self.args.gradient_accumulation_steps > 1:
+                raise ValueError(
+                    "args.gradient_accumulation_steps must be 1 with tensor parallelism, got "
+                    f"{self.args.gradient_accumulation_steps}: TRL's sampler counts all processes, and would leave rows out; "
+                    "take larger batches, or topd.integrations.transformers.DistillationTrainer"
+                )
+            # TRL has given each process a seed of its own, and these sample the same rollouts.
+            transformers.set_seed(self.args.seed + self._processes.part)
         if self._is_vlm:
             raise ValueError("processing_class must be a tokenizer, got a processor; topd's objectives read text alone")
         check_teacher(self.teacher_model, teacher_topk, objective_config)
@@ -162,7 +176,10 @@ class TOPDTrainer(trl.DistillationTrainer):  # type: ignore[misc]
             self._objective = OPSD(student, config)
             return self._objective
         method = next(method for kind, method in METHODS if isinstance(config, kind))
-        self._objective = method(student, teacher, config, allow_unequal_vocabularies=self.allow_unequal_vocabularies)
+        given: dict[str, Any] = {"allow_unequal_vocabularies": self.allow_unequal_vocabularies}
+        if method is TOPD:
+            given["process_group"] = self._processes.group()
+        self._objective = method(student, teacher, config, **given)
         return self._objective
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -212,7 +229,7 @@ class TOPDTrainer(trl.DistillationTrainer):  # type: ignore[misc]
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as TRL does; the diagnostics are those of all tokens since the last line, of all processes."""
         mode = "train" if self.model.training else "eval"
-        diagnostics = self._totals[mode].take(self.accelerator.gather)
+        diagnostics = self._totals[mode].take(self._processes.gather)
         self._metrics[mode] |= {name: [value] for name, value in diagnostics.items()}
         super().log(logs, start_time)
 

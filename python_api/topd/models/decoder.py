@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,10 +11,12 @@ from torch import Tensor
 
 from topd.head import Head
 from topd.logits import shape_logits
+from topd.losses.operands import vocabulary_of
 from topd.models.branchable import forward_parameters, layer_kinds, obstacle_of
 from topd.models.data_parallel import is_sharded_in_place
 from topd.models.head_from_model import base_of, refuse_prompt_learning, unwrapped_model
 from topd.models.in_step import InStep, in_step
+from topd.models.split_logits import whole_product, widths_of
 
 FEW = range(8, 65)  # rows of logits that a CPU computes faster from the head's side
 
@@ -25,7 +28,8 @@ class Decoder:
     Attributes:
         model: the causal language model of transformers under its wrappers.
         base: the part of it that ends in last_hidden_state.
-        output: its output layer, as it was when the decoder was made.
+        output: its output layer, as it was when the decoder was made; of a model that is split over processes its rows that are
+            here.
         sliding: how many tokens each kind of attention layer sees back, by the kind's name; None: all of them.
         obstacle: why it cannot branch; empty where it can.
         unpackable: why it cannot read packed sequences; empty where it can.
@@ -94,10 +98,25 @@ class Decoder:
         return output.last_hidden_state[0]  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor, vocab: int) -> Tensor:
-        """Return float32 (float64) logits [..., vocab] of a few states, by the model's own output layer."""
-        product = _output(self.model.get_output_embeddings(), hidden)[..., : self.output.weight.shape[0]]
+        """Return float32 (float64) logits [..., vocab] of a few states, by the model's own output layer; where processes share
+        its rows all of them call it, with the same states."""
+        layer = self.model.get_output_embeddings()
+        if self.output.shard is None:
+            product = _output(layer, hidden)[..., : self.output.weight.shape[0]]
+        else:  # in the memory format of a whole head's, in whose order noise is drawn
+            product = whole_product(self.output, self._widths, hidden, by_columns=_is_by_columns(layer, hidden))
         product = product.to(torch.promote_types(product.dtype, torch.float32))
         return shape_logits(product, None, self.output.scale, self.output.softcap)[..., :vocab]
+
+    @property
+    def vocab(self) -> int:
+        """How many tokens its logits are of."""
+        return vocabulary_of(self.output)
+
+    @cached_property
+    def _widths(self) -> list[int]:
+        """How many tokens each process holds that shares the head."""
+        return widths_of(self.output)
 
     @property
     def forbids_cache(self) -> bool:
@@ -127,36 +146,32 @@ class Decoder:
         return (part for part in self.base.modules() if part.training and getattr(part, "gradient_checkpointing", False))
 
 
+def _is_by_columns(layer: Any, hidden: Tensor) -> bool:
+    """Tell whether few rows of a layer's output lie column by column in memory, hooks left aside."""
+    plain = type(layer) is torch.nn.Linear and layer.bias is None
+    return plain and hidden.dim() == 2 and hidden.device.type == "cpu" and hidden.shape[0] in FEW
+
+
 def _output(layer: Any, hidden: Tensor) -> Tensor:
     """Return the layer's output [..., V]. A CPU multiplies few rows faster as W hᵀ, 32 of them by a third: the result is then a
     transpose, column by column in memory."""
-    plain = type(layer) is torch.nn.Linear and layer.bias is None and not (layer._forward_hooks or layer._forward_pre_hooks)
-    if plain and hidden.dim() == 2 and hidden.device.type == "cpu" and hidden.shape[0] in FEW:
+    hooked = layer._forward_hooks or layer._forward_pre_hooks
+    if not hooked and _is_by_columns(layer, hidden):
         return torch.mm(layer.weight, hidden.t()).t()
     # The unit that FSDP2 makes of a head is whole here; its hooks would take the call for one of the model's own forward.
     product: Tensor = layer.forward(hidden) if is_sharded_in_place(layer) else layer(hidden)
     return product
 
 
-def decoder_of(model: Any, *, split: bool = False) -> Decoder:
+def decoder_of(model: Any) -> Decoder:
     """Return the Decoder of a causal language model of transformers, also inside its wrappers.
 
-    Args:
-        model: the model.
-        split: whether its head may be one that tensor parallelism has split; who draws tokens needs a whole one.
-
     Raises:
-        TypeError, ValueError: as `topd.Head.from_model`; a PEFT prompt, which lives outside the base model; a split head.
+        TypeError, ValueError: as `topd.Head.from_model`; a PEFT prompt, which lives outside the base model.
     """
     refuse_prompt_learning(model)
     head = Head.from_model(model)
     inner = unwrapped_model(model)
-    if head.shard is not None and not split:
-        raise ValueError(
-            f"model must have its whole head on every rank here, got rows of it in {type(inner).__name__}, as tensor "
-            "parallelism leaves them; take topd.hidden_states and topd.linear_divergence, which read a split head, or leave "
-            "lm_head out of the plan"
-        )
     base = base_of(inner)
     if base is None:
         name = type(inner).__name__

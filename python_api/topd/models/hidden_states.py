@@ -62,7 +62,7 @@ def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor | None =
         raise ValueError(f"input_ids must hold a token, got {list(ids.shape)}; leave an empty batch out")
     check_ids("input_ids", ids, model=embedded_tokens(model))
     check_synchronised(model, look_around=False, name="model")
-    decoder = decoder_of(model, split=True)
+    decoder = decoder_of(model)
     _check_inputs(decoder, inputs)
     positions, mask = inputs.pop("position_ids", None), None
     if attention_mask is not None:

@@ -12,13 +12,15 @@ from topd.branching.replay import replay
 from topd.branching.windows import Windows, both_windows
 from topd.checks.rollouts import end_tokens
 from topd.models.decoder import Decoder
-from topd.models.output_layer import is_sharded_by_fsdp
+from topd.models.output_layer import local
 from topd.models.sampling import Sampling
+from topd.models.split_embeddings import looked_up
 from topd.near_future.transport import Transport, near_future_divergence
 from topd.objectives.config import TOPDConfig
 from topd.objectives.inputs import PaddedInputs
 from topd.objectives.metrics import Stages
 from topd.objectives.token_losses import TokenLosses
+from topd.vocab_shard import is_dtensor
 
 
 class Pass(NamedTuple):
@@ -39,9 +41,9 @@ def draw_windows(
     ends = end_tokens(config.eos_token_id, tokens.student.model, tokens.teacher.model)
     rollouts = tokens.inputs.rollouts
     ids, attended = rollouts.input_ids, rollouts.attended
-    own, others = tokens.student.head.weight.shape[0], tokens.teacher.head.weight.shape[0]
+    own, others = tokens.student.vocab, tokens.teacher.vocab
     table = _table(config.embedding, tokens.student, tokens.teacher)
-    noise = noise_of(config.window_noise, ids, attended, positions, generator)
+    noise = noise_of(config.window_noise, ids, attended, positions, generator, tokens.student.output)
 
     def sampling(vocab: int) -> Sampling:
         return Sampling(config.horizon, config.window_temperature, generator, ends, vocab)
@@ -92,12 +94,16 @@ def compare_windows(tokens: Pass, windows: Windows, config: TOPDConfig, stages: 
     options |= {"student_lengths": windows.student_lengths, "teacher_lengths": windows.teacher_lengths}
     table: Any = _table(config.embedding, tokens.student, tokens.teacher)
     with stages.stage("transport"):
-        if is_sharded_by_fsdp(table):  # its layer's forward, which would gather it, is not called
-            table = table.full_tensor()
-        if table is not None:
-            return near_future_divergence(windows.student_tokens, windows.teacher_tokens, table.detach(), **options)
-        students = _states_of(tokens, windows.positions, windows.student_tokens, windows.student_lengths)
-        teachers = _states_of(tokens, windows.positions, windows.teacher_tokens, windows.teacher_lengths)
+        if table is None:
+            students = _states_of(tokens, windows.positions, windows.student_tokens, windows.student_lengths)
+            teachers = _states_of(tokens, windows.positions, windows.teacher_tokens, windows.teacher_lengths)
+            return near_future_divergence(student_vectors=students, teacher_vectors=teachers, **options)
+        ids = windows.student_tokens, windows.teacher_tokens
+        if not is_dtensor(table):
+            return near_future_divergence(*ids, table.detach(), **options)
+        if config.cost == "mismatch":  # which reads no row of the table
+            return near_future_divergence(*ids, local(table.detach())[:0], **options)
+        students, teachers = looked_up(table.detach(), tokens.student.output.shard, *ids)
         return near_future_divergence(student_vectors=students, teacher_vectors=teachers, **options)
 
 

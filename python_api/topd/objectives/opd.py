@@ -15,6 +15,7 @@ from torch import Tensor
 
 from topd.checks.rollouts import check_generator
 from topd.head import Head
+from topd.objectives.aligned import Aligned
 from topd.objectives.batch import Batch, check_tokens, open_student
 from topd.objectives.config import OPDConfig, config_of
 from topd.objectives.inputs import Inputs, check_inputs
@@ -66,7 +67,7 @@ class OPD(Method):
                 f"{self.config.topk_support!r} and a teacher model; leave it out, or pass teacher=None"
             )
         self.allow_unequal_vocabularies = allow_unequal_vocabularies
-        self._checks = ModelChecks(student, teacher, allow_unequal_vocabularies)
+        self._checks, self._aligned = ModelChecks(student, teacher, allow_unequal_vocabularies), Aligned()
 
     @observable
     @with_whole_teacher
@@ -137,6 +138,7 @@ class OPD(Method):
             student_states = inputs.rollouts.hidden(student), student.head
         self.observer.tensor("student_hidden", student_states[0])
         with stages.stage("divergence"):
+            teacher_states = teacher_states[0], self._aligned(teacher_states[1], student_states[1])
             losses = token_losses(student_states, teacher_states, inputs, self.config)
         return self._objective(inputs, losses, items, stages, mean_scores(losses.scores, inputs.rollouts.response))
 

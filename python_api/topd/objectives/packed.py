@@ -14,6 +14,7 @@ from torch import Tensor
 from topd.checks.rollouts import binary
 from topd.checks.tokens import check_offsets
 from topd.checks.values import check_tensor
+from topd.models.context_parallel import refuse_context_parallel
 from topd.models.decoder import Decoder, decoder_of
 
 PACKED_KEYS = ("input_ids", "cu_seqlens", "response_mask")
@@ -80,6 +81,11 @@ def is_packed(batch: object) -> bool:
 
 def check_packed(batch: Mapping[str, Any], side: str = "") -> Packed:
     """Check input_ids, cu_seqlens and response_mask of a packed batch; their names begin with `side`."""
+    refuse_context_parallel(
+        "a packed batch",
+        "hold whole sequences, which are kept apart by the places of their tokens",
+        "pad the batch and give attention_mask, or leave the block",
+    )
     keys = [side + key for key in PACKED_KEYS]
     for key in keys:
         if key not in batch:

@@ -42,15 +42,17 @@ def reduce_tokens(
     if weights is not None:
         weights = weights.to(loss.dtype)
         loss = torch.where(weights == 0, 0.0, loss * weights)  # an infinite token that weighs nothing adds nothing
-    if reduction == "token":
-        total, own = loss.sum(), batch.response.sum()
-    else:
-        total, own = (loss / batch.siblings()).sum(), (batch.counts() > 0).sum()
-    own = own.clamp_min(1).to(loss.dtype)
+    total = loss.sum() if reduction == "token" else (loss / batch.siblings()).sum()
+    own = own_items(batch, reduction).clamp_min(1).to(loss.dtype)
     denominator = own if num_items is None else num_items
     if isinstance(denominator, Tensor):
         denominator = denominator.to(loss.device)
     return Reduced(total / denominator, own / denominator)
+
+
+def own_items(batch: Responses, reduction: str) -> Tensor:
+    """Return [] int64, a batch's own denominator: its response tokens, or its responses that are not empty."""
+    return batch.response.sum() if reduction == "token" else (batch.counts() > 0).sum()
 
 
 def reduction_hint(batch: Responses, reduction: str, weights: Tensor | None = None) -> Tensor | None:

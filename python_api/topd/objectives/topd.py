@@ -3,7 +3,7 @@
     L = L_OPD + lambda * mean over divergent points of L_traj
     L_traj(t) = 1 / K_S sum_i KL(target_i || p_S(. | x, y_<t, x^S_<i)),  target_i row i of the transport plan, normalised
 
-The stages, in this order; those that are no methods of `TOPD` below are in look_ahead.py:
+The stages, in this order; those that are no methods of `TOPD` below are in look_ahead.py and guidance.py:
 
     _pass             one forward of each model over the rollouts; the loss and the scores of each token
     _candidates       the tokens whose score is high
@@ -11,7 +11,7 @@ The stages, in this order; those that are no methods of `TOPD` below are in look
     compare_windows   the distance between the two continuations, and the plan that moves one onto the other
     _gate             which candidates really diverge; the others are false alarms
     _weights          what a false alarm weighs in L_OPD
-    _guidance         L_traj: the student's window follows the plan's mixture of the teacher's tokens
+    guidance_of       L_traj: the student's window follows the plan's mixture of the teacher's tokens
 
 Nothing is computed twice: the student's one forward with gradient fills the cache that its windows grow from and that their
 states are computed on; the teacher's one forward gives states and cache; one `linear_divergence` gives the loss and the scores
@@ -19,26 +19,24 @@ that choose the candidates, and weights that change afterwards at false alarms c
 """
 
 from collections.abc import Mapping
-from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from topd.branching.continuations import rollout_states
 from topd.branching.prefill import prefill
-from topd.branching.replay import replay
-from topd.branching.windows import Windows
+from topd.branching.windows import Windows, refuse_split_rollouts
 from topd.checks.rollouts import check_generator
 from topd.models.properties import vocabulary_of
 from topd.near_future.candidates import select_candidates
 from topd.near_future.false_alarms import false_alarm_weights
 from topd.near_future.gate import check_gate, goes_out
-from topd.near_future.guidance import guidance_kl
+from topd.objectives.aligned import Aligned
 from topd.objectives.batch import Padded, check_tokens, open_student
 from topd.objectives.config import TOPDConfig, config_of
-from topd.objectives.gating import MEMORY, Gate
+from topd.objectives.gating import MEMORY, Gate, Verdict, check_process_group
 from topd.objectives.given_windows import check_given_windows
+from topd.objectives.guidance import Reducing, guidance_of
 from topd.objectives.inputs import PaddedInputs, check_padded_inputs
 from topd.objectives.look_ahead import Pass, check_table, compare_windows, draw_windows, first, lowest
 from topd.objectives.method import Method, with_whole_teacher
@@ -46,10 +44,13 @@ from topd.objectives.metrics import Stages, as_metrics, diagnosed, mean_scores, 
 from topd.objectives.model_checks import ModelChecks
 from topd.objectives.objective import NearFuture, Objective
 from topd.objectives.observers import observable
-from topd.objectives.reduction import check_items, reduce_tokens
+from topd.objectives.reduction import check_items, own_items, reduce_tokens
 from topd.objectives.token_losses import token_losses
 from topd.objectives.topk_teacher import refuse_topk
 from topd.scores import TokenScores
+
+if TYPE_CHECKING:  # some builds of torch have none
+    from torch.distributed import ProcessGroup
 
 
 class TOPD(Method):
@@ -59,9 +60,14 @@ class TOPD(Method):
         student, teacher: as of `OPD`. Both are used in the mode that they are in.
         config: TOPDConfig; None: its defaults.
         allow_unequal_vocabularies: as of `OPD`.
+        process_group: the data-parallel processes, each with a part of a step's rollouts, whose candidates the gate judges
+            together (`torch.distributed.group.WORLD`, `mesh.get_group("dp")`); all of them make every call whose gradients are
+            enabled. The guidance is then weighted by the divergent points of all of them. None: a call's own candidates alone,
+            but for the gate "running_quantile" those of all processes. It may be set later: `objective.process_group = group`.
 
     Raises:
-        TypeError: config of another type, that of another method too; a model that is none of transformers.
+        TypeError: config or process_group of another type, a config of another method too; a model that is none of
+            transformers.
         ValueError: no teacher; vocabularies that differ by more than padding; an embedding that lacks tokens which both
             models have.
 
@@ -69,7 +75,13 @@ class TOPD(Method):
     """
 
     def __init__(
-        self, student: Any, teacher: Any, config: TOPDConfig | None = None, *, allow_unequal_vocabularies: bool = False
+        self,
+        student: Any,
+        teacher: Any,
+        config: TOPDConfig | None = None,
+        *,
+        allow_unequal_vocabularies: bool = False,
+        process_group: "ProcessGroup | None" = None,
     ) -> None:
         self.student, self.teacher, self.config = student, teacher, config_of(config, TOPDConfig)
         if teacher is None:
@@ -79,10 +91,19 @@ class TOPD(Method):
             )
         self.allow_unequal_vocabularies = allow_unequal_vocabularies
         self._gate_value = check_gate("gate", self.config.gate, "gate_value", self.config.gate_value)
-        self._judge = Gate(self.config.gate, self.config.gate_value)
-        self._checks = ModelChecks(student, teacher, allow_unequal_vocabularies)
+        self._judge = Gate(self.config.gate, self.config.gate_value, check_process_group(process_group))
+        self._checks, self._aligned = ModelChecks(student, teacher, allow_unequal_vocabularies), Aligned()
         if isinstance(self.config.embedding, Tensor):
             check_table(self.config.embedding, min(vocabulary_of(student), vocabulary_of(teacher)))
+
+    @property
+    def process_group(self) -> "ProcessGroup | None":
+        """The processes whose candidates the gate judges together."""
+        return self._judge.group
+
+    @process_group.setter
+    def process_group(self, group: "ProcessGroup | None") -> None:
+        self._judge.group = check_process_group(group)
 
     @observable
     @with_whole_teacher
@@ -102,8 +123,9 @@ class TOPD(Method):
                 batch: the loss and its gradients are then 0. Optional: token_weights and verdict, as of `OPD`; the weights
                 multiply those of the false alarms, and leave the guidance alone. No other key.
             num_items: the denominator of a larger batch of which this is a part (gradient accumulation): its response tokens,
-                or with reduction "sequence" its responses. The guidance is gated in this part alone; with guidance_reduction
-                "points" it is weighted by this part's share of num_items. None: this batch's own.
+                or with reduction "sequence" its responses. The guidance is gated in this part, and in the parts that the other
+                processes of process_group have at the same time; with guidance_reduction "points" it is weighted by their
+                share of num_items. None: this batch's own.
             generator: of the models' device, for the windows; None: torch's own.
             windows: made elsewhere, by another engine or from a file, in the place of those that are drawn here: then no
                 candidates are chosen and nothing is sampled. Their positions are distinct response tokens of this batch, in any
@@ -125,6 +147,7 @@ class TOPD(Method):
                 not exchange.
         """
         refuse_topk(batch, "TOPD")
+        refuse_split_rollouts()
         inputs, items, config = check_padded_inputs(batch), check_items(num_items), self.config
         rollouts = inputs.rollouts
         check_generator(generator)
@@ -139,10 +162,11 @@ class TOPD(Method):
         self._checks.before_step(self.student, self.teacher)
         stages = Stages("student_windows", "teacher_windows", "window_forward", "guidance", observer=self.observer)
         tokens = self._pass(inputs, stages, draws=windows is None)
-        near_future = self._near_future(tokens, windows, generator, stages)
+        near_future, verdict = self._near_future(tokens, windows, generator, stages)
         weights = self._weights(tokens, near_future)
         opd_loss, share = reduce_tokens(tokens.losses.loss, rollouts, config.reduction, items, weights)
-        guidance = self._guidance(tokens, near_future, share, items, stages)
+        step = Reducing(config, items, share, verdict)
+        guidance = guidance_of(tokens, near_future, step, stages)
         loss = opd_loss + config.guidance_weight * guidance if config.guidance_weight else opd_loss
         totals, diagnostics = diagnosed(tokens.losses, inputs, config)
         metrics: dict[str, Tensor | float] = {
@@ -165,6 +189,7 @@ class TOPD(Method):
         rollouts = inputs.rollouts
         student, teacher = open_student(self.student, rollouts), rollouts.decoder("teacher", self.teacher)
         check_tokens(rollouts, student=self.student, teacher=self.teacher)
+        self._judge.check_apart(student.output.shard)
         ids, attended = rollouts.input_ids, rollouts.attended
         with stages.stage("student_forward"):
             student_states = prefill(student, ids, attended, cache=student.keeps_cache)
@@ -172,14 +197,15 @@ class TOPD(Method):
         with stages.stage("teacher_forward"), torch.no_grad():
             teacher_states = prefill(teacher, ids, attended, cache=draws and teacher.keeps_cache)
         with stages.stage("divergence"):
-            sides = (student_states.hidden, student.head), (teacher_states.hidden, teacher.head)
+            head = student.head
+            sides = (student_states.hidden, head), (teacher_states.hidden, self._aligned(teacher.head, head))
             losses = token_losses(*sides, inputs, self.config)
         self.observer.tensor("token_losses", losses.loss)
         return Pass(inputs, student, teacher, student_states, teacher_states, losses)
 
     def _near_future(
         self, tokens: Pass, windows: Windows | None, generator: torch.Generator | None, stages: Stages
-    ) -> NearFuture:
+    ) -> tuple[NearFuture, Verdict]:
         """Look ahead at the candidates, or at the points of the windows that are given, and judge them."""
         config, rollouts = self.config, tokens.inputs.rollouts
         score, count = score_of(tokens.losses.scores, config.score), None
@@ -193,7 +219,8 @@ class TOPD(Method):
         if count is not None:
             low_loss = transport.distance[count:]
             windows, transport = first(count, windows, transport)
-        return NearFuture(windows, transport, self._gate(transport.distance, low_loss), score)
+        verdict = self._gate(transport.distance, low_loss, own_items(rollouts, config.reduction))
+        return NearFuture(windows, transport, verdict.divergent, score), verdict
 
     def _candidates(self, score: Tensor, rollouts: Padded) -> Tensor:
         """Choose the candidates, positions [m, 2], by the score [B, T] of the response tokens."""
@@ -206,9 +233,10 @@ class TOPD(Method):
             min_separation=config.min_separation,
         )
 
-    def _gate(self, distance: Tensor, low_loss: Tensor | None) -> Tensor:
-        """Decide which candidates really diverge, [m] bool: those whose distance is high too."""
-        count, value = distance.numel(), self._gate_value
+    def _gate(self, distance: Tensor, low_loss: Tensor | None, items: Tensor) -> Verdict:
+        """Decide which candidates really diverge: those whose distance is high too."""
+        verdict, value = self._judge(distance, low_loss, items), self._gate_value
+        count = verdict.candidates
         if self.config.gate == "lowest_fraction_out" and value and count and not goes_out(value, count):
             self._checks.warn_once(
                 "gate",
@@ -216,7 +244,7 @@ class TOPD(Method):
                 f'than one: there is no false alarm; take larger micro-batches, or gate="running_quantile", which remembers '
                 f"the last {MEMORY}",
             )
-        return self._judge(distance, low_loss)
+        return verdict
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what a checkpoint must hold beside the student: with gate "running_quantile" its distances, else nothing."""
@@ -239,41 +267,6 @@ class TOPD(Method):
         loss, positions = tokens.losses.loss.detach(), near_future.windows.positions
         weights = false_alarm_weights(loss, positions, near_future.divergent, mask=inputs.rollouts.response, mode=mode)
         return weights if own is None else weights * own
-
-    def _guidance(
-        self, tokens: Pass, near_future: NearFuture, share: Tensor, items: float | Tensor | None, stages: Stages
-    ) -> Tensor:
-        """Return this part's guidance, L_traj reduced over the divergent points, 0 where there is none; no gradient where it
-        weighs nothing."""
-        windows, chosen = near_future.windows, near_future.divergent.nonzero()[:, 0]
-        regenerated = self.config.student_window != "rollout"
-        if not chosen.numel() and not regenerated:
-            return tokens.losses.loss.new_zeros(())
-        positions, lengths = windows.positions[chosen], windows.student_lengths[chosen]
-        student_tokens, states = windows.student_tokens[chosen], tokens.student_states
-        with nullcontext() if self.config.guidance_weight else torch.no_grad():
-            with stages.stage("window_forward"):
-                if regenerated:
-                    hidden = replay(tokens.student, states, positions, student_tokens, lengths)
-                else:
-                    hidden = rollout_states(states, positions, lengths, student_tokens.shape[1])
-            if not chosen.numel():  # other processes may have windows: their backward passes gather the layers too
-                return tokens.losses.loss.new_zeros(()) + hidden.sum()
-            self.observer.tensor("window_hidden", hidden)
-            with stages.stage("guidance"):
-                per_point = guidance_kl(
-                    hidden,
-                    tokens.student.head,
-                    windows.teacher_tokens[chosen],
-                    near_future.transport.plan[chosen],
-                    student_lengths=lengths,
-                    temperature=self.config.temperature,
-                )
-        if self.config.guidance_reduction == "points":
-            return share * per_point.mean()
-        rollouts = tokens.inputs.rollouts
-        of_tokens = per_point.new_zeros(rollouts.response.shape).index_put(positions.unbind(-1), per_point)
-        return reduce_tokens(of_tokens, rollouts, self.config.reduction, items).loss
 
 
 def score_of(scores: TokenScores, name: str) -> Tensor:

@@ -123,7 +123,7 @@ def topk_losses(student_model: Any, inputs: Inputs, topk: TopK, config: OPDConfi
     """Run the student over the rollouts and compare it with the teacher's top-k."""
     batch = inputs.rollouts
     student = open_student(student_model, batch)
-    topk = check_topk(topk, batch.input_ids, batch.response, student.head.weight.shape[0])
+    topk = check_topk(topk, batch.input_ids, batch.response, student.vocab)
     check_tokens(batch, student=student_model)
     with stages.stage("student_forward"):
         hidden = batch.hidden(student)

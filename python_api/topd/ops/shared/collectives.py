@@ -78,6 +78,22 @@ def added_up(group: "ProcessGroup", mine: Tensor) -> Tensor:
     return total
 
 
+def of_first(group: "ProcessGroup", mine: Tensor) -> Tensor:
+    """Return what rank 0 of the group has, a tensor of the same shape on all ranks."""
+    out = mine.clone(memory_format=torch.contiguous_format)
+    with naming_lost_ranks(group):
+        dist.broadcast(out, group=group, group_src=0)
+    return out
+
+
+def gathered_parts(group: "ProcessGroup", mine: Tensor, sizes: list[int]) -> Tensor:
+    """Return [sum of sizes], what each rank has, in the order of the ranks; `mine` is [sizes[r]] on rank r."""
+    if not any(sizes):
+        return mine
+    padded = torch.nn.functional.pad(mine, (0, max(sizes) - mine.numel()))
+    return torch.cat([part[:size] for part, size in zip(gathered(group, padded), sizes, strict=True)])
+
+
 def adding_up(group: "ProcessGroup", mine: Tensor) -> Sending:
     """Begin to replace `mine`, whose entries lie one after the other, by the sum over the ranks; it is there after `wait()`."""
     with naming_lost_ranks(group):
