@@ -16,6 +16,8 @@ from topd.integrations.trl import TOPDTrainer
 
 WINDOWS = {"window_temperature": 0.0, "gate": "threshold", "gate_value": 0.05}
 METHODS = {"opd": topd.OPDConfig(), "topd": topd.TOPDConfig(**FEW | WINDOWS)}
+# TRL shuffles a step's rows over its micro-batches: here a point's weight does not depend on which rows are together.
+TRL_METHODS = METHODS | {"topd": topd.TOPDConfig(**FEW | WINDOWS, guidance_reduction="tokens")}
 THREE = {"max_steps": 3, "per_device_train_batch_size": 1}
 
 
@@ -42,7 +44,7 @@ def trained_by_trl(method, folder, place=None, **options):
     if place is not None:
         sharded(teacher.requires_grad_(False), place)
     columns = {key: value.tolist() for key, value in four_rollouts().items()}
-    given = {"columns": columns, "data_collator": collated} | {"objective_config": METHODS[method]}
+    given = {"columns": columns, "data_collator": collated} | {"objective_config": TRL_METHODS[method]}
     options = {"per_device_train_batch_size": 1, **SGD} | options
     trainer = trainer_of(folder, TOPDTrainer, 3, given_models=(student, teacher), given_arguments=options, **given)
     trainer.train()

@@ -20,7 +20,9 @@ def test_three_steps_are_those_of_one_process(ranks, tmp_path, trainer, method, 
     import fsdp2_trainer_ranks
     from fsdp2_trainer_ranks import flat
 
-    _, student, loss = getattr(fsdp2_trainer_ranks, trainer)(method, tmp_path, gradient_accumulation_steps=4)
+    # TOPD judges a micro-batch's candidates over both ranks together.
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    _, student, loss = getattr(fsdp2_trainer_ranks, trainer)(method, tmp_path, **options)
     for rank in ranks:
         assert_near(rank[trainer, method, place]["parameters"], flat(student).double(), 1e-9)
         assert rank[trainer, method, place]["loss"] == pytest.approx(loss)
