@@ -3,6 +3,7 @@
 pip install transformers accelerate
 python examples/accelerate_loop.py [teacher student steps]  # two models of the hub, or folders, of one tokenizer
 torchrun --nproc_per_node 2 examples/accelerate_loop.py
+Without a hub: examples/smollm2_pair.py writes the folders teacher and student.
 """
 
 import sys

@@ -2,6 +2,7 @@
 
 pip install transformers
 python examples/context_distillation.py [model steps]  # a chat model of the hub, or a folder
+Without a hub: examples/smollm2_pair.py writes the folders teacher and student.
 """
 
 import sys

@@ -2,6 +2,7 @@
 
 pip install "transformers[torch]" datasets
 python examples/online_trd.py [teacher student steps]  # two chat models of the hub, or folders, of one tokenizer
+Without a hub: examples/smollm2_pair.py writes the folders teacher and student.
 """
 
 import sys

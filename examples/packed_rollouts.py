@@ -2,6 +2,7 @@
 
 pip install transformers; pip install flash-attn, where there is a GPU
 python examples/packed_rollouts.py [teacher student]  # two models of the hub, or folders, of one tokenizer
+Without a hub: examples/smollm2_pair.py writes the folders teacher and student.
 """
 
 import sys

@@ -2,6 +2,7 @@
 
 pip install transformers peft
 python examples/peft_lora.py [teacher student steps]  # two models of the hub, or folders, of one tokenizer
+Without a hub: examples/smollm2_pair.py writes the folders teacher and student.
 """
 
 import sys

@@ -2,6 +2,7 @@
 
 pip install transformers matplotlib
 python examples/profile_loop.py [teacher student folder]  # two models of the hub, or folders; profile.json and .png go there
+Without a hub: examples/smollm2_pair.py writes the folders teacher and student.
 """
 
 import sys

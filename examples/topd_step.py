@@ -2,6 +2,7 @@
 
 pip install transformers matplotlib
 python examples/topd_step.py [teacher student folder]  # two models of the hub, or folders; where the pictures go
+Without a hub: examples/smollm2_pair.py writes the folders teacher and student.
 """
 
 import sys

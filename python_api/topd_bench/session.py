@@ -16,6 +16,7 @@ from topd_bench.sweep import Growth, lines_of, slope_rows
 
 WORKER = (sys.executable, "-m", "topd_bench.worker")
 NO_END = 1e8  # seconds
+FLOORS = ("floor", "warm_floor")
 MOST_DECLARED = 6  # lines whose products are written out above a table; the file has all of them
 
 
@@ -115,6 +116,19 @@ class Session:
         }
         write_json(self.path, strict(report))
 
+    def verdicts(self) -> list[str]:
+        """Return a sentence a peer: how its time compares with topd's, over all rows."""
+        ratios: dict[str, list[float]] = {}
+        for row in self.fields:
+            if "ours" in row.get("ratios", {}) and row["peer"] not in FLOORS:
+                ratios.setdefault(row["peer"], []).append(row["ratios"]["ours"]["median"])
+        return [
+            f"{name} takes {min(each):.2f} to {max(each):.2f} times topd's time, in {len(each)} rows."
+            if len(each) > 1
+            else f"{name} takes {each[0]:.2f} times topd's time."
+            for name, each in ratios.items()
+        ]
+
     def text(self) -> str:
         """Return the tables, one for each heading, in Markdown."""
         parts = [machine_line(self.facts)] if self.facts else []
@@ -126,7 +140,7 @@ class Session:
         header, slopes = self.slopes()
         if slopes:
             parts.append(f"### slopes over {self.options.sweep}\n\n{markdown_table(header, slopes)}")
-        return "\n\n".join(parts) or "nothing was measured"
+        return "\n\n".join(parts + ["\n".join(self.verdicts())] * bool(self.verdicts())) or "nothing was measured"
 
 
 def _floor_line(rows: Sequence[Record]) -> str:

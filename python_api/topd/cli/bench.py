@@ -105,7 +105,7 @@ def run_bench(arguments: argparse.Namespace) -> int:
         hidden=arguments.hidden,
         teacher_hidden=arguments.teacher_hidden,
         vocab=arguments.vocab,
-        peers=arguments.peers,
+        peers=["ours" if name == "topd" else name for name in arguments.peers],
         heads=arguments.head,
         losses=arguments.loss,
         dtype=arguments.dtype,

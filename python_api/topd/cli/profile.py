@@ -19,6 +19,7 @@ from topd.costs.shapes import ModelShape, model_shape
 from topd.costs.sharded import rank_share
 from topd.costs.steps import METHODS, Step, step_report
 from topd.files import write_json
+from topd.objectives.vocabularies import check_vocabularies
 
 HELP = "predict memory, operations and time of a loss or a step from configs alone; --run measures the loss here"
 DESCRIPTION = """\
@@ -55,7 +56,8 @@ def add_to(commands: Any) -> None:
     add("--hidden", type=positive, metavar="N", help="the student's hidden width, in place of models")
     add("--teacher-hidden", type=positive, metavar="N", help="the teacher's (default: the student's)")
     add("--vocab", type=positive, metavar="N", help="entries of both vocabularies, in place of models")
-    add("--tokens", type=positive, metavar="N", default=8192, help="tokens of a step (default 8192)")
+    add("--tokens", type=positive, metavar="N", default=8192, help="tokens of a micro-batch (default 8192); prompts count in "
+        "the passes, and cost the loss nothing")  # fmt: skip
     add("--dtype", choices=DTYPES, default="bf16", help="of weights and hidden states (default bf16)")
     add("--loss", choices=SWEEPS, help="default reverse_kl; with --method trd forward_kl")
     add("--frozen-head", action="store_true", help="the student's head is not trained")
@@ -139,6 +141,10 @@ def call_of(arguments: argparse.Namespace, here: torch.device | None) -> LossCal
         named = SHORT["h100"]
     else:
         named = None if here.type == "cpu" else known_gpu(here)
+    try:
+        check_vocabularies(student.vocab, teacher.vocab, allow_unequal=False)
+    except ValueError as error:
+        _say(f"topd.OPD refuses this pair: {error}")
     dtype, trained = DTYPES[arguments.dtype], not arguments.frozen_head
     return LossCall(student, teacher, arguments.tokens, dtype, arguments.loss, trained, named)
 

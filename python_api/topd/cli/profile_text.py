@@ -48,10 +48,10 @@ def _time_line(time: dict[str, Any] | None) -> str:
 def _fits_line(report: dict[str, Any]) -> str:
     fit = report["fits"]
     if fit is None:
-        return "fits        not said of a CPU: its memory is not one device's"
+        return "loss fits   not said of a CPU: its memory is not one device's"
     answers = ", ".join(f"{name} {'yes' if yes else 'NO'}" for name, yes in fit["fits"].items())
     return (
-        f"fits        {answers}; in {size_text(fit['memory_bytes'])}, without optimizer and activations,\n"
+        f"loss fits   {answers}; in {size_text(fit['memory_bytes'])}, without optimizer and activations,\n"
         f"            beside {size_text(fit['weights_bytes'])} of weights ({fit['weights']})"
     )
 
@@ -75,16 +75,20 @@ def _step_lines(report: dict[str, Any]) -> list[str]:
     else:
         lines.append("  no sum: a stage's time is not predicted")
     if step["held_bytes"]:
-        lines += _held(step["held_bytes"])
+        lines += _held(step["held_bytes"], report["fits"])
     if not step["checkpointing"]:
         lines.append("  activations depend on the model's code: not predicted; --checkpointing counts what is kept then")
     return [*lines, *LEFT_OUT]
 
 
-def _held(sizes: dict[str, int]) -> list[str]:
-    """Return what stands beside each other when the divergence is computed and its gradients are there."""
+def _held(sizes: dict[str, int], fit: dict[str, Any] | None) -> list[str]:
+    """Return what stands beside each other when the divergence is computed and its gradients are there, and whether it fits."""
     parts = " + ".join(f"{name} {size_text(size)}" for name, size in sizes.items())
-    return [f"  held at once, beside activations: {size_text(sum(sizes.values()))}", f"    = {parts}"]
+    needed, verdict = sum(sizes.values()), ""
+    if fit is not None:
+        memory_text, left = size_text(fit["memory_bytes"]), fit["memory_bytes"] - needed
+        verdict = f"; {size_text(left)} of {memory_text} are left for these" if left > 0 else f"; does NOT fit in {memory_text}"
+    return [f"  held at once, beside activations: {size_text(needed)}{verdict}", f"    = {parts}"]
 
 
 def _stage_cells(stage: dict[str, Any], width: int) -> str:

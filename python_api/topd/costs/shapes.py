@@ -49,6 +49,8 @@ def model_shape(name: str, say: Callable[[str], None] = lambda line: None) -> Mo
             raise ValueError(f"{name} must hold a config.json, and has none; pass --hidden and --vocab instead") from None
         except ValueError as error:
             raise ValueError(f"{path} must be JSON, and is not ({error}); save it anew") from None
+    elif folder.is_absolute() or folder.parts[:1] == ("..",) or (len(folder.parts) > 1 and Path(folder.parts[0]).is_dir()):
+        raise ValueError(f"{name} must be a folder with config.json, or a name on a hub, and there is no such folder")
     else:
         config = _from_hub(name, say)
     return _shape(name, config)

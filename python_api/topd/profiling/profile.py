@@ -50,7 +50,7 @@ def profile(objective: OPD | TOPD, *, trace: str | Path | None = None) -> Profil
     if not isinstance(objective, OPD | TOPD):
         raise TypeError(
             f"objective must be a topd.OPD, TOPD, TRD or OPSD, got {type(objective).__name__}; of a trainer pass "
-            "trainer.objective"
+            "trainer.objective; in a loop that calls topd.linear_divergence take topd.OPD(student, teacher) in its place"
         )
     if trace is None:
         return Profile(objective, None)
