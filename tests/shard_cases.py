@@ -1,6 +1,7 @@
 """Heads whose rows several processes share: models cut into shards, and the shards' gradients put together again."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -69,6 +70,26 @@ def whole(parts: list[dict[str, Any]], starts: tuple[int, ...], vocab: int) -> O
         )
         grads[name] = torch.cat([grad[:rows] for grad, rows in zip(each, held, strict=True)])
     return Outcome(parts[0]["value"], grads)
+
+
+@contextmanager
+def counted_collectives() -> Iterator[dict[str, int]]:
+    """Count the gathers and the reductions of the block, by their names in torch.distributed."""
+    counts = {"all_gather": 0, "all_reduce": 0}
+    originals = {name: getattr(torch.distributed, name) for name in counts}
+
+    def counting(name: str):
+        def call(*args: Any, **options: Any) -> Any:
+            counts[name] += 1
+            return originals[name](*args, **options)
+
+        return call
+
+    for name in counts:
+        setattr(torch.distributed, name, counting(name))
+    yield counts
+    for name, original in originals.items():
+        setattr(torch.distributed, name, original)
 
 
 def problems() -> Iterable[tuple[str, Problem]]:

@@ -6,10 +6,9 @@ from dataclasses import replace
 import soft_target_cases
 import topk_cases
 import torch
-import torch.distributed as dist
 from compare import Model, Outcome, gradients, outcome_of, random_model
 from logprob_cases import OPTIONS, by_topd, plain, random_problem
-from shard_cases import head_of, shard_of
+from shard_cases import counted_collectives, head_of, shard_of
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 from two_ranks import fork_cases, message
 
@@ -126,42 +125,23 @@ def gradcheck(rank):
 
 
 def collectives(rank):
-    """Count what a call of three chunks says: in forward, in backward of a sum, of a number for each row, and of any."""
-    counts = {"all_gather": 0, "all_reduce": 0}
-    originals, results = {name: getattr(dist, name) for name in counts}, {}
-
-    def counting(name):
-        def call(*args, **options):
-            counts[name] += 1
-            return originals[name](*args, **options)
-
-        return call
-
-    for name in counts:
-        setattr(dist, name, counting(name))
+    """Count what a call of three chunks says, (gathers, reductions): in forward, in backward of a sum, and in backward of a
+    number for each row."""
+    results = {}
     for m, entropy in ((1, False), (3, False), (3, True)):
         _, sides = sides_of(random_model(12, VOCAB, 7), rank)
-        stages, last = [], dict(counts)
-
-        def stage(stages=stages, last=last):
-            stages.append(tuple(counts[name] - last[name] for name in counts))
-            last.update(counts)
-
         ids, bytes_of_row = torch.randint(VOCAB, (12, m)), 8 * 23 * (15 + entropy)
-        value = topd.linear_logprobs(*sides, ids, return_entropy=entropy, workspace_bytes=4 * bytes_of_row)
+        with counted_collectives() as forward:
+            value = topd.linear_logprobs(*sides, ids, return_entropy=entropy, workspace_bytes=4 * bytes_of_row)
         value = value[0] if entropy else value
-        stage()
-        value.sum().backward(retain_graph=True)
-        stage()
-        value.backward(torch.linspace(1, 2, 12).double().unsqueeze(-1).expand(12, m))
-        stage()
-        results[m, entropy] = stages
-    last = dict(counts)
-    topd.topk_logprobs(*sides, 3, workspace_bytes=4 * 8 * 23 * 3)
-    results["topk"] = tuple(counts[name] - last[name] for name in counts)
-    for name, original in originals.items():
-        setattr(dist, name, original)
-    return results
+        with counted_collectives() as of_sum:
+            value.sum().backward(retain_graph=True)
+        with counted_collectives() as of_rows:
+            value.backward(torch.linspace(1, 2, 12).double().unsqueeze(-1).expand(12, m))
+        results[m, entropy] = [tuple(counts.values()) for counts in (forward, of_sum, of_rows)]
+    with counted_collectives() as counts:
+        topd.topk_logprobs(*sides, 3, workspace_bytes=4 * 8 * 23 * 3)
+    return results | {"topk": tuple(counts.values())}
 
 
 def planted_faults(rank):
