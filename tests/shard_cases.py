@@ -54,6 +54,12 @@ def sides_of(
     return student, (student.hidden, own, teacher.hidden, other)
 
 
+def side_of(model: Model, rank: int, starts: tuple[int, ...] = (0, 23)) -> tuple[Model, tuple[Tensor, topd.Head]]:
+    """Return this rank's leaves of one model, and their hidden states and head."""
+    leaves = shard_of(model, starts, rank).leaves(TENSORS)
+    return leaves, (leaves.hidden, head_of(leaves, starts, rank, model.weight.shape[0]))
+
+
 def whole(parts: list[dict[str, Any]], starts: tuple[int, ...], vocab: int) -> Outcome:
     """Return what the ranks have together: values and what is replicated are the same bits everywhere."""
     grads = dict(parts[0]["grads"])
