@@ -1,6 +1,7 @@
 """Heads whose rows several processes share: models cut into shards, and the shards' gradients put together again."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,6 +54,12 @@ def sides_of(
     return student, (student.hidden, own, teacher.hidden, other)
 
 
+def side_of(model: Model, rank: int, starts: tuple[int, ...] = (0, 23)) -> tuple[Model, tuple[Tensor, topd.Head]]:
+    """Return this rank's leaves of one model, and their hidden states and head."""
+    leaves = shard_of(model, starts, rank).leaves(TENSORS)
+    return leaves, (leaves.hidden, head_of(leaves, starts, rank, model.weight.shape[0]))
+
+
 def whole(parts: list[dict[str, Any]], starts: tuple[int, ...], vocab: int) -> Outcome:
     """Return what the ranks have together: values and what is replicated are the same bits everywhere."""
     grads = dict(parts[0]["grads"])
@@ -69,6 +76,26 @@ def whole(parts: list[dict[str, Any]], starts: tuple[int, ...], vocab: int) -> O
         )
         grads[name] = torch.cat([grad[:rows] for grad, rows in zip(each, held, strict=True)])
     return Outcome(parts[0]["value"], grads)
+
+
+@contextmanager
+def counted_collectives() -> Iterator[dict[str, int]]:
+    """Count the gathers and the reductions of the block, by their names in torch.distributed."""
+    counts = {"all_gather": 0, "all_reduce": 0}
+    originals = {name: getattr(torch.distributed, name) for name in counts}
+
+    def counting(name: str):
+        def call(*args: Any, **options: Any) -> Any:
+            counts[name] += 1
+            return originals[name](*args, **options)
+
+        return call
+
+    for name in counts:
+        setattr(torch.distributed, name, counting(name))
+    yield counts
+    for name, original in originals.items():
+        setattr(torch.distributed, name, original)
 
 
 def problems() -> Iterable[tuple[str, Problem]]:

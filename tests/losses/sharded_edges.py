@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from compare import Model, Problem, gradients, plain, random_problem
-from shard_cases import head_of, rows_of, shard_of, sides_of
+from shard_cases import counted_collectives, head_of, rows_of, shard_of, sides_of
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 from two_ranks import fork_cases, message
 
@@ -88,27 +88,15 @@ def gradcheck(rank):
 
 def collectives(rank):
     """Count what a call of three chunks says, forward and backward."""
-    problem, counts = random_problem({}, n=12), {"all_gather": 0, "all_reduce": 0}
+    problem = random_problem({}, n=12)
     _, sides = sides_of(problem, STARTS, rank)
-    originals = {name: getattr(dist, name) for name in counts}
-
-    def counting(name):
-        def call(*args, **options):
-            counts[name] += 1
-            return originals[name](*args, **options)
-
-        return call
-
-    for name in counts:
-        setattr(dist, name, counting(name))
-    value = topd.linear_divergence(*sides, workspace_bytes=4 * 20 * 23 * 8)
-    forward = dict(counts)
-    value.sum().backward(retain_graph=True)
-    backward = {name: counts[name] - forward[name] for name in counts}
-    value.backward(torch.linspace(1, 2, 12).double())
-    redone = {name: counts[name] - forward[name] - backward[name] for name in counts}
-    for name, original in originals.items():
-        setattr(dist, name, original)
+    with counted_collectives() as counts:
+        value = topd.linear_divergence(*sides, workspace_bytes=4 * 20 * 23 * 8)
+        forward = dict(counts)
+        value.sum().backward(retain_graph=True)
+        backward = {name: counts[name] - forward[name] for name in counts}
+        value.backward(torch.linspace(1, 2, 12).double())
+        redone = {name: counts[name] - forward[name] - backward[name] for name in counts}
     return {"forward": forward, "backward": backward, "redone": redone}
 
 

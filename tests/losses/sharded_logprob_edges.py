@@ -1,42 +1,21 @@
-"""linear_logprobs, topk_logprobs and what is made of them on sharded heads at the edges, in two processes; started by
-test_sharded_logprob_edges.py. A function is named like its result."""
+"""linear_logprobs and topk_logprobs on sharded heads at the edges, in two processes; started by test_sharded_logprob_edges.py.
+A function is named like its result."""
 
 from dataclasses import replace
 
-import soft_target_cases
-import topk_cases
 import torch
-import torch.distributed as dist
-from compare import Model, Outcome, gradients, outcome_of, random_model
+from compare import Model, gradients, random_model
 from logprob_cases import OPTIONS, by_topd, plain, random_problem
-from shard_cases import head_of, shard_of
+from shard_cases import counted_collectives, side_of
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 from two_ranks import fork_cases, message
 
 import topd
-from topd.ops.linear_divergence import loop as divergence_loop
 from topd.ops.shared import hidden_sums
 from topd.ops.shared.shard import Shard as OpShard
 
 STARTS, VOCAB = (0, 23), 41
-NOT_PLANNED = ({"sequence_parallel": True}, {"start": VOCAB})
 EVERYTHING = {"bias": True, "rank": 3, "softcap": 8.0, "scale": 0.8}
-
-
-def sides_of(model: Model, rank: int, starts=STARTS):
-    """Return this rank's leaves, and their hidden states and head."""
-    leaves = shard_of(model, starts, rank).leaves(("hidden", "weight", "bias", "a", "b"))
-    return leaves, (leaves.hidden, head_of(leaves, starts, rank, model.weight.shape[0]))
-
-
-def compared(model: Model, rank: int, compute, truth: Outcome):
-    """Return value and gradients of compute(hidden, head) on this rank's part, as `compare.outcome_of` makes the truth."""
-
-    def on_rank(leaves: Model):
-        return compute(leaves.hidden, head_of(leaves, STARTS, rank, model.weight.shape[0]))
-
-    outcome = outcome_of(shard_of(model, STARTS, rank), None, on_rank)
-    return {"value": outcome.value, "grads": outcome.grads, "truth": {"value": truth.value, "grads": truth.grads}}
 
 
 def peaked(rank):
@@ -45,7 +24,7 @@ def peaked(rank):
     weight[50] = 27.0
     results = {}
     for name, ids in (("alone", [[50]]), ("two", [[3, 50]])):
-        leaves, sides = sides_of(Model(torch.ones(1, 1), weight), rank, (0, 32))
+        leaves, sides = side_of(Model(torch.ones(1, 1), weight), rank, (0, 32))
         value, entropy = topd.linear_logprobs(*sides, torch.tensor(ids), return_entropy=True)
         value[0, -1].backward()
         results[name] = {"value": value[0, -1:].detach(), "hidden": leaves.hidden.grad[0], "entropy": entropy.detach()}
@@ -60,7 +39,7 @@ def absent_tokens(rank):
     problem.ids[:4, 0], problem.ids[2, 1] = 4, 30
     upstream = torch.linspace(-1, 2, 11).double().unsqueeze(-1).expand(11, 4)
     one = by_topd(problem, "eager", upstream)
-    leaves, sides = sides_of(problem.model, rank)
+    leaves, sides = side_of(problem.model, rank)
     value, entropy = topd.linear_logprobs(*sides, problem.ids, return_entropy=True)
     value = torch.cat([value, entropy.unsqueeze(-1)], -1)
     grads = gradients(value, upstream, leaves)
@@ -69,12 +48,40 @@ def absent_tokens(rank):
     return {"value": value.detach(), "grads": grads, "truth": truth, "ids": likely.ids, "logprobs": likely.logprobs}
 
 
+def lost_row(rank):
+    """A row whose hidden state is NaN: with an upstream gradient, and without."""
+    results = {}
+    for name, m, weight in (("used", 1, 1.0), ("used by several", 3, 1.0), ("unused", 3, 0.0)):
+        problem = random_problem({"bias": True, "rank": 2}, m=m)
+        problem.model.hidden[5] = torch.nan
+        upstream = torch.linspace(1, 2, 11 * (m + 1)).double().view(11, m + 1)
+        upstream[5] = weight
+        one = by_topd(problem, "eager", upstream)
+        leaves, sides = side_of(problem.model, rank)
+        value, entropy = topd.linear_logprobs(*sides, problem.ids, return_entropy=True)
+        value = torch.cat([value, entropy.unsqueeze(-1)], -1)
+        grads = gradients(value, upstream, leaves)
+        results[name] = {"value": value.detach(), "grads": grads, "truth": {"value": one.value, "grads": one.grads}}
+    return results
+
+
+def other_hints(rank):
+    """Hints that differ on the ranks, so that other rows deviate on each."""
+    problem = random_problem({"bias": True, "rank": 2}, entropy=False)
+    upstream = torch.ones(11, 3).double()
+    leaves, sides = side_of(problem.model, rank)
+    hint = torch.ones(11).index_fill(0, torch.tensor([2 + rank, 7]), 0.5)
+    value = topd.linear_logprobs(*sides, problem.ids, weights_hint=hint)
+    grads, true = gradients(value, upstream, leaves), plain(problem, upstream)
+    return {"value": value.detach(), "grads": grads, "truth": {"value": true.value, "grads": true.grads}}
+
+
 def no_rows(rank):
     results = []
     for mask in (None, torch.zeros(11, dtype=torch.bool)):
         n = 0 if mask is None else 11
         for m in (1, 3):
-            leaves, sides = sides_of(random_model(n, VOCAB, 7, bias=True, rank=2), rank)
+            leaves, sides = side_of(random_model(n, VOCAB, 7, bias=True, rank=2), rank)
             ids = torch.full((n, m), -100)
             value, entropy = topd.linear_logprobs(*sides, ids, mask=mask, return_entropy=True)
             rows = {"value": value.detach(), "entropy": entropy.detach()}
@@ -87,7 +94,7 @@ def second_backward(rank):
     results = {}
     for m in (1, 3):
         problem = random_problem(OPTIONS["everything"], m=m)
-        leaves, sides = sides_of(problem.model, rank)
+        leaves, sides = side_of(problem.model, rank)
         value, entropy = topd.linear_logprobs(
             *sides, problem.ids, mask=problem.mask, return_entropy=True, workspace_bytes=30_000
         )
@@ -103,7 +110,7 @@ def two_runs(rank):
     """The same call twice, in float32: the bits that come."""
     problem, runs = random_problem(OPTIONS["everything"], n=64).to(torch.float32), []
     for _ in range(2):
-        leaves, sides = sides_of(problem.model, rank)
+        leaves, sides = side_of(problem.model, rank)
         value = topd.linear_logprobs(*sides, problem.ids, mask=problem.mask, workspace_bytes=60_000)
         grads = gradients(value, torch.linspace(-1, 2, value.numel()).view(value.shape), leaves)
         runs.append({"value": value.detach()} | grads)
@@ -114,7 +121,7 @@ def gradcheck(rank):
     """Of what all ranks hold alike, hidden states and a: then all of them move the same entry."""
     passed = []
     for m in (1, 3):
-        leaves, (hidden, head) = sides_of(random_model(3, VOCAB, 7, rank=2, bias=True), rank)
+        leaves, (hidden, head) = side_of(random_model(3, VOCAB, 7, rank=2, bias=True), rank)
         ids = torch.randint(VOCAB, (3, m))
 
         def value(hidden, a, leaves=leaves, head=head, ids=ids):
@@ -126,42 +133,23 @@ def gradcheck(rank):
 
 
 def collectives(rank):
-    """Count what a call of three chunks says: in forward, in backward of a sum, of a number for each row, and of any."""
-    counts = {"all_gather": 0, "all_reduce": 0}
-    originals, results = {name: getattr(dist, name) for name in counts}, {}
-
-    def counting(name):
-        def call(*args, **options):
-            counts[name] += 1
-            return originals[name](*args, **options)
-
-        return call
-
-    for name in counts:
-        setattr(dist, name, counting(name))
+    """Count what a call of three chunks says, (gathers, reductions): in forward, in backward of a sum, and in backward of a
+    number for each row."""
+    results = {}
     for m, entropy in ((1, False), (3, False), (3, True)):
-        _, sides = sides_of(random_model(12, VOCAB, 7), rank)
-        stages, last = [], dict(counts)
-
-        def stage(stages=stages, last=last):
-            stages.append(tuple(counts[name] - last[name] for name in counts))
-            last.update(counts)
-
+        _, sides = side_of(random_model(12, VOCAB, 7), rank)
         ids, bytes_of_row = torch.randint(VOCAB, (12, m)), 8 * 23 * (15 + entropy)
-        value = topd.linear_logprobs(*sides, ids, return_entropy=entropy, workspace_bytes=4 * bytes_of_row)
+        with counted_collectives() as forward:
+            value = topd.linear_logprobs(*sides, ids, return_entropy=entropy, workspace_bytes=4 * bytes_of_row)
         value = value[0] if entropy else value
-        stage()
-        value.sum().backward(retain_graph=True)
-        stage()
-        value.backward(torch.linspace(1, 2, 12).double().unsqueeze(-1).expand(12, m))
-        stage()
-        results[m, entropy] = stages
-    last = dict(counts)
-    topd.topk_logprobs(*sides, 3, workspace_bytes=4 * 8 * 23 * 3)
-    results["topk"] = tuple(counts[name] - last[name] for name in counts)
-    for name, original in originals.items():
-        setattr(dist, name, original)
-    return results
+        with counted_collectives() as of_sum:
+            value.sum().backward(retain_graph=True)
+        with counted_collectives() as of_rows:
+            value.backward(torch.linspace(1, 2, 12).double().unsqueeze(-1).expand(12, m))
+        results[m, entropy] = [tuple(counts.values()) for counts in (forward, of_sum, of_rows)]
+    with counted_collectives() as counts:
+        topd.topk_logprobs(*sides, 3, workspace_bytes=4 * 8 * 23 * 3)
+    return results | {"topk": tuple(counts.values())}
 
 
 def planted_faults(rank):
@@ -171,7 +159,7 @@ def planted_faults(rank):
     for name, m in (("forward", 1), ("backward", 3)):
         problem = random_problem({"rank": 2}, m=m, entropy=False)
         upstream = torch.linspace(-1, 2, 11 * m).double().view(11, m)
-        leaves, sides = sides_of(problem.model, rank)
+        leaves, sides = side_of(problem.model, rank)
         if name == "forward":
             hidden_sums.adding_up = lambda group, mine: adding_up(group, mine.clone())  # the sum comes, and is not used
         else:
@@ -203,92 +191,22 @@ def bfloat16(rank):
     problem = random_problem(EVERYTHING, n=32, entropy=False).to(torch.bfloat16)
     upstream = torch.linspace(-1, 2, 96).view(32, 3)
     one = by_topd(problem, "eager", upstream)
-    leaves, sides = sides_of(problem.model, rank)
+    leaves, sides = side_of(problem.model, rank)
     value = topd.linear_logprobs(*sides, problem.ids)
     grads = gradients(value, upstream, leaves)
     return {"value": value.detach(), "grads": grads, "truth": {"value": one.value, "grads": one.grads}}
 
 
-def soft_targets(rank):
-    model = random_model(11, VOCAB, 7, **EVERYTHING)
-    (ids, probs), mask = soft_target_cases.random_targets(11, 6), torch.arange(11) % 4 != 2
-    options = {"mask": mask, "temperature": 0.7}
-    truth = soft_target_cases.truth(model, ids, probs, **options)
-    return compared(model, rank, lambda *sides: topd.soft_target_kl(*sides, ids, probs, **options), truth)
-
-
-def topk_divergence(rank):
-    results = {}
-    for direction, support in topk_cases.COMBINATIONS:
-        model = random_model(11, VOCAB, 7, **EVERYTHING)
-        (ids, logprobs), mask = topk_cases.random_teacher(11, 6), torch.arange(11) % 4 != 2
-        options = {"direction": direction, "support": support, "mask": mask}
-        truth = topk_cases.truth(model, ids, logprobs, **options)
-
-        def loss(*sides, ids=ids, logprobs=logprobs, options=options):
-            return topd.topk_divergence(*sides, ids, logprobs, **options)
-
-        results[f"{direction} {support}"] = compared(model, rank, loss, truth)
-    return results
-
-
-def guidance(rank):
-    model, plan = random_model((4, 5), VOCAB, 7, **EVERYTHING), torch.rand(4, 5, 6)
-    tokens, lengths = torch.randint(VOCAB, (4, 6)), torch.tensor([5, 1, 3, 4])
-
-    def loss(hidden, head):
-        return topd.guidance_kl(hidden, head, tokens, plan, student_lengths=lengths)
-
-    def true(leaves: Model):
-        shares = plan.double() / plan.double().sum(-1, keepdim=True)
-        rows = soft_target_cases.full_kl(leaves, tokens.unsqueeze(1).expand(4, 5, 6), shares)
-        return rows.masked_fill(torch.arange(5) >= lengths.unsqueeze(-1), 0.0).sum(-1) / lengths
-
-    return compared(model, rank, loss, outcome_of(model, torch.float64, true))
-
-
-def entropy_aware(rank):
-    """A teacher with more tokens than the student: its likeliest are taken among those that both have."""
-    model, teacher = random_model(11, VOCAB, 7, **EVERYTHING), random_model(11, 53, 5, bias=True)
-    options = {"top_k": 5, "entropy_threshold": 1.0, "mask": torch.arange(11) % 4 != 2}
-    whole = teacher.hidden, teacher.head()
-    one = outcome_of(model, None, lambda own: topd.entropy_aware_opd(own.hidden, own.head(), *whole, **options))
-    part = shard_of(teacher, STARTS, rank)
-    others = part.hidden, head_of(part, STARTS, rank, 53)
-    return compared(model, rank, lambda *sides: topd.entropy_aware_opd(*sides, *others, **options), one)
-
-
-def planned(rank):
-    """topd.plan on each rank, and the chunks of the call that follows: those of the rank with the most tokens."""
-    student, teacher = random_model(50, VOCAB, 7, rank=2), random_model(50, 53, 5)
-    _, (hidden, head) = sides_of(student, rank)
-    part, seen = shard_of(teacher, STARTS, rank), []
-    other, tiles = head_of(part, STARTS, rank, 53), divergence_loop.TileLoop
-    plan = topd.plan(head, other, 50, workspace_bytes=30_000)
-
-    def watched(engine, chunks, *rest, **options):
-        seen.append((chunks.rows, chunks.chunks, chunks.workspace_bytes))
-        return tiles(engine, chunks, *rest, **options)
-
-    divergence_loop.TileLoop = watched
-    topd.linear_divergence(hidden, head, part.hidden, other, workspace_bytes=30_000).sum().backward()
-    divergence_loop.TileLoop = tiles
-    split, nothing = (replace(head, shard=replace(head.shard, **change)) for change in NOT_PLANNED)
-    wrong = [message(lambda own=own: topd.plan(own, other, 50)) for own in (split, nothing, student.head())]
-    told = (plan.rows, plan.chunks, plan.workspace_bytes)
-    return {"plan": told, "vocab": plan.vocab, "backend": plan.backend, "seen": seen, "text": str(plan), "wrong": wrong}
-
-
 def ties(rank):
     """Equal logits on both ranks: lower ranks first."""
-    _, sides = sides_of(Model(torch.ones(2, 1), torch.zeros(VOCAB, 1)), rank)
+    _, sides = side_of(Model(torch.ones(2, 1), torch.zeros(VOCAB, 1)), rank)
     few = topd.topk_logprobs(*sides, 30)
     return {"ids": few.ids, "logprobs": few.logprobs}
 
 
 def refusals(rank):
     """Calls that are wrong on one rank alone, or that do not go together: every rank gets an error, none waits."""
-    _, (hidden, head) = sides_of(random_model(11, VOCAB, 7), rank)
+    _, (hidden, head) = side_of(random_model(11, VOCAB, 7), rank)
     ids, probs = torch.arange(22).view(11, 2), torch.full((11, 2), 0.5 if rank == 0 else 0.7)
     shared = replace(head, shard=replace(head.shard, sequence_parallel=True))
     plan = torch.rand(1, 11, 2) * (1 if rank == 0 else -1)
@@ -318,6 +236,8 @@ if __name__ == "__main__":
     fork_cases(
         peaked,
         absent_tokens,
+        lost_row,
+        other_hints,
         no_rows,
         second_backward,
         two_runs,
@@ -326,11 +246,6 @@ if __name__ == "__main__":
         planted_faults,
         dtensors,
         bfloat16,
-        soft_targets,
-        topk_divergence,
-        guidance,
-        entropy_aware,
-        planned,
         ties,
         refusals,
     )
