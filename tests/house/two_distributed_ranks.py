@@ -1,8 +1,10 @@
 """Two processes that run the page on several devices; started by test_distributed_page.py as a process of its own."""
 
-import torch.distributed.fsdp
-import torch.distributed.tensor.parallel
+import os
+import sys
+
 from house.pages import DOCS, run_page
+from torch.distributed.tensor import parallel  # noqa: F401
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: F401
 from two_ranks import fork
 
@@ -10,6 +12,7 @@ import topd  # noqa: F401
 
 
 def work(rank: int) -> dict[str, float]:
+    os.chdir(sys.argv[1])
     names = run_page(DOCS / "distributed.md")
     return {"error": names["error"].item()}
 

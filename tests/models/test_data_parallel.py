@@ -54,7 +54,7 @@ def test_a_head_that_stays_sharded_is_refused_with_the_same_recipe(results, way,
     for each in results:
         message = each["messages"][way]
         assert message.startswith(f"student must hold its whole head while the loss runs, got a DTensor in {name}ForCausalLM")
-        assert "shard its layers and the module around the loss, not the student itself" in message
+        assert "topd.integrations.distributed.inside(model, objective, batch)" in message
         assert "class Loss(torch.nn.Module):" in message
 
 

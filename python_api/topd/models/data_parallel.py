@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from topd.models.properties import has_sharded_head
 
 RECIPE = """\
+call it by topd.integrations.distributed.inside(model, objective, batch), where model is what wraps or shards the student; or
 put the loss into a module around the plain student and wrap that:
 
     class Loss(torch.nn.Module):
@@ -60,8 +61,7 @@ def check_synchronised(student: Any, *, look_around: bool, name: str = "student"
             _refuse(name, part)
     if has_sharded_head(student):
         raise ValueError(
-            f"{name} must hold its whole head while the loss runs, got a DTensor in {type(student).__name__}; with FSDP2 shard"
-            f" its layers and the module around the loss, not the student itself: {RECIPE}"
+            f"{name} must hold its whole head while the loss runs, got a DTensor in {type(student).__name__}; {RECIPE}"
         )
     in_ddp = _holds(DistributedDataParallel._active_ddp_module, trained)
     if in_ddp or not look_around or torch.distributed.get_world_size() == 1:
