@@ -7,7 +7,7 @@ import torch
 from accelerate_on_cpus import allow_fsdp
 from fsdp2_cases import sharded, whole
 from tiny_trl_cases import SGD, trainer_of
-from trainer_cases import FEW, arguments, four_rollouts, models, rows_of
+from trainer_cases import FEW, arguments, four_rollouts, models, prompts, rows_of
 from two_ranks import fork
 
 import topd
@@ -24,18 +24,12 @@ def objective_of(method, student, teacher):
     return kind(student, teacher, METHODS[method])
 
 
-def rollouts(method):
-    """Return four rollouts; for TOPD such that each of them has candidates."""
-    batch = four_rollouts()
-    return {key: value[[0, 1, 1, 0]] for key, value in batch.items()} if method == "topd" else batch
-
-
 def trained(method, folder, place=None, **options):
     """Train three steps of four rollouts with transformers' Trainer; the teacher is sharded too where `place` says how."""
     student, teacher = models()
     if place is not None:
         sharded(teacher.requires_grad_(False), place)
-    rows = rows_of(rollouts(method))
+    rows = rows_of(four_rollouts())
     objective = objective_of(method, student, teacher)
     trainer = DistillationTrainer(objective, arguments(folder, **THREE | options), train_dataset=rows)
     trainer.train()
@@ -47,12 +41,27 @@ def trained_by_trl(method, folder, place=None, **options):
     student, teacher = models()
     if place is not None:
         sharded(teacher.requires_grad_(False), place)
-    columns = {key: value.tolist() for key, value in rollouts(method).items()}
+    columns = {key: value.tolist() for key, value in four_rollouts().items()}
     given = {"columns": columns, "data_collator": collated} | {"objective_config": METHODS[method]}
     options = {"per_device_train_batch_size": 1, **SGD} | options
     trainer = trainer_of(folder, TOPDTrainer, 3, given_models=(student, teacher), given_arguments=options, **given)
     trainer.train()
     return trainer, student, None
+
+
+def sampled(folder):
+    """Train a step of TOPD on rollouts that the trainer samples, which end early on one rank or the other."""
+    student, teacher = models()
+    student.generation_config.eos_token_id = list(range(0, 61, 4))
+    options = {"fsdp": True, "ddp_backend": "gloo", "per_device_train_batch_size": 1}
+    trainer = DistillationTrainer(
+        objective_of("topd", student, teacher),
+        arguments(folder, **options),
+        rollout={"max_new_tokens": 9},
+        train_dataset=rows_of(prompts()),
+    )
+    trainer.train()
+    return {"parameters": flat(student), "log": trainer.state.log_history[0]}
 
 
 def collated(rows):
@@ -74,7 +83,7 @@ def work(rank):
         trainer, student, loss = train(method, Path(sys.argv[1]), place, **options)
         assert trainer.accelerator.is_fsdp2
         results[train.__name__, method, place] = {"parameters": flat(student), "loss": loss}
-    return results
+    return results | {"sampled": sampled(Path(sys.argv[1]))}
 
 
 if __name__ == "__main__":

@@ -24,3 +24,10 @@ def test_three_steps_are_those_of_one_process(ranks, tmp_path, trainer, method, 
     for rank in ranks:
         assert_near(rank[trainer, method, place]["parameters"], flat(student).double(), 1e-9)
         assert rank[trainer, method, place]["loss"] == pytest.approx(loss)
+
+
+def test_the_trainer_samples_under_fsdp2(ranks):
+    first, second = (rank["sampled"] for rank in ranks)
+    assert (first["parameters"] == second["parameters"]).all()
+    assert first["log"]["loss"] > 0
+    assert first["log"]["candidates"] > 0

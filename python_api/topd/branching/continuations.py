@@ -46,6 +46,20 @@ def continue_from(
         noise: of these windows, in their order; None: the generator's. Where it follows the rollouts, no window goes on after
             one that stops without an end-of-sequence token.
     """
+    with decoder.in_step():
+        return _continue_from(decoder, input_ids, attended, positions, sampling, prefix, noise)
+
+
+def _continue_from(
+    decoder: Decoder,
+    input_ids: Tensor,
+    attended: Tensor,
+    positions: Tensor,
+    sampling: Sampling,
+    prefix: Prefill | None,
+    noise: Noise | None,
+) -> Continuations:
+    """Continue the prefix before each position, as often as this process has positions."""
     way = f"generate: {decoder.obstacle}" if decoder.obstacle else BRANCHES
     if not positions.numel():
         return Continuations(positions.new_zeros(0, sampling.horizon), positions.new_zeros(0), way)

@@ -24,14 +24,18 @@ def replay(decoder: Decoder, prefix: Prefill, positions: Tensor, tokens: Tensor,
         tokens: [m, K] int64; lengths: [m] int64 in [1, K].
 
     Returns:
-        [m, K, H]; index i predicts token i; 0 past the lengths.
+        [m, K, H]; index i predicts token i; 0 past the lengths. Where processes shard the model all of them call this, also one
+        without windows, and make a backward pass through the result.
     """
-    if not tokens.numel():
-        return prefix.hidden.new_zeros(*tokens.shape, prefix.hidden.shape[-1])
-    if prefix.layers is not None:
-        return _over_cache(decoder, prefix, positions, tokens, lengths)
-    way = _separately if decoder.obstacle else _in_one_pass
-    return way(decoder, prefix, positions, tokens, lengths)
+    with decoder.in_step() as step:
+        if not tokens.numel():
+            states = prefix.hidden.new_zeros(*tokens.shape, prefix.hidden.shape[-1])
+        elif prefix.layers is not None:
+            states = _over_cache(decoder, prefix, positions, tokens, lengths)
+        else:
+            way = _separately if decoder.obstacle else _in_one_pass
+            states = way(decoder, prefix, positions, tokens, lengths)
+    return states + step.zero if isinstance(step.zero, Tensor) else states
 
 
 def _over_cache(decoder: Decoder, prefix: Prefill, positions: Tensor, tokens: Tensor, lengths: Tensor) -> Tensor:

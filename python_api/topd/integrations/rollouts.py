@@ -14,6 +14,7 @@ from topd.checks.rollouts import check_ids, check_rollouts, end_tokens
 from topd.checks.values import check_tensor, positive_int, real
 from topd.integrations.responses import behind, checked_masks, response_column
 from topd.models.head_from_model import refuse_prompt_learning, unwrapped_model
+from topd.models.in_step import in_step
 from topd.models.properties import embedded_tokens, vocabulary_of
 from topd.models.sampling import bare_settings, eval_mode, generated, until_end
 from topd.objectives.batch import Padded, check_padded
@@ -47,7 +48,7 @@ def sample_rollouts(
     over them is not the divergence of whole trajectories. The TRD paper samples at temperature 0.6, top_p 0.95, top_k 20.
 
     Args:
-        model: a causal language model of transformers, also inside PEFT or DDP: nothing is trained here.
+        model: a causal language model of transformers, also inside PEFT or DDP, or sharded by FSDP2: nothing is trained here.
         input_ids: [B, P] int64, prompts padded on the left.
         attention_mask: [B, P] bool, or integers 0 and 1.
         max_new_tokens: > 0, the longest response.
@@ -83,7 +84,7 @@ def sample_rollouts(
     settings = bare_settings(max_new_tokens, ends, padding, **sampling)
     if vocabulary is not None:
         settings.suppress_tokens = list(range(positive_int("vocabulary", vocabulary), vocabulary_of(inner))) or None
-    with eval_mode(inner):
+    with eval_mode(inner), in_step(inner, lambda one: inner(input_ids=one, use_cache=False).logits):
         new = generated(inner, ids, attended, settings)
     kept = until_end(new, ends)
     return behind(ids, attended, new.masked_fill(~kept, padding), kept)

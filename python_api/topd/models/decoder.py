@@ -1,7 +1,7 @@
 """A causal language model of transformers as topd uses it: hidden states, logits, and whether it can branch."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,7 +13,9 @@ from topd.head import Head
 from topd.logits import shape_logits
 from topd.losses.operands import vocabulary_of
 from topd.models.branchable import forward_parameters, layer_kinds, obstacle_of
+from topd.models.data_parallel import is_sharded_in_place
 from topd.models.head_from_model import base_of, refuse_prompt_learning, unwrapped_model
+from topd.models.in_step import InStep, in_step
 from topd.models.split_logits import whole_product, widths_of
 
 FEW = range(8, 65)  # rows of logits that a CPU computes faster from the head's side
@@ -63,6 +65,10 @@ class Decoder:
         given = {name: value for name, value in given.items() if value is not None and name in self.parameters}
         output = self.base(input_ids=input_ids, use_cache=cache is not None, **given, **inputs)
         return output.last_hidden_state  # type: ignore[no-any-return]
+
+    def in_step(self) -> AbstractContextManager[InStep]:
+        """Return the block in which processes that shard this model make equally many forwards."""
+        return in_step(self.base, lambda ids: self.states(ids, None, None))
 
     @property
     def parameters(self) -> set[str]:
@@ -152,7 +158,8 @@ def _output(layer: Any, hidden: Tensor) -> Tensor:
     hooked = layer._forward_hooks or layer._forward_pre_hooks
     if not hooked and _is_by_columns(layer, hidden):
         return torch.mm(layer.weight, hidden.t()).t()
-    product: Tensor = layer(hidden)
+    # The unit that FSDP2 makes of a head is whole here; its hooks would take the call for one of the model's own forward.
+    product: Tensor = layer.forward(hidden) if is_sharded_in_place(layer) else layer(hidden)
     return product
 
 
