@@ -9,7 +9,6 @@ from torch import Tensor
 
 from topd.branching.continuations import rollout_states
 from topd.branching.replay import replay
-from topd.branching.windows import Windows
 from topd.near_future.guidance import guidance_kl
 from topd.objectives.config import TOPDConfig
 from topd.objectives.gating import Verdict
@@ -42,10 +41,13 @@ def guidance_of(tokens: Pass, near_future: NearFuture, step: Reducing, stages: S
     if not chosen.numel() and step.config.student_window == "rollout":
         return tokens.losses.loss.new_zeros(())
     with nullcontext() if step.config.guidance_weight else torch.no_grad():
-        hidden = _states_of(tokens, near_future.windows, chosen, step.config, stages)
+        with stages.stage("window_forward"):
+            hidden = _states_of(tokens, near_future, chosen, step.config)
         if not chosen.numel():  # other processes may have windows: their backward passes gather the layers too
             return tokens.losses.loss.new_zeros(()) + hidden.sum()
-        per_point = _of_points(hidden, tokens, near_future, chosen, step.config, stages)
+        stages.observer.tensor("window_hidden", hidden)
+        with stages.stage("guidance"):
+            per_point = _of_points(tokens, near_future, chosen, hidden, step.config)
     rollouts, reduction = tokens.inputs.rollouts, step.config.reduction
     if step.config.guidance_reduction == "points":
         if step.verdict.items is None:
@@ -58,27 +60,24 @@ def guidance_of(tokens: Pass, near_future: NearFuture, step: Reducing, stages: S
     return reduce_tokens(of_tokens, rollouts, reduction, step.items).loss
 
 
-def _states_of(tokens: Pass, windows: Windows, chosen: Tensor, config: TOPDConfig, stages: Stages) -> Tensor:
-    """Return the student's states [m, K, H] that predict the chosen windows' tokens."""
+def _states_of(tokens: Pass, near_future: NearFuture, chosen: Tensor, config: TOPDConfig) -> Tensor:
+    """Return [m, K, H], the student's states that predict the chosen points' windows."""
+    windows, states = near_future.windows, tokens.student_states
     positions, lengths = windows.positions[chosen], windows.student_lengths[chosen]
     student_tokens = windows.student_tokens[chosen]
-    with stages.stage("window_forward"):
-        if config.student_window == "rollout":
-            return rollout_states(tokens.student_states, positions, lengths, student_tokens.shape[1])
-        return replay(tokens.student, tokens.student_states, positions, student_tokens, lengths)
+    if config.student_window == "rollout":
+        return rollout_states(states, positions, lengths, student_tokens.shape[1])
+    return replay(tokens.student, states, positions, student_tokens, lengths)
 
 
-def _of_points(
-    hidden: Tensor, tokens: Pass, near_future: NearFuture, chosen: Tensor, config: TOPDConfig, stages: Stages
-) -> Tensor:
-    """Return L_traj of the chosen points, [m]."""
-    stages.observer.tensor("window_hidden", hidden)
-    with stages.stage("guidance"):
-        return guidance_kl(
-            hidden,
-            tokens.student.head,
-            near_future.windows.teacher_tokens[chosen],
-            near_future.transport.plan[chosen],
-            student_lengths=near_future.windows.student_lengths[chosen],
-            temperature=config.temperature,
-        )
+def _of_points(tokens: Pass, near_future: NearFuture, chosen: Tensor, hidden: Tensor, config: TOPDConfig) -> Tensor:
+    """Return L_traj of the chosen points, [m], whose windows have these states."""
+    windows = near_future.windows
+    return guidance_kl(
+        hidden,
+        tokens.student.head,
+        windows.teacher_tokens[chosen],
+        near_future.transport.plan[chosen],
+        student_lengths=windows.student_lengths[chosen],
+        temperature=config.temperature,
+    )
