@@ -4,6 +4,7 @@ import torch
 from objective_cases import MILD, batch_of, models
 from tiny_models import tiny
 from topd_cases import FEW, GREEDY
+from topk_teacher_cases import with_topk
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -56,12 +57,13 @@ def flat(model):
     return torch.cat([each.detach().reshape(-1) for each in whole])
 
 
-def three_steps(objective, *, generator=None):
-    """Take three steps of SGD; return the losses and the parameters."""
+def three_steps(objective, *, generator=None, batch=None):
+    """Take three steps of SGD on a batch, None: `batch_of()`; return the losses and the parameters."""
+    batch = batch_of() if batch is None else batch
     optimizer, losses = torch.optim.SGD(objective.student.parameters(), lr=0.5), []
     for _ in range(3):
         optimizer.zero_grad()
-        loss = objective(batch_of(), generator=generator).loss
+        loss = objective(batch, generator=generator).loss
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())
@@ -72,6 +74,13 @@ def topd_steps(name, student, teacher, seed):
     """Take three steps of TOPD."""
     config = topd.TOPDConfig(**FEW | TOPD[name] | {"guidance_weight": 1.0})
     return three_steps(topd.TOPD(student, teacher, config), generator=torch.Generator().manual_seed(seed))
+
+
+def steps_with_topk(divergence, student):
+    """Take three steps of OPD whose teacher is known by its likeliest tokens alone."""
+    _, teacher = both("opd")  # whole: it stands for a server
+    config = topd.OPDConfig(divergence, hard_weight=0.5)
+    return three_steps(topd.OPD(student, None, config), batch=with_topk(batch_of(), teacher))
 
 
 def opd_of(name, student, teacher):

@@ -2,7 +2,7 @@
 
 import torch
 from objective_cases import batch_of
-from split_cases import OPD, TOPD, both, opd_of, split, three_steps, topd_steps
+from split_cases import OPD, TOPD, both, opd_of, split, steps_with_topk, three_steps, topd_steps
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.experimental import context_parallel
 from two_ranks import fork, message
@@ -82,6 +82,8 @@ def work(rank):
     for name in OPD:
         models = (split(model, mesh, embeddings=name == "jsd") for model in both(name))
         results[name] = three_steps(opd_of(name, *models))
+    for divergence in ("forward_kl", "reverse_kl"):
+        results[f"topk {divergence}"] = steps_with_topk(divergence, split(both("opd")[0], mesh))
     results["moved"] = moved(mesh)
     results["windows"] = {name: sampled(*(split(model, mesh) for model in both(name)), seed=7 + rank) for name in WINDOWS}
     head = topd.Head.from_model(split(both("opd")[0], mesh))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from compare import assert_near
-from split_cases import OPD, TOPD, both, opd_of, three_steps, topd_steps
+from split_cases import OPD, TOPD, both, opd_of, steps_with_topk, three_steps, topd_steps
 from split_models import WINDOWS, sampled
 from two_ranks import start
 
@@ -21,6 +21,14 @@ def test_three_steps_of_opd_are_those_of_one_process(name, ranks):
     for rank in ranks:
         assert_near(rank[name]["losses"], expected["losses"], 1e-10, "losses")
         assert_near(rank[name]["parameters"], expected["parameters"], 1e-10, "parameters")
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+def test_three_steps_with_a_teachers_topk_are_those_of_one_process(divergence, ranks):
+    expected = steps_with_topk(divergence, both("opd")[0])
+    for rank in ranks:
+        assert_near(rank[f"topk {divergence}"]["losses"], expected["losses"], 1e-10, "losses")
+        assert_near(rank[f"topk {divergence}"]["parameters"], expected["parameters"], 1e-10, "parameters")
 
 
 @pytest.mark.parametrize("models", WINDOWS)
