@@ -263,9 +263,8 @@ def test_the_trainers_page_runs_as_printed(tmp_path):
 def test_the_topd_page_runs_as_printed():
     from objective_cases import batch_of, models
 
-    whole, server, _, elsewhere, matched = re.findall(
-        r"```python\n(.*?)```", (ROOT / "docs" / "topd.md").read_text(), re.DOTALL
-    )
+    text = (ROOT / "docs" / "topd.md").read_text()
+    whole, server, _, elsewhere, matched = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     student, teacher = models()
     batch = batch_of()
     names: dict[str, object] = {"student": student, "teacher": teacher, "batch": batch}
