@@ -46,6 +46,15 @@ def fork(work: Callable[[int], dict[str, Any]]) -> None:
     sys.exit(any(process.exitcode for process in running))
 
 
+def message(call: Callable[[], Any]) -> str:
+    """Return the error of a call."""
+    try:
+        call()
+    except (TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
 def _run(work: Callable[[int], dict[str, Any]], rank: int, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import AutoModelForCausalLM
-from two_ranks import fork
+from two_ranks import fork, message
 
 import topd
 
@@ -33,14 +33,6 @@ def split(model, mesh, layers=True):
         for layer in model.model.layers:
             parallelize_module(layer, mesh, LAYER)
     return parallelize_module(model, mesh, {"lm_head": ColwiseParallel(output_layouts=Replicate())})
-
-
-def message(call):
-    try:
-        call()
-    except ValueError as error:
-        return str(error)
-    return ""
 
 
 def with_fsdp2(rank):
