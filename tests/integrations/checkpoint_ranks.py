@@ -8,20 +8,12 @@ import torch.distributed as dist
 import transformers
 from checkpoint_cases import model_of
 from safetensors.torch import save_file
-from two_ranks import fork
+from two_ranks import fork, message
 
 import topd
 from topd.integrations.distributed import head_from_checkpoint
 
 STARTS, VOCAB = (0, 20), 50  # of 53 rows
-
-
-def message(call):
-    try:
-        call()
-    except ValueError as error:
-        return str(error)
-    return ""
 
 
 def status(name):

@@ -86,6 +86,25 @@ def test_without_gradients_the_head_is_sharded_again(one_rank):
     assert torch.allclose(student.lm_head.weight.grad.full_tensor(), 2 * once, rtol=1e-5)
 
 
+def test_a_loss_without_a_backward_pass_leaves_nothing_stale(one_rank):
+    """Two losses at a time; then a loss that nobody differentiates, and a step of the optimizer before the next."""
+    student, batch = sharded(models()[0], "own unit"), micro_batches()[0]
+    objective, optimizer = topd.OPD(student, models()[1]), torch.optim.SGD(student.parameters(), lr=1.0)
+    first, second = (inside(student, objective, batch).loss for _ in range(2))
+    first.backward()
+    second.backward()
+    assert hasattr(student.lm_head.weight, "placements")
+    dropped = inside(student, objective, batch).loss.detach()
+    optimizer.step()
+    after = inside(student, objective, batch).loss
+    (after + inside(student, objective, batch).loss).backward()
+    assert hasattr(student.lm_head.weight, "placements")
+    assert dropped == pytest.approx(first.item(), rel=1e-6)
+    with torch.no_grad():
+        assert inside(student, objective, batch).loss == pytest.approx(after.item(), rel=1e-6)
+    assert abs(after.item() - first.item()) > 1e-3
+
+
 @dataclass
 class Pair:
     loss: torch.Tensor

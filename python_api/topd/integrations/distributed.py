@@ -19,7 +19,7 @@ METHOD = "topd_call"
 
 
 def head_method(lm_head: nn.Module) -> Callable[..., Any]:
-    """Return a function call(forward, *inputs) that returns forward(*inputs) while FSDP2 holds an output layer whole.
+    """Return a function `call(forward, *inputs)` that returns `forward(*inputs)` while FSDP2 holds an output layer whole::
 
         call = head_method(model.lm_head)
         loss = call(lambda hidden: topd.linear_divergence(hidden, topd.Head(model.lm_head.weight), *teacher).sum(), hidden)

@@ -7,6 +7,7 @@ step, the first of its backward passes would free what the others need.
 
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -34,16 +35,20 @@ def head_units(module: nn.Module) -> list[Any]:
     return [unit for unit in units if any(id(part) in inner for part in unit.modules())]
 
 
-def with_whole_heads(root: nn.Module, compute: Callable[[], T]) -> T:
+def with_whole_heads(root: nn.Module, compute: Callable[[], T], *, begins: bool = True) -> T:
     """Return compute() while the output layers in a module are gathered; they stay so until the backward pass has ended.
 
     Args:
         root: in whose forward this runs; what its own unit holds is gathered there anyway.
         compute: returns tensors, in tuples, lists or dicts, or nothing through which gradients flow.
+        begins: whether the root's forward has just begun. Then what an earlier loss, whose backward pass was never made, has
+            left gathered is gathered anew: an optimizer may have changed it.
     """
     units = [unit for unit in head_units(root) if unit is not root]
     if not units:
         return compute()
+    for unit in units if begins else ():
+        unit.reshard()
     whole = _Whole(units)
     try:
         result = compute()
@@ -59,20 +64,25 @@ def with_whole_heads(root: nn.Module, compute: Callable[[], T]) -> T:
     return result
 
 
+# When FSDP2 would shard a group of parameters again, of those that stay gathered. One entry, however many losses hold a group:
+# the first backward pass to end gives it back, and that of another loss gathers it once more.
+_settings: WeakKeyDictionary[Any, tuple[Any, bool]] = WeakKeyDictionary()
+
+
 class _Whole:
     """Units that stay gathered from a forward to the end of its backward pass, which follows `backward_begins`."""
 
     def __init__(self, units: list[Any]) -> None:
         self.units, self.running = units, False
-        groups = [group for unit in units for group in unit._get_fsdp_state()._fsdp_param_groups]
-        self.kept = [(group, group.post_forward_mesh_info, group.reshard_after_backward) for group in groups]
+        self.groups = [group for unit in units for group in unit._get_fsdp_state()._fsdp_param_groups]
         self.begin()
 
     def begin(self) -> None:
         """Gather the units, and keep FSDP2 from sharding them again."""
         for unit in self.units:
             unit.unshard()
-        for group, _, _ in self.kept:
+        for group in self.groups:
+            _settings.setdefault(group, (group.post_forward_mesh_info, group.reshard_after_backward))
             group.post_forward_mesh_info, group.reshard_after_backward = None, False
 
     def backward_begins(self, _gradient: Tensor) -> None:
@@ -87,8 +97,9 @@ class _Whole:
     def end(self) -> None:
         """Shard the units again, and let FSDP2 do so as before."""
         self.running = False
-        for group, after_forward, after_backward in self.kept:
-            group.post_forward_mesh_info, group.reshard_after_backward = after_forward, after_backward
+        for group in self.groups:
+            if group in _settings:
+                group.post_forward_mesh_info, group.reshard_after_backward = _settings.pop(group)
         for unit in self.units:
             unit.reshard()
 

@@ -55,10 +55,12 @@ def inside(model: Any, forward: Callable[[Any], T], inputs: Any = None) -> T:
         return _outputs(result)
 
     if is_in_forward(model):
-        with_whole_heads(content, compute)
+        with_whole_heads(content, compute, begins=False)
         return results[0]
     if is_deepspeed(model):
         _tell_zero(content)
+    if is_sharded_in_place(model):
+        model.reshard()  # what a forward without a backward pass has left gathered; an optimizer may have changed it
     outputs = _redirected(model, content, lambda: with_whole_heads(content, compute))
     whole: T = _put_back(results[0], outputs)
     return whole
