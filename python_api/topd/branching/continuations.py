@@ -15,7 +15,7 @@ from topd.models.sampling import Sampling
 from topd.models.split_logits import together
 from topd.options import WindowNoise
 
-BRANCHES, ROLLOUT = "branches", "rollout"
+BRANCHES, ROLLOUT, GENERATE = "branches", "rollout", "generate: "
 
 
 class Continuations(NamedTuple):
@@ -60,7 +60,7 @@ def _continue_from(
     noise: Noise | None,
 ) -> Continuations:
     """Continue the prefix before each position, as often as this process has positions."""
-    way = f"generate: {decoder.obstacle}" if decoder.obstacle else BRANCHES
+    way = GENERATE + decoder.obstacle if decoder.obstacle else BRANCHES
     if not positions.numel():
         return Continuations(positions.new_zeros(0, sampling.horizon), positions.new_zeros(0), way)
     followed = None if noise is None else noise.followed

@@ -6,6 +6,8 @@ from typing import Any
 from torch import nn
 
 from topd.backends import callers_level
+from topd.branching.continuations import GENERATE
+from topd.branching.windows import Windows
 from topd.checks.values import flag
 from topd.models.data_parallel import check_synchronised
 from topd.models.properties import adds_router_loss, runs_uncompiled, vocabulary_of
@@ -55,6 +57,17 @@ class ModelChecks:
                 "whole model, which topd does not call: the loss here is without it. Add it yourself, as "
                 "docs/how-to/when-not-to-use-topd.md shows, or set the option to False",
             )
+
+    def of_windows(self, windows: Windows) -> None:
+        """Warn of windows that take longer than they need with other models, or with another version of transformers."""
+        for name, way in (("student", windows.student_way), ("teacher", windows.teacher_way)):
+            if way.startswith(GENERATE):
+                self.warn_once(
+                    f"{name}'s windows",
+                    f"the {name}'s windows come from generate, each with a copy of its prefix, which takes longer than growing "
+                    f"them from the rollout's cache: {way.removeprefix(GENERATE)}. `topd doctor` says whether this version of "
+                    "transformers is one that topd knows",
+                )
 
     def warn_once(self, key: str, message: str) -> None:
         """Warn, unless this was said before."""

@@ -215,6 +215,7 @@ class TOPD(Method):
                 count = positions.shape[0]
                 positions = torch.cat([positions, lowest(score, rollouts.response, positions)])
             windows = draw_windows(tokens, positions, config, generator, stages)
+            self._checks.of_windows(windows)
         transport, low_loss = compare_windows(tokens, windows, config, stages), None
         if count is not None:
             low_loss = transport.distance[count:]
