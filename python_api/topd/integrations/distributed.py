@@ -19,10 +19,10 @@ METHOD = "topd_call"
 
 
 def head_method(lm_head: nn.Module) -> Callable[..., Any]:
-    """Return a function call(forward, hidden) that returns forward(hidden) while FSDP2 holds an output layer whole.
+    """Return a function `call(forward, *inputs)` that returns `forward(*inputs)` while FSDP2 holds an output layer whole::
 
         call = head_method(model.lm_head)
-        loss = call(lambda hidden: loss_of(hidden, topd.Head(model.lm_head.weight)), hidden)
+        loss = call(lambda hidden: topd.linear_divergence(hidden, topd.Head(model.lm_head.weight), *teacher).sum(), hidden)
 
     For an output layer that is a unit of FSDP2 by itself, or together with the last norm, and a loss that runs after the
     model's forward; it may be called several times before a backward pass, for one chunk of tokens after the other. Of a model
@@ -33,9 +33,8 @@ def head_method(lm_head: nn.Module) -> Callable[..., Any]:
         lm_head: the module that `fully_shard` was applied to. `forward` builds the topd.Head of its weight anew in each call.
 
     Returns:
-        The function. It takes the student's hidden states, one tensor or several, which FSDP2 casts to the layer's dtype where
-        its policy says so; all else that `forward` reads comes by its closure. `forward` returns a tensor, or a tuple, list or
-        dict of them.
+        The function. Its inputs are the student's hidden states, which FSDP2 casts to the layer's dtype where its policy says
+        so; all else that `forward` reads comes by its closure. `forward` returns a tensor, or a tuple, list or dict of them.
 
     Raises:
         TypeError: no module.
