@@ -1,7 +1,8 @@
 // topd::advise_huge_pages: ask the kernel to back a fresh buffer with huge pages. The first touch of a tile costs more in page
-// faults of 4 KiB than a sweep over it. A huge page that the kernel has at hand takes about 0.25 ms. One that it must put together
-// first, or that a virtual machine must get back from its host, takes milliseconds, far more than the same memory in small pages:
-// after the first such page the rest of the buffer is left to small ones. Where huge pages are not to be had, nothing changes.
+// faults of 4 KiB than a sweep over it. A huge page that the kernel has at hand takes about 0.25 ms. One that it must put
+// together first, or that a virtual machine must get back from its host, takes milliseconds, far more than the same memory in
+// small pages: after the first such page the rest of the buffer is left to small ones. Where huge pages are not to be had,
+// nothing changes.
 
 #include "../ops.h"
 
@@ -25,7 +26,8 @@ constexpr auto kSlow = std::chrono::milliseconds(1);
 
 uintptr_t rounded_up(uintptr_t place, uintptr_t unit) { return (place + unit - 1) / unit * unit; }
 
-// Touch each huge page; return whether all came fast. The clock is the wall's: a thread's own does not count the wait for a host.
+// Touch each huge page; return whether all came fast. The clock is the wall's: a thread's own does not count the wait for a
+// host.
 bool touch_huge_pages(uintptr_t from, uintptr_t to) {
   const uintptr_t first = rounded_up(from, kHugePage);
   const int64_t pages = first < to ? static_cast<int64_t>((to - first) / kHugePage) : 0;
