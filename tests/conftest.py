@@ -41,6 +41,12 @@ NEEDS = {
 # The files that take longest, which two workers begin with, so that neither is left with one of them at the end.
 LONGEST = (
     "test_examples.py",
+    "test_split_models.py",
+    "test_tensor_parallel.py",
+    "test_fsdp2_trainers.py",
+    "test_sequence_parallel.py",
+    "test_sharded_divergence.py",
+    "test_teacher_elsewhere.py",
     "test_triton_transport.py",
     "test_compiled_dynamic.py",
     "test_triton_divergence_rows.py",
