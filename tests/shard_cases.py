@@ -17,6 +17,11 @@ PADDING = 3  # rows at and beyond the vocabulary that the last rank holds
 N, BUDGET = 11, 40_000
 
 
+def starts_of(ranks: int, number: int, cuts: dict[int, list[tuple[int, ...]]] = STARTS) -> list[tuple[int, ...]]:
+    """Return where the ranks begin in a problem: of two all ways, of three one way after the other."""
+    return cuts[ranks] if ranks == 2 else [cuts[ranks][number % len(cuts[ranks])]]
+
+
 def rows_of(tensor: Tensor, start: int, stop: int) -> Tensor:
     """Return rows from start to stop; those beyond the end are padding, large enough to show if they counted."""
     padded = torch.cat([tensor, tensor.new_full((max(0, stop - tensor.shape[0]), *tensor.shape[1:]), 1e3)])

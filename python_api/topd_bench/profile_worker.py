@@ -16,7 +16,6 @@ from topd.profiling.recorder import Recorder
 from topd_bench.cases import Inputs
 from topd_bench.ways import random_inputs, value_and_gradients
 
-ROUNDS = 5
 TINY = {"n": 64, "vocab": (512, 512), "width": (64, 64)}
 
 
@@ -24,7 +23,8 @@ def measure(asked: dict[str, Any]) -> dict[str, Any]:
     """Return peak memory of the first call and the median time of those after it; with a trace also the time by kind of work.
 
     Args:
-        asked: name, loss, dtype, device, n, vocab and width of both sides, trained, and trace: a path, or None.
+        asked: name, loss, dtype, device, n, vocab and width of both sides, trained, rounds: how many calls are timed, and
+            trace: a path, or None.
     """
     device, dtype = torch.device(asked["device"]), getattr(torch, asked["dtype"])
 
@@ -47,7 +47,11 @@ def measure(asked: dict[str, Any]) -> dict[str, Any]:
     def once() -> float:
         return seconds_of(lambda: step(given), device)
 
-    report: dict[str, Any] = {"peak_mib": mib, "seconds": statistics.median(once() for _ in range(ROUNDS)), "kinds": None}
+    report: dict[str, Any] = {
+        "peak_mib": mib,
+        "seconds": statistics.median(once() for _ in range(asked["rounds"])),
+        "kinds": None,
+    }
     if asked["kinds"]:
         recorder = Recorder(device)
         with recorder.recording():

@@ -57,8 +57,8 @@ def test_a_measurement_that_fails_says_its_last_line():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", ["reverse_kl", "jsd"])
-def test_predicted_peaks_are_within_a_tenth_of_the_measured(loss, tmp_path):
+def test_predicted_peaks_are_within_a_tenth_of_the_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(profile_run, "ROUNDS", 1)
     report = tmp_path / "report.json"
     words = [
         "profile",
@@ -68,13 +68,13 @@ def test_predicted_peaks_are_within_a_tenth_of_the_measured(loss, tmp_path):
         "--vocab",
         "49152",
         "--tokens",
-        "1024",
+        "512",
         "--dtype",
         "fp32",
         "--device",
         "cpu",
     ]
-    assert main([*words, "--loss", loss, "--json", str(report)]) == 0
+    assert main([*words, "--loss", "jsd", "--json", str(report)]) == 0
     written = json.loads(report.read_text())
     for name, way in written["measured"]["ways"].items():
         if "left_out" not in way:

@@ -2,7 +2,7 @@
 
 import torch
 from compare import Problem, gradients
-from shard_cases import BUDGET, STARTS, problems, sides_of
+from shard_cases import BUDGET, problems, sides_of, starts_of
 from two_ranks import fork
 
 import topd
@@ -28,7 +28,7 @@ def work(rank):
     for dtype in (torch.float64, torch.float32):
         for number, (name, problem) in enumerate(problems()):
             kinds = list(UPSTREAMS.items())
-            for starts in STARTS[ranks]:
+            for starts in starts_of(ranks, number):
                 kind, upstream = kinds[number % len(kinds)]
                 # The ranks are given different budgets: they take the plan of the smallest.
                 result = outcome(problem.to(dtype), starts, rank, upstream(11), workspace_bytes=BUDGET + 10_000 * rank)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from compare import gradients
 from logprob_cases import OPTIONS, Problem, random_problem
-from shard_cases import BUDGET, STARTS, head_of, shard_of
+from shard_cases import BUDGET, STARTS, head_of, shard_of, starts_of
 from two_ranks import fork
 
 import topd
@@ -90,9 +90,9 @@ def work(rank):
     torch.distributed.init_process_group("gloo")
     ranks, results = torch.distributed.get_world_size(), {}
     for dtype in (torch.float64, torch.float32):
-        for name, vocab, problem, kind in problems():
+        for number, (name, vocab, problem, kind) in enumerate(problems()):
             budget = max(BUDGET, 8 * 40 * vocab) + 10_000 * rank  # the ranks take the plan of the smallest
-            for starts in CUTS[vocab][ranks]:
+            for starts in starts_of(ranks, number, CUTS[vocab]):
                 one = problem.to(dtype)
                 results[dtype, name, starts] = outcome(one, starts, rank, kind, workspace_bytes=budget)
                 if kind == "of all":

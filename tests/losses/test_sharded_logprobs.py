@@ -4,7 +4,7 @@ import pytest
 import torch
 from compare import CONSTANT, assert_near, assert_outcome
 from logprob_cases import by_topd, plain
-from shard_cases import whole
+from shard_cases import starts_of, whole
 from sharded_logprobs import CUTS, K, problems, upstream_of
 from two_ranks import start
 
@@ -19,7 +19,7 @@ def ranks(request, tmp_path_factory):
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients(name, ranks):
     vocab, problem, kind = CASES[name]
-    for starts in CUTS[vocab][len(ranks)]:
+    for starts in starts_of(len(ranks), list(CASES).index(name), CUTS[vocab]):
         parts = [rank[torch.float64, name, starts] for rank in ranks]
         assert_outcome(whole(parts, starts, vocab), plain(problem, upstream_of(problem, kind)), 1e-12)
 
@@ -28,7 +28,7 @@ def test_values_and_gradients(name, ranks):
 def test_float32_is_no_worse_than_one_process(name, ranks):
     vocab, problem, kind = CASES[name]
     problem, upstream = problem.to(torch.float32), upstream_of(problem, kind)
-    for starts in CUTS[vocab][len(ranks)]:
+    for starts in starts_of(len(ranks), list(CASES).index(name), CUTS[vocab]):
         parts = [rank[torch.float32, name, starts] for rank in ranks]
         truth, single, together = plain(problem, upstream), by_topd(problem, "eager", upstream), whole(parts, starts, vocab)
         pairs = [(together.value, single.value, truth.value)]
@@ -45,7 +45,7 @@ def test_the_likeliest_tokens(name, ranks):
     rows = problem.mask if problem.mask is not None else torch.ones(len(problem.ids), dtype=torch.bool)
     every = (problem.model.logits() / problem.temperature).log_softmax(-1)[rows]
     true, ids = every.topk(min(K, vocab), dim=-1)
-    for starts in CUTS[vocab][len(ranks)]:
+    for starts in starts_of(len(ranks), list(CASES).index(name), CUTS[vocab]):
         for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-6)):
             (logprobs, mine), *others = (rank[dtype, name, starts]["topk"] for rank in ranks)
             assert all(torch.equal(logprobs, other[0]) and torch.equal(mine, other[1]) for other in others)

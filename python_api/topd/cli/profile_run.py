@@ -18,6 +18,7 @@ from topd.memory import MIB, free_bytes, size_text
 from topd.profiling.devices import device_words
 from topd_bench.ways import WAYS, installed
 
+ROUNDS = 5  # calls that are timed
 NARROWEST_MARGIN = 1.15  # of the memory that is free, what a measurement must leave
 
 
@@ -72,6 +73,7 @@ def _asked(call: LossCall, name: str, loss: str, device: torch.device, trace: Pa
         "vocab": (call.student.vocab, call.teacher.vocab),
         "width": (call.student.hidden, call.teacher.hidden),
         "trained": call.trained,
+        "rounds": ROUNDS,
         "kinds": ours,
         "trace": str(trace.absolute()) if trace is not None and ours else None,
     }
@@ -103,7 +105,7 @@ def text(report: dict[str, Any]) -> str:
     """Return what was measured beside what was predicted."""
     here = report["measured"]
     lines = [
-        f"MEASURED on {here['device']}, torch {here['torch']}, each in a fresh process, medians of 5 calls",
+        f"MEASURED on {here['device']}, torch {here['torch']}, each in a fresh process, medians of {ROUNDS} calls",
         f"  {'':<6}  {'peak, MiB':>10}  {'predicted':>10}  {'ratio':>6}  {'time, ms':>10}  {'predicted':>10}",
     ]
     time = report["time"]
