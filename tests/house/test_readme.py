@@ -109,7 +109,7 @@ def test_the_figures_numbers_stand_in_the_tables_that_it_names():
     for case in FIGURE:
         time, memory = case["time"], case["memory"]
         page = (ROOT / time["page"]).read_text()
-        ratios = {str(ratio) for ratio in time["ratios"].values()}
+        ratios = {f"{ratio:.2f}" for ratio in time["ratios"].values()}
         rows = [set(line.split()) for line in page.splitlines() if line.startswith("|") and time["commit"] in line]
         in_text = time["page"] == "docs/gpu-h200.md" and "at 95e3f0e: reverse KL 1.18," in page
         assert any(ratios <= row for row in rows) or (in_text and ratios - {"1.18"} <= cells(time["page"]))
