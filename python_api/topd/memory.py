@@ -13,13 +13,24 @@ MIB, GIB = 1 << 20, 1 << 30
 STATUS, CLEAR, MEMINFO = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/meminfo")
 
 
-def resident_mib(field: str = "VmRSS") -> float | None:
-    """Return VmRSS or VmHWM of this process; None where the system does not say."""
+def _kib_of(file: Path, field: str) -> int | None:
+    """Return a field of a file of /proc, KiB; None where the system does not say."""
     try:
-        lines = STATUS.read_text().splitlines()
+        lines = file.read_text().splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:")), None)
+    return next((int(line.split()[1]) for line in lines if line.startswith(f"{field}:")), None)
+
+
+def resident_mib(field: str = "VmRSS") -> float | None:
+    """Return VmRSS or VmHWM of this process; None where the system does not say."""
+    kib = _kib_of(STATUS, field)
+    return None if kib is None else kib / 1024
+
+
+def allocated_bytes() -> int:
+    """Return what this process has mapped for its data; 0 where the system does not say."""
+    return 1024 * (_kib_of(STATUS, "VmData") or 0)
 
 
 def used_mib(device: torch.device) -> float | None:
@@ -39,11 +50,8 @@ def free_bytes(device: torch.device) -> int | None:
     """Return the memory that is free on a device; None where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = MEMINFO.read_text().splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+    kib = _kib_of(MEMINFO, "MemAvailable")
+    return None if kib is None else 1024 * kib
 
 
 @contextmanager

@@ -3,24 +3,15 @@
 import resource
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from topd.memory import GIB, free_bytes
+from topd.memory import GIB, allocated_bytes, free_bytes
 from topd_bench.timing import Contender
 
 SHARE = 0.8  # of the free memory
 MEMORY_WORDS = ("can't allocate memory", "out of memory", "not enough memory", "bad_alloc")
-
-
-def allocated_bytes() -> int:
-    """Return what this process has mapped for its data."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmData:"):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 def limit_memory(limit_gib: float | None) -> float | None:

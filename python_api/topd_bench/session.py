@@ -140,7 +140,9 @@ class Session:
         header, slopes = self.slopes()
         if slopes:
             parts.append(f"### slopes over {self.options.sweep}\n\n{markdown_table(header, slopes)}")
-        return "\n\n".join(parts + ["\n".join(self.verdicts())] * bool(self.verdicts())) or "nothing was measured"
+        if verdicts := self.verdicts():
+            parts.append("\n".join(verdicts))
+        return "\n\n".join(parts) or "nothing was measured"
 
 
 def _floor_line(rows: Sequence[Record]) -> str:

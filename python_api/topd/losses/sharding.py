@@ -169,8 +169,7 @@ def checked_together(student: object, teacher: object) -> AbstractContextManager
 
 @contextmanager
 def _together(group: "ProcessGroup", student: VocabShard | None, teacher: VocabShard | None) -> Iterator[Pact]:
-    device = _device_of(group)
-    try:
+    with _refusal_told(group):
         if student is None or teacher is None or student.group != teacher.group:
             kinds = ["a whole head" if shard is None else "a sharded one" for shard in (student, teacher)]
             raise ValueError(
@@ -184,10 +183,22 @@ def _together(group: "ProcessGroup", student: VocabShard | None, teacher: VocabS
             )
         pact = Pact(student, teacher)
         yield pact
+    pact.compare(_promises(group, pact.promise))
+
+
+@contextmanager
+def _refusal_told(group: "ProcessGroup") -> Iterator[None]:
+    """Tell the other ranks, which wait for this rank's promise, of an error."""
+    try:
+        yield
     except Exception:
-        outcomes(group, Promise().packed(), device)
+        _promises(group, Promise())
         raise
-    pact.compare([Promise.unpacked(numbers) for numbers in outcomes(group, pact.promise.packed(), device)])
+
+
+def _promises(group: "ProcessGroup", mine: Promise) -> list[Promise]:
+    """Return what each rank promises, in the order of the ranks."""
+    return [Promise.unpacked(numbers) for numbers in outcomes(group, mine.packed(), _device_of(group))]
 
 
 def checksum_of(tokens: Tensor) -> int:
@@ -211,13 +222,9 @@ def passed_together(*heads: object) -> AbstractContextManager[None]:
 
 @contextmanager
 def _passed_together(group: "ProcessGroup") -> Iterator[None]:
-    device = _device_of(group)
-    try:
+    with _refusal_told(group):
         yield
-    except Exception:
-        outcomes(group, Promise().packed(), device)
-        raise
-    _refuse_together([Promise.unpacked(numbers) for numbers in outcomes(group, Promise(1).packed(), device)])
+    _refuse_together(_promises(group, Promise(1)))
 
 
 def _refuse_together(each: list[Promise]) -> None:

@@ -105,6 +105,17 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "placements") else tensor  # type: ignore[attr-defined]
 
 
+def layer_product(hidden: Tensor, weight: Tensor, bias: Tensor | None, adapter: Any) -> Tensor:
+    """Return what an output layer with an adapter (a, b and scaling, or None) computes, as torch and PEFT round it; of tensors
+    that tensor parallelism has split the part of this rank."""
+    weight = local(weight)
+    product = nn.functional.linear(hidden.to(weight.dtype), weight, None if bias is None else local(bias))
+    if adapter is not None:
+        low = nn.functional.linear(hidden.to(adapter.a.dtype), local(adapter.a))
+        product = (product + adapter.scaling * nn.functional.linear(low, local(adapter.b))).to(product.dtype)
+    return product
+
+
 def _saved_copy(wrapper: Any, children: dict[str, nn.Module], name: str) -> nn.Module:
     """Return the module that a PEFT training wrapper (modules_to_save) calls."""
     original: nn.Module = wrapper.original_module

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from topd.head import Head
+from topd.models.output_layer import layer_product
 from topd.ops.shared.collectives import gathered, of_first, outcomes
 
 
@@ -33,10 +34,7 @@ def whole_product(head: Head, widths: list[int], hidden: Tensor, *, by_columns: 
         by_columns: whether the result lies column by column in memory, [M, vocab].
     """
     assert head.shard is not None
-    product = torch.nn.functional.linear(hidden, head.weight, head.bias)
-    if (adapter := head.adapter) is not None:
-        low = torch.nn.functional.linear(hidden.to(adapter.a.dtype), adapter.a)
-        product = (product + adapter.scaling * torch.nn.functional.linear(low, adapter.b)).to(product.dtype)
+    product = layer_product(hidden, head.weight, head.bias, head.adapter)
     start, stop = head.bounds()
     own = torch.nn.functional.pad(product[..., : stop - start], (0, max(widths) - (stop - start)))
     parts = gathered(head.shard.group, own)

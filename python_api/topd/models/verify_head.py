@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from topd.logits import shape_logits
 from topd.models.head_from_model import HeadParts, base_of, unwrapped_model
-from topd.models.output_layer import BUILD_BY_HAND, AdapterParts, linear_and_adapter, local, refuse
+from topd.models.output_layer import BUILD_BY_HAND, AdapterParts, layer_product, linear_and_adapter, local, refuse
 
 # States of three sizes: logits near 0, and logits that a softcap holds.
 SIZES = (1.0, 8.0, 64.0)
@@ -139,12 +139,7 @@ class _Layer:
         self._layer, self._linear, self._adapter = layer, linear, adapter
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        weight, bias = local(self._linear.weight), self._linear.bias
-        product = nn.functional.linear(hidden.to(weight.dtype), weight, None if bias is None else local(bias))
-        if (adapter := self._adapter) is not None:
-            low = nn.functional.linear(hidden.to(adapter.a.dtype), local(adapter.a))
-            product = (product + adapter.scaling * nn.functional.linear(low, local(adapter.b))).to(product.dtype)
-        return product
+        return layer_product(hidden, self._linear.weight, self._linear.bias, self._adapter)
 
     forward = __call__
 
