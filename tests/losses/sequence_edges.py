@@ -272,7 +272,6 @@ def refusals(rank):
         "tokens": call(tokens=tokens),
         "mask": call(mask=None if rank else torch.ones(6, dtype=torch.bool)),
         "small": call(workspace_bytes=100),
-        "other losses": message(lambda: topd.linear_logprobs(hidden, student, torch.zeros(len(hidden), 1, dtype=torch.int64))),
     }
 
 

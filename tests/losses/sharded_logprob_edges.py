@@ -208,7 +208,7 @@ def refusals(rank):
     """Calls that are wrong on one rank alone, or that do not go together: every rank gets an error, none waits."""
     _, (hidden, head) = side_of(random_model(11, VOCAB, 7), rank)
     ids, probs = torch.arange(22).view(11, 2), torch.full((11, 2), 0.5 if rank == 0 else 0.7)
-    shared = replace(head, shard=replace(head.shard, sequence_parallel=True))
+    shared = replace(head, shard=replace(head.shard, sequence_parallel=rank == 0))
     plan = torch.rand(1, 11, 2) * (1 if rank == 0 else -1)
 
     def call(states=hidden, own=head, ids=ids, **options):

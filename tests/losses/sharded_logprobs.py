@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import torch
-from compare import gradients
+from compare import TENSORS, Model, gradients
 from logprob_cases import OPTIONS, Problem, random_problem
 from shard_cases import BUDGET, STARTS, head_of, shard_of, starts_of
 from two_ranks import fork
@@ -18,7 +18,7 @@ CUTS = {
     38: {2: [(0, 19)], 3: [(0, 13, 26)]},
     5003: {2: [(0, 2000)], 3: [(0, 1668, 3336)]},
 }
-N = 11
+N = 12
 UPSTREAMS = ("of all", "sum", "one deviates", "by row", "hinted")
 K = 7
 
@@ -54,29 +54,27 @@ def upstream_of(problem: Problem, kind: str) -> torch.Tensor:
 
 
 def outcome(problem: Problem, starts, rank, kind, **options):
-    vocab = problem.model.weight.shape[0]
-    student = shard_of(problem.model, starts, rank).leaves(("hidden", "weight", "bias", "a", "b"))
-    head = head_of(student, starts, rank, vocab)
-    if kind == "hinted":
-        options["weights_hint"] = torch.linspace(-1, 2, N)
-    value = topd.linear_logprobs(
-        student.hidden,
-        head,
-        problem.ids,
-        temperature=problem.temperature,
-        mask=problem.mask,
-        return_entropy=problem.entropy,
-        **options,
+    student = shard_of(problem.model, starts, rank).leaves(TENSORS)
+    head = head_of(student, starts, rank, problem.model.weight.shape[0])
+    hint = torch.linspace(-1, 2, N) if kind == "hinted" else None
+    return outcome_of(
+        problem, student, head, None if kind == "sum" else upstream_of(problem, kind), weights_hint=hint, **options
     )
-    if kind == "sum":
+
+
+def outcome_of(problem: Problem, student: Model, head: topd.Head, upstream: torch.Tensor | None, **options):
+    """Return values and gradients; `upstream`: what comes for them, None: a sum."""
+    options |= {"temperature": problem.temperature, "mask": problem.mask, "return_entropy": problem.entropy}
+    value = topd.linear_logprobs(student.hidden, head, problem.ids, **options)
+    if upstream is None:
         value.sum().backward()
-        grads = {
-            name: leaf.grad for name in ("hidden", "weight", "bias", "a", "b") if (leaf := getattr(student, name)) is not None
+        return {
+            "value": value.detach(),
+            "grads": {name: leaf.grad for name in TENSORS if (leaf := getattr(student, name)) is not None},
         }
-        return {"value": value.detach(), "grads": grads}
     if problem.entropy:
         value = torch.cat([value[0], value[1].unsqueeze(-1)], -1)
-    return {"value": value.detach(), "grads": gradients(value, upstream_of(problem, kind), student)}
+    return {"value": value.detach(), "grads": gradients(value, upstream, student)}
 
 
 def likely(problem: Problem, starts, rank):

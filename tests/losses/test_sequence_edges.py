@@ -150,7 +150,6 @@ REFUSALS = {
     "tokens": ("refused on rank 1", "tokens must lie in [0, 41)"),
     "mask": ("must make the same call",) * 2,
     "small": ("workspace_bytes must hold at least one row",) * 2,
-    "other losses": ("head.shard must have sequence_parallel=False in this call, got True",) * 2,
 }
 
 

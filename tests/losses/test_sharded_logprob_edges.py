@@ -148,7 +148,7 @@ REFUSALS = {
     "states": ("hidden states must be the same on every rank",) * 2,
     "backend": ('backend must be None or "eager" with a sharded head',) * 2,
     "reference": ('backend must be None or "eager" with a sharded head',) * 2,
-    "sequence": ("head.shard must have sequence_parallel=False in this call",) * 2,
+    "sequence": ("must make the same call",) * 2,
     "k": ("k must be at most the vocabulary's 41 entries, got 42",) * 2,
     "other k": ("must make the same call",) * 2,
     "targets": ("refused on rank 1", "target_probs must sum to 1"),

@@ -46,11 +46,11 @@ def _refuse_teacher_grad(teacher_hidden: Tensor, teacher: Head) -> None:
 
 def _check_pair(student_hidden: Tensor, student: Head, teacher_hidden: Tensor, teacher: Head) -> None:
     """Check that each side's hidden states go with its head, and both sides with each other."""
-    check_side("student_hidden", student_hidden, "student", student, may_share_rows=True)
+    check_side("student_hidden", student_hidden, "student", student)
     device = (student_hidden.device, "student_hidden")
     if not (isinstance(teacher_hidden, Tensor) and teacher_hidden.device.type == "cpu"):  # from there a chunk's rows are copied
         check_tensor("teacher_hidden", teacher_hidden, device=device)
-    check_side("teacher_hidden", teacher_hidden, "teacher", teacher, may_share_rows=True, device=device)
+    check_side("teacher_hidden", teacher_hidden, "teacher", teacher, device=device)
     shape = ((*student_hidden.shape[:-1], teacher_hidden.shape[-1]), "the leading shape of student_hidden")
     check_tensor("teacher_hidden", teacher_hidden, shape=shape)
     _refuse_teacher_grad(teacher_hidden, teacher)

@@ -19,6 +19,7 @@ from topd.checks.values import (
 from topd.head import Head
 from topd.losses.operands import autocast, check_head_range, check_side, kept_side, needs, op_side, softcap_of, vocabulary_of
 from topd.losses.sharding import backend_of, checked_together, checksum_of, shard_of
+from topd.losses.shared_rows import SharedRows
 from topd.ops.linear_logprobs import full_logits
 from topd.ops.linear_logprobs import op as linear_logprobs_op
 from topd.ops.linear_logprobs.spec import SHARDED_VOCABULARY, Call, LogprobSpec
@@ -92,7 +93,9 @@ def linear_logprobs(
         hidden: [..., H] float32, float64, bfloat16 or float16, dtype of `head.weight`; differentiated.
         head: Head; weight, bias and adapter are differentiated where they require grad. It may be sharded over a group of
             processes: then all ranks make the same call on the same hidden states and ids, and get the same results, the whole
-            d hidden and d adapter.a, and the other gradients of their own tokens.
+            d hidden and d adapter.a, and the other gradients of their own tokens. With `VocabShard(sequence_parallel=True)`
+            hidden states, ids, mask, hint and results are this rank's rows; those of all ranks are gathered for the call and
+            kept for the backward pass.
         ids: [..., M] int64, M >= 0, tokens of which the log-probability is wanted; repeats allowed. Those of unmasked rows lie
             in [0, V): checked on the CPU; on a GPU, where a check would stall it, any other has log-probability -inf and no
             gradient. With a sharded head V is the whole vocabulary, on every rank.
@@ -180,11 +183,15 @@ def logprobs_and_outside(
             counted = flat_ids if flat_mask is None else flat_ids[flat_mask]
             in_vocabulary("ids", counted, vocab, SHARDED_VOCABULARY, low=-1 if padded else 0)
             options = (spec, entropy, padded, dense, ids.shape[-1], None if hint is None else hint.dtype)
-            pact.sign(states, head, head, (*options, checksum_of(counted)), None, flat_mask)
+            same_ids = None if shard.sequence else checksum_of(counted)
+            pact.sign(states, head, head, (*options, same_ids), None, flat_mask)
     if name == "reference":
         logprobs, entropies, outside = full_logits.linear_logprobs(states, head, flat_ids, flat_mask, spec, padded=padded)
     else:
-        settings = (spec, workspace_bytes, engine_of(name), padded, dense)
-        call = Call(op_side(states, head), flat_mask, flat_ids, *settings, shard=shard, tokens=vocab)
-        logprobs, entropies, outside = linear_logprobs_op.linear_logprobs(call, hint, needs(states, head), entropy=entropy)
+        settings, rows = (spec, workspace_bytes, engine_of(name), padded, dense), SharedRows(shard)
+        own_ids, states = flat_ids, rows.states(states)
+        flat_ids, flat_mask, hint = rows.of_all(own_ids, flat_mask, hint)
+        call = Call(op_side(states, head), flat_mask, flat_ids, *settings, shard=rows.shard, tokens=vocab)
+        results = linear_logprobs_op.linear_logprobs(call, hint, needs(states, head), entropy=entropy)
+        logprobs, entropies, outside = rows.own(own_ids.shape[0], *results)
     return logprobs.reshape(ids.shape), entropies.reshape(shape) if entropy else entropies, outside.reshape(shape)

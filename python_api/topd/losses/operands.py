@@ -34,29 +34,17 @@ def first_tokens(head: Head, vocab: int) -> Head:
     return replace(head.first(shard.held(head.weight.shape[0])), shard=shard)
 
 
-def refuse_shared_rows(name: str, head: Head) -> None:
-    """Refuse a head whose ranks share the sequence, where a call takes all rows on every rank."""
-    if head.shard is not None and head.shard.sequence_parallel:
-        raise ValueError(
-            f"{name}.shard must have sequence_parallel=False in this call, got True; topd.linear_divergence and "
-            "topd.score_tokens take rows that the ranks share, for all others gather hidden states along the sequence first"
-        )
-
-
 def check_side(
     hidden_name: str,
     hidden: object,
     head_name: str,
     head: object,
     *,
-    may_share_rows: bool = False,
     device: tuple[torch.device, str] | None = None,
 ) -> None:
-    """Check that hidden states [..., H] go with a head; a call says whether the ranks of its heads may share the sequence.
-    `device`: where the head must be, and the name of the argument that is there; None: where the hidden states are."""
+    """Check that hidden states [..., H] go with a head. `device`: where the head must be, and the name of the argument that is
+    there; None: where the hidden states are."""
     head = check_head(head_name, head)
-    if not may_share_rows:
-        refuse_shared_rows(head_name, head)
     states = check_tensor(hidden_name, hidden, dtype=FLOATING)
     width = head.weight.shape[1]
     if states.dim() < 1 or states.shape[-1] != width:

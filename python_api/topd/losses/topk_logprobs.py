@@ -10,6 +10,7 @@ from topd.head import Head
 from topd.losses.linear_logprobs import check_numbers
 from topd.losses.operands import autocast, check_side, op_side, softcap_of, vocabulary_of
 from topd.losses.sharding import checked_together, shard_of
+from topd.losses.shared_rows import SharedRows
 from topd.ops.linear_logprobs.spec import LogprobSpec
 from topd.ops.topk_logprobs import op as topk_op
 
@@ -43,7 +44,8 @@ def topk_logprobs(
     Args:
         hidden: [..., H] floating, dtype of `head.weight`.
         head: Head; it may be sharded over a group of processes: then all ranks make the same call, and get the same results,
-            equal logits in the order of the ranks.
+            equal logits in the order of the ranks. With `VocabShard(sequence_parallel=True)` hidden states, mask and results
+            are this rank's rows.
         k: 1 <= k <= V, the whole vocabulary of a sharded head.
         temperature: > 0; the logits are divided by it, after the softcap.
         mask: [...] bool; False rows cost nothing; their ids are 0 and their log-probabilities -inf.
@@ -68,7 +70,10 @@ def topk_logprobs(
         spec = LogprobSpec(float(head.scale), softcap_of(head), float(temperature))
         if pact is not None:
             pact.sign(states, head, head, (spec, k), None, flat_mask)
-    inputs = topk_op.Inputs(op_side(states, head), flat_mask, *spec, k, workspace_bytes, shard=shard_of(head))
-    ids, logprobs = topk_op.topk_logprobs(inputs)
+    rows = SharedRows(shard_of(head))
+    own, states = states.shape[0], rows.states(states)
+    (flat_mask,) = rows.of_all(flat_mask)
+    inputs = topk_op.Inputs(op_side(states, head), flat_mask, *spec, k, workspace_bytes, shard=rows.shard)
+    ids, logprobs = rows.own(own, *topk_op.topk_logprobs(inputs))
     shape = (*hidden.shape[:-1], k)
     return TopK(logprobs.reshape(shape), ids.reshape(shape))

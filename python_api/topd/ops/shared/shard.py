@@ -76,12 +76,17 @@ class Shard:
         return slice(first, first + n)
 
     def of_all(self, *columns: Tensor) -> list[Tensor]:
-        """Return each column [N] as that of the whole sequence [R N]: one collective for all of them, or none."""
-        if self.group is None or not self.sequence or not any(column.numel() for column in columns):
+        """Return each column [N, ...] as that of the whole sequence [R N, ...]: one collective for all of them, or none."""
+        if self.group is None or not self.sequence:
             return list(columns)
-        sent = [column.contiguous().view(torch.uint8) for column in columns]
+        shapes = [(column.shape[0] * self.ranks, *column.shape[1:]) for column in columns]
+        if not any(column.numel() for column in columns):
+            return [column.new_empty(shape) for column, shape in zip(columns, shapes, strict=True)]
+        sent = [column.contiguous().flatten().view(torch.uint8) for column in columns]
         everyone = gathered(self.group, torch.cat(sent)).split([part.numel() for part in sent], dim=1)
-        return [part.flatten().view(column.dtype) for part, column in zip(everyone, columns, strict=True)]
+        parts = (part.clone(memory_format=torch.contiguous_format).flatten() for part in everyone)  # aligned for its dtype
+        typed = (part.view(column.dtype) for part, column in zip(parts, columns, strict=True))
+        return [part.reshape(shape) for part, shape in zip(typed, shapes, strict=True)]
 
     def union(self, *masks: Tensor) -> list[Tensor]:
         """Return each mask [N], or-ed over the ranks; one collective for all of them."""
