@@ -10,7 +10,7 @@ rank of the tensor-parallel group has s / ranks of them.
 """
 
 import inspect
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ from topd.checks.values import check_tensor, positive_int
 from topd.divergences import DivergenceLike
 from topd.head import Head
 from topd.losses.linear_divergence import linear_divergence
-from topd.ops.shared.collectives import gathered
+from topd.losses.sharding import shard_of
+from topd.losses.shared_rows import SharedRows
 from topd.options import BackendName
 from topd.vocab_shard import VocabShard
 
@@ -46,7 +47,7 @@ class DistillationContext:
         teacher_hidden: [s, b, h_t], the teacher's states after its final norm; row by row those of the student's tokens. With
             sequence parallelism also this rank's part, [s / ranks, b, h_t]. Constant.
         teacher: the teacher's Head. With tensor parallelism a shard over the same group, cut at the same tokens as the student:
-            `teacher.resharded(like=output_head(...))`.
+            `teacher.resharded(like=output_head(...))`. Its `sequence_parallel` is not read: the output layer says it.
         vocab: the tokens of the student's tokenizer. Megatron pads the output layer; rows beyond `vocab` do not count.
         divergence, temperature, workspace_bytes, backend: as in `topd.linear_divergence`.
         hard_weight: the same; the tokens are the forward's `labels`.
@@ -128,28 +129,24 @@ def output_processor(
     _check_config(config)
     scale = _factor_of(scale_logits)
     student = output_head(output_layer, output_weight, vocab=context.vocab, scale=scale, softcap=context.softcap)
-    teacher_hidden = context.teacher_hidden
-    if _sequence_parallel(output_layer):
-        group, rows = output_layer.tp_group, hidden_states.shape[0]
-        hidden_states = _GatheredRows.apply(hidden_states, group)  # type: ignore[no-untyped-call]
-        if teacher_hidden.shape[0] == rows:
-            teacher_hidden = gathered(group, teacher_hidden).flatten(0, 1)
-    mask = None if loss_mask is None else loss_mask.transpose(0, 1)
+    rows, own = SharedRows(shard_of(student)), hidden_states.shape[0]
+    mask = None if loss_mask is None else rows.own_part(loss_mask.transpose(0, 1), own)
+    tokens = rows.own_part(labels.transpose(0, 1), own) if context.hard_weight and labels is not None else None
     losses = linear_divergence(
         hidden_states,
         student,
-        teacher_hidden,
-        context.teacher,
+        rows.own_part(context.teacher_hidden, own),
+        _shared_alike(context.teacher, student),
         divergence=context.divergence,
         temperature=context.temperature,
         mask=None if mask is None else mask != 0,
-        tokens=labels.transpose(0, 1) if context.hard_weight and labels is not None else None,
+        tokens=tokens,
         hard_weight=context.hard_weight,
         weights_hint=mask if mask is not None and mask.is_floating_point() else None,
         workspace_bytes=context.workspace_bytes,
         backend=context.backend,
     )
-    return losses.transpose(0, 1).contiguous()
+    return rows.gathered(losses).transpose(0, 1).contiguous()
 
 
 def output_head(
@@ -170,7 +167,8 @@ def output_head(
         scale, softcap: of the logits, as in `topd.Head`.
 
     Returns:
-        A Head of the live parameters, which gradients reach.
+        A Head of the live parameters, which gradients reach. With sequence parallelism its shard says so: the losses then take
+        this rank's rows of the hidden states, and return those of the results.
 
     Raises:
         TypeError, ValueError: no ColumnParallelLinear, one with a forward of its own, no weight, or a vocab larger than it.
@@ -193,28 +191,15 @@ def output_head(
     if group is None or group.size() == 1:
         return Head(weight, bias, scale=scale, softcap=softcap).first(vocab)
     start = min(group.rank() * output_layer.output_size_per_partition, vocab)
-    return Head(weight, bias, scale=scale, softcap=softcap, shard=VocabShard(group, start, vocab))
+    shard = VocabShard(group, start, vocab, sequence_parallel=bool(output_layer.sequence_parallel))
+    return Head(weight, bias, scale=scale, softcap=softcap, shard=shard)
 
 
-class _GatheredRows(torch.autograd.Function):
-    """Gathers each rank's rows [s / ranks, b, h] to [s, b, h]. A sharded head gives every rank the whole gradient. So backward
-    takes this rank's rows of it, and nothing is added up."""
-
-    @staticmethod
-    def forward(ctx: Any, mine: Tensor, group: Any) -> Tensor:
-        ctx.first, ctx.rows = group.rank() * mine.shape[0], mine.shape[0]
-        return gathered(group, mine).flatten(0, 1)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (grad,) = grads
-        return grad.narrow(0, ctx.first, ctx.rows), None
-
-
-def _sequence_parallel(output_layer: Any) -> bool:
-    """Tell whether a layer's input is split along the sequence."""
-    group = output_layer.tp_group
-    return bool(output_layer.sequence_parallel) and group is not None and group.size() > 1
+def _shared_alike(teacher: Head, student: Head) -> Head:
+    """Return the teacher's head, whose ranks share the sequence where those of the student's do."""
+    if teacher.shard is None or student.shard is None:
+        return teacher
+    return replace(teacher, shard=replace(teacher.shard, sequence_parallel=student.shard.sequence_parallel))
 
 
 def _factor_of(scale_logits: Any) -> float:

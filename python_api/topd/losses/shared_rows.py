@@ -30,9 +30,15 @@ class SharedRows:
         self._shared = shard if shard.sequence else None
         self.shard = replace(shard, sequence=False) if shard.sequence else shard
 
-    def states(self, hidden: Tensor) -> Tensor:
-        """Return the hidden states of all rows from those of this rank [N, H]; differentiable."""
-        return hidden if self._shared is None else _Gathered.apply(hidden, self._shared)  # type: ignore[no-any-return]
+    def gathered(self, mine: Tensor) -> Tensor:
+        """Return what all ranks have from what this rank has, [N, ...]; differentiable. Every rank must use all of it alike:
+        then its gradient is that of its own rows, and nothing is added up."""
+        return mine if self._shared is None else _Gathered.apply(mine, self._shared)  # type: ignore[no-any-return]
+
+    def own_part(self, value: Tensor, n: int) -> Tensor:
+        """Return this rank's n rows of a value that has the rows of all ranks; another value as it is."""
+        shared = self._shared
+        return value if shared is None or value.shape[0] != n * shared.ranks else value[shared.own(n)]
 
     def of_all(self, *columns: Tensor | None) -> list[Tensor | None]:
         """Return what each argument [N, ...] is for all rows; None stays None."""
@@ -41,14 +47,13 @@ class SharedRows:
         everyone = iter(self._shared.of_all(*(column for column in columns if column is not None)))
         return [None if column is None else next(everyone) for column in columns]
 
-    def own(self, n: int, *results: Tensor) -> tuple[Tensor, ...]:
+    def own_results(self, n: int, *results: Tensor) -> tuple[Tensor, ...]:
         """Return the results of this rank's n rows from those of all rows; differentiable."""
         return results if self._shared is None else _Own.apply(self._shared, n, *results)  # type: ignore[no-any-return]
 
 
 class _Gathered(torch.autograd.Function):
-    """Gathers each rank's rows [N, H] to [R N, H]. A sharded head gives every rank the whole gradient. So backward takes this
-    rank's rows of it, and nothing is added up."""
+    """Gathers each rank's rows [N, ...] to [R N, ...]. Backward takes this rank's rows of what comes."""
 
     @staticmethod
     def forward(ctx: Any, mine: Tensor, shard: Shard) -> Tensor:

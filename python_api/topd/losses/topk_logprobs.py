@@ -71,9 +71,9 @@ def topk_logprobs(
         if pact is not None:
             pact.sign(states, head, head, (spec, k), None, flat_mask)
     rows = SharedRows(shard_of(head))
-    own, states = states.shape[0], rows.states(states)
+    own, states = states.shape[0], rows.gathered(states)
     (flat_mask,) = rows.of_all(flat_mask)
     inputs = topk_op.Inputs(op_side(states, head), flat_mask, *spec, k, workspace_bytes, shard=rows.shard)
-    ids, logprobs = rows.own(own, *topk_op.topk_logprobs(inputs))
+    ids, logprobs = rows.own_results(own, *topk_op.topk_logprobs(inputs))
     shape = (*hidden.shape[:-1], k)
     return TopK(logprobs.reshape(shape), ids.reshape(shape))
