@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from compare import DIVERGENCES, OPTIONS, TENSORS, Model, Outcome, Problem, random_problem
+from compare import CONSTANT, DIVERGENCES, OPTIONS, TENSORS, Model, Outcome, Problem, random_problem
 from torch import Tensor
 
 import topd
@@ -81,6 +81,16 @@ def whole(parts: list[dict[str, Any]], starts: tuple[int, ...], vocab: int) -> O
         )
         grads[name] = torch.cat([grad[:rows] for grad, rows in zip(each, held, strict=True)])
     return Outcome(parts[0]["value"], grads)
+
+
+def assert_no_worse(together: Outcome, single: Outcome, truth: Outcome) -> None:
+    """Check that no float32 element is further from the truth than one process's, but for a little of the largest."""
+    pairs = [(together.value, single.value, truth.value)]
+    pairs += [(together.grads[key], single.grads[key], truth.grads[key]) for key in truth.grads]
+    for mine, one, true in pairs:
+        error, allowed = (mine.double() - true).abs(), (one.double() - true).abs()
+        assert mine.dtype == torch.float32
+        assert (error <= allowed + CONSTANT * true.abs().max()).all()
 
 
 @contextmanager

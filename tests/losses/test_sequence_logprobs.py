@@ -3,9 +3,10 @@ against the truth on whole heads and all rows."""
 
 import pytest
 import torch
-from compare import CONSTANT, Outcome, assert_near, assert_outcome
+from compare import Outcome, assert_near, assert_outcome
 from logprob_cases import by_topd, plain
 from sequence_cases import starts_of, whole
+from shard_cases import assert_no_worse
 from sharded_logprobs import K, problems, upstream_of
 from two_ranks import start
 
@@ -33,13 +34,7 @@ def test_float32_is_no_worse_than_one_process(name, ranks):
     vocab, problem, kind = CASES[name]
     problem, upstream = problem.to(torch.float32), upstream_of(problem, kind)
     together = together_of([rank["options"][torch.float32, name] for rank in ranks], vocab)
-    truth, single = plain(problem, upstream), by_topd(problem, "eager", upstream)
-    pairs = [(together.value, single.value, truth.value)]
-    pairs += [(together.grads[key], single.grads[key], truth.grads[key]) for key in truth.grads]
-    for mine, one, true in pairs:
-        error, allowed = (mine.double() - true).abs(), (one.double() - true).abs()
-        assert mine.dtype == torch.float32
-        assert (error <= allowed + CONSTANT * true.abs().max()).all()
+    assert_no_worse(together, by_topd(problem, "eager", upstream), plain(problem, upstream))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -189,9 +189,9 @@ def logprobs_and_outside(
         logprobs, entropies, outside = full_logits.linear_logprobs(states, head, flat_ids, flat_mask, spec, padded=padded)
     else:
         settings, rows = (spec, workspace_bytes, engine_of(name), padded, dense), SharedRows(shard)
-        own_ids, states = flat_ids, rows.gathered(states)
-        flat_ids, flat_mask, hint = rows.of_all(own_ids, flat_mask, hint)
+        n, states = states.shape[0], rows.gathered(states)
+        flat_ids, flat_mask, hint = rows.of_all(flat_ids, flat_mask, hint)
         call = Call(op_side(states, head), flat_mask, flat_ids, *settings, shard=rows.shard, tokens=vocab)
         results = linear_logprobs_op.linear_logprobs(call, hint, needs(states, head), entropy=entropy)
-        logprobs, entropies, outside = rows.own_results(own_ids.shape[0], *results)
+        logprobs, entropies, outside = rows.own_results(n, *results)
     return logprobs.reshape(ids.shape), entropies.reshape(shape) if entropy else entropies, outside.reshape(shape)

@@ -33,14 +33,14 @@ class SharedRows:
     def gathered(self, mine: Tensor) -> Tensor:
         """Return what all ranks have from what this rank has, [N, ...]; differentiable. Every rank must use all of it alike:
         then its gradient is that of its own rows, and nothing is added up."""
-        return mine if self._shared is None else _Gathered.apply(mine, self._shared)  # type: ignore[no-any-return]
+        return mine if self._shared is None else _Gathered.apply(mine, self._shared)  # type: ignore[no-untyped-call]
 
     def own_part(self, value: Tensor, n: int) -> Tensor:
         """Return this rank's n rows of a value that has the rows of all ranks; another value as it is."""
         shared = self._shared
         return value if shared is None or value.shape[0] != n * shared.ranks else value[shared.own(n)]
 
-    def of_all(self, *columns: Tensor | None) -> list[Tensor | None]:
+    def of_all(self, *columns: Tensor | None) -> list[Any]:
         """Return what each argument [N, ...] is for all rows; None stays None."""
         if self._shared is None:
             return list(columns)
@@ -49,7 +49,7 @@ class SharedRows:
 
     def own_results(self, n: int, *results: Tensor) -> tuple[Tensor, ...]:
         """Return the results of this rank's n rows from those of all rows; differentiable."""
-        return results if self._shared is None else _Own.apply(self._shared, n, *results)  # type: ignore[no-any-return]
+        return results if self._shared is None else _Own.apply(self._shared, n, *results)  # type: ignore[no-untyped-call]
 
 
 class _Gathered(torch.autograd.Function):
