@@ -1,7 +1,6 @@
 """The ways in which a training step computes a divergence: topd, eager torch, TRL's chunked loss. `topd profile --run` measures
 them, with the vocabularies of any two models."""
 
-import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from topd_bench.cases import Inputs
 from topd_bench.losses import Workload, divergence_of_logprobs
 from topd_bench.peers import eager, ours, trl
+from topd_bench.peers.peer import not_installed
 
 
 def random_inputs(n: int, vocab: tuple[int, int], width: tuple[int, int], dtype: torch.dtype, *, trained: bool) -> Inputs:
@@ -61,4 +61,4 @@ def value_and_gradients(way: str, inputs: Inputs, loss: str) -> None:
 
 def installed() -> list[str]:
     """Return which of them can run here."""
-    return [name for name in WAYS if name != "TRL" or importlib.util.find_spec("trl") is not None]
+    return [name for name in WAYS if name != "TRL" or not not_installed("trl", "trl")]
