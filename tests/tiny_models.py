@@ -56,8 +56,8 @@ def bloom(seed: int = 0) -> Any:
 
 
 def word_tokenizer(*words: str) -> Any:
-    """Return a tokenizer of whole words, word i with id i, the first of them for padding and for what it does not know. It makes
-    no token_type_ids, which the models here do not read."""
+    """Return a tokenizer of whole words, word i with id i, the first of them for padding and for what it does not know. It
+    makes no token_type_ids, which the models here do not read."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     inner = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token=words[0]))
