@@ -65,6 +65,8 @@ class RefineRollout:
             "empty_rollout", "too_long" and "empty", whose responses are empty; beside these "cut", rows whose prompt was cut.
             The first of each kind that loses something is warned of.
 
+    In several processes each calls this equally often; one that has nothing to refine calls the teacher all the same.
+
     Raises:
         TypeError, ValueError: a wrong option; a tokenizer without a chat template; more tokens than the teacher has positions.
 
