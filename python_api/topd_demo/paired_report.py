@@ -43,7 +43,7 @@ def build(run: Run, settings: Settings, description: str) -> str:
         tiles=_tiles(run, words),
         curves="".join(f"<figure>{panel}</figure>" for panel in panels),
         outcome=table(outcome(run)),
-        collapsed=html.escape(collapsed(run)),
+        collapsed=_collapsed(run),
         verdicts=_verdicts(before, after, words),
         said=words.said,
         samples="".join(_sample(before.rows[i], after.rows[i], run) for i in places),
@@ -96,6 +96,13 @@ def collapsed(run: Run) -> str:
     if not reason:
         return held([name])
     return f"Warning: after {name} the answers are collapsed: {reason}. A lower forward KL then says nothing about learning."
+
+
+def _collapsed(run: Run) -> str:
+    """Return that sentence as the page has it."""
+    sentence = collapsed(run)
+    kind = ' class="warning"' if sentence.startswith("Warning") else ""
+    return f"<p{kind}>{html.escape(sentence)}</p>"
 
 
 def _share(share: float, count: int) -> str:
