@@ -47,7 +47,8 @@ class Processes:
         state = self._accelerator.gradient_state
         if not state.end_of_dataloader or state.remainder <= 0:
             return rows
-        return min(max(int(state.remainder) - self.part * rows, 0), rows)
+        kept: int = min(max(state.remainder - self.part * rows, 0), rows)
+        return kept
 
     def gather(self, value: Tensor) -> Tensor:
         """Return the values [1, ...] of one process of each part, [parts, ...]."""
