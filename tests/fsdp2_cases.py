@@ -20,6 +20,14 @@ def models(dtype=torch.float32):
     return tiny("llama", **MILD).to(dtype), tiny("qwen3", seed=3, **MILD).to(dtype).requires_grad_(False)
 
 
+def models_of_characters():
+    """Return a student and a teacher whose tokens are characters, and which end their answers by some of them."""
+    sizes = {"vocab_size": 260, "max_position_embeddings": 2048, **MILD}
+    student, teacher = tiny("llama", **sizes), tiny("qwen3", seed=3, **sizes).requires_grad_(False)
+    student.generation_config.eos_token_id = teacher.generation_config.eos_token_id = [16, 78]
+    return student, teacher
+
+
 def sharded(model, place="root", mesh=None, **options):
     """Return the model, sharded in place."""
     for layer in model.model.layers:

@@ -56,13 +56,19 @@ def bloom(seed: int = 0) -> Any:
 
 
 def word_tokenizer(*words: str) -> Any:
-    """Return a tokenizer of whole words, word i with id i, the first of them for padding and for what it does not know."""
+    """Return a tokenizer of whole words, word i with id i, the first of them for padding and for what it does not know. It
+    makes no token_type_ids, which the models here do not read."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     inner = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token=words[0]))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token=words[0], unk_token=words[0], eos_token=words[1], padding_side="left"
+        tokenizer_object=inner,
+        pad_token=words[0],
+        unk_token=words[0],
+        eos_token=words[1],
+        padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
     )
 
 

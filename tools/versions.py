@@ -20,7 +20,12 @@ REQUESTS = (*(f"trl=={version}" for version in TRL), *(f"transformers=={version}
 # Named beside transformers, so that pip looks for versions of them that fit.
 BESIDE = ("accelerate", "datasets", "peft")
 TESTS = {
-    "trl": ("integrations/test_integrations_trl", "integrations/test_integrations_trl_guards"),
+    "trl": (
+        "integrations/test_integrations_trl",
+        "integrations/test_integrations_trl_guards",
+        "integrations/test_trl_pairs",
+        "integrations/test_trl_topk",
+    ),
     "transformers": (
         "branching/test_window_hidden",
         "branching/test_windows",
@@ -29,13 +34,21 @@ TESTS = {
         "integrations/test_integrations_rollouts",
         "integrations/test_integrations_tokenizers",
         "integrations/test_integrations_transformers",
+        "integrations/test_objective_state",
+        "integrations/test_refine_rollout",
+        "integrations/test_trainer_mixing",
+        "integrations/test_trainer_pairs",
+        "integrations/test_trainers_topk",
         "models/test_head_from_model",
         "models/test_head_lora",
         "models/test_head_refusals",
         "objectives/test_opd",
+        "objectives/test_opsd",
         "objectives/test_packed",
+        "objectives/test_pairs",
         "objectives/test_topd",
         "objectives/test_topd_steps",
+        "trd/test_from_model",
     ),
 }
 

@@ -10,7 +10,7 @@ from topd.integrations.rollouts import sample_rollouts
 from topd_demo.models import Models
 from topd_demo.prompts import encode
 from topd_demo.settings import Settings
-from topd_demo.wording import Wording, wording
+from topd_demo.wording import Wording, end_tokens_of, wording
 
 CUT = " …"  # behind an answer that does not end by itself
 
@@ -69,8 +69,7 @@ def _transcript(model: Any, objective: topd.OPD, models: Models, prompts: list[s
     """Let one of the models answer; the teacher judges the answer's tokens."""
     batch = _responses(model, models, prompts, settings, temperature=0.0)
     answers = [ids[response].tolist() for ids, response in zip(batch["input_ids"], batch["response_mask"], strict=True)]
-    ends = model.generation_config.eos_token_id
-    end_tokens = set(ends) if isinstance(ends, list) else {ends}
+    end_tokens = end_tokens_of(model)
     texts = [models.tokenizer.decode(ids, skip_special_tokens=True) + ("" if ids[-1] in end_tokens else CUT) for ids in answers]
     perplexity = objective(batch).metrics["teacher_perplexity"].item()
     samples = [[prompt, text] for prompt, text in zip(prompts, texts, strict=True)]

@@ -14,6 +14,7 @@ from topd.integrations.rollouts import sample_rollouts
 from topd_demo.prompts import padded
 from topd_demo.settings import Settings
 from topd_demo.window_pair import WindowPair
+from topd_demo.wording import Wording, end_tokens_of, wording
 
 
 @dataclass(frozen=True)
@@ -72,16 +73,21 @@ class PairedEvaluation:
     Attributes:
         forward_kl: KL(p_T || p_S), the mean over the tokens of the responses, nats; never clipped.
         rows: a question each.
+        student_wording, teacher_wording: how the student's answers are worded, and what the teacher says.
         control: the share of right answers of the same student drawn once more, from another seed; None: not drawn.
     """
 
     forward_kl: float
     rows: list[Row]
+    student_wording: Wording
+    teacher_wording: Wording
     control: float | None = None
 
     def numbers(self) -> dict[str, float]:
         """Return what a record holds of it."""
         values = {"held_out_kl": self.forward_kl, "held_out_right": self.right, "held_out_teacher_right": self.teacher_right}
+        values |= self.student_wording.numbers()
+        values |= {f"teacher_{name}": value for name, value in self.teacher_wording.numbers().items()}
         return values if self.control is None else values | {"held_out_control": self.control}
 
     @property
@@ -182,13 +188,16 @@ class PairedMethod(ABC):
         tokens, sampling = self.settings.held_out_tokens, self.held_out_sampling
         torch.manual_seed(seed)
         exchange = self._exchange(items, tokens, sampling)
-        rows = self._rows(exchange, exchange.refined or self._teacher_answers())
+        said = exchange.refined or self._teacher_answers()
+        rows = self._rows(exchange, said)
+        with self.teacher() as teacher:
+            wordings = wording(exchange.rollouts.ids, end_tokens_of(self.student)), wording(said.ids, end_tokens_of(teacher))
         nats = [value for row in rows for value in row.nats]
         control = None
         if first and sampling.get("temperature") != 0:
             torch.manual_seed(seed + 1)
             control = _share(_verdicts(items, self._answers(self.student, [item.prompt for item in items], tokens, sampling)))
-        return PairedEvaluation(sum(nats) / max(len(nats), 1), rows, control)
+        return PairedEvaluation(sum(nats) / max(len(nats), 1), rows, *wordings, control)
 
     def _rows(self, exchange: Exchange, said: Answers) -> list[Row]:
         """Return what both sides say to the held-out questions, and how far apart they are at each token of the responses."""

@@ -41,6 +41,7 @@ class PairedDemo:
         page = paired_report.write(folder, run, self.settings, self.description)
         words = WORDS[run.method]
         display.table(f"{words.heading}, on held-out questions", paired_report.outcome(run))
+        display.say(paired_report.collapsed(run))
         display.table("Where a step's time goes", stages(runs))
         place = paired_report.shown(run.before, run.after)[0]
         old, new = run.before.rows[place], run.after.rows[place]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from topd import files
 from topd_demo import figures
-from topd_demo.figures import standard_error
+from topd_demo.figures import NAMES, standard_error
 from topd_demo.page import built, inline, plain_text, sample, save_png, table
 from topd_demo.paired import PairedEvaluation, Row
 from topd_demo.paired_words import WORDS, Words
@@ -13,6 +13,7 @@ from topd_demo.settings import Settings
 from topd_demo.summary import Table, stages
 from topd_demo.tokens import coloured, legend
 from topd_demo.training import Run
+from topd_demo.wording import collapse, held
 
 SAMPLES = 6
 
@@ -42,6 +43,7 @@ def build(run: Run, settings: Settings, description: str) -> str:
         tiles=_tiles(run, words),
         curves="".join(f"<figure>{panel}</figure>" for panel in panels),
         outcome=table(outcome(run)),
+        collapsed=_collapsed(run),
         verdicts=_verdicts(before, after, words),
         said=words.said,
         samples="".join(_sample(before.rows[i], after.rows[i], run) for i in places),
@@ -79,7 +81,28 @@ def outcome(run: Run) -> Table:
     ]
     if before.control is not None:
         rows.insert(1, ("control: untrained, another draw", _share(before.control, count), ""))
+    student, teacher = (before.student_wording, after.student_wording), (before.teacher_wording, after.teacher_wording)
+    rows += [
+        ("student: answers that end by themselves", *(f"{each.ended:.0%}" for each in student)),
+        ("student: repeated 3-grams", *(f"{each.repeated:.0%}" for each in student)),
+        (f"{words.teacher}: repeated 3-grams", *(f"{each.repeated:.0%}" for each in teacher)),
+    ]
     return (f"{count} held-out questions", "before", f"after {run.done} steps"), rows
+
+
+def collapsed(run: Run) -> str:
+    """Return a sentence that says whether the student's answers are collapsed now, beside what the teacher said at first."""
+    name, reason = NAMES[run.method], collapse(run.after.student_wording, run.before.teacher_wording)
+    if not reason:
+        return held([name])
+    return f"Warning: after {name} the answers are collapsed: {reason}. A lower forward KL then says nothing about learning."
+
+
+def _collapsed(run: Run) -> str:
+    """Return that sentence as the page has it."""
+    sentence = collapsed(run)
+    kind = ' class="warning"' if sentence.startswith("Warning") else ""
+    return f"<p{kind}>{html.escape(sentence)}</p>"
 
 
 def _share(share: float, count: int) -> str:

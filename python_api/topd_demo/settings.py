@@ -125,7 +125,7 @@ QUICK: dict[str, Any] = {"steps": 8, "evaluate_every": 4, "held_out": 8}
 ALONE: dict[str, Any] = {"steps": 30, "evaluate_every": 15, "warmup": 3}
 SOLVING = ALONE | {"batch": 8, "tokens": 28, "held_out": 48, "held_out_tokens": 28}
 OF_METHODS: dict[str, dict[str, Any]] = {
-    "context": ALONE | {"batch": 4, "tokens": 24, "learning_rate": 3e-5, "held_out": 12, "held_out_tokens": 24},
+    "context": ALONE | {"batch": 4, "tokens": 24, "learning_rate": 6e-5, "held_out": 12, "held_out_tokens": 24},
     "opsd": SOLVING | {"learning_rate": 1e-4},
     "trd": SOLVING | {"learning_rate": 2e-5},
 }

@@ -87,7 +87,8 @@ def _wordings(said: dict[str, Transcript]) -> Table:
     for name, transcript in said.items():
         each = transcript.wording
         shares = f"{each.repeated:.0%}", f"{each.distinct:.0%}", f"{each.length:.1f}", f"{each.ended:.0%}"
-        rows.append((name, *shares, f"{each.teacher_perplexity:.1f}"))
+        perplexity = "-" if each.teacher_perplexity is None else f"{each.teacher_perplexity:.1f}"
+        rows.append((name, *shares, perplexity))
     return header, rows
 
 

@@ -5,6 +5,7 @@ numbers tell the two apart; the teacher's own answers are their control.
 """
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 GRAM = 3  # tokens
 MORE_REPEATS = 0.2  # share of repeated 3-grams above the teacher's own, from which answers count as collapsed
@@ -20,21 +21,27 @@ class Wording:
         distinct: an answer's distinct tokens, summed over the answers, by all their tokens.
         length: tokens of an answer, the mean.
         ended: the share of answers that end by themselves, before they are cut.
-        teacher_perplexity: exp of the teacher's mean negative log-probability of the tokens.
+        teacher_perplexity: exp of the teacher's mean negative log-probability of the tokens; None: not measured.
     """
 
     repeated: float
     distinct: float
     length: float
     ended: float
-    teacher_perplexity: float
+    teacher_perplexity: float | None = None
 
     def numbers(self) -> dict[str, float]:
         """Return what a record holds of it."""
-        return {f"answers_{name}": value for name, value in asdict(self).items()}
+        return {f"answers_{name}": value for name, value in asdict(self).items() if value is not None}
 
 
-def wording(answers: list[list[int]], ends: set[int], teacher_perplexity: float) -> Wording:
+def end_tokens_of(model: Any) -> set[int]:
+    """Return the tokens that end a model's answers."""
+    ends = model.generation_config.eos_token_id
+    return set(ends) if isinstance(ends, list) else {ends}
+
+
+def wording(answers: list[list[int]], ends: set[int], teacher_perplexity: float | None = None) -> Wording:
     """Return how answers are worded: token ids, at the end of each its end token where it has one."""
     bodies = [ids[:-1] if ids and ids[-1] in ends else ids for ids in answers]
     grams = [[tuple(ids[i : i + GRAM]) for i in range(len(ids) - GRAM + 1)] for ids in bodies]

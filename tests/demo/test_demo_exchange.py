@@ -9,6 +9,11 @@ from topd_demo.figures import standard_error
 from topd_demo.settings import Settings
 from topd_demo.tokens import coloured
 from topd_demo.training import Run
+from topd_demo.wording import Wording
+
+
+def evaluation_of(nats: float, rows: list[paired.Row], control: float | None = None) -> paired.PairedEvaluation:
+    return paired.PairedEvaluation(nats, rows, Wording(0.25, 0.5, 9.0, 0.75), Wording(0.0, 1.0, 8.0, 1.0), control)
 
 
 def row(student: bool, teacher: bool, nats: tuple[float, ...] = (1.0,)) -> paired.Row:
@@ -108,9 +113,10 @@ def test_the_response_is_the_refined_answer_and_an_empty_one_is_no_lesson():
 
 
 def test_verdicts_are_counted_by_both_sides():
-    evaluation = paired.PairedEvaluation(1.0, [row(True, True), row(False, True), row(False, True), row(False, False)], 0.5)
+    evaluation = evaluation_of(1.0, [row(True, True), row(False, True), row(False, True), row(False, False)], 0.5)
     assert evaluation.table() == [[1, 0], [2, 1]]
-    assert evaluation.numbers() == {
+    numbers = {name: value for name, value in evaluation.numbers().items() if "answers_" not in name}
+    assert numbers == {
         "held_out_kl": 1.0,
         "held_out_right": 0.25,
         "held_out_teacher_right": 0.75,
@@ -119,8 +125,8 @@ def test_verdicts_are_counted_by_both_sides():
 
 
 def test_a_wrong_answer_with_a_right_refinement_is_shown_first():
-    before = paired.PairedEvaluation(1.0, [row(True, True), row(False, False), row(False, True), row(False, True)])
-    after = paired.PairedEvaluation(1.0, [row(True, True), row(False, False), row(False, True), row(True, True)])
+    before = evaluation_of(1.0, [row(True, True), row(False, False), row(False, True), row(False, True)])
+    after = evaluation_of(1.0, [row(True, True), row(False, False), row(False, True), row(True, True)])
     assert paired_report.shown(before, after) == [3, 2, 0, 1]
 
 
@@ -130,11 +136,16 @@ def test_a_share_has_a_standard_error_also_where_all_agree():
 
 
 def test_the_outcome_has_its_control():
-    before = paired.PairedEvaluation(2.0, [row(False, True)] * 4, 0.25)
-    header, rows = paired_report.outcome(Run("trd", 5, [], before, paired.PairedEvaluation(1.0, [row(True, True)] * 4)))
+    before = evaluation_of(2.0, [row(False, True)] * 4, 0.25)
+    header, rows = paired_report.outcome(Run("trd", 5, [], before, evaluation_of(1.0, [row(True, True)] * 4)))
     assert header == ("4 held-out questions", "before", "after 5 steps")
     assert rows[1] == ("control: untrained, another draw", "25% ± 17", "")
-    assert rows[-1] == ("forward KL, nats per token", "2.00", "1.00")
+    assert rows[3:] == [
+        ("forward KL, nats per token", "2.00", "1.00"),
+        ("student: answers that end by themselves", "75%", "75%"),
+        ("student: repeated 3-grams", "25%", "25%"),
+        ("refined: repeated 3-grams", "0%", "0%"),
+    ]
 
 
 def test_coloured_tokens_are_text_whatever_they_hold():

@@ -1,7 +1,9 @@
 """`topd demo --method trd|opsd|context` from its options to its report, on tiny random models in a folder."""
 
+import html
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,11 @@ from tiny_demo import QUICK, Page, demo, dying, failing, interrupted, metrics
 from topd.cli.main import main
 from topd.cli.options import PAIRED_METHODS
 from topd_demo import models, run_folder, smollm2
+from topd_demo.paired import PairedEvaluation
+from topd_demo.paired_report import collapsed
 from topd_demo.settings import OF_METHODS, Settings
+from topd_demo.training import Run
+from topd_demo.wording import Wording
 
 pytest.importorskip("peft")
 pytestmark = pytest.mark.usefixtures("small_evaluations")
@@ -43,6 +49,30 @@ def test_metrics_have_every_step_and_evaluation(whole, method):
     assert all(("refined_right" in record) == (method == "trd") for record in steps)
     assert all(record["held_out_kl"] > 0 for record in judged)
     assert ["held_out_control" in record for record in judged] == [method != "context", False, False]
+    for name in ("ended", "repeated", "distinct"):
+        assert all(0 <= record[f"{side}answers_{name}"] <= 1 for record in judged for side in ("", "teacher_"))
+
+
+@pytest.mark.parametrize("method", PAIRED_METHODS)
+def test_page_and_terminal_say_whether_the_answers_are_collapsed(tmp_path, pair, whole, method, capsys):
+    """The tiny models are random: they repeat themselves, or do not. One rule decides, and each place says the same."""
+    assert main(["demo", "--resume", "--out", str(shutil.copytree(whole[method], tmp_path / "run"))]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    text = html.unescape((whole[method] / "report.html").read_text())
+    sentences = [line for line in text.splitlines() if "the answers are" in line]
+    assert len(sentences) == 1
+    assert sentences[0].partition(">")[2].removesuffix("</p>") in shown
+    for row in ("student: answers that end by themselves", "student: repeated 3-grams"):
+        assert row in text
+        assert row in shown
+
+
+def test_answers_that_turn_in_a_circle_are_warned_of():
+    calm, circling = Wording(0.0, 0.9, 11.0, 1.0), Wording(0.5, 0.3, 24.0, 0.3)
+    before, after = (PairedEvaluation(1.0, [], student, calm) for student in (calm, circling))
+    warned = collapsed(Run("context", 8, [], before, after))
+    assert warned.startswith("Warning: after context the answers are collapsed: 50% of their 3-grams are repeats")
+    assert collapsed(Run("context", 8, [], before, before)).startswith("After context the answers are not collapsed")
 
 
 @pytest.mark.parametrize("method", ["opsd", "context"])

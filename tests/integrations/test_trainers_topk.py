@@ -5,7 +5,7 @@ import torch
 from compare import assert_near
 from tiny_models import tiny
 from topk_teacher_cases import with_topk
-from trainer_cases import after_one_step, arguments, flat, four_rollouts, models, prompts, rows_of
+from trainer_cases import LOGGED, after_one_step, arguments, flat, four_rollouts, models, prompts, rows_of
 
 import topd
 from topd.integrations.rollouts import sample_rollouts
@@ -24,7 +24,7 @@ def test_a_step_from_a_files_topk_is_the_large_batchs(tmp_path, reduction):
     trainer.train()
     assert_near(flat(student), expected, 1e-9)
     logged = trainer.state.log_history[0]
-    assert logged["loss"] == pytest.approx(loss, rel=1e-5)
+    assert logged["loss"] == pytest.approx(loss, **LOGGED)
     assert 0 < logged["teacher_topk_mass"] <= 1
     assert "teacher_entropy" not in logged
 

@@ -77,23 +77,23 @@ def test_bad_lists_are_refused(arguments, error, message):
 
 
 def test_pairs_need_no_more_memory_than_plain_opd():
-    """The same tokens, once as the student's alone and once with the teacher's side: within 5 %."""
+    """The same tokens, as the student's alone, with the teacher's side, and behind a longer prompt there: within 5 %."""
     options = {"vocab_size": 2000, "hidden_size": 64, "initializer_range": 0.05}
     student, teacher = tiny("llama", **options), tiny("qwen3", seed=3, **options)
     generator = torch.Generator().manual_seed(0)
-    prompts, responses = (torch.randint(2000, (2, n), generator=generator).tolist() for n in (20, 100))
-    batch = topd.pair(prompts, prompts, responses, pad_token_id=0)
-    plain = {key: value for key, value in batch.items() if not key.startswith("teacher_")}
+    prompts, responses, longer = (torch.randint(2000, (2, n), generator=generator).tolist() for n in (20, 100, 70))
+    batches = [topd.pair(prompts, other, responses, pad_token_id=0) for other in (prompts, longer)]
+    plain = {key: value for key, value in batches[0].items() if not key.startswith("teacher_")}
 
     def step(given):
         student.zero_grad()
         topd.OPD(student, teacher)(given).loss.backward()
 
     peaks = []
-    for given in (plain, batch):
+    for given in (plain, *batches):
         step(given)
         peaks.append(peak_bytes(lambda given=given: step(given)))
-    assert peaks[1] <= 1.05 * peaks[0]
+    assert max(peaks[1:]) <= 1.05 * peaks[0]
 
 
 def test_float32_models_train():

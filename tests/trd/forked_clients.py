@@ -7,6 +7,7 @@ signal; with "answers" null it does not.
 
 import json
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -39,6 +40,9 @@ class Killed(FromServer):
 def client(order: dict) -> None:
     generate(order["problems"], Killed(order), order["path"], progress=False)
 
+
+# A shell that starts tests in the background lets them ignore Ctrl-C, and their children too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Nobody listens there: what the client imports when it first asks is imported now.
 with tempfile.TemporaryDirectory() as folder:

@@ -38,6 +38,18 @@ class Processes:
         group: ProcessGroup = mesh["dp"].get_group()
         return group
 
+    def new_rows(self, rows: int) -> int:
+        """Return how many of a micro-batch's rows, the first ones, are not rows that accelerate's sampler repeats.
+
+        At the end of the data it repeats rows, so that all processes have equally many: those that `gather_for_metrics` leaves
+        out. Where the data has no length it cannot tell.
+        """
+        state = self._accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return rows
+        kept: int = min(max(state.remainder - self.part * rows, 0), rows)
+        return kept
+
     def gather(self, value: Tensor) -> Tensor:
         """Return the values [1, ...] of one process of each part, [parts, ...]."""
         values: Tensor = self._accelerator.gather(value)

@@ -14,6 +14,7 @@ from topd.integrations.rollouts import check_sampling, sample_rollouts
 from topd.models.head_from_model import unwrapped_model
 from topd.models.properties import vocabulary_of
 from topd.models.sampling import all_end_tokens, left_padded, most_positions, plain_text
+from topd.objectives.gating import all_processes
 from topd.objectives.opsd import OPSD
 from topd.objectives.pairs import pair
 from topd.trd.pipeline import MAX_REFINE_TOKENS, MAX_REFINE_TOKENS_WITH_REFERENCE
@@ -63,6 +64,8 @@ class RefineRollout:
         counts: how many rows there were of each kind: "ok"; "length", a refinement that reached refine_max_new_tokens; and
             "empty_rollout", "too_long" and "empty", whose responses are empty; beside these "cut", rows whose prompt was cut.
             The first of each kind that loses something is warned of.
+
+    In several processes each calls this equally often; one that has nothing to refine calls the teacher all the same.
 
     Raises:
         TypeError, ValueError: a wrong option; a tokenizer without a chat template; more tokens than the teacher has positions.
@@ -157,15 +160,21 @@ class RefineRollout:
         return _Asked("", prompt.ids(self.tokenizer, **chat), bool(prompt.notice))
 
     def _refined(self, student: Any, prompts: list[list[int]]) -> list[list[int]]:
-        """Return the teacher's answers to the prompts."""
-        if not prompts:
+        """Return the teacher's answers to the prompts.
+
+        Several processes may hold parts of the teacher (FSDP, ZeRO-3), whose layers they gather together. So a process that has
+        no prompt lets the teacher write a token all the same, and goes on with the others from there (`in_step`).
+        """
+        if not prompts and all_processes() is None:
             return []
-        ids, mask = left_padded(prompts, self._padding, unwrapped_model(self.teacher).device)
-        options: dict[str, Any] = {"max_new_tokens": self.refine_max_new_tokens, "eos_token_id": self._ends(self.teacher)}
+        ids, mask = left_padded(prompts or [[self._padding]], self._padding, unwrapped_model(self.teacher).device)
+        longest = self.refine_max_new_tokens if prompts else 1
+        options: dict[str, Any] = {"max_new_tokens": longest, "eos_token_id": self._ends(self.teacher)}
         if vocabulary_of(student) < vocabulary_of(self.teacher):
             options["vocabulary"] = vocabulary_of(student)
         with self._teaching() as teacher:
-            return responses_of(sample_rollouts(teacher, ids, mask, **options, **self.sampling))
+            answers = responses_of(sample_rollouts(teacher, ids, mask, **options, **self.sampling))
+        return answers if prompts else []
 
     def _status(self, response: list[int]) -> str:
         """Return what a refinement is."""

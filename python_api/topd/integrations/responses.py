@@ -73,6 +73,22 @@ def response_column(ids: Tensor, attended: Tensor, response: Tensor, side: str =
     return column
 
 
+def rows_of(batch: Mapping[str, Any]) -> int:
+    """Return how many rows a batch has, padded or packed."""
+    return len(batch["cu_seqlens"]) - 1 if "cu_seqlens" in batch else len(batch["input_ids"])
+
+
+def first_responses(batch: Mapping[str, Any], kept: int) -> dict[str, Any]:
+    """Return finished rollouts of which the first rows alone have a response, on both sides: the others count for nothing."""
+    masks = {}
+    for side in ("", "teacher_") if "teacher_response_mask" in batch else ("",):
+        bounds = batch.get(f"{side}cu_seqlens")
+        mask = batch[f"{side}response_mask"].clone()
+        mask[kept if bounds is None else int(bounds[kept]) :] = 0
+        masks[f"{side}response_mask"] = mask
+    return {**batch, **masks}
+
+
 def repeated(batch: Mapping[str, Any], times: int) -> dict[str, Any]:
     """Return a batch with each row `times` times in a row: tensors and lists with an entry for each row of input_ids."""
     rows = len(batch["input_ids"])

@@ -20,13 +20,14 @@ class RunningMeans:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}
 
-    def add(self, metrics: Mapping[str, Tensor], parts: float = 1) -> None:
+    def add(self, metrics: Mapping[str, Tensor], parts: float = 1, counted: bool = True) -> None:
         """Add a micro-batch's metrics. `loss` is left out, which trainers log themselves, and so are the diagnostics, which are
         no means of micro-batches: `RunningTotals`.
 
         Args:
             metrics: scalars by name; NaN: nothing to measure, which is no part of the mean.
             parts: of how many parts (micro-batches times processes) the step consists whose shares these are.
+            counted: False: their names alone count, which are then the same in all processes.
         """
         for name, value in metrics.items():
             if name == "loss" or name in DIAGNOSTICS:
@@ -37,6 +38,8 @@ class RunningMeans:
             else:
                 absent = value.isnan()
                 count, value = count.masked_fill(absent, 0.0), value.masked_fill(absent, 0.0)
+            if not counted:
+                count, value = torch.zeros_like(count), torch.zeros_like(value)
             self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._counts[name] = self._counts[name] + count if name in self._counts else count
 

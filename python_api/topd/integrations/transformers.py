@@ -17,7 +17,7 @@ from torch import Tensor
 from topd.checks.values import check_tensor
 from topd.integrations.objective_state import FollowSteps, load_resumed
 from topd.integrations.processes import Processes, refuse_split_sequences
-from topd.integrations.responses import repeated, without_responses
+from topd.integrations.responses import first_responses, repeated, rows_of, without_responses
 from topd.integrations.rollouts import sample_rollouts, with_teacher_prompts
 from topd.integrations.running_means import RunningMeans, RunningTotals
 from topd.integrations.tokenizers import check_tokenizers
@@ -188,6 +188,13 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
         """Return the objective's loss of a micro-batch that has its rollouts."""
+        loss = self._loss(model, inputs, num_items_in_batch)
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _loss(
+        self, model: Any, inputs: Mapping[str, Any], num_items_in_batch: Tensor | None = None, counted: bool = True
+    ) -> Tensor:
+        """Return the loss, and keep its metrics; not `counted`: they are no part of any mean."""
         metrics: dict[str, Tensor] = {}
         mode = "train" if model.training else "eval"
 
@@ -205,16 +212,20 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
                 factor = self._processes.parts
             steps = self.current_gradient_accumulation_steps
         self.loss_is_scaled_for_ga = num_items_in_batch is not None
-        self._means[mode].add(metrics, factor * steps)
-        loss = loss * factor
-        return (loss, {"loss": loss}) if return_outputs else loss
+        self._means[mode].add(metrics, factor * steps, counted)
+        return loss * factor
 
     def prediction_step(
         self, model: Any, inputs: Mapping[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, None, None]:
-        """Return the loss of an evaluation batch on rollouts of its own; there are no logits and no labels."""
+        """Return the loss of an evaluation batch on rollouts of its own; there are no logits and no labels. Rows that the
+        sampler repeats count for nothing."""
+        rows, batch = rows_of(inputs), self._with_rollouts(inputs)
+        kept = self._processes.new_rows(rows) * rows_of(batch) // max(rows, 1)
+        if kept < rows_of(batch):
+            batch = first_responses(batch, kept)
         with torch.no_grad():
-            loss = self.compute_loss(model, self._with_rollouts(inputs))
+            loss = self._loss(model, batch, counted=kept > 0)
         return loss.detach(), None, None
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **options: Any) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from topd.integrations.objective_state import FollowSteps, load_resumed
 from topd.integrations.processes import Processes, refuse_split_sequences
+from topd.integrations.responses import first_responses, rows_of
 from topd.integrations.running_means import SHARES, RunningTotals
 from topd.integrations.tokenizers import check_tokenizers
 from topd.integrations.trl_batches import (
@@ -209,6 +210,9 @@ class TOPDTrainer(trl.DistillationTrainer):  # type: ignore[misc]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the loss, the sum of the student's entropies, and how many completion tokens they are over."""
         batch, teacher = to_batch(inputs), None
+        mode, rows = "train" if self.model.training else "eval", rows_of(batch)
+        kept = rows if mode == "train" else self._processes.new_rows(rows)
+        batch = batch if kept == rows else first_responses(batch, kept)
         if self.teacher_topk is not None:
             batch |= asked_topk(self.teacher_topk, batch)
         elif self.teacher_model is not None:
@@ -218,7 +222,6 @@ class TOPDTrainer(trl.DistillationTrainer):  # type: ignore[misc]
         # TRL calls this inside the student's wrapper, which may leave the output layer sharded.
         result = inside(unwrapped_student, lambda given: objective(given, num_items=num_items_in_batch), batch)
         parts = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
-        mode = "train" if self.model.training else "eval"
         self._totals[mode].add(result.totals)
         history = self._metrics[mode]
         for name, value in as_numbers(result.metrics, parts).items():
