@@ -15,6 +15,8 @@ from topd_bench.report import note
 
 DOCS = Path(__file__).parents[1] / "docs" / "gpu.md"
 END = "<!-- end -->\n"
+# What prints a table of the document: between its mark and the next end. `tools.triton_versions` writes the last one.
+BINARIES, PREDICTED, MAKE_VERSIONS = "python -m tools.aot", "python -m tools.account", "make triton-versions"
 
 
 def replaced(document: str, command: str, printed: str) -> str:
@@ -37,8 +39,8 @@ def main() -> int:
         sys.exit("TRITON_INTERPRET is set: interpreted kernels have no binaries; unset it")
     binaries = aot.compiled(list(TARGETS))
     instructions.write(instructions.compiled(list(TARGETS)))
-    document = replaced(DOCS.read_text(), "python -m tools.aot", aot.table(binaries))
-    DOCS.write_text(replaced(document, "python -m tools.account", account.text(account.table())))
+    document = replaced(DOCS.read_text(), BINARIES, aot.table(binaries))
+    DOCS.write_text(replaced(document, PREDICTED, account.text(account.table())))
     note(f"written: {DOCS}, {instructions.FILE}")
     return 0 if all(binary.fits for binary in binaries) else 1
 

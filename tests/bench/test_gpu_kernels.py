@@ -7,6 +7,7 @@ import pytest
 import torch
 from gpu_bench import CASE, CPU, INTERPRETED
 
+from topd_bench.cases import Case
 from topd_bench.gpu import floors, kernels, tune
 from topd_bench.gpu.clock import DeviceClock
 from topd_bench.gpu.floors import Rates
@@ -86,6 +87,20 @@ def test_distinct_ids_follow_zipf():
     counts = torch.bincount(ids.flatten(), minlength=5000)
     assert counts[0] > 500
     assert counts[0] > 4 * counts[20] > 4 * counts[500]
+
+
+def test_what_is_timed_has_ids_by_zipf():
+    """One token in nearly all rows: a sum that goes over its entries one by one is seen."""
+    case = Case("ids", n=300, vocab=2000, student_width=4, teacher_width=4)
+    (gather, scatter), rows = (
+        kernels.weighted_ops(case, 20, CPU, torch.float32),
+        kernels.tile_ops(300, 2000, 20, CPU, torch.float32),
+    )
+    asked = [gather.launches[0].arguments["Ids"], scatter.launches[0].arguments["Sorted"]]
+    asked += [launch.arguments["Ids"] for op in rows for launch in op.launches if "Ids" in launch.arguments]
+    assert len(asked) > 2
+    for ids in asked:
+        assert (ids == 0).sum() > 250
 
 
 @pytest.mark.parametrize("error", [1.0, float("nan")])

@@ -65,6 +65,25 @@ class Untouched(DeviceClock):
         raise AssertionError("timed")
 
 
+class Emptied(DeviceClock):
+    """A clock that notes when it empties torch's cache."""
+
+    def __init__(self, events: list[str]) -> None:
+        super().__init__(CPU)
+        self.events = events
+
+    def release(self) -> None:
+        self.events.append("emptied")
+
+
+def test_caches_are_emptied_between_contenders():
+    """Each contender runs twice before its result is judged: it compiles, then its peak is measured."""
+    events: list[str] = []
+    runs = {name: lambda name=name: events.append(name) for name in ("floor", "ours", "eager")}
+    times.check(fake_line(**runs), Emptied(events))
+    assert events == [event for name in runs for event in (name, name, "emptied")]
+
+
 @pytest.mark.parametrize("error", [1.0, float("nan")])
 def test_nothing_is_timed_where_topd_is_wrong(error):
     line = fake_line(error, floor=lambda: None, ours=lambda: None, eager=lambda: None)

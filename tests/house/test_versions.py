@@ -64,9 +64,10 @@ def test_a_version_passes_where_its_tests_pass_and_its_binaries_fit(failed, spil
 
     def run(*command: str) -> "subprocess.CompletedProcess[str]":
         if "tools.aot" not in command:
-            return subprocess.CompletedProcess(command, failed, f"...\n{failed} failed, 3 passed in 1s\n")
-        numbers = {"stack_bytes": 0, "spills": spills, "shared_bytes": 16}
-        Path(command[command.index("--json") + 1]).write_text(json.dumps([numbers, {**numbers, "spills": 0}]))
+            last = f"{failed} failed, 3 passed, 7 warnings in 1.5s (0:00:01)"
+            return subprocess.CompletedProcess(command, failed, f"...\n{last}\n")
+        numbers = {"registers": 40, "stack_bytes": 0, "spills": spills, "shared_bytes": 16}
+        Path(command[command.index("--json") + 1]).write_text(json.dumps([numbers, {**numbers, "spills": 0, "registers": 8}]))
         return subprocess.CompletedProcess(command, 1 if spills else 0, "")
 
     monkeypatch.setattr(triton_versions, "environment", lambda request: Path("python of", request))
@@ -75,8 +76,31 @@ def test_a_version_passes_where_its_tests_pass_and_its_binaries_fit(failed, spil
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[2:]]
     word = "NO" if verdict else "yes"
-    line = f"{failed} failed, 3 passed in 1s"
-    assert cells == [[version, line, "2", "0", str(spills), "16", word] for version in ("3.6.0", "3.9.0")]
+    line = f"{failed} failed, 3 passed"
+    assert cells == [[version, line, "2", "40", "0", str(spills), "16", word] for version in ("3.6.0", "3.9.0")]
+
+
+def test_the_document_gets_a_table_of_all_versions_alone(monkeypatch, tmp_path, capsys):
+    """docs/gpu.md has a line for each version that is run, between its marks."""
+    document = triton_versions.DOCS.read_text()
+    table = document.partition(f"<!-- {triton_versions.MAKE_VERSIONS} -->\n")[2].partition("<!-- end -->")[0]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    assert lines[0] == list(triton_versions.HEADS)
+    assert [line[0] for line in lines[2:]] == list(triton_versions.VERSIONS)
+    assert {(line[4], line[5], line[7]) for line in lines[2:]} == {("0", "0", "yes")}
+
+    monkeypatch.setattr(triton_versions, "DOCS", tmp_path / "gpu.md")
+    monkeypatch.setattr(triton_versions, "environment", lambda request: Path(request))
+    monkeypatch.setattr(triton_versions, "interpreted", lambda python: (True, "9 passed"))
+    monkeypatch.setattr(triton_versions, "compiled", lambda python: (True, ["4", "64", "0", "0", "16"]))
+    triton_versions.DOCS.write_text(document)
+    assert triton_versions.main(["3.6.0"]) == 0
+    assert triton_versions.DOCS.read_text() == document
+    with pytest.raises(SystemExit):
+        triton_versions.main(["3.6.0", "--write"])
+    assert triton_versions.main(["--write"]) == 0
+    assert triton_versions.DOCS.read_text().count("| 9 passed ") == 3
+    capsys.readouterr()
 
 
 def test_a_test_belongs_to_the_first_package():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tools.gpu_doc import DOCS, END, replaced
+from tools.gpu_doc import BINARIES, DOCS, END, MAKE_VERSIONS, PREDICTED, replaced
 
 DOCUMENT = "before\n<!-- one -->\nold\n<!-- end -->\nbetween\n<!-- two -->\n<!-- end -->\nafter\n"
 
@@ -22,5 +22,5 @@ def test_a_mark_that_is_missing_is_named(command):
 
 
 def test_the_document_has_the_marks():
-    for command in ("python -m tools.aot", "python -m tools.account"):
+    for command in (BINARIES, PREDICTED, MAKE_VERSIONS):
         replaced(DOCS.read_text(), command, "")

@@ -3,12 +3,16 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
 pytest.importorskip("triton", reason="triton is not installed")
+
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
 from topd.scores import FIELDS
 from topd_kernels.shared import records
@@ -54,8 +58,10 @@ class Kernel:
     def as_current(self, device: torch.device) -> Iterator[None]:
         """Stand for torch.cuda.device."""
         before, self.current = self.current, device
-        yield
-        self.current = before
+        try:
+            yield
+        finally:
+            self.current = before
 
 
 def tensors_on(*devices: str) -> list[torch.Tensor]:
@@ -75,6 +81,33 @@ def test_a_launch_is_on_the_device_of_its_tensors_whichever_is_current(monkeypat
         Launch(kernel, (1,), {"Out": out, "Table": table, "count": 3}, {}, 4).run()
     assert kernel.launched_on == [torch.device("cuda:1"), torch.device("cuda:0"), torch.device("cuda:0")]
     assert kernel.current == torch.device("cuda:0")
+
+
+class AskedError(Exception):
+    """Triton has asked for a stream."""
+
+
+def copied(out, table, count):
+    """A kernel that is never compiled."""
+
+
+@FAKE_DEVICES
+def test_triton_launches_on_the_stream_of_that_device(monkeypatch):
+    """Triton's own launch up to where it asks its driver for a stream: the current one of the device that is current then."""
+    place, asked = Kernel(), []
+
+    def stream_of(device: int) -> None:
+        asked.append(device)
+        raise AskedError
+
+    monkeypatch.setattr(torch.cuda, "device", place.as_current)
+    stand_in = SimpleNamespace(get_current_device=lambda: place.current.index, get_current_stream=stream_of)
+    monkeypatch.setattr(driver, "_active", stand_in)
+    for device in ("cuda:1", "cuda:0"):
+        out, table = tensors_on(device, device)
+        with pytest.raises(AskedError):
+            Launch(JITFunction(copied), (1,), {"out": out, "table": table, "count": 3}, {}, 4).run()
+    assert asked == [1, 0]
 
 
 @FAKE_DEVICES

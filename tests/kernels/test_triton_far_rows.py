@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from far_rows import STRIDE, FarRows
+from far_rows import ROWS, STRIDE, FarRows
 from torch import Tensor
 
 from topd_kernels.divergence_rows import launches as divergence_rows
@@ -26,30 +26,30 @@ Made = tuple[list[Launch], list[Tensor]]
 
 
 def tile(number: int, vocab: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Two random rows with the stride of this number."""
-    return torch.randn(2, STRIDES[number])[:, :vocab].to(dtype) if dtype == torch.float32 else wide(number, vocab, dtype)
+    """Random rows with the stride of this number."""
+    return torch.randn(ROWS, STRIDES[number])[:, :vocab].to(dtype) if dtype == torch.float32 else wide(number, vocab, dtype)
 
 
 def wide(number: int, vocab: int, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(2, STRIDES[number], dtype=dtype)[:, :vocab]
+    return torch.zeros(ROWS, STRIDES[number], dtype=dtype)[:, :vocab]
 
 
 def divergence(kind: str) -> Made:
     tiles = [tile(0, VOCAB), tile(1, VOCAB), tile(2, VOCAB, torch.bfloat16)]
     spec = divergence_rows.Spec(1.0, None, 1.0, None, 1.0, kind, 0.5, 0.0)
-    order, out = divergence_rows.launches(*tiles[:2], None, None, torch.tensor([3, 1000]), spec, tiles[2], True, splits=2)
+    order, out = divergence_rows.launches(*tiles[:2], None, None, torch.tensor([3, 1000, 0]), spec, tiles[2], True, splits=2)
     return order, [*tiles, out.value, out.scores]
 
 
 def logprobs() -> Made:
     tiles = [tile(0, VOCAB), tile(1, VOCAB, torch.bfloat16), tile(2, VOCAB, torch.bfloat16)]
-    ids = torch.tensor([[0, 1002], [5, 5]])
+    ids = torch.tensor([[0, 1002], [5, 5], [7, 1000]])
     spec = logprob_rows.Spec(1.0, None, 1.0)
     order, out = logprob_rows.launches(tiles[0], None, ids, spec, tiles[1], tiles[2], True, splits=2)
     return order, [*tiles, out.logprobs, out.entropy, out.outside]
 
 
-IDS, WEIGHTS = torch.tensor([[1, 0], [1, 1]]), torch.tensor([[2.0, 0.5], [-1.0, 3.0]])
+IDS, WEIGHTS = torch.tensor([[1, 0], [2, 2], [2, 1]]), torch.tensor([[2.0, 0.5], [-1.0, 3.0], [1.5, 1.0]])
 
 
 def gather() -> Made:
@@ -64,12 +64,12 @@ def scatter() -> Made:
 
 def scaled() -> Made:
     out, x = tile(0, 600, torch.bfloat16), tile(1, 600)
-    return scaled_rows.launches(out, x, torch.tensor([2.0, -1.0])), [out, x]
+    return scaled_rows.launches(out, x, torch.tensor([2.0, -1.0, 0.5])), [out, x]
 
 
 def windows() -> Made:
-    tables, lengths = [tile(0, 6), tile(1, 6)], torch.tensor([2])
-    ids = torch.tensor([[0, 1]])
+    tables, lengths = [tile(0, 6), tile(1, 6)], torch.tensor([3])
+    ids = torch.tensor([[0, 1, 2]])
     order, out = transport.launches(tables[0], ids, lengths, tables[1], ids, lengths, "cosine", 0.05, 20, 1e-4)
     return order, [*tables, *out]
 

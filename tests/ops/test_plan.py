@@ -185,7 +185,8 @@ def test_a_plan_takes_a_quarter_of_what_is_there(monkeypatch):
     allocator.change(65 * GIB)
     plan = planned(8192)
     assert GIB < plan.workspace_bytes <= 2 * GIB
-    assert plan.rows < 1408
+    assert GPU_BLOCK < plan.rows < 1408
+    assert plan.rows % GPU_BLOCK == 0
 
 
 def test_a_small_call_does_not_ask_the_driver(monkeypatch):

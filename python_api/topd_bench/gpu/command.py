@@ -7,8 +7,8 @@
     python -m topd_bench.gpu --tune                       find block sizes and warps for this device and keep them in a file
 
 Jobs are processes of their own, so that a fault of the device ends one of them and not the run. The order: versions and rates;
-losses beside the floor; each kernel beside its floors; `pytest -m gpu`; peers; block sizes; last what may fault. What is timed
-was first checked on its own inputs. A first run also compiles each kernel, which Triton keeps on disk.
+losses beside the floor; each kernel beside its floors; `pytest -m gpu`; peers; last other block sizes, which may fault. What is
+timed was first checked on its own inputs. A first run also compiles each kernel, which Triton keeps on disk.
 
 Exit status: 0, 1 where a result is wrong, a test fails or a job dies, 2 where torch sees no GPU or Triton cannot use it, 130
 after Ctrl-C, 143 after SIGTERM.

@@ -19,6 +19,19 @@ def mass(outside: Tensor) -> Tensor:
     return outside.double().exp().to(outside.dtype)
 
 
+# Writing a row of d weight anew moves so many times the bytes that one pass saves for a row, about.
+ANEW = 6
+
+
+def in_one_pass(saved: Saved) -> bool:
+    """Tell whether c d weight may be written in the weight's 16 bits at once: on a GPU, where the ids stand in so few of its
+    rows that these are written anew, and no other gradient is added up in float32."""
+    call, grads = saved.call, saved.kept.grads
+    few = ANEW * call.ids.numel() <= grads.weight.shape[0]
+    narrow = grads.weight.dtype != call.side.weight.dtype and not (grads.bias.numel() or grads.a.numel())
+    return few and narrow and call.backend.like_a_gpu(grads.weight.device)
+
+
 class Upstream(NamedTuple):
     """The factors of each row's gradient, from the three gradients that come in: `dense` [N] of outside_grad, its rounding
     error's scale, `entropy` [N] of entropy_grad or None, `at_ids` [N, M] of the ids' rows of the weight, and `used` [N], rows
@@ -76,7 +89,9 @@ def dense_correction(saved: Saved, upstream: Upstream) -> Correction:
         no_u = dense.new_empty(0)  # `hinted` holds each row's q, with which its gradient grows
         rows = (c, hinted, dense, deviates, alive)
         narrow = call.grad_dtype != call.dtype
-        return correction(kept.grads, call.side, no_u, *rows, call.backend, narrow=narrow, shard=call.shard)
+        return correction(
+            kept.grads, call.side, no_u, *rows, call.backend, narrow=narrow, complete=in_one_pass(saved), shard=call.shard
+        )
     sums = HeadGrads.empty(call.side, call.vocab, call.dtype, call.backend, saved.needs)
     alive_rows = (alive & deviates).nonzero()[:, 0]
     if alive_rows.numel() == 0:
@@ -134,14 +149,18 @@ def uniform_factor(saved: Saved, upstreams: Upstreams) -> Tensor | None:
     return torch.where(outside.isnan().any() & (c != 0), torch.nan, c)
 
 
-def gradients_of_sums(saved: Saved, upstreams: Upstreams, upstream: Upstream) -> HeadGrads:
-    """Return the head's dense gradients: the sums that forward made, corrected where rows deviate from the hint."""
+def gradients_of_sums(saved: Saved, upstreams: Upstreams, upstream: Upstream) -> tuple[HeadGrads, Tensor | None]:
+    """Return the head's dense gradients, the sums that forward made, corrected where rows deviate from the hint, in the tile's
+    dtype, and None. Where `in_one_pass` and no row deviates they have the dtypes of the head's tensors; then the second is c,
+    what they are of forward's sums."""
     c = uniform_factor(saved, upstreams)
     if c is not None:
-        return saved.kept.grads.times(c, saved.call.backend)
+        one_pass = in_one_pass(saved)
+        grads = saved.kept.grads.times(c, saved.call.backend, saved.call.side if one_pass else None)
+        return grads, c if one_pass else None
     correct = dense_correction(saved, upstream)
     add_rows(saved, upstream, correct)
-    return correct.grads
+    return correct.grads, correct.c
 
 
 def gradients_of_kept(saved: Saved, upstream: Upstream) -> HeadGrads:

@@ -113,16 +113,40 @@ def _gather_over_ranks(saved: Saved, upstreams: Upstreams, at_ids: Tensor, used:
     return through_adapter
 
 
-def add_ids(saved: Saved, upstreams: Upstreams, at_ids: Tensor, used: Tensor, grads: HeadGrads, hidden: Tensor) -> None:
+def _write_rows_anew(call: Call, out: Tensor, total: Tensor, c: Tensor, ids: Tensor, at_ids: Tensor) -> None:
+    """Write the rows of out [V, H] that the ids' part adds to, which holds c total in fewer bits: c total and that part, added
+    up in total's dtype and rounded once."""
+    vocab, width = total.shape
+    outside, tokens = (ids < 0) | (ids >= vocab), ids.clamp(0, vocab - 1).flatten()
+    runs = runs_of(tokens)
+    row_of = torch.zeros_like(tokens).scatter(0, runs.order, runs.run)
+    token_of = torch.full_like(tokens, -1).scatter(0, runs.run, runs.ordered)
+    rows = total.new_zeros(tokens.numel(), width)
+    weighted_gather(call.backend, rows, total, token_of.unsqueeze(-1), c.expand(token_of.numel(), 1))
+    weighted_scatter(call.backend, rows, call.side.hidden, row_of.view_as(ids), at_ids.masked_fill(outside, 0.0))
+    out.index_put_((tokens,), rows[row_of].to(out.dtype))
+
+
+def add_ids(
+    saved: Saved,
+    upstreams: Upstreams,
+    at_ids: Tensor,
+    used: Tensor,
+    grads: HeadGrads,
+    hidden: Tensor,
+    c: Tensor | None = None,
+) -> None:
     """Add the ids' part, with factors at_ids [N, M], to d hidden (where it is not empty) and to the head's gradients; `used`
-    [N]: rows with any upstream gradient."""
+    [N]: rows with any upstream gradient. `c`: d weight is already in the weight's dtype, c times what forward summed."""
     call = saved.call
     side, ids = call.side, call.shard.local(call.ids)
     if call.shard.split:
         through_adapter = _gather_over_ranks(saved, upstreams, at_ids, used, hidden)
     else:
         through_adapter = _gather(call, ids, at_ids, hidden)
-    if grads.weight.numel():
+    if grads.weight.numel() and c is not None:
+        _write_rows_anew(call, grads.weight, saved.kept.grads.weight, c, ids, at_ids)
+    elif grads.weight.numel():
         weighted_scatter(call.backend, grads.weight, side.hidden, ids, at_ids)
     if grads.bias.numel():
         ones = at_ids.new_ones(ids.shape[0], 1)

@@ -201,9 +201,10 @@ def _backward(
             add_ids(*at_ids, grads, hidden)  # to d hidden alone: the head's gradients are empty
             grads = gradients_of_kept(inputs, upstream)
         else:
+            c = None
             if needs.head:
-                grads = gradients_of_sums(inputs, upstreams, upstream)
-            add_ids(*at_ids, grads, hidden)
+                grads, c = gradients_of_sums(inputs, upstreams, upstream)
+            add_ids(*at_ids, grads, hidden, c)
         return GRADIENTS.pack(Gradients(hidden.to(call.side.hidden.dtype), grads.returned(call.side, needs)))
 
 

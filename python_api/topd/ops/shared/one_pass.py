@@ -35,12 +35,13 @@ def common_factor(weights: Tensor, hint: Tensor) -> Tensor:
 
 class Correction(NamedTuple):
     """The sums so far, fresh tensors; the rows to be added to them; and as what: sum alpha weights[n] d value_n for each
-    (alpha, weights [N]). `anew`: the sums are not filled yet."""
+    (alpha, weights [N]). `anew`: the sums are not filled yet. `c`: where they are complete, what they are of those saved."""
 
     grads: HeadGrads
     rows: Tensor
     terms: list[tuple[float, Tensor]]
     anew: bool
+    c: Tensor | None = None
 
 
 def correction(
@@ -78,7 +79,7 @@ def correction(
     # The host waits here for a count; on a GPU that costs microseconds, and spares the matrix products of the rows that obey.
     rows = redo.nonzero()[:, 0]
     if rows.numel() == 0:
-        return Correction(saved.times(c, engine, side if complete else None), rows, [], False)
+        return Correction(saved.times(c, engine, side if complete else None), rows, [], False, c if complete else None)
     living = alive.nonzero()[:, 0]
     expected = c * hinted
     anew = rows.numel() >= living.numel()
