@@ -1,20 +1,24 @@
 """Heads whose rows several processes share: models cut into shards, and the shards' gradients put together again."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from compare import DIVERGENCES, OPTIONS, TENSORS, Model, Outcome, Problem, random_problem
+from compare import TENSORS, Model, Outcome, Problem
 from torch import Tensor
 
 import topd
 
 ROWS_OF = ("weight", "bias", "b")  # those that are cut; hidden and a are the same on every rank
 # The first token of each rank. Uneven; a rank that holds nothing; a last rank that begins beyond a vocabulary of 41.
-STARTS = {2: [(0, 23), (0, 41)], 3: [(0, 7, 30), (0, 17, 17), (0, 17, 60)]}
+STARTS = {
+    2: [(0, 23), (0, 41)],
+    3: [(0, 7, 30), (0, 17, 17), (0, 17, 60)],
+    4: [(0, 11, 22, 33), (0, 0, 40, 41), (0, 17, 17, 60)],
+}
 PADDING = 3  # rows at and beyond the vocabulary that the last rank holds
-N, BUDGET = 11, 40_000
+BUDGET = 40_000
 
 
 def starts_of(ranks: int, number: int, cuts: dict[int, list[tuple[int, ...]]] = STARTS) -> list[tuple[int, ...]]:
@@ -101,11 +105,3 @@ def counted_collectives() -> Iterator[dict[str, int]]:
     yield counts
     for name, original in originals.items():
         setattr(torch.distributed, name, original)
-
-
-def problems() -> Iterable[tuple[str, Problem]]:
-    """Yield problems of every option and every divergence, by name."""
-    for name, options in OPTIONS.items():
-        for divergence in DIVERGENCES:
-            torch.manual_seed(len(name))
-            yield f"{name} {divergence}", random_problem(options, divergence, n=N)
