@@ -73,12 +73,17 @@ class _Host:
         ends = time.monotonic() + timeout
         request = {"command": command, "environment": environment, "output": str(output)}
         self.process.stdin.write(json.dumps(request).encode() + b"\n")
-        pid = self._answer(ends)["pid"]
         try:
-            return self._answer(ends)["status"]
+            pid = self._answer(ends, timeout)["pid"]
+        except BaseException:  # the next script needs another one
+            self.process.kill()
+            _host.cache_clear()
+            raise
+        try:
+            return self._answer(ends, timeout)["status"]
         except BaseException:
             os.killpg(pid, signal.SIGKILL)
-            self._answer(ends + 10)
+            self._answer(ends + 10, timeout)
             raise
 
     def end(self) -> None:
@@ -86,10 +91,10 @@ class _Host:
         self.process.stdin.close()
         self.process.wait(timeout=10)
 
-    def _answer(self, ends: float) -> dict[str, int]:
+    def _answer(self, ends: float, timeout: float) -> dict[str, int]:
         ready, *_ = select.select([self.process.stdout], [], [], max(0.0, ends - time.monotonic()))
         if not ready:
-            raise subprocess.TimeoutExpired(self.process.args, ends)
+            raise subprocess.TimeoutExpired(self.process.args, timeout)
         return json.loads(self.process.stdout.readline())
 
 
