@@ -103,8 +103,10 @@ def collectives(rank):
 
 def bytes_of_a_row(rank):
     """The bytes of a row in each gather of a call of one chunk, by divergence, in float32 with all that may travel; and the
-    collectives of its backward pass."""
-    problem = random_problem({"teacher": {"vocab": 53}, "student": {"bias": True, "rank": 2}}, n=16).to(torch.float32)
+    collectives of its backward pass under a scalar, without a mask and with one."""
+    sides = {"teacher": {"vocab": 53}, "student": {"bias": True, "rank": 2}}
+    problem = random_problem(sides, n=16).to(torch.float32)
+    masked = torch.arange(16) % 4 != 2
     results, original = {}, dist.all_gather
     for divergence in DIVERGENCES:
         _, sides = sides_of(problem, STARTS, rank)
@@ -120,8 +122,11 @@ def bytes_of_a_row(rank):
             value, _ = topd.linear_divergence(*sides, divergence=divergence, **options)
         dist.all_gather = original
         with counted_collectives() as backward:
-            (3 * value).sum().backward()
-        results[str(divergence)] = {"sent": sent[2:], "forward": dict(forward), "backward": dict(backward)}
+            (value.sum() / 7).backward()
+        value = topd.linear_divergence(*sides, divergence=divergence, mask=masked)
+        with counted_collectives() as with_mask:
+            (value.sum() / 7).backward()
+        results[str(divergence)] = {"sent": sent[2:], "forward": dict(forward), "backward": [dict(backward), dict(with_mask)]}
     return results
 
 
