@@ -116,7 +116,10 @@ def _cases(n: int) -> Iterator[tuple[str, Case]]:
     for shift, (name, options) in enumerate((OPTIONS | {"absent": ABSENT}).items()):
         for number, divergence in enumerate(DIVERGENCES):
             vocab, kind = VOCABS[(shift + number) % len(VOCABS)], kinds[(5 * shift + number) % len(kinds)]
-            yield f"{name} {vocab} {divergence} {kind}", _case(100 * shift + number, name, options, divergence, n, vocab, kind)
+            yield (
+                f"{name} {vocab} {divergence} {kind}",
+                _case(8000 + 100 * shift + number, name, options, divergence, n, vocab, kind),
+            )
     for number, divergence in enumerate(DIVERGENCES):
         for name, options in (("everything", EVERYTHING), ("absent", ABSENT)):
             kind = kinds[number % len(kinds)]

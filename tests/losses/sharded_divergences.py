@@ -8,7 +8,7 @@ from two_ranks import fork
 
 import topd
 
-N, BUDGET = 11, 60_000
+N, BUDGET, LARGE_BUDGET = 11, 60_000, 64 << 20
 
 
 def cases_of(ranks: int) -> dict[str, Case]:
@@ -42,8 +42,8 @@ def work(rank):
         cuts = case.starts(ranks)
         for starts in cuts if ranks == 2 else [cuts[number % len(cuts)]]:
             for dtype in (torch.float64, torch.float32):
-                # The ranks are given different budgets: they take the plan of the smallest.
-                budget = max(BUDGET, 600 * case.vocab) + 10_000 * rank
+                # Several chunks, or one. The ranks are given different budgets: they take the plan of the smallest.
+                budget = (max(BUDGET, 600 * case.vocab) if number % 3 == 0 else LARGE_BUDGET) + 10_000 * rank
                 results[dtype, name, starts] = outcome(case, dtype, starts, rank, workspace_bytes=budget)
                 if number % 8 < 4:  # of four ranks with each option every vocabulary
                     results[dtype, name, starts]["scored"] = scored(case, dtype, starts, rank)

@@ -1,5 +1,7 @@
 """linear_divergence and score_tokens on heads whose rows two to four processes share, against the truth on whole heads."""
 
+from functools import cache
+
 import pytest
 import torch
 from compare import assert_outcome
@@ -15,9 +17,14 @@ GROUPS = [(ranks, name) for ranks in (2, 3, 4) for name in cases_of(ranks)]
 
 
 @pytest.fixture(scope="module")
-def ranks(request, tmp_path_factory):
-    """What each rank has, by dtype, name and the first tokens of the ranks."""
-    return start("losses/sharded_divergences.py", tmp_path_factory.mktemp("ranks"), timeout=120, ranks=request.param)
+def results(tmp_path_factory):
+    """What each rank has, by dtype, name and the first tokens of the ranks; a function of the number of ranks."""
+
+    @cache
+    def of(ranks):
+        return start("losses/sharded_divergences.py", tmp_path_factory.mktemp("ranks"), timeout=120, ranks=ranks)
+
+    return of
 
 
 def parts_of(ranks, dtype, name):
@@ -28,18 +35,18 @@ def parts_of(ranks, dtype, name):
         yield starts, [rank[dtype, name, starts] for rank in ranks]
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4], indirect=True)
-def test_every_rank_has_tokens_but_the_last_of_few(ranks):
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_every_rank_has_tokens_but_the_last_of_few(ranks, results):
     """Of the cases: a rank without tokens among four, uneven parts, and every vocabulary with every option."""
     assert {case.vocab for case in CASES.values()} == {*VOCABS, 5003}
-    last = {starts for _, name, starts in ranks[0] if " 5 " in name}
-    assert last == {2: {(0, 3)}, 3: {(0, 2, 4)}, 4: {(0, 2, 4, 5)}}[len(ranks)]
+    last = {starts for _, name, starts in results(ranks)[0] if " 5 " in name}
+    assert last == {2: {(0, 3)}, 3: {(0, 2, 4)}, 4: {(0, 2, 4, 5)}}[ranks]
 
 
-@pytest.mark.parametrize(("ranks", "name"), GROUPS, indirect=["ranks"])
-def test_values_gradients_and_scores(ranks, name):
+@pytest.mark.parametrize(("ranks", "name"), GROUPS)
+def test_values_gradients_and_scores(ranks, name, results):
     case = CASES[name]
-    for starts, parts in parts_of(ranks, torch.float64, name):
+    for starts, parts in parts_of(results(ranks), torch.float64, name):
         assert_outcome(whole(parts, starts, len(case.problem.student.weight)), case.truth, 1e-12)
         for field in ("scores", "scored") if "scored" in parts[0] else ("scores",):
             for part in parts:
@@ -47,11 +54,11 @@ def test_values_gradients_and_scores(ranks, name):
             assert_scores(parts[0][field], case.true_scores(torch.float64))
 
 
-@pytest.mark.parametrize(("ranks", "name"), GROUPS, indirect=["ranks"])
-def test_float32_is_no_worse_than_one_process(ranks, name):
+@pytest.mark.parametrize(("ranks", "name"), GROUPS)
+def test_float32_is_no_worse_than_one_process(ranks, name, results):
     case, true = CASES[name], CASES[name].rounded_truth
     single, scores = case.alone
-    for starts, parts in parts_of(ranks, torch.float32, name):
+    for starts, parts in parts_of(results(ranks), torch.float32, name):
         together = whole(parts, starts, len(case.problem.student.weight))
         assert_no_worse(together.value, single.value, true.value, "value")
         for key, expected in true.grads.items():
