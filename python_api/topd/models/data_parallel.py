@@ -144,20 +144,12 @@ def _idle_around(trained: set[int]) -> nn.Module | None:
 
 def _around(trained: set[int]) -> Iterator[nn.Module]:
     """Yield the DDP modules of several processes in this process's memory that hold trained parameters."""
-    kinds = {id(kind) for kind in _with_subclasses(DistributedDataParallel)}
-    for each in [each for each in gc.get_objects() if id(type(each)) in kinds]:
-        if not hasattr(each, "reducer"):  # its last attribute
+    for each in gc.get_objects():
+        if not issubclass(type(each), DistributedDataParallel) or not hasattr(each, "reducer"):  # its last attribute
             continue
         composed = isinstance(each.module, nn.ParameterList)  # torch's replicate(), which says nowhere whether a forward runs
         if not composed and _size(each.process_group) > 1 and _holds(each, trained):
             yield each
-
-
-def _with_subclasses(kind: type[Any]) -> Iterator[type[Any]]:
-    """Yield a class and all that are derived from it. To look each object's class up among them takes a tenth of issubclass."""
-    yield kind
-    for derived in kind.__subclasses__():
-        yield from _with_subclasses(derived)
 
 
 def _holds(wrapper: nn.Module | None, trained: set[int]) -> bool:
