@@ -46,6 +46,8 @@ LONGEST = (
     "test_fsdp2_trainers.py",
     "test_sequence_parallel.py",
     "test_sharded_divergence.py",
+    "test_fsdp2.py",
+    "test_sharded_memory.py",
     "test_teacher_elsewhere.py",
     "test_triton_transport.py",
     "test_compiled_dynamic.py",

@@ -1,7 +1,7 @@
 """Models of one process, and the same split over the ranks of a mesh; three steps of an objective."""
 
 import torch
-from objective_cases import MILD, batch_of, models
+from objective_cases import MILD, batch_of
 from tiny_models import tiny
 from topd_cases import FEW, GREEDY
 from topk_teacher_cases import with_topk
@@ -10,6 +10,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import topd
 
+SMALL = MILD | {"num_hidden_layers": 2}  # what is split takes long
 COLWISE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
 ROWWISE = ("self_attn.o_proj", "mlp.down_proj")
 OPD = {
@@ -32,11 +33,11 @@ TOPD = {
 def both(name):
     """Return student and teacher in float64; of "unequal" the teacher has more tokens, and is cut elsewhere; of
     "generated" the student cannot branch."""
-    student, teacher = models()
+    student, teacher = tiny("llama", **SMALL), tiny("qwen3", seed=3, **SMALL)
     if name == "generated":
-        student = tiny("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, **MILD)
+        student = tiny("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, **SMALL)
     if name == "unequal":
-        teacher = tiny("qwen3", seed=3, vocab_size=67, **MILD)
+        teacher = tiny("qwen3", seed=3, vocab_size=67, **SMALL)
     return student.double(), teacher.double()
 
 

@@ -16,7 +16,7 @@ from topd.logits import shape_logits
 from topd.models.head_from_model import head_from_model
 from topd.models.verify_head import verify_head
 from topd.ops.shared.collectives import exchanged_rows, outcomes
-from topd.vocab_shard import Bounds, VocabShard, gap_in, is_dtensor, local_of, shard_of_dtensor
+from topd.vocab_shard import INSIDE, Bounds, VocabShard, gap_in, is_dtensor, local_of, shard_of_dtensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,8 +86,8 @@ class Head:
             raise TypeError(f"Head.shard must be a topd.VocabShard or None, got {type(self.shard).__name__}")
         if weight.dim() != 2 or weight.shape[1] == 0 or (weight.shape[0] == 0 and self.shard is None):
             raise ValueError(
-                f"Head.weight must be [V, H] with V, H >= 1, got {list(weight.shape)}; gather a sharded head before the call, "
-                "or say with shard=topd.VocabShard(...) which rows it holds"
+                f"Head.weight must be [V, H] with V, H >= 1, got {list(weight.shape)}; where FSDP or ZeRO-3 shards it, "
+                f"{INSIDE}; of what tensor parallelism shards, say with shard=topd.VocabShard(...) which rows it holds"
             )
         vocab, width = weight.shape
         device = (weight.device, "Head.weight")

@@ -7,9 +7,13 @@ import torch
 from torch import Tensor
 
 from topd.checks.values import LARGEST_INT, flag, positive_int
+from topd.models.fsdp2_state import is_sharded_by_fsdp
 
 if TYPE_CHECKING:  # some builds of torch have none
     from torch.distributed import ProcessGroup
+
+
+INSIDE = "run the loss inside the model's forward, topd.integrations.distributed.inside(model, forward, inputs)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,11 +93,16 @@ def shard_of_dtensor(name: str, weight: Any) -> VocabShard:
     """Return which rows of a DTensor [V, H] this process holds.
 
     Raises:
-        ValueError: its placements are others than one Shard(0) and else Replicate.
+        ValueError: its placements are others than one Shard(0) and else Replicate; FSDP2 shards it.
     """
     from torch.distributed.tensor import Replicate, Shard
 
     mesh, placements = weight.device_mesh, weight.placements
+    if is_sharded_by_fsdp(weight):
+        raise ValueError(
+            f"{name} must not be sharded by FSDP2 while the loss runs, since its processes have different rows, got a DTensor "
+            f"with {tuple(placements)}; {INSIDE}"
+        )
     split = [index for index, placement in enumerate(placements) if type(placement) is Shard and placement.dim == 0]
     others = [placement for index, placement in enumerate(placements) if index not in split]
     if len(split) != 1 or not all(isinstance(placement, Replicate) for placement in others):

@@ -20,7 +20,7 @@ FOLDERS = {"topd": PACKAGE, "topd_kernels": ROOT / "topd_kernels"} | {
 # From the ground up. A module imports modules of its own line and of the lines below; the longest prefix that fits decides.
 LAYERS = (
     ("topd.options", "topd.checks", "topd.logits", "topd.files", "topd.memory", "topd.ops.shared.collectives"),
-    ("topd.models.output_layer", "topd.models.head_from_model", "topd.models.verify_head"),
+    ("topd.models.fsdp2_state", "topd.models.output_layer", "topd.models.head_from_model", "topd.models.verify_head"),
     ("topd.vocab_shard",),
     ("topd.products", "topd.head", "topd.divergences", "topd.scores", "topd.backends"),
     ("topd.ops.shared",),

@@ -6,7 +6,7 @@ import tempfile
 
 import torch
 import torch.distributed as dist
-from fsdp2_cases import PLACES, UPSTREAMS, accumulated, gradients, micro_batches, models, sharded, token_loss
+from fsdp2_cases import BF16, PLACES, UPSTREAMS, accumulated, gradients, micro_batches, models, sharded, token_loss
 from split_cases import split
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM
@@ -15,6 +15,7 @@ from two_ranks import fork
 import topd
 
 DTYPES = (torch.float32, torch.float64)
+BF16_PLACES = ("root", "norm and head")
 
 
 def with_fsdp2(rank):
@@ -25,6 +26,11 @@ def with_fsdp2(rank):
         split(teacher, mesh["tensor"], layers=False)
         sharded(split(student, mesh["tensor"]), place, mesh["data"])
         results[place, upstream, dtype] = accumulated(student, teacher, rank // 2, upstream)
+    for place, upstream in itertools.product(BF16_PLACES, UPSTREAMS):
+        student, teacher = models()
+        split(teacher, mesh["tensor"], layers=False)
+        sharded(split(student, mesh["tensor"], layers=False), place, mesh["data"], mp_policy=BF16)
+        results[place, upstream, torch.bfloat16] = accumulated(student, teacher, rank // 2, upstream)
     return {"places": results}
 
 

@@ -3,6 +3,7 @@ test_sequence_parallel.py."""
 
 import torch
 from sequence_cases import N, outcome, problems, starts_of
+from shard_problems import LARGE, Case, cases
 from two_ranks import fork
 
 # What comes for each row of the whole sequence, and the hint.
@@ -24,6 +25,11 @@ def weights_of(number: int):
     return kind, upstream(), None if hint is None else hint()
 
 
+def wide_cases() -> dict[str, Case]:
+    """Return what four ranks compute beside: 5,003 tokens, and logits of -inf."""
+    return {name: case for name, case in cases(N).items() if case.vocab == LARGE or name.startswith("absent")}
+
+
 def work(rank):
     torch.distributed.init_process_group("gloo")
     ranks, results = torch.distributed.get_world_size(), {}
@@ -34,6 +40,10 @@ def work(rank):
             # The ranks are given different budgets: they take the plan of the smallest.
             budget = {"workspace_bytes": BUDGET + 10_000 * rank}
             results[dtype, name] = outcome(problem.to(dtype), starts, rank, upstream, hint, **budget)
+    for name, case in wide_cases().items() if ranks == 4 else ():
+        starts, (upstream, hint) = starts_of(ranks, case.vocab), case.weights
+        for dtype in (torch.float64, torch.float32):
+            results[dtype, name] = outcome(case.problem.to(dtype), starts, rank, upstream, hint)
     return results
 
 

@@ -5,13 +5,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from compare import Model, Problem, gradients, plain, random_problem
+from compare import DIVERGENCES, Model, Problem, gradients, plain, random_problem
 from shard_cases import counted_collectives, head_of, rows_of, shard_of, sides_of
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 from two_ranks import fork_cases, message
 
 import topd
 from topd.ops.shared import hidden_sums
+from topd.ops.shared.shard import Shard as OpShard
 
 STARTS = (0, 23)
 EVERYTHING = {"student": {"bias": True, "rank": 3, "softcap": 8.0}, "teacher": {"vocab": 53, "bias": True}, "mask": True}
@@ -100,15 +101,91 @@ def collectives(rank):
     return {"forward": forward, "backward": backward, "redone": redone}
 
 
-def planted_fault(rank):
-    """Gradients without the other shards' terms."""
-    problem, adding_up = random_problem({}), hidden_sums.adding_up
-    hidden_sums.adding_up = lambda group, mine: adding_up(group, mine.clone())  # the sum comes, and is not used
-    student, sides = sides_of(problem, STARTS, rank)
-    value = topd.linear_divergence(*sides)
-    value.sum().backward()
-    hidden_sums.adding_up = adding_up
-    return {"truth": truth(problem, topd.ReverseKL()), "value": value.detach(), "hidden": student.hidden.grad}
+def bytes_of_a_row(rank):
+    """The bytes of a row in each gather of a call of one chunk, by divergence, in float32 with all that may travel; and the
+    collectives of its backward pass under a scalar, without a mask and with one."""
+    sides = {"teacher": {"vocab": 53}, "student": {"bias": True, "rank": 2}}
+    problem = random_problem(sides, n=16).to(torch.float32)
+    masked = torch.arange(16) % 4 != 2
+    results, original = {}, dist.all_gather
+    for divergence in DIVERGENCES:
+        _, sides = sides_of(problem, STARTS, rank)
+        sent = []
+
+        def gather(parts, mine, sent=sent, **options):
+            sent.append(mine.numel() * mine.itemsize / 16)
+            return original(parts, mine, **options)
+
+        dist.all_gather = gather
+        with counted_collectives() as forward:  # counts what the line above has put in the place of torch's
+            options = {"tokens": problem.tokens, "hard_weight": 0.5, "return_scores": True}
+            value, _ = topd.linear_divergence(*sides, divergence=divergence, **options)
+        dist.all_gather = original
+        with counted_collectives() as backward:
+            (value.sum() / 7).backward()
+        value = topd.linear_divergence(*sides, divergence=divergence, mask=masked)
+        with counted_collectives() as with_mask:
+            (value.sum() / 7).backward()
+        results[str(divergence)] = {"sent": sent[2:], "forward": dict(forward), "backward": [dict(backward), dict(with_mask)]}
+    return results
+
+
+def deviating(rank):
+    """Upstream gradients that deviate from a right hint in 0, 3 and 100 % of 34 rows, and a hint that is wrong."""
+    hint, results = torch.linspace(0.5, 2, 34, dtype=torch.float64), {}
+    upstreams = {
+        "0 %": (4 * hint, hint),
+        "3 %": (hint.index_fill(0, torch.tensor([20]), 0.1), hint),
+        "100 %": (torch.linspace(-1, 2, 34).sin(), hint),
+        "wrong": (hint, 1 / hint),
+    }
+    for name, (upstream, announced) in upstreams.items():
+        torch.manual_seed(0)
+        problem = random_problem(EVERYTHING | {"hard_weight": 0.3}, topd.JSD(0.3), n=34)
+        problem.mask[20] = True
+        problem.tokens[20] = 3
+        student, sides = sides_of(problem, STARTS, rank)
+        options = {"weights_hint": announced, "workspace_bytes": 60_000 + 9_000 * rank}
+        value = topd.linear_divergence(*sides, **problem.options(), **options)
+        with counted_collectives() as counts:
+            grads = gradients(value, upstream, student)
+        expected = plain(problem, upstream)
+        true = {"value": expected.value, "grads": expected.grads}
+        results[name] = {"value": value.detach(), "grads": grads, "truth": true, "gathers": counts["all_gather"]}
+    return results
+
+
+def two_runs(rank):
+    """The same call twice, in float32, of each divergence: the bits of value, scores and gradients."""
+    results = []
+    for divergence in DIVERGENCES:
+        problem, runs = random_problem(EVERYTHING, n=34).to(torch.float32), []
+        for _ in range(2):
+            student, sides = sides_of(problem, STARTS, rank)
+            options = problem.options() | {"divergence": divergence, "workspace_bytes": 60_000}
+            value, scores = topd.linear_divergence(*sides, **options, return_scores=True)
+            grads = gradients(value, torch.linspace(-1, 2, 34), student)
+            runs.append({"value": value.detach()} | grads | vars(scores))
+        results.append(runs)
+    return {"each": results}
+
+
+def planted_faults(rank):
+    """Gradients without the other shards' terms: the sum comes, and is not used; of hidden states, and of an adapter's `a`."""
+    results, originals = {}, (hidden_sums.adding_up, OpShard.summed)
+    for name in ("hidden", "a"):
+        torch.manual_seed(0)
+        problem = random_problem({"student": {"rank": 2}})
+        if name == "hidden":
+            hidden_sums.adding_up = lambda group, mine: originals[0](group, mine.clone())
+        else:
+            OpShard.summed = lambda shard, mine: (originals[1](shard, mine.clone()), mine)[1]
+        student, sides = sides_of(problem, STARTS, rank)
+        value = topd.linear_divergence(*sides)
+        grads = gradients(value, torch.ones(()).expand(11), student)
+        hidden_sums.adding_up, OpShard.summed = originals
+        results[name] = {"truth": truth(problem, topd.ReverseKL()), "value": value.detach(), "grads": grads}
+    return results
 
 
 def dtensors(rank):
@@ -171,7 +248,7 @@ def refusals(rank):
         "options": call(divergence="jsd" if rank == 0 else "reverse_kl"),
         "whole": call(other=whole),
         "gap": call(own=half),
-        "backend": call(backend="cpp"),
+        **{name: call(backend=name) for name in ("reference", "cpp", "triton")},
         "small": call(workspace_bytes=100),
         "flags": call(other=replace(teacher, shard=replace(teacher.shard, sequence_parallel=True))),
     }
@@ -186,7 +263,10 @@ if __name__ == "__main__":
         second_backward,
         gradcheck,
         collectives,
-        planted_fault,
+        bytes_of_a_row,
+        deviating,
+        two_runs,
+        planted_faults,
         dtensors,
         resharded,
         refusals,

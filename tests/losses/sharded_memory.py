@@ -7,7 +7,7 @@ from two_ranks import fork
 import topd
 from topd.memory import peak_mib
 
-N, WIDTH, VOCAB, WORKSPACE = 256, 32, 151_936, 32 << 20
+N, WIDTH, VOCAB, WORKSPACE = 128, 32, 151_936, 16 << 20
 HALF, CPU = VOCAB // 2, torch.device("cpu")
 
 

@@ -6,7 +6,7 @@ import torch
 from compare import Outcome, assert_near, assert_outcome
 from logprob_cases import by_topd, plain
 from sequence_cases import starts_of, whole
-from shard_cases import assert_no_worse
+from shard_cases import assert_outcome_no_worse
 from sharded_logprobs import K, problems, upstream_of
 from two_ranks import start
 
@@ -34,7 +34,7 @@ def test_float32_is_no_worse_than_one_process(name, ranks):
     vocab, problem, kind = CASES[name]
     problem, upstream = problem.to(torch.float32), upstream_of(problem, kind)
     together = together_of([rank["options"][torch.float32, name] for rank in ranks], vocab)
-    assert_no_worse(together, by_topd(problem, "eager", upstream), plain(problem, upstream))
+    assert_outcome_no_worse(together, by_topd(problem, "eager", upstream), plain(problem, upstream))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -3,10 +3,12 @@ whole heads and all rows."""
 
 import pytest
 import torch
-from compare import CONSTANT, assert_near, assert_outcome, by_topd, plain
+from compare import assert_near, assert_outcome, by_topd, plain
 from score_truth import true_scores
 from sequence_cases import problems, starts_of, whole
-from sequence_parallel import weights_of
+from sequence_parallel import weights_of, wide_cases
+from shard_cases import assert_no_worse, assert_outcome_no_worse
+from shard_problems import assert_scores
 from two_ranks import start
 
 CASES = {name: (number, problem) for number, (name, problem) in enumerate(problems())}
@@ -39,8 +41,23 @@ def test_float32_is_no_worse_than_one_process(name, ranks):
     problem, (_, upstream, hint) = problem.to(torch.float32), weights_of(number)
     truth, single = plain(problem, upstream), by_topd(problem, "eager", upstream, weights_hint=hint)
     together = together_of(ranks, problem, torch.float32, name)
-    pairs = [(together.value, single.value, truth.value)]
-    pairs += [(together.grads[key], single.grads[key], truth.grads[key]) for key in truth.grads]
-    for mine, one, true in pairs:
-        error, allowed = (mine.double() - true).abs(), (one.double() - true).abs()
-        assert (error <= allowed + CONSTANT * true.abs().max()).all()
+    assert_outcome_no_worse(together, single, truth)
+
+
+WIDE = wide_cases()
+
+
+@pytest.mark.parametrize("ranks", [4], indirect=True)
+@pytest.mark.parametrize("name", WIDE)
+def test_large_vocabularies_and_logits_of_minus_infinity(name, ranks):
+    """In float64, and in float32 no worse than one process; scores too."""
+    case = WIDE[name]
+    wide, (single, scores) = len(case.problem.student.weight), case.alone
+    starts = starts_of(4, case.vocab)
+    double, rounded = ([rank[dtype, name] for rank in ranks] for dtype in (torch.float64, torch.float32))
+    assert_outcome(whole(double, starts, wide), case.truth, 1e-12)
+    mine = {field: torch.cat([part["scores"][field] for part in double]) for field in double[0]["scores"]}
+    assert_scores(mine, case.true_scores(torch.float64))
+    assert_outcome_no_worse(whole(rounded, starts, wide), single, case.rounded_truth)
+    for field, expected in case.true_scores(torch.float32).items():
+        assert_no_worse(torch.cat([part["scores"][field] for part in rounded]), getattr(scores, field), expected, field)

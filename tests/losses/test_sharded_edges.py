@@ -66,12 +66,51 @@ def test_what_the_ranks_say_to_each_other(ranks):
         assert counts["redone"] == {"all_gather": 3 + 3 * 2, "all_reduce": 0}
 
 
-def test_a_gradient_without_the_other_shards_is_seen(ranks):
+def test_what_travels_of_a_row(ranks):
+    """Of every divergence a chunk has one gather of at most 48 bytes, one of partial sums and one reduction; an adapter's
+    gradient is reduced once. The backward pass of a loss that gives each row the same sends nothing. The two gathers before
+    are the checks and the plan."""
     for rank in ranks:
-        fault = rank["planted_fault"]
-        true = fault["truth"]["grads"]["hidden"]
-        assert_near(fault["value"], fault["truth"]["value"], 1e-12)
-        assert (fault["hidden"] - true).abs().max() > 1e-2 * true.abs().max()
+        for divergence, said in rank["bytes_of_a_row"].items():
+            statistics, sums = said["sent"]
+            assert 24 <= statistics <= 48, divergence
+            assert sums <= 28, divergence
+            assert said["forward"] == {"all_gather": 4, "all_reduce": 2}, divergence
+            assert said["backward"] == [{"all_gather": 0, "all_reduce": 0}] * 2, divergence
+
+
+@pytest.mark.parametrize("share", ["0 %", "3 %", "100 %", "wrong"])
+def test_upstream_gradients_that_deviate(share, ranks):
+    parts = [rank["deviating"][share] for rank in ranks]
+    assert_outcome(whole(parts, STARTS, 41), Outcome(**parts[0]["truth"]), 1e-12)
+
+
+def test_rows_that_obey_are_not_computed_again(ranks):
+    """One gather tells which rows deviate; then the plan, and two for each chunk of these rows alone."""
+    for rank in ranks:
+        gathers = {share: rank["deviating"][share]["gathers"] for share in ("0 %", "3 %", "100 %", "wrong")}
+        assert gathers["0 %"] == 1
+        assert gathers["3 %"] == 3 + 2
+        assert gathers["100 %"] == gathers["wrong"] > gathers["3 %"]
+
+
+def test_two_runs_are_equal_bit_for_bit(ranks):
+    for rank in ranks:
+        for first, again in rank["two_runs"]["each"]:
+            assert first.keys() == again.keys()
+            assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("name", ["hidden", "a"])
+def test_a_gradient_without_the_other_shards_is_seen(name, ranks):
+    """The values stay exact, and the comparison of the other tests fails."""
+    parts = [rank["planted_faults"][name] for rank in ranks]
+    for part in parts:
+        true = part["truth"]["grads"][name]
+        assert_near(part["value"], part["truth"]["value"], 1e-12)
+        assert (part["grads"][name] - true).abs().max() > 1e-2 * true.abs().max()
+    with pytest.raises(AssertionError, match=rf"^{name}$"):
+        assert_outcome(whole(parts, STARTS, 41), Outcome(**parts[0]["truth"]), 1e-12)
 
 
 def test_a_dtensor_becomes_a_sharded_head(ranks):
@@ -100,7 +139,10 @@ REFUSALS = {
     "options": ("must make the same call",) * 2,
     "whole": ("must be sharded over one group",) * 2,
     "gap": ("rank 1 begins at 23 where the ranks before it end at 3",) * 2,
-    "backend": ('backend must be None or "eager" with a sharded head',) * 2,
+    **{
+        name: (f"backend must be None or \"eager\" with a sharded head, got '{name}'",) * 2
+        for name in ("reference", "cpp", "triton")
+    },
     "small": ("workspace_bytes must hold at least one row",) * 2,
     "temperature": ("refused on rank 1", "temperature must be finite and > 0"),
     "tokens": ("refused on rank 1", "tokens must lie in [0, 41)"),

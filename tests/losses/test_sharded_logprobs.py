@@ -4,7 +4,7 @@ import pytest
 import torch
 from compare import assert_near, assert_outcome
 from logprob_cases import by_topd, plain
-from shard_cases import assert_no_worse, starts_of, whole
+from shard_cases import assert_outcome_no_worse, starts_of, whole
 from sharded_logprobs import CUTS, K, problems, upstream_of
 from two_ranks import start
 
@@ -30,7 +30,7 @@ def test_float32_is_no_worse_than_one_process(name, ranks):
     problem, upstream = problem.to(torch.float32), upstream_of(problem, kind)
     for starts in starts_of(len(ranks), list(CASES).index(name), CUTS[vocab]):
         parts = [rank[torch.float32, name, starts] for rank in ranks]
-        assert_no_worse(whole(parts, starts, vocab), by_topd(problem, "eager", upstream), plain(problem, upstream))
+        assert_outcome_no_worse(whole(parts, starts, vocab), by_topd(problem, "eager", upstream), plain(problem, upstream))
 
 
 @pytest.mark.parametrize("name", [name for name, (*_, kind) in CASES.items() if kind == "of all"])

@@ -15,6 +15,6 @@ def test_the_peak_of_a_rank(tmp_path, monkeypatch):
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # what is freed goes back to the system at once
     budget = GRADIENT_MIB + WORKSPACE / MIB
     assert budget < LOGITS_MIB
-    for rank in start("losses/sharded_memory.py", tmp_path, timeout=120):
+    for rank in start("losses/sharded_memory.py", tmp_path, timeout=120, alone=True):
         assert rank["rows"] == HALF
         assert all(GRADIENT_MIB < peak < budget for peak in rank["peaks_mib"].values()), rank

@@ -10,8 +10,8 @@ from torch import nn
 
 from topd.models.checkpoint import final_norm_from_checkpoint, head_from_checkpoint
 from topd.models.data_parallel import is_sharded_in_place
+from topd.models.fsdp2_state import is_sharded_by_fsdp
 from topd.models.inside import inside
-from topd.models.output_layer import is_sharded_by_fsdp
 
 __all__ = ["final_norm_from_checkpoint", "head_from_checkpoint", "head_method", "inside"]
 

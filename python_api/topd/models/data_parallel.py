@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from topd.models import fsdp2_state
 from topd.models.properties import has_sharded_head
 
 RECIPE = """\
@@ -92,8 +93,8 @@ def is_in_forward(part: Any) -> bool:
 
     if isinstance(part, DistributedDataParallel):
         return part is DistributedDataParallel._active_ddp_module
-    if isinstance(part, FSDPModule):  # fully_shard, replicate: the states of a tree share one context
-        return part._get_fsdp_state()._state_ctx.iter_forward_root is not None
+    if isinstance(part, FSDPModule):  # fully_shard, replicate
+        return fsdp2_state.is_in_forward(part)
     return isinstance(part, FullyShardedDataParallel) and _in_forward(part)
 
 

@@ -12,6 +12,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from topd.models.fsdp2_state import groups_of
+
 T = TypeVar("T")
 
 
@@ -74,7 +76,7 @@ class _Whole:
 
     def __init__(self, units: list[Any]) -> None:
         self.units, self.running = units, False
-        self.groups = [group for unit in units for group in unit._get_fsdp_state()._fsdp_param_groups]
+        self.groups = [group for unit in units for group in groups_of(unit)]
         self.begin()
 
     def begin(self) -> None:

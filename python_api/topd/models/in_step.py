@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from topd.models.fsdp2_state import groups_of
 from topd.ops.shared.collectives import outcomes
 
 
@@ -62,7 +63,7 @@ def _groups_of(module: nn.Module) -> list[Any]:
     from torch.distributed.fsdp import FSDPModule
 
     for part in module.modules():
-        for group in part._get_fsdp_state()._fsdp_param_groups if isinstance(part, FSDPModule) else ():
+        for group in groups_of(part) if isinstance(part, FSDPModule) else ():
             return [each for each in group.mesh_info.mesh.get_all_groups() if each.size() > 1]
     return []
 

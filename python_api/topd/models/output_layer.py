@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, NoReturn
 from torch import Tensor, nn
 
 from topd.checks.values import FLOATING
+from topd.models.fsdp2_state import is_sharded_by_fsdp
 
 BUILD_BY_HAND = "build topd.Head(weight, bias, scale=..., softcap=...) from what the model does"
 
@@ -86,18 +87,6 @@ def check_held(what: str, tensor: Tensor, name: str, rank: int) -> Tensor:
     if tensor.device.type == "meta":
         refuse(name, rule, "a meta tensor (offloaded?)", "keep lm_head on a device in device_map")
     return tensor
-
-
-def is_sharded_by_fsdp(tensor: Any) -> bool:
-    """Return whether a parameter is a shard of FSDP2's, as it is outside the forward of its unit. What tensor parallelism has
-    left is none."""
-    if not hasattr(tensor, "placements"):
-        return False
-    from torch.distributed._composable_state import _module_state_mapping
-
-    states = [reference() for reference in list(_module_state_mapping.values())]
-    groups = [group for state in states for group in getattr(state, "_fsdp_param_groups", ())]
-    return any(each.sharded_param is tensor for group in groups for each in group.fsdp_params)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from topd.models.fsdp2_state import is_sharded_by_fsdp
 from topd.models.head_from_model import unwrapped_model
-from topd.models.output_layer import is_sharded_by_fsdp
 
 
 def vocabulary_of(model: Any) -> int:

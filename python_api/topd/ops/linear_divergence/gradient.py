@@ -22,22 +22,28 @@ def gradients_of_kept(call: Call, kept: Kept, grad: Tensor, needs: Needs) -> Hea
     return gradients_of_few(call.student, dlogits, hidden, weights, needs, call.dtype, call.backend)
 
 
-def gradients_of_sums(call: Call, kept: Kept, grad: Tensor, needs: Needs, *, uniform_hint: bool) -> HeadGrads:
-    """Return exact sums under `grad` [N], which is 0 where masked; fresh tensors in the tile's dtype.
+def uniform_factor(call: Call, grad: Tensor, *, uniform_hint: bool) -> Tensor | None:
+    """Return c where `grad` [N], as it came, is an expanded scalar, as sum() sends it (mean() sends a number each): then no row
+    deviates, the host need not wait, and ranks have nothing to tell each other. None where that is not known."""
+    is_scalar = uniform_hint and grad.numel() > 0 and grad.stride(0) == 0
+    return grad[0] if is_scalar and not call.shard.sequence and (call.mask is None or call.shard.split) else None
+
+
+def gradients_of_sums(call: Call, kept: Kept, grad: Tensor, needs: Needs, c: Tensor | None) -> HeadGrads:
+    """Return exact sums under `grad` [N], which is 0 where masked, and `c` elsewhere if that is not None; fresh tensors in the
+    tile's dtype.
 
     Over the ranks of a sharded head rows are computed again together: those that deviate on any rank. Where the ranks share the
     rows, each one learns what came for all of them, as no rank knows whether the others' rows obey.
     """
     engine, hint, shard = call.backend, kept.hint, call.shard
+    if c is not None:  # a row without a distribution (its hint was set to 0) still poisons the sums, as it would in eager code
+        lost = hint == 0 if call.mask is None else (hint == 0) & call.mask
+        return kept.grads.times(torch.where(lost.any() & (c != 0), torch.nan, c), engine, call.student)
     if shard.sequence:
         own = [call.tokens] if call.tokens is not None and call.spec.hard_weight else []
         grad, hint, *tokens = shard.of_all(grad, hint, *own)
         call = call._replace(tokens=next(iter(tokens), None))
-    elif uniform_hint and call.mask is None and grad.numel() and grad.stride(0) == 0:
-        # An expanded scalar, as sum() sends it (mean() sends a number a row): no row deviates and the host need not wait. A row
-        # without a distribution (its hint was set to 0) still poisons the sums, as it would in eager code.
-        c = grad[0]
-        return kept.grads.times(torch.where((hint == 0).any() & (c != 0), torch.nan, c), engine, call.student)
     c = common_factor(grad, hint)
     expected = c * hint
     deviates, alive = (grad - expected).abs() <= 4 * torch.finfo(grad.dtype).eps * expected.abs(), grad != 0

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from topd.checks.values import in_vocabulary, no_forward_mode
-from topd.ops.linear_divergence.gradient import gradients_of_kept, gradients_of_sums
+from topd.ops.linear_divergence.gradient import gradients_of_kept, gradients_of_sums, uniform_factor
 from topd.ops.linear_divergence.loop import Loop, keeps_dlogits
 from topd.ops.linear_divergence.spec import (
     CALL,
@@ -184,6 +184,7 @@ def _backward(grad_value: Tensor, *flat: Any) -> tuple[Any, ...]:
     call, student = _settled(call), call.student
     with op_body("linear_divergence", grad_value.device):
         hidden = student.hidden.new_empty(0)
+        c = uniform_factor(call, grad_value, uniform_hint=uniform_hint)
         if call.mask is not None:  # masked rows have no gradient, whatever comes
             grad_value = grad_value.masked_fill(~call.mask, 0.0)
         if needs.hidden:
@@ -192,7 +193,7 @@ def _backward(grad_value: Tensor, *flat: Any) -> tuple[Any, ...]:
         if kept.dlogits.numel():
             grads = gradients_of_kept(call, kept, grad_value, needs)
         elif needs.head:
-            grads = gradients_of_sums(call, kept, grad_value, needs, uniform_hint=uniform_hint)
+            grads = gradients_of_sums(call, kept, grad_value, needs, c)
         return GRADIENTS.pack(Gradients(hidden, grads.returned(student, needs)))
 
 
