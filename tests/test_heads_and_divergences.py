@@ -24,7 +24,7 @@ CONSTRUCTION: dict[str, Refusal] = {
         ["Head.weight", "float32", "int8"],
     ),
     "weight 1-D": (lambda: topd.Head(f32(V)), ValueError, ["Head.weight", "[V, H]", f"[{V}]"]),
-    "weight empty": (lambda: topd.Head(f32(0, H)), ValueError, ["Head.weight", "[V, H]", f"[0, {H}]", "gather"]),
+    "weight empty": (lambda: topd.Head(f32(0, H)), ValueError, ["Head.weight", "[V, H]", f"[0, {H}]", "gather", "inside"]),
     "bias shape": (lambda: head(bias=f32(V + 1)), ValueError, ["Head.bias", f"[{V}]", f"[{V + 1}]"]),
     "bias dtype": (lambda: head(bias=f32(V).double()), ValueError, ["Head.bias", "float32", "float64", "cast"]),
     "bias no tensor": (lambda: head(bias=0.0), TypeError, ["Head.bias", "Tensor", "float"]),

@@ -86,8 +86,9 @@ class Head:
             raise TypeError(f"Head.shard must be a topd.VocabShard or None, got {type(self.shard).__name__}")
         if weight.dim() != 2 or weight.shape[1] == 0 or (weight.shape[0] == 0 and self.shard is None):
             raise ValueError(
-                f"Head.weight must be [V, H] with V, H >= 1, got {list(weight.shape)}; where FSDP or ZeRO-3 shards it, "
-                f"{INSIDE}; of what tensor parallelism shards, say with shard=topd.VocabShard(...) which rows it holds"
+                f"Head.weight must be [V, H] with V, H >= 1, got {list(weight.shape)}; FSDP and ZeRO-3 gather a "
+                f"sharded head in the model's forward: {INSIDE}; of a head that tensor parallelism shards, say with "
+                "shard=topd.VocabShard(...) which rows it holds"
             )
         vocab, width = weight.shape
         device = (weight.device, "Head.weight")
