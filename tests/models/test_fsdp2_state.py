@@ -58,9 +58,9 @@ def test_a_head_that_fsdp2_still_shards_is_refused(one_rank, place):
 
 def test_a_head_that_fsdp1_or_zero_still_shards_is_refused():
     """FSDP1 leaves a part of a flat parameter, ZeRO-3 nothing at all."""
-    with pytest.raises(ValueError, match=rf"Head\.weight must be \[V, H\] .* got \[50\]; where FSDP or ZeRO-3 .*{INSIDE}"):
+    with pytest.raises(ValueError, match=rf"Head\.weight must be \[V, H\] .* got \[50\]; FSDP and ZeRO-3 gather .*{INSIDE}"):
         topd.Head(torch.nn.Parameter(torch.empty(50)))
-    with pytest.raises(ValueError, match=rf"got \[0\]; where FSDP or ZeRO-3 shards it, .*{INSIDE}"):
+    with pytest.raises(ValueError, match=rf"got \[0\]; FSDP and ZeRO-3 gather a sharded head .*{INSIDE}"):
         topd.Head(torch.nn.Parameter(torch.empty(0)))
     student = tiny("llama")
     student.lm_head.weight.data = torch.empty(0)
