@@ -144,7 +144,7 @@ CASES: dict[str, Benchmark] = {
     ),
     "pairs": Benchmark(
         "what a longer prompt for the teacher costs in a step of OPD, in time and memory",
-        "2 minutes",
+        "3 minutes",
         "pairs",
         ("ours",),
         settings={"rows": 2, "prompt": 16, "longer": 256, "response": 256},

@@ -4,10 +4,11 @@ Teacher SmolLM2-135M, student 6 of its layers with the shared embeddings and hea
 backward pass on the same response tokens (drawn at random: the work does not depend on them). Contenders take turns: OPD where
 both read one prompt; the same as pairs; pairs whose teacher's prompt is longer; and the teacher's pass alone, behind either of
 the prompts. The step with the longer prompt is compared with OPD's plus what the teacher's pass takes longer, round by round;
-ratios are medians with the smallest and the largest. Peak memory is the high-water mark of a second call above what was
-resident.
+ratios are medians with the smallest and the largest. Peak memory is the high-water mark of a call above what was resident. It
+differs from call to call by up to a tenth, so it is taken in rounds too.
 """
 
+import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -22,7 +23,7 @@ from topd_bench.records import plain_record, word_record
 from topd_bench.report import note
 from topd_bench.request import Request
 from topd_bench.runner import Record
-from topd_bench.timing import Sample, ratio, times_ms, whole_rounds
+from topd_bench.timing import Sample, Spread, ratio, times_ms, whole_rounds
 from topd_demo import smollm2
 
 HEADER = ("step", "time_ms", "time / expected", "peak_mib", "peak / OPD's", "note")
@@ -63,19 +64,23 @@ def contenders(student: Any, teacher: Any, rows: int, lengths: tuple[int, int, i
     return {**steps, PASS: partial(teacher_pass, teacher, equal), LONGER_PASS: partial(teacher_pass, teacher, longer)}
 
 
-def peaks_mib(runs: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Return each contender's peak memory; the second call counts, since the first one of a process makes what stays."""
-    peaks = {}
-    for name, run in runs.items():
+def peaks_mib(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Return each contender's peaks, one a round; a call before counts for none, since the first one makes what stays."""
+    peaks: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
         run()
-        baseline = settle()
-        run()
-        peaks[name] = high_water_mib() - baseline
+    for number in range(1, rounds + 1):
+        note(f"pairs: memory, round {number}/{rounds}")
+        for name, run in runs.items():
+            baseline = settle()
+            run()
+            peaks[name].append(high_water_mib() - baseline)
     return peaks
 
 
-def table(samples: dict[str, list[Sample]], peaks: dict[str, float]) -> list[list[str]]:
-    """Return a line for each contender; a step of pairs is compared with OPD's and what the teacher's pass takes longer."""
+def table(samples: dict[str, list[Sample]], peaks: dict[str, list[float]]) -> list[list[str]]:
+    """Return a line for each contender; a step of pairs is compared with OPD's and what the teacher's pass takes longer, its
+    peak with OPD's of the same round."""
     passes = zip(samples[OPD], samples[LONGER_PASS], samples[PASS], strict=True)
     expected = {
         EQUAL: samples[OPD],
@@ -84,8 +89,9 @@ def table(samples: dict[str, list[Sample]], peaks: dict[str, float]) -> list[lis
     rows = []
     for name, times in samples.items():
         against = str(ratio(times, expected[name])) if name in expected else "-"
-        share = f"{peaks[name] / peaks[OPD]:.2f}" if name in STEPS else "-"
-        rows.append([name, str(times_ms(times)), against, f"{peaks[name]:.0f}", share])
+        shares = [mine / other for mine, other in zip(peaks[name], peaks[OPD], strict=True)]
+        share = str(Spread.of(shares)) if name in STEPS[1:] else "-"
+        rows.append([name, str(times_ms(times)), against, f"{statistics.median(peaks[name]):.0f}", share])
     return rows
 
 
@@ -98,7 +104,7 @@ def work(request: Request) -> Iterator[Record]:
         return
     teacher = smollm2.load_model()
     runs = contenders(smollm2.sliced(teacher), teacher, rows, (prompt, longer, response))
-    peaks = peaks_mib(runs)
+    peaks = peaks_mib(runs, request.rounds)
     samples, complete = whole_rounds(runs, request.rounds, WallClock(), lambda text: note(f"pairs: {text}"), warm_up=False)
     if rounds := len(samples[OPD]):
         counted = "" if complete else f"interrupted: {rounds} of {request.rounds} rounds"
