@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -114,8 +115,14 @@ def test_pytest_is_a_summary_and_its_failures(tests_of):
     assert summary["failed"]
 
 
-def test_pytest_that_takes_too_long_says_how_far_it_came(tests_of):
-    *_, summary = tests_of(30.0, 3.0)
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
+def test_pytest_that_takes_too_long_says_how_far_it_came(tests_of, handler):
+    """Also where this process ignores SIGINT, as behind nohup."""
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        *_, summary = tests_of(30.0, 3.0)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert summary["cells"][1].startswith("stopped, its time was used up: 1 failed, 1 passed")
 
 

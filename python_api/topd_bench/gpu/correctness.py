@@ -18,6 +18,12 @@ ROOT = Path(__file__).parents[3]
 TESTS = Path("tests", "kernels")
 FOLDERS = ("tests/kernels", "tests/losses", "tests/near_future", "tests/ops")
 MOST_FAILURES = 20
+# Behind `nohup` or in a script's background SIGINT is ignored, which a child inherits: then nothing would end it in time.
+PYTEST = """
+import signal, sys, pytest
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(pytest.main(sys.argv[1:]))
+"""
 OPTIONS = ("-m", "gpu", "-q", "--tb=line", "-p", "no:cacheprovider", "--continue-on-collection-errors", "--no-header")
 
 
@@ -39,7 +45,7 @@ def pytest_lines(what: str, arguments: Sequence[str], seconds: float) -> Iterato
         yield plain("tests", what, NOT_INSTALLED)
         return
     note(f"pytest -m gpu, {what}")
-    command = [sys.executable, "-u", "-m", "pytest", *OPTIONS, *arguments]
+    command = [sys.executable, "-u", "-c", PYTEST, *OPTIONS, *arguments]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     stopped = threading.Event()
 
