@@ -13,10 +13,11 @@ from torch import Tensor
 
 from topd.checks.values import FLOATING, check_tensor, flag, real
 from topd.logits import shape_logits
+from topd.models.fsdp2_state import INSIDE
 from topd.models.head_from_model import head_from_model
 from topd.models.verify_head import verify_head
 from topd.ops.shared.collectives import exchanged_rows, outcomes
-from topd.vocab_shard import INSIDE, Bounds, VocabShard, gap_in, is_dtensor, local_of, shard_of_dtensor
+from topd.vocab_shard import Bounds, VocabShard, gap_in, is_dtensor, local_of, shard_of_dtensor
 
 
 @dataclass(frozen=True, eq=False)

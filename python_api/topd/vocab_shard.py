@@ -7,13 +7,10 @@ import torch
 from torch import Tensor
 
 from topd.checks.values import LARGEST_INT, flag, positive_int
-from topd.models.fsdp2_state import is_sharded_by_fsdp
+from topd.models.fsdp2_state import INSIDE, is_sharded_by_fsdp
 
 if TYPE_CHECKING:  # some builds of torch have none
     from torch.distributed import ProcessGroup
-
-
-INSIDE = "run the loss inside the model's forward, topd.integrations.distributed.inside(model, forward, inputs)"
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,8 @@ import torch
 
 T = TypeVar("T")
 KNOWN = "2.13"  # the torch whose names these are
+# What to do with a model that FSDP or ZeRO-3 shards.
+INSIDE = "run the loss inside the model's forward, topd.integrations.distributed.inside(model, forward, inputs)"
 
 
 def groups_of(unit: Any) -> list[Any]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, NoReturn
 from torch import Tensor, nn
 
 from topd.checks.values import FLOATING
-from topd.models.fsdp2_state import is_sharded_by_fsdp
+from topd.models.fsdp2_state import INSIDE, is_sharded_by_fsdp
 
 BUILD_BY_HAND = "build topd.Head(weight, bias, scale=..., softcap=...) from what the model does"
 
@@ -68,9 +68,8 @@ def check_held(what: str, tensor: Tensor, name: str, rank: int) -> Tensor:
     rule = f"must hold the whole {what} of its head as plain numbers on this rank"
     if is_sharded_by_fsdp(tensor):
         remedy = (
-            "run the loss inside the model's forward, topd.integrations.distributed.inside(model, forward, inputs); or gather "
-            f"it with {what}.full_tensor(grad_placements=[Partial('avg')] * mesh.ndim), so that gradients average over the "
-            "ranks, and build topd.Head from the result"
+            f"{INSIDE}; or gather it with {what}.full_tensor(grad_placements=[Partial('avg')] * mesh.ndim), so that gradients "
+            "average over the ranks, and build topd.Head from the result"
         )
         refuse(name, rule, f"a DTensor with placements {tensor.placements}", remedy)  # type: ignore[attr-defined]
     if hasattr(tensor, "placements"):
@@ -79,10 +78,7 @@ def check_held(what: str, tensor: Tensor, name: str, rank: int) -> Tensor:
         came = f"a quantised {type(tensor).__name__} of {tensor.dtype}"
         refuse(name, rule, came, "leave lm_head out of the quantisation (skip modules), or dequantise it")
     if tensor.numel() == 0 or tensor.dim() != rank:
-        remedy = (
-            "run the loss inside the model's forward, topd.integrations.distributed.inside(model, forward, inputs), or leave "
-            "lm_head out of what is sharded"
-        )
+        remedy = f"{INSIDE}, or leave lm_head out of what is sharded"
         refuse(name, rule, f"shape {list(tensor.shape)} (sharded by ZeRO-3 or FSDP?)", remedy)
     if tensor.device.type == "meta":
         refuse(name, rule, "a meta tensor (offloaded?)", "keep lm_head on a device in device_map")
