@@ -13,7 +13,7 @@ from topd_demo.settings import Settings
 from topd_demo.summary import Table, stages
 from topd_demo.tokens import coloured, legend
 from topd_demo.training import Run
-from topd_demo.wording import collapse, held
+from topd_demo.wording import collapse, held, warning
 
 SAMPLES = 6
 
@@ -43,7 +43,8 @@ def build(run: Run, settings: Settings, description: str) -> str:
         tiles=_tiles(run, words),
         curves="".join(f"<figure>{panel}</figure>" for panel in panels),
         outcome=table(outcome(run)),
-        collapsed=_collapsed(run),
+        kind="warning" if _collapse(run) else "",
+        collapsed=html.escape(collapsed(run)),
         verdicts=_verdicts(before, after, words),
         said=words.said,
         samples="".join(_sample(before.rows[i], after.rows[i], run) for i in places),
@@ -92,17 +93,12 @@ def outcome(run: Run) -> Table:
 
 def collapsed(run: Run) -> str:
     """Return a sentence that says whether the student's answers are collapsed now, beside what the teacher said at first."""
-    name, reason = NAMES[run.method], collapse(run.after.student_wording, run.before.teacher_wording)
-    if not reason:
-        return held([name])
-    return f"Warning: after {name} the answers are collapsed: {reason}. A lower forward KL then says nothing about learning."
+    name, reason = NAMES[run.method], _collapse(run)
+    return warning(name, reason, "forward KL") if reason else held([name])
 
 
-def _collapsed(run: Run) -> str:
-    """Return that sentence as the page has it."""
-    sentence = collapsed(run)
-    kind = ' class="warning"' if sentence.startswith("Warning") else ""
-    return f"<p{kind}>{html.escape(sentence)}</p>"
+def _collapse(run: Run) -> str:
+    return collapse(run.after.student_wording, run.before.teacher_wording)
 
 
 def _share(share: float, count: int) -> str:

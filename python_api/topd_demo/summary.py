@@ -7,7 +7,7 @@ from topd_demo.evaluation import Transcript
 from topd_demo.figures import NAMES
 from topd_demo.loss_cost import LossCost
 from topd_demo.training import Run
-from topd_demo.wording import collapse, held
+from topd_demo.wording import collapse, held, warning
 
 STAGES = {
     "rollouts": "student's rollouts",
@@ -99,11 +99,7 @@ def _collapses(runs: list[Run]) -> dict[str, str]:
 
 def _warnings(reasons: dict[str, str]) -> list[str]:
     """Return a sentence for each method after which the student's answers are collapsed."""
-    return [
-        f"Warning: after {name} the answers are collapsed: {reason}. A lower reverse KL then says nothing about learning."
-        for name, reason in reasons.items()
-        if reason
-    ]
+    return [warning(name, reason, "reverse KL") for name, reason in reasons.items() if reason]
 
 
 def _outcome(runs: list[Run]) -> Table:

@@ -65,6 +65,11 @@ def collapse(student: Wording, teacher: Wording) -> str:
     return ""
 
 
+def warning(name: str, reason: str, divergence: str) -> str:
+    """Return the sentence that the answers after a method are collapsed, which lowers this divergence too."""
+    return f"Warning: after {name} the answers are collapsed: {reason}. A lower {divergence} then says nothing about learning."
+
+
 def held(names: list[str]) -> str:
     """Return the sentence that the answers after these methods are not collapsed, with the rule; empty where there are none."""
     if not names:
